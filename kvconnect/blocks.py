@@ -1,0 +1,133 @@
+"""Where a layer's KV blocks are in memory.
+
+A `BlockView` is one layer's blocks on one rank: a base address and byte strides over
+``[block, head, token, content]`` for each part (K, V, or both fused), and which of the
+model's KV heads this rank holds. It is made once, when caches are registered; later code
+knows no model's and no attention backend's name. What strides cannot say (packed content)
+is marked ``whole_block``: heads may be selected, tokens may not.
+
+* A `Shard` is all views of one rank, with the memory they point into.
+* Views travel to peers as they are, so they hold numbers only; `Shard.memory` keeps the
+  owners of the memory alive and stays at home.
+* Nothing here allocates, copies or talks.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+
+from kvconnect.errors import GeometryError
+
+# Bounds of what a peer may claim (rule 3 of DESIGN: metadata is hostile until checked).
+MAX_LAYERS = 4096
+MAX_BLOCKS = 1 << 31
+MAX_ADDRESS = (1 << 63) - 1
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_ADDRESS)]
+Name = Annotated[str, msgspec.Meta(max_length=512)]
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """K, V, or both fused, of one layer.
+
+    ``shape`` is ``(heads, tokens, content)`` per block, content in elements of ``itemsize``
+    bytes. ``strides`` are bytes over ``(block, head, token, content)``.
+    """
+
+    base: Size
+    strides: tuple[Size, Size, Size, Size]
+    shape: tuple[Size, Size, Size]
+    itemsize: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+
+
+class Heads(msgspec.Struct, frozen=True, array_like=True):
+    """Which of a layer's ``total`` KV heads are here: ``[first, first + count)``."""
+
+    first: Size
+    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    total: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+
+
+class BlockView(msgspec.Struct, frozen=True):
+    """One layer's blocks on one rank."""
+
+    layer: Name
+    group: Annotated[int, msgspec.Meta(ge=0, le=MAX_LAYERS)]
+    """Index of the KV cache group whose block table addresses this layer."""
+    num_blocks: Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
+    block_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    heads: Heads
+    dtype: Name
+    layout: Name
+    """Says what the content is, beyond strides, e.g. ``cpu:amx``; equal on both sides."""
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=8)]
+    whole_block: bool = False
+
+
+class Region(msgspec.Struct, frozen=True):
+    """A piece of memory that a transport registers: all parts lie inside some region."""
+
+    address: Size
+    nbytes: Size
+    kind: str = "DRAM"
+    """NIXL's names: DRAM or VRAM."""
+    device: int = 0
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """All views of one rank, and the memory they point into."""
+
+    views: tuple[BlockView, ...]
+    regions: tuple[Region, ...]
+    memory: Any = None
+    """Owners of the memory (tensors); held so that no view outlives what it points to."""
+
+
+def check_views(views: tuple[BlockView, ...], regions: tuple[Region, ...]) -> None:
+    """Raise GeometryError unless every byte that ``views`` describe lies in ``regions``.
+
+    Run on what a peer claims, before any address of it is used.
+    """
+    if len(views) > MAX_LAYERS:
+        raise GeometryError(f"{len(views)} layers claimed, expected at most {MAX_LAYERS}")
+    names = {v.layer for v in views}
+    if len(names) != len(views):
+        raise GeometryError("a layer is claimed twice")
+    for view in views:
+        if view.heads.first + view.heads.count > view.heads.total:
+            raise GeometryError(f"layer {view.layer}: heads {view.heads} exceed their total")
+        for part in view.parts:
+            first, end = part_extent(part, view.num_blocks)
+            if part.shape[0] != view.heads.count:
+                raise GeometryError(
+                    f"layer {view.layer}: a part has {part.shape[0]} heads, "
+                    f"expected {view.heads.count}"
+                )
+            if not any(r.address <= first and end <= r.address + r.nbytes for r in regions):
+                raise GeometryError(
+                    f"layer {view.layer}: bytes [{first:#x}, {end:#x}) lie outside every "
+                    "registered region"
+                )
+
+
+def part_extent(part: Part, num_blocks: int) -> tuple[int, int]:
+    """Half-open range of addresses that a part touches."""
+    counts = (num_blocks, *part.shape)
+    last = sum((n - 1) * s for n, s in zip(counts, part.strides, strict=True))
+    return part.base, part.base + last + part.itemsize
+
+
+def held_heads(rank: int, tp_size: int, total: int) -> Heads:
+    """KV heads of one tensor-parallel rank, as vLLM assigns them.
+
+    With more ranks than heads, ``tp_size / total`` neighbouring ranks hold the same head
+    (vLLM ``config/model.py`` get_num_kv_heads).
+    """
+    if total >= tp_size:
+        if total % tp_size:
+            raise GeometryError(f"{total} KV heads cannot be divided over {tp_size} ranks")
+        count = total // tp_size
+        return Heads(rank * count, count, total)
+    if tp_size % total:
+        raise GeometryError(f"{total} KV heads cannot be replicated over {tp_size} ranks")
+    return Heads(rank * total // tp_size, 1, total)

@@ -1,0 +1,168 @@
+"""The control channel: small messages between ranks, without blocking.
+
+A `Link` is one conversation with one peer: dialled by us, or arrived. The channel carries
+opaque frames; who may say what is decided above it (`peers.py`).
+
+* One thread owns a channel, only `wake` may be called from others.
+* `poll` returns what arrived, waiting at most ``timeout_s``; `send` never blocks: a frame that
+  cannot be queued is lost, as on any network. Every exchange above is idempotent and retried.
+* `ZmqChannel` is the real one; `kvconnect.testing.Network` is the in-memory one.
+"""
+
+import itertools
+import logging
+import socket
+from typing import NamedTuple, Protocol
+
+import zmq
+
+from kvconnect.errors import ConfigError
+from kvconnect.wire import MAX_MESSAGE_BYTES, Address
+
+logger = logging.getLogger(__name__)
+
+
+class Link(NamedTuple):
+    """One conversation; ``dialled``: we started it."""
+
+    dialled: bool
+    key: bytes
+
+
+class Frame(NamedTuple):
+    """Bytes that arrived on a link."""
+
+    link: Link
+    data: bytes
+
+
+class Channel(Protocol):
+    """What `peers.py` needs of a control channel; see the module's contract."""
+
+    address: Address
+
+    def dial(self, address: Address) -> Link: ...
+    def send(self, link: Link, data: bytes) -> None: ...
+    def poll(self, timeout_s: float) -> list[Frame]: ...
+    def drop(self, link: Link) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+MAX_FRAMES_A_POLL = 256
+
+
+class ZmqChannel:
+    """A ROUTER socket for whoever dials us and a DEALER socket per peer that we dial.
+
+    Binds to ``host``; ``port`` 0 takes a free one. Raises ConfigError where it cannot bind.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._context = zmq.Context()
+        self._router = self._socket(zmq.ROUTER)
+        self.address = Address(host, self._bind(host, port))
+        name = f"inproc://wake-{id(self)}"
+        self._woken = self._context.socket(zmq.PULL)
+        self._woken.bind(name)
+        self._waker = self._context.socket(zmq.PUSH)
+        self._waker.setsockopt(zmq.LINGER, 0)
+        self._waker.connect(name)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._woken, zmq.POLLIN)
+        self._dealers: dict[Link, zmq.Socket] = {}
+        self._links: dict[zmq.Socket, Link] = {}
+        self._numbers = itertools.count()
+
+    def dial(self, address: Address) -> Link:
+        link = Link(True, str(next(self._numbers)).encode())
+        dealer = self._socket(zmq.DEALER)
+        dealer.connect(f"tcp://{address}")
+        self._dealers[link], self._links[dealer] = dealer, link
+        self._poller.register(dealer, zmq.POLLIN)
+        return link
+
+    def send(self, link: Link, data: bytes) -> None:
+        try:
+            if link.dialled:
+                self._dealers[link].send(data, zmq.DONTWAIT)
+            else:
+                self._router.send_multipart([link.key, data], zmq.DONTWAIT)
+        except zmq.Again:
+            logger.warning("control channel: the queue to a peer is full, a frame is lost")
+        except zmq.ZMQError as e:
+            # EHOSTUNREACH: whoever dialled us has gone; its leases expire
+            logger.debug("control channel: frame not sent: %s", e)
+
+    def poll(self, timeout_s: float) -> list[Frame]:
+        frames: list[Frame] = []
+        for ready, _ in self._poller.poll(max(0, round(timeout_s * 1000))):
+            for _ in range(MAX_FRAMES_A_POLL):
+                try:
+                    parts = ready.recv_multipart(zmq.DONTWAIT)
+                except zmq.Again:
+                    break
+                if ready is self._woken:
+                    continue
+                if ready is self._router:
+                    if len(parts) == 2:  # anything else is not ours: dropped
+                        frames.append(Frame(Link(False, parts[0]), parts[1]))
+                elif len(parts) == 1:
+                    frames.append(Frame(self._links[ready], parts[0]))
+        return frames
+
+    def drop(self, link: Link) -> None:
+        if dealer := self._dealers.pop(link, None):
+            self._poller.unregister(dealer)
+            del self._links[dealer]
+            dealer.close(linger=100)
+
+    def wake(self) -> None:
+        """End a running `poll`. From one other thread at a time."""
+        try:
+            self._waker.send(b"", zmq.DONTWAIT)
+        except zmq.ZMQError:  # full queue: it is awake; terminated: it is closing
+            return
+
+    def close(self) -> None:
+        """Close all sockets; frames already sent get 100 ms to leave. Idempotent."""
+        self._context.destroy(linger=100)
+
+    def _socket(self, kind: int) -> zmq.Socket:
+        made = self._context.socket(kind)
+        made.setsockopt(zmq.LINGER, 0)
+        made.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + 1024)
+        made.setsockopt(zmq.SNDHWM, 10_000)
+        made.setsockopt(zmq.IPV6, 1)
+        return made
+
+    def _bind(self, host: str, port: int) -> int:
+        try:
+            where = _local_endpoint(host)
+            self._router.bind(f"{where}:{port or '*'}")
+        except (zmq.ZMQError, OSError) as e:
+            self._context.destroy(linger=0)
+            raise ConfigError(
+                f"control channel cannot listen on {host}:{port} ({e.strerror}); set "
+                "VLLM_NIXL_SIDE_CHANNEL_HOST to an address of this host and leave "
+                "VLLM_NIXL_SIDE_CHANNEL_PORT unset for a free port"
+            ) from e
+        endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        return int(endpoint.rstrip("\0").rpartition(":")[2])
+
+
+def _local_endpoint(host: str) -> str:
+    """ZMQ endpoint, without the port, that listens where ``host`` leads to.
+
+    A host that is not an address of this machine (a service name, NAT) is advertised as it is,
+    and we listen on all interfaces behind it.
+    """
+    family, *_, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address[0], 0))
+        except OSError:
+            logger.warning("%s is not an address of this host: listening on all interfaces", host)
+            return "tcp://*"
+    return f"tcp://[{address[0]}]" if family == socket.AF_INET6 else f"tcp://{address[0]}"

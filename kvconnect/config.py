@@ -1,0 +1,107 @@
+"""Options of ``kv_connector_extra_config``, parsed once into a frozen struct.
+
+* In-tree names keep their meaning (vLLM ``distributed/kv_transfer/kv_connector/v1/nixl``).
+* An unknown key is an error at startup that names the nearest known one.
+* Knows nothing of vLLM: takes a plain dict.
+"""
+
+import difflib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from kvconnect.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+
+# In-tree NIXL options that have no counterpart here, accepted so that a configuration
+# written for the in-tree connector still starts; each says why it has no effect.
+INERT_OPTIONS = {
+    "num_threads": "the mover drives NIXL from one thread",
+    "engine_ttl": "peers are dropped when they fail, not by age",
+    "kv_recompute_threshold": "it only concerns bidirectional transfers",
+    "decoder_kv_blocks_ttl": "it only concerns bidirectional transfers",
+}
+
+MIN_SECRET_BYTES = 16
+
+
+class NixlConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of ``KVConnectNixl``."""
+
+    backends: tuple[str, ...] = ("UCX",)
+    """NIXL plugins to load, e.g. ``["UCX"]`` or ``["LIBFABRIC"]``."""
+    kv_lease_duration: Seconds = 30
+    """Seconds that prefilled blocks are kept for a decode engine that does not renew."""
+    kv_lease_max_duration: Seconds = 3600
+    """Seconds after which a lease ends even if it is still being renewed."""
+    handshake_timeout: Seconds = 5
+    """Seconds within which a peer must complete the greeting."""
+    load_timeout: Seconds = 60
+    """Seconds from a request's admission until its KV must have arrived."""
+    auth_secret_file: str | None = None
+    """Path of a file with a secret shared by all engines; signs tickets, proves peers."""
+    model_id: str | None = None
+    """Name of the weights when the model's path differs between prefill and decode."""
+    bidirectional_kv_xfer: bool = False
+    """In-tree's decode → prefill transfers; not available here."""
+
+    def __post_init__(self) -> None:
+        if not self.backends:
+            raise ValueError("backends is empty, expected at least one NIXL plugin, e.g. ['UCX']")
+        if self.bidirectional_kv_xfer:
+            raise ValueError(
+                "bidirectional_kv_xfer is true, but decode → prefill transfers are not "
+                "available in kvconnect; remove the option"
+            )
+        if self.kv_lease_max_duration < self.kv_lease_duration:
+            raise ValueError(
+                f"kv_lease_max_duration is {self.kv_lease_max_duration:g} s, expected at least "
+                f"kv_lease_duration ({self.kv_lease_duration:g} s)"
+            )
+
+
+Config = TypeVar("Config", bound=msgspec.Struct)
+
+
+def parse(options: Mapping[str, Any], schema: type[Config], connector: str) -> Config:
+    """``options`` as a ``schema``; raises ConfigError that names the option and a remedy."""
+    known = [f.encode_name for f in msgspec.structs.fields(schema)]
+    wanted = {}
+    for key, value in options.items():
+        if key in INERT_OPTIONS and key not in known:
+            logger.warning("%s: %s has no effect: %s", connector, key, INERT_OPTIONS[key])
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+            raise ConfigError(f"{connector}: unknown option {key!r} in extra config; {hint}")
+        else:
+            wanted[key] = value
+    try:
+        return msgspec.convert(wanted, schema)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{connector}: bad extra config: {e}") from e
+
+
+def read_secret(path: str | None) -> bytes | None:
+    """The shared secret in the file at ``path``; None without a path."""
+    if path is None:
+        return None
+    try:
+        secret = Path(path).read_bytes().strip()
+    except OSError as e:
+        raise ConfigError(
+            f"auth_secret_file {path!r} cannot be read ({e.strerror}); create it with "
+            "`openssl rand -hex 32` and give every engine the same file"
+        ) from e
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ConfigError(
+            f"auth_secret_file {path!r} holds {len(secret)} bytes, expected at least "
+            f"{MIN_SECRET_BYTES}; create it with `openssl rand -hex 32`"
+        )
+    return secret

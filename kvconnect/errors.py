@@ -1,0 +1,36 @@
+"""Everything kvconnect raises, as one tree.
+
+    KvConnectError
+    ├── ConfigError        what an operator typed cannot work; raised at startup only
+    ├── GeometryError      two KV caches cannot be mapped onto each other
+    ├── WireError          a peer's message is malformed, oversized or not authentic
+    ├── OfferError         a client's kv_transfer_params are unusable (→ local prefill)
+    └── TransportError     a transport refused work that it was handed (→ failed ticket)
+
+Remote faults in flight are values (``Done.error``), never exceptions. A message names the
+subject, what was seen, what was expected and the remedy.
+"""
+
+
+class KvConnectError(Exception):
+    """Base of all errors that kvconnect raises on purpose."""
+
+
+class ConfigError(KvConnectError, ValueError):
+    """An operator's setting cannot work. Raised at startup, never while serving."""
+
+
+class GeometryError(KvConnectError):
+    """Two KV caches cannot be mapped onto each other by this path."""
+
+
+class WireError(KvConnectError):
+    """A message from a peer is malformed, too large or not authentic: it is dropped."""
+
+
+class OfferError(KvConnectError):
+    """A client's ``kv_transfer_params`` cannot be used: the request is prefilled locally."""
+
+
+class TransportError(KvConnectError):
+    """A transport refused a peer or a piece of work: the ticket fails, the engine goes on."""

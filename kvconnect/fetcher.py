@@ -1,0 +1,291 @@
+"""The consumer's half of a mover: fills our blocks from leased blocks of remote engines.
+
+A fetch is GREETING → OPENING → READING → CLOSING → ended. Its data counts only if every rank
+that was read says, after the read, that the lease still stood: late is failed. Whatever goes
+wrong moves it to FAILING, where it stays until no transport can touch our blocks any more.
+
+* An id is reported exactly once, and only if it was ordered by a Fetch.
+* Every remote rank, read or not, is told when we are done with its blocks.
+* A watched request's lease is renewed until its fetch or its release ends.
+"""
+
+import enum
+import logging
+from dataclasses import dataclass, field
+
+from kvconnect import wire
+from kvconnect.dialler import Call, Dialler, State
+from kvconnect.errors import GeometryError
+from kvconnect.lease import Clock
+from kvconnect.order import Cancel, Fetch, Release, Source, Watch
+from kvconnect.remote import Remote, Remotes
+from kvconnect.stats import Stats
+from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+RENEWALS_PER_TTL = 3
+
+
+class Phase(enum.Enum):
+    """How far a fetch has come."""
+
+    GREETING = "greeting"
+    OPENING = "opening"
+    READING = "reading"
+    CLOSING = "closing"
+    FAILING = "failing"
+
+
+@dataclass
+class _Fetch:
+    order: Fetch | Release
+    remote: Remote
+    deadline: float
+    phase: Phase = Phase.GREETING
+    error: str = ""
+    aborted: bool = False
+    opens: dict[int, Call] = field(default_factory=dict)  # index of the rank → call
+    closes: dict[int, Call] = field(default_factory=dict)
+    tickets: dict[Ticket, int] = field(default_factory=dict)  # running → index of the rank
+
+    @property
+    def generation(self) -> str | None:
+        """As the ticket says or, without one, as the first rank that was opened says."""
+        for call in self.opens.values():
+            if isinstance(call.reply, wire.Opened):
+                return call.reply.generation
+        return self.order.source.generation
+
+
+@dataclass
+class _Watch:
+    source: Source
+    remote: Remote
+    renew_at: float
+
+
+class Fetcher:
+    """All fetches of one rank. ``rank`` of ``ranks`` is our place in our engine."""
+
+    def __init__(
+        self,
+        dialler: Dialler,
+        remotes: Remotes,
+        transport: Transport,
+        clock: Clock,
+        stats: Stats,
+        rank: int,
+        ranks: int,
+        load_timeout_s: float,
+    ) -> None:
+        self._dialler = dialler
+        self._remotes = remotes
+        self._transport = transport
+        self._clock = clock
+        self._stats = stats
+        self._rank = rank
+        self._ranks = ranks
+        self._load_timeout_s = load_timeout_s
+        self._fetches: dict[str, _Fetch] = {}
+        self._watches: dict[str, _Watch] = {}
+        self._received: set[str] = set()
+        self._failed: dict[str, str] = {}
+
+    @property
+    def reading(self) -> bool:
+        """Whether the transport has work of ours."""
+        return any(f.tickets for f in self._fetches.values())
+
+    def watch(self, order: Watch) -> None:
+        """Greet early and keep the lease alive while the request waits."""
+        remote = self._remotes.of(order.source)
+        self._watches[order.request_id] = _Watch(order.source, remote, self._clock())
+
+    def start(self, order: Fetch | Release) -> None:
+        """Begin a fetch, or a release, which is a fetch of nothing that reports nothing."""
+        remote = self._remotes.of(order.source)
+        deadline = self._clock() + self._load_timeout_s
+        self._fetches[order.request_id] = _Fetch(order, remote, deadline)
+
+    def cancel(self, order: Cancel) -> None:
+        """The request ended; its fetch ends as failed once its reads have drained."""
+        if fetch := self._fetches.get(order.request_id):
+            fetch.aborted = True
+            self._fail(fetch, "the request was aborted")
+
+    def done(self, done: Done) -> None:
+        """Take in a ticket that ended."""
+        for fetch in self._fetches.values():
+            if (index := fetch.tickets.pop(done.ticket, None)) is None:
+                continue
+            if done.error is None:
+                self._stats.transfer(done)
+            elif fetch.phase is Phase.READING:
+                self._stats.count("num_failed_transfers")
+                self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {done.error}")
+            return
+
+    def tick(self) -> None:
+        """Move every fetch on as far as it goes, and renew leases."""
+        for request_id, fetch in list(self._fetches.items()):
+            if self._advance(fetch):
+                del self._fetches[request_id]
+                self._watches.pop(request_id, None)
+                if isinstance(fetch.order, Fetch):
+                    self._report(request_id, fetch)
+        self._renew()
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is worth calling next."""
+        times = [f.deadline for f in self._fetches.values()]
+        times += [w.renew_at for w in self._watches.values() if w.remote.state is State.READY]
+        return min(times, default=None)
+
+    def take(self) -> tuple[set[str], dict[str, str]]:
+        """Requests whose fetch ended, and of those the failed ones; each told once."""
+        taken = self._received, self._failed
+        self._received, self._failed = set(), {}
+        return taken
+
+    def _report(self, request_id: str, fetch: _Fetch) -> None:
+        self._received.add(request_id)
+        if fetch.error and not fetch.aborted:
+            self._failed[request_id] = fetch.error
+            logger.warning("request %s: KV was not loaded: %s", request_id, fetch.error)
+
+    # -- one fetch ----------------------------------------------------------------------
+
+    def _advance(self, fetch: _Fetch) -> bool:
+        """Move ``fetch`` on; True once it has ended."""
+        self._check_time(fetch)
+        if fetch.phase is not Phase.FAILING:
+            self._check(fetch)
+        if fetch.phase is Phase.GREETING and fetch.remote.state is State.READY:
+            self._open(fetch)
+        if fetch.phase is Phase.OPENING and all(c.reply for c in fetch.opens.values()):
+            self._read(fetch)
+        if fetch.phase is Phase.READING and not fetch.tickets:
+            self._close(fetch)
+            fetch.phase = Phase.CLOSING
+        if fetch.phase is Phase.CLOSING:
+            return all(c.reply for i, c in fetch.closes.items() if i in fetch.opens)
+        if fetch.phase is Phase.FAILING and not fetch.tickets:
+            self._close(fetch)
+            return True
+        return False
+
+    def _check(self, fetch: _Fetch) -> None:
+        """Fail a fetch that cannot succeed any more."""
+        remote = fetch.remote
+        remote.advance()
+        for index, call in (*fetch.opens.items(), *fetch.closes.items()):
+            if call.error and index in fetch.opens:
+                self._fail(fetch, call.error)
+            elif isinstance(call.reply, wire.Refused):
+                self._fail(fetch, f"peer {remote.peers[index]} refused: {call.reply.detail}")
+            elif isinstance(call.reply, wire.Closed) and not call.reply.stood:
+                if index in fetch.opens:
+                    self._stats.count("num_late_reads")
+                    self._fail(fetch, "the lease was over before the read had ended")
+        if remote.state is State.FAILED:
+            self._stats.count("num_failed_handshakes")
+            self._fail(fetch, remote.error)
+
+    def _check_time(self, fetch: _Fetch) -> None:
+        if self._clock() < fetch.deadline:
+            return
+        self._fail(fetch, f"not loaded within {self._load_timeout_s:g} s")
+        if fetch.tickets and fetch.remote.state is not State.FAILED:
+            # the fence: without it a read could still land in blocks that get a new owner
+            fetch.remote.fail("a read did not end in time")
+
+    def _open(self, fetch: _Fetch) -> None:
+        order, source = fetch.order, fetch.order.source
+        if isinstance(order, Release):
+            fetch.phase = Phase.READING  # of nothing
+            return
+        if source.generation and any(source.generation in p.gone for p in fetch.remote.peers):
+            self._fail(fetch, "the lease is over")
+            return
+        for index, route in enumerate(fetch.remote.routes):
+            if route is not None:
+                fetch.opens[index] = self._dialler.call(
+                    fetch.remote.peers[index],
+                    lambda seq: wire.Open(
+                        seq=seq,
+                        generation=source.generation,
+                        request_id=source.request_id,
+                        reader=self._rank,
+                        tokens=order.tokens,
+                        digest=order.digest,
+                    ),
+                    fetch.deadline,
+                )
+        fetch.phase = Phase.OPENING
+
+    def _read(self, fetch: _Fetch) -> None:
+        fetch.phase = Phase.READING
+        for index, call in fetch.opens.items():
+            route, opened = fetch.remote.routes[index], call.reply
+            try:
+                chosen = route.select(opened.tables, fetch.order.blocks)
+            except (GeometryError, IndexError) as e:
+                self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
+                return
+            if not len(chosen.src):
+                continue
+            work = Work(
+                op=Op.READ,
+                peer=fetch.remote.name_of(index),
+                local=route.dst,
+                local_index=chosen.dst,
+                remote=route.src,
+                remote_index=chosen.src,
+                nbytes=chosen.nbytes,
+            )
+            fetch.tickets[self._transport.submit(work)] = index
+
+    def _close(self, fetch: _Fetch) -> None:
+        """Tell every rank of the source that we are done with its blocks."""
+        source, generation = fetch.order.source, fetch.generation
+        for index, peer in enumerate(fetch.remote.peers):
+            fetch.closes[index] = self._dialler.call(
+                peer,
+                lambda seq: wire.Close(
+                    seq=seq,
+                    generation=generation,
+                    request_id=source.request_id,
+                    reader=self._rank,
+                    readers=self._ranks,
+                ),
+                self._clock() + CLOSE_TIMEOUT_S,
+            )
+
+    def _fail(self, fetch: _Fetch, error: str) -> None:
+        if fetch.phase is Phase.FAILING:
+            return
+        fetch.phase, fetch.error = Phase.FAILING, error
+        for ticket in fetch.tickets:
+            self._transport.cancel(ticket)
+
+    # -- renewal ------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        now = self._clock()
+        due: dict[int, tuple[Remote, list[str]]] = {}
+        for watch in self._watches.values():
+            if now < watch.renew_at or watch.source.generation is None:
+                continue
+            watch.remote.advance()
+            if watch.remote.state is State.FAILED:  # it may be back before the request is loaded
+                watch.remote = self._remotes.of(watch.source)
+            elif watch.remote.state is State.READY:
+                watch.renew_at = now + watch.source.ttl_s / RENEWALS_PER_TTL
+                due.setdefault(id(watch.remote), (watch.remote, []))[1].append(
+                    watch.source.generation
+                )
+        for remote, generations in due.values():
+            for peer in remote.peers:
+                self._dialler.tell(peer, wire.Renew(generations=generations))

@@ -1,0 +1,139 @@
+"""The producer's half of a mover: answers readers of our leased blocks.
+
+* A reader that is early (its lease is expected, not granted) is parked and answered when the
+  lease is granted or withdrawn; parked readers are bounded.
+* A reader whose prompt is not the leased one is refused: a ticket or a request id alone is
+  not enough to read another prompt's KV.
+"""
+
+import hmac
+import logging
+
+from kvconnect import wire
+from kvconnect.channel import Link
+from kvconnect.lease import Clock, LeaseBook, Standing, Terms
+from kvconnect.listener import Incoming, Listener
+
+logger = logging.getLogger(__name__)
+
+MAX_PARKED = 4096
+
+
+class Lender:
+    """Leases of one rank, and the messages about them."""
+
+    def __init__(self, listener: Listener, clock: Clock, max_duration_s: float) -> None:
+        self._listener = listener
+        self._book = LeaseBook(clock, max_duration_s)
+        self._parked: dict[str, dict[tuple[Link, int], wire.Open]] = {}
+        self._freed: set[str] = set()
+        self.expired = 0
+        """Leases that ended by expiry since this was last read and set to 0."""
+        self.late = 0
+        """Closes that came after their lease was over, likewise."""
+
+    @property
+    def reading(self) -> bool:
+        """Whether a reader is between open and close: the transport needs progress."""
+        return self._book.reading
+
+    def expect(self, request_id: str, generation: str) -> None:
+        """A request that will be leased is being computed."""
+        self._book.expect(request_id, generation)
+
+    def grant(self, terms: Terms) -> None:
+        """Lease a request's blocks, and answer whoever waits for them."""
+        self._book.grant(terms)
+        for (link, _), message in self._parked.pop(terms.generation, {}).items():
+            self._open(link, message)
+
+    def withdraw(self, generation: str) -> None:
+        """An expected request ended without KV."""
+        self._book.withdraw(generation)
+        for (link, _), message in self._parked.pop(generation, {}).items():
+            self._refuse(link, message, "withdrawn", "the request ended without KV to hand over")
+
+    def receive(self, incoming: Incoming) -> None:
+        """Handle a message from a peer that dialled us."""
+        link, message = incoming
+        if isinstance(message, wire.Open):
+            self._open(link, message)
+        elif isinstance(message, wire.Close):
+            self._close(link, message)
+        elif isinstance(message, wire.Renew):
+            gone = [g for g in message.generations if self._book.renew(g) is Standing.GONE]
+            if gone:
+                self._listener.answer(link, wire.Gone(generations=gone))
+
+    def tick(self) -> None:
+        """End the leases that are over."""
+        for request_id in self._book.expire():
+            logger.warning("request %s: lease expired, its blocks are freed", request_id)
+            self.expired += 1
+            self._freed.add(request_id)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is worth calling next."""
+        return self._book.next_deadline()
+
+    def take_freed(self) -> set[str]:
+        """Requests whose blocks may be freed, each told once."""
+        freed, self._freed = self._freed, set()
+        return freed
+
+    def _open(self, link: Link, message: wire.Open) -> None:
+        generation = self._generation(message)
+        standing = self._book.standing(generation) if generation else Standing.GONE
+        if standing is Standing.EXPECTED:
+            self._park(link, message, generation)
+            return
+        if standing is Standing.GONE:
+            self._refuse(link, message, "gone", "no such lease, or it is over")
+            return
+        terms = self._book.terms(generation)
+        same = hmac.compare_digest(terms.digest, message.digest)
+        if message.tokens != terms.tokens or not same:
+            self._refuse(
+                link,
+                message,
+                "another prompt",
+                f"the lease holds {terms.tokens} tokens of another prompt than the reader's "
+                f"{message.tokens}",
+            )
+            return
+        self._book.open(generation, message.reader)
+        self._book.renew(generation)
+        self._listener.answer(
+            link,
+            wire.Opened(
+                seq=message.seq,
+                generation=generation,
+                tables=terms.tables,
+                ttl_ms=round(terms.ttl_s * 1000),
+            ),
+        )
+
+    def _close(self, link: Link, message: wire.Close) -> None:
+        generation = self._generation(message)
+        stood, freed = False, None
+        if generation:
+            stood, freed = self._book.close(generation, message.reader, message.readers)
+        if freed:
+            self._freed.add(freed)
+        if not stood:
+            self.late += 1
+        self._listener.answer(link, wire.Closed(seq=message.seq, stood=stood))
+
+    def _generation(self, message: wire.Open | wire.Close) -> str | None:
+        if message.generation is not None:
+            return message.generation
+        return self._book.find(message.request_id) if message.request_id else None
+
+    def _park(self, link: Link, message: wire.Open, generation: str) -> None:
+        if sum(map(len, self._parked.values())) >= MAX_PARKED:
+            self._refuse(link, message, "busy", f"{MAX_PARKED} readers already wait here")
+            return
+        self._parked.setdefault(generation, {})[link, message.reader] = message
+
+    def _refuse(self, link: Link, message: wire.Open, cause: str, detail: str) -> None:
+        self._listener.answer(link, wire.Refused(seq=message.seq, cause=cause, detail=detail))

@@ -1,0 +1,242 @@
+"""The worker's loop: orders in, bytes moved, outcomes out.
+
+One mover per worker alone owns the transport and the control channel, on a thread of its own,
+so that a prefill of 300 ms never delays a pull. The engine's thread only calls `put`, `take`,
+`take_stats` and `close`. The thread's body is `step`, which tests call without a thread and
+with a fake clock.
+
+* Busy (something is being read, by us or from us): steps follow each other closely. Idle: the
+  thread sleeps in the channel until a frame, an order or a deadline; it looks after the
+  transport once a second.
+* A programming fault in the thread is raised in the engine's thread by the next `take`.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from kvconnect import wire
+from kvconnect.blocks import Shard
+from kvconnect.channel import Channel
+from kvconnect.dialler import Dialler
+from kvconnect.fetcher import Fetcher
+from kvconnect.lease import Clock
+from kvconnect.lender import Lender
+from kvconnect.listener import Listener
+from kvconnect.order import (
+    Cancel,
+    Directory,
+    Expect,
+    Fetch,
+    Grant,
+    Order,
+    Outcome,
+    Release,
+    Watch,
+    Withdraw,
+)
+from kvconnect.remote import Remotes
+from kvconnect.stats import Stats
+from kvconnect.transport.base import Transport
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0
+BUSY_PAUSE_S = 100e-6
+
+Fence = Callable[[], bool]
+"""True once the device has finished what was submitted before the orders were given."""
+
+
+class Settings(NamedTuple):
+    """What a mover needs to know of its engine. ``rank`` counts over TP × PP."""
+
+    rank: int
+    ranks: int
+    fingerprint: Mapping[str, str]
+    transport_name: str
+    secret: bytes | None = None
+    handshake_timeout_s: float = 5.0
+    load_timeout_s: float = 60.0
+    lease_max_s: float = 3600.0
+
+
+class Mover:
+    """See the module's contract."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        memory: Shard,
+        transport: Transport,
+        channel: Channel,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.incarnation = secrets.token_hex(8)
+        self.address = channel.address
+        self._settings = settings
+        self._memory = memory
+        self._transport = transport
+        self._channel = channel
+        self._clock = clock
+        self._stats = Stats()
+        self._shards: tuple[wire.Address, ...] = (channel.address,)
+        secret = settings.secret or b""
+        self._listener = Listener(channel, settings.fingerprint, self._body, secret)
+        self._dialler = Dialler(
+            channel, clock, settings.fingerprint, secret, settings.handshake_timeout_s
+        )
+        self._lender = Lender(self._listener, clock, settings.lease_max_s)
+        self._fetcher = Fetcher(
+            self._dialler,
+            Remotes(self._dialler, transport, memory, settings.rank),
+            transport,
+            clock,
+            self._stats,
+            settings.rank,
+            settings.ranks,
+            settings.load_timeout_s,
+        )
+        self._lock = threading.Lock()  # guards the three below
+        self._orders: deque[tuple[Sequence[Order], Fence | None]] = deque()
+        self._outcome = Outcome()
+        self._fault: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+
+    # -- the engine's thread ----------------------------------------------------------
+
+    def start(self) -> None:
+        """Run `step` on a thread until `close`."""
+        self._thread = threading.Thread(target=self._run, name="kvconnect-mover", daemon=True)
+        self._thread.start()
+
+    def put(self, orders: Sequence[Order], fence: Fence | None = None) -> None:
+        """Give orders; carried out in sequence, once ``fence`` says so."""
+        if not orders:
+            return
+        with self._lock:
+            self._orders.append((orders, fence))
+        self._channel.wake()
+
+    def take(self) -> Outcome:
+        """What ended since the last call; raises what stopped the thread, if anything did."""
+        with self._lock:
+            if self._fault is not None:
+                raise self._fault
+            taken, self._outcome = self._outcome, Outcome()
+        return taken
+
+    def take_stats(self) -> dict[str, list[float]] | None:
+        """What was measured since the last call; None if nothing."""
+        with self._lock:
+            return self._stats.take()
+
+    def close(self) -> None:
+        """Stop the thread, then give up the transport and the channel. Idempotent."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        if self._thread is not None:
+            self._channel.wake()
+            self._thread.join(timeout=10)
+        self._transport.close()
+        self._channel.close()
+
+    # -- the mover's thread -----------------------------------------------------------
+
+    def step(self, wait_s: float = 0.0) -> None:
+        """Do everything there is to do now, waiting at most ``wait_s`` for a frame."""
+        frames = self._channel.poll(wait_s)
+        self._obey()
+        for frame in frames:
+            if frame.link.dialled:
+                self._dialler.receive(frame)
+            elif incoming := self._listener.receive(frame):
+                self._lender.receive(incoming)
+        for done in self._transport.poll():
+            self._fetcher.done(done)
+        self._dialler.tick()
+        self._lender.tick()
+        self._fetcher.tick()
+        self._publish()
+
+    def wait_s(self) -> float:
+        """How long the next step may wait for a frame."""
+        if self._busy:
+            return 0.0
+        parts = (self._dialler, self._lender, self._fetcher)
+        deadlines = [d for part in parts if (d := part.next_deadline()) is not None]
+        if any(fence is not None for _, fence in self._orders):
+            return 0.001
+        soonest = min(deadlines, default=float("inf")) - self._clock()
+        return min(max(soonest, 0.001), IDLE_WAIT_S)
+
+    @property
+    def _busy(self) -> bool:
+        return self._fetcher.reading or self._lender.reading
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self.step(self.wait_s())
+                if self._busy:
+                    time.sleep(BUSY_PAUSE_S)
+        except BaseException as e:
+            logger.exception("the mover stopped; the engine will be told")
+            with self._lock:
+                self._fault = e
+
+    def _obey(self) -> None:
+        while True:
+            with self._lock:
+                if not self._orders:
+                    return
+                orders, fence = self._orders[0]
+                if fence is not None and not fence():
+                    return
+                self._orders.popleft()
+            for order in orders:
+                self._carry_out(order)
+
+    def _carry_out(self, order: Order) -> None:
+        match order:
+            case Expect():
+                self._lender.expect(order.request_id, order.generation)
+            case Grant():
+                self._lender.grant(order.terms)
+            case Withdraw():
+                self._lender.withdraw(order.generation)
+            case Watch():
+                self._fetcher.watch(order)
+            case Fetch() | Release():
+                self._fetcher.start(order)
+            case Cancel():
+                self._fetcher.cancel(order)
+            case Directory():
+                self._shards = order.shards
+
+    def _publish(self) -> None:
+        sent = self._lender.take_freed()
+        received, failed = self._fetcher.take()
+        with self._lock:
+            self._stats.count("num_kv_expired_reqs", self._lender.expired)
+            self._stats.count("num_notifications_after_expiry", self._lender.late)
+            self._outcome.sent |= sent
+            self._outcome.received |= received
+            self._outcome.failed |= failed
+        self._lender.expired = self._lender.late = 0
+
+    def _body(self) -> wire.Body:
+        return wire.Body(
+            incarnation=self.incarnation,
+            views=self._memory.views,
+            regions=self._memory.regions,
+            transport=self._settings.transport_name,
+            hello=self._transport.hello(),
+            shards=self._shards,
+        )

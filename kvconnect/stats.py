@@ -1,0 +1,48 @@
+"""What a mover measured since it was last asked, under vLLM's own names where they exist.
+
+Names and units follow vLLM ``kv_connector/v1/nixl/stats.py``: lists of observations, seconds
+and bytes, so that dashboards made for the in-tree connector go on working.
+"""
+
+from kvconnect.transport.base import Done
+
+OBSERVED = ("transfer_duration", "post_duration", "bytes_transferred", "num_descriptors")
+COUNTED = (
+    "num_failed_transfers",
+    "num_failed_notifications",
+    "num_failed_handshakes",
+    "num_kv_expired_reqs",
+    "num_notifications_after_expiry",
+    "num_late_reads",
+    "num_invalid_params",
+)
+
+
+def empty() -> dict[str, list[float]]:
+    """All names, nothing observed."""
+    return {name: [] for name in OBSERVED + COUNTED}
+
+
+class Stats:
+    """Observations of one mover or planner; one thread writes, `take` swaps."""
+
+    def __init__(self) -> None:
+        self._data = empty()
+
+    def transfer(self, done: Done) -> None:
+        """A read that succeeded."""
+        self._data["transfer_duration"].append(done.wire_s)
+        self._data["post_duration"].append(done.post_s)
+        self._data["bytes_transferred"].append(done.nbytes)
+        self._data["num_descriptors"].append(done.descriptors)
+
+    def count(self, name: str, times: int = 1) -> None:
+        """Something of COUNTED happened."""
+        self._data[name].extend([1] * times)
+
+    def take(self) -> dict[str, list[float]] | None:
+        """What was observed since the last call; None if nothing."""
+        if not any(self._data.values()):
+            return None
+        taken, self._data = self._data, empty()
+        return taken

@@ -1,0 +1,1 @@
+"""Tiers: scheduler-side knowledge of where KV can be had."""

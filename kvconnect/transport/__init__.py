@@ -1,0 +1,1 @@
+"""Transports: each moves bytes for a plan and knows no requests, keys or leases."""

@@ -1,0 +1,16 @@
+"""The edge to vLLM: the only package that imports it, and only when a connector is asked for.
+
+``kv_connector_module_path: kvconnect.vllm`` finds the connectors here under vLLM's own names.
+"""
+
+from typing import Any
+
+CONNECTORS = {"KVConnectNixl": "kvconnect.vllm.connector", "NixlConnector": "kvconnect.vllm.connector"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in CONNECTORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(CONNECTORS[name]), name)

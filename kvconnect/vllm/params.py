@@ -1,0 +1,218 @@
+"""``kv_transfer_params``: the in-tree NIXL field set, in and out, and our ticket beside it.
+
+The params travel through the client's hands, so nothing in them is believed: what is unusable
+is an OfferError, and the request is prefilled locally. The ticket, one string under the key
+``kvconnect``, says where the lease is (routers overwrite ``remote_host``: the ticket wins) and
+is signed when a secret is configured; then an unsigned offer is refused.
+"""
+
+import base64
+import hashlib
+import hmac
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from kvconnect.errors import OfferError
+from kvconnect.order import Shard, Source
+from kvconnect.session import sign
+from kvconnect.tier.peer import Offer
+from kvconnect.wire import MAX_RANKS, Address, Count, Generation, Name, RequestId, Short
+
+TICKET_KEY = "kvconnect"
+MAX_TICKET_CHARS = 1 << 20
+DIGEST_BYTES = 16
+
+
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """A lease and where it is; see docs/wire.md."""
+
+    version: int
+    engine_id: Name
+    generation: Generation
+    request_id: RequestId
+    tokens: Count
+    digest: Short
+    ttl_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
+    shards: Annotated[
+        tuple[tuple[Address, Generation], ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)
+    ]
+    """Every rank's address and incarnation."""
+
+
+TICKET_VERSION = 1
+
+
+def seal_ticket(ticket: Ticket, secret: bytes | None) -> str:
+    """The ticket as JSON-safe text ``payload.signature``; no signature without a secret."""
+    payload = base64.urlsafe_b64encode(msgspec.msgpack.encode(ticket))
+    signature = base64.urlsafe_b64encode(sign(secret, payload)) if secret else b""
+    return (payload + b"." + signature).decode()
+
+
+def open_ticket(text: Any, secret: bytes | None) -> Ticket:
+    """The ticket in ``text``; raises OfferError."""
+    if not isinstance(text, str) or len(text) > MAX_TICKET_CHARS:
+        raise OfferError(f"{TICKET_KEY} is not a ticket but {_seen(text)}")
+    payload, _, signature = text.partition(".")
+    try:
+        if secret is not None:
+            given = base64.urlsafe_b64decode(signature.encode())
+            if not hmac.compare_digest(given, sign(secret, payload.encode())):
+                raise OfferError(
+                    "the ticket's signature is wrong; do both engines have the same "
+                    "auth_secret_file?"
+                )
+        ticket = msgspec.msgpack.decode(base64.urlsafe_b64decode(payload.encode()), type=Ticket)
+    except (ValueError, msgspec.DecodeError) as e:
+        raise OfferError(f"{TICKET_KEY} is malformed: {e}") from e
+    if ticket.version != TICKET_VERSION:
+        raise OfferError(f"ticket of version {ticket.version}, expected {TICKET_VERSION}")
+    return ticket
+
+
+class Prompt:
+    """What KV depends on: tokens, embeddings, multimodal inputs, adapter and cache salt.
+
+    ``backoff`` trailing tokens are not handed over; at least one token always is.
+    """
+
+    def __init__(self, request: Any, backoff: int = 0) -> None:
+        self._request = request
+        tokens: int = request.num_prompt_tokens
+        self.num_tokens = tokens - backoff if tokens > backoff else tokens
+
+    def digest(self, tokens: int) -> bytes:
+        """Identity of the first ``tokens`` tokens; equal in every engine of the same model."""
+        request, h = self._request, hashlib.blake2b(digest_size=DIGEST_BYTES)
+        ids = request.prompt_token_ids
+        if ids is not None:
+            h.update(msgspec.msgpack.encode(list(ids[:tokens])))
+        if (embeds := request.prompt_embeds) is not None:
+            h.update(b"embeds" + embeds[:tokens].float().numpy().tobytes())
+        lora = request.lora_request.lora_name if request.lora_request else None
+        media = [
+            (f.mm_hash or f.identifier, f.mm_position.offset, f.mm_position.length)
+            for f in request.mm_features or ()
+            if f.mm_position.offset < tokens
+        ]
+        h.update(msgspec.msgpack.encode((tokens, lora, request.cache_salt, media)))
+        return h.digest()
+
+
+def wants_remote_prefill(params: Any) -> bool:
+    """Whether the client says that this prompt's KV is on another engine."""
+    return isinstance(params, dict) and bool(params.get("do_remote_prefill"))
+
+
+def wants_remote_decode(params: Any) -> bool:
+    """Whether the client says that another engine will decode this prompt."""
+    return isinstance(params, dict) and bool(params.get("do_remote_decode"))
+
+
+def parse_offer(
+    params: dict[str, Any], prompt: Prompt, engine_id: str, secret: bytes | None, ttl_s: float
+) -> Offer:
+    """The offer in ``params``; raises OfferError with the reason.
+
+    ``ttl_s`` is assumed for an offer of an in-tree form, which does not say.
+    """
+    if params.get(TICKET_KEY):
+        return _from_ticket(open_ticket(params[TICKET_KEY], secret), prompt, engine_id)
+    if secret is not None:
+        raise OfferError(
+            f"no {TICKET_KEY} ticket, which auth_secret_file requires; does the prefill engine "
+            "run kvconnect with the same secret, and does the router copy all params?"
+        )
+    return _from_in_tree_form(params, prompt, engine_id, ttl_s)
+
+
+def _from_ticket(ticket: Ticket, prompt: Prompt, engine_id: str) -> Offer:
+    _check_engine(ticket.engine_id, engine_id)
+    if not 0 < ticket.tokens <= prompt.num_tokens:
+        raise OfferError(f"ticket for {ticket.tokens} of a prompt of {prompt.num_tokens} tokens")
+    digest = prompt.digest(ticket.tokens)
+    if not hmac.compare_digest(digest, ticket.digest):
+        raise OfferError("the ticket is for another prompt")
+    shards = tuple(Shard(address, incarnation) for address, incarnation in ticket.shards)
+    source = Source(shards, ticket.request_id, ticket.generation, ticket.ttl_ms / 1000)
+    return Offer(source, ticket.tokens, digest)
+
+
+def _from_in_tree_form(params: dict, prompt: Prompt, engine_id: str, ttl_s: float) -> Offer:
+    _check_engine(_text(params, "remote_engine_id"), engine_id)
+    request_id = _text(params, "remote_request_id")
+    address = Address(_text(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
+    if not any(_block_tables(params.get("remote_block_ids"))):
+        raise OfferError("remote_block_ids holds no block")
+    tokens = prompt.num_tokens
+    if params.get("remote_num_tokens") is not None:
+        tokens = min(tokens, _integer(params, "remote_num_tokens", 1 << 40))
+    source = Source((Shard(address, None),), request_id, None, ttl_s)
+    return Offer(source, tokens, prompt.digest(tokens))
+
+
+def _check_engine(theirs: str, ours: str) -> None:
+    if theirs == ours:
+        raise OfferError("the KV is in this very engine; its own prefix cache serves it")
+
+
+def _text(params: dict, key: str, longest: int = 1024) -> str:
+    value = params.get(key)
+    if not isinstance(value, str) or not 0 < len(value) <= longest:
+        raise OfferError(f"{key} is {_seen(value)}, expected 1 to {longest} characters")
+    return value
+
+
+def _integer(params: dict, key: str, largest: int) -> int:
+    value = params.get(key)
+    if isinstance(value, float) and value.is_integer():  # numbers that went through a router
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+        raise OfferError(f"{key} is {_seen(value)}, expected an integer from 1 to {largest}")
+    return value
+
+
+def _block_tables(value: Any) -> list[list[int]]:
+    """Block ids as a list per group; flat, nested, lists and tuples are all seen in the wild."""
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise OfferError(f"remote_block_ids is {_seen(value)}, expected lists of block ids")
+    nested = value if any(isinstance(v, list | tuple) for v in value) else [value]
+    for table in nested:
+        if not isinstance(table, list | tuple) or not all(
+            isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in table
+        ):
+            raise OfferError(f"remote_block_ids is {_seen(value)}, expected lists of block ids")
+    return [list(table) for table in nested]
+
+
+def _seen(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}…"
+
+
+def lent_params(
+    ticket: Ticket, secret: bytes | None, tables: Sequence[Sequence[int]], sizes: dict[str, int]
+) -> dict[str, Any]:
+    """What a producer answers: the in-tree pull set of vLLM 0.32, and the ticket.
+
+    ``tables`` are the block ids per KV cache group; ``sizes`` are tp_size, dcp_size, pp_size.
+    """
+    address, _ = ticket.shards[0]
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": [list(table) for table in tables],
+        "remote_engine_id": ticket.engine_id,
+        "remote_request_id": ticket.request_id,
+        "remote_host": address.host,
+        "remote_port": address.port,
+        **sizes,
+        "remote_num_tokens": ticket.tokens,
+        "remote_blocks_expiry_time": None,
+        "transfer_mode": "pull",
+        TICKET_KEY: seal_ticket(ticket, secret),
+    }

@@ -1,0 +1,23 @@
+"""Entry point of vLLM's group ``vllm.general_plugins``: registers our names with its factory.
+
+Runs in four to eight processes per start and several times in some; must never raise, because
+an exception here would end engines that do not even use kvconnect.
+"""
+
+import logging
+
+logger = logging.getLogger("vllm.kvconnect")
+
+REGISTERED = {"KVConnectNixl": "kvconnect.vllm.connector"}
+
+
+def register() -> None:
+    """Make our connectors known by name. Idempotent; imports no connector."""
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        for name, module in REGISTERED.items():
+            if name not in KVConnectorFactory._registry:
+                KVConnectorFactory.register_connector(name, module, name)
+    except Exception as e:
+        logger.warning("kvconnect cannot register with this vLLM: %s; see docs/compat.md", e)

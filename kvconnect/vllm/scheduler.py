@@ -1,0 +1,186 @@
+"""The scheduler's half of the connector: vLLM requests → planner.
+
+Nothing a client sends may raise here: unusable params are counted and prefilled locally.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from kvconnect.config import NixlConfig, read_secret
+from kvconnect.errors import OfferError
+from kvconnect.order import Order
+from kvconnect.plan import NO_BLOCK
+from kvconnect.planner import Planner
+from kvconnect.tier.base import Load, Store
+from kvconnect.tier.peer import PeerTier
+from kvconnect.vllm import _compat
+from kvconnect.vllm.params import (
+    TICKET_VERSION,
+    Prompt,
+    Ticket,
+    lent_params,
+    parse_offer,
+    wants_remote_decode,
+    wants_remote_prefill,
+)
+from kvconnect.vllm.worker import RankMetadata
+from kvconnect.wire import Address
+
+logger = logging.getLogger("vllm.kvconnect")
+
+NULL_BLOCK = 0  # vLLM's BlockPool takes block 0 as the placeholder of blocks it does not keep
+NOWHERE = (Address("localhost", 1), "unnamed")  # until the workers have said where they are
+
+
+class Scheduler:
+    """One per engine. Not thread-safe: vLLM's scheduler calls it."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: NixlConfig) -> None:
+        self._engine_id = vllm_config.kv_transfer_config.engine_id
+        self._groups = _compat.transfer_group_ids(kv_cache_config)
+        self._group_sizes = [
+            kv_cache_config.kv_cache_groups[g].kv_cache_spec.block_size for g in self._groups
+        ]
+        parallel = vllm_config.parallel_config
+        self._sizes = {
+            "tp_size": parallel.tensor_parallel_size,
+            "dcp_size": parallel.decode_context_parallel_size,
+            "pp_size": parallel.pipeline_parallel_size,
+        }
+        self._backoff = _backoff(vllm_config, kv_cache_config)
+        self._secret = read_secret(config.auth_secret_file)
+        self._ttl_s = float(config.kv_lease_duration)
+        self._planner = Planner(PeerTier(self._ttl_s))
+        self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
+
+    def named(self, ranks: Mapping[tuple[int, int], RankMetadata]) -> None:
+        """All workers are up; ``ranks`` by (pp_rank, tp_rank)."""
+        self._shards = tuple(
+            (Address(rank.host, rank.port), rank.incarnation) for _, rank in sorted(ranks.items())
+        )
+        self._planner.named(tuple(address for address, _ in self._shards))
+
+    # -- as vLLM schedules ---------------------------------------------------------------
+
+    def arrived(self, request: Any) -> None:
+        """A new request: note its offer, promise its KV."""
+        params = request.kv_transfer_params
+        if wants_remote_prefill(params):
+            try:
+                prompt = Prompt(request, self._backoff)
+                offer = parse_offer(params, prompt, self._engine_id, self._secret, self._ttl_s)
+            except OfferError as e:
+                self._planner.stats.count("num_invalid_params")
+                logger.warning(
+                    "request %s: kv_transfer_params are unusable, it is prefilled here: %s",
+                    request.request_id,
+                    e,
+                )
+            else:
+                self._planner.offered(request.request_id, offer)
+        elif wants_remote_decode(params):
+            self._shorten(request)
+            self._planner.will_lend(request.request_id)
+
+    def match(self, request: Any, local_tokens: int) -> int:
+        """Tokens to load beyond those cached here; no effect."""
+        return self._planner.match(request.request_id, local_tokens)
+
+    def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
+        """Blocks were allocated, of which ``tokens`` are to be loaded."""
+        wanted = self._wanted(blocks, request) if tokens else ()
+        self._planner.admitted(Load(request.request_id, wanted), tokens)
+
+    def received(self, request_ids: Sequence[str]) -> None:
+        """All ranks ended these loads."""
+        for request_id in request_ids:
+            self._planner.received(request_id)
+
+    def finished(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request ended; says whether its blocks are lent, and with which params."""
+        self._planner.ended(request.request_id)
+        if not wants_remote_decode(request.kv_transfer_params):
+            return False, None
+        tables = [block_ids[g] for g in self._groups]
+        tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        computed = request.status in (
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+            RequestStatus.FINISHED_STOPPED,
+        )
+        if not computed or tokens <= 0 or not any(tables):
+            self._planner.will_not_lend(request.request_id)
+            return False, None
+        return True, self._lend(request, tables, tokens)
+
+    def take_orders(self) -> list[Order]:
+        """Orders for every worker, since the last call."""
+        return self._planner.take_orders()
+
+    def take_stats(self) -> dict[str, list[float]] | None:
+        """What was counted here since the last call; None if nothing."""
+        return self._planner.stats.take()
+
+    def _lend(self, request: Any, tables: list[list[int]], tokens: int) -> dict[str, Any]:
+        kept = tuple(
+            tuple(b if b != NULL_BLOCK else NO_BLOCK for b in table[: -(-tokens // size)])
+            for table, size in zip(tables, self._group_sizes, strict=True)
+        )
+        digest = Prompt(request).digest(tokens)
+        generation = self._planner.lend(Store(request.request_id, kept, tokens, digest))
+        ticket = Ticket(
+            version=TICKET_VERSION,
+            engine_id=self._engine_id,
+            generation=generation,
+            request_id=request.request_id,
+            tokens=tokens,
+            digest=digest,
+            ttl_ms=round(self._ttl_s * 1000),
+            shards=self._shards,
+        )
+        named = [[b for b in table if b != NO_BLOCK] for table in kept]
+        return lent_params(ticket, self._secret, named, self._sizes)
+
+    def _shorten(self, request: Any) -> None:
+        """Compute only what can be handed over: recurrent state cannot step back a token.
+
+        As in-tree ``_truncate_request_for_prefill``; the decode engine computes the rest.
+        """
+        params, backoff = request.kv_transfer_params, self._backoff
+        if not backoff or request.num_prompt_tokens <= backoff or params.get("_p_side_truncated"):
+            return
+        if request.get_skip_reading_prefix_cache():
+            return
+        if request.prompt_token_ids is not None:
+            del request.prompt_token_ids[-backoff:]
+        else:
+            request.prompt_embeds = request.prompt_embeds[:-backoff]
+        del request._all_token_ids[-backoff:]
+        request.num_prompt_tokens -= backoff
+        request.max_tokens = 1
+        params["_p_side_truncated"] = True
+
+    def _wanted(self, blocks: Any, request: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Blocks to fill per group: those of the prompt that no prefix cache hit filled."""
+        tokens = self._planner.match(request.request_id, 0)
+        return tuple(
+            tuple(
+                (place, block.block_id)
+                for place, block in enumerate(blocks.blocks[group][: -(-tokens // size)])
+                if block.block_hash is None and not block.is_null
+            )
+            for group, size in zip(self._groups, self._group_sizes, strict=True)
+        )
+
+
+def _backoff(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Trailing prompt tokens that the decode engine computes itself (in-tree _prefill_backoff)."""
+    one_less = getattr(kv_cache_config, "has_mamba_layers", False) or any(
+        getattr(group.kv_cache_spec, "prefix_replay_tokens", 0) > 0
+        for group in kv_cache_config.kv_cache_groups
+    )
+    return max(int(one_less), getattr(vllm_config, "num_prefill_lookahead_tokens", 0) - 1, 0)

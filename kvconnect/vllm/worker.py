@@ -1,0 +1,169 @@
+"""The worker's half of the connector: describes the KV caches and runs the mover."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
+
+from kvconnect.channel import ZmqChannel
+from kvconnect.config import NixlConfig, read_secret
+from kvconnect.errors import ConfigError
+from kvconnect.mover import Fence, Mover, Settings
+from kvconnect.order import Fetch, Order, Outcome
+from kvconnect.vllm.fingerprint import fingerprint
+from kvconnect.vllm.layout import Place, describe
+
+logger = logging.getLogger("vllm.kvconnect")
+
+
+@dataclass
+class RankMetadata(KVConnectorHandshakeMetadata):
+    """Where this rank's control channel listens, for the scheduler's tickets."""
+
+    host: str
+    port: int
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This worker among those of its engine."""
+
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+
+    @property
+    def index(self) -> int:
+        return self.pp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def count(self) -> int:
+        return self.pp_size * self.tp_size
+
+
+def this_rank() -> Rank:
+    """From vLLM's process groups; a single rank where there are none (tools, tests)."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    tp, pp = get_tp_group(), get_pp_group()
+    return Rank(tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size)
+
+
+class Worker:
+    """Made at construction of the connector; works from `register` on."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: NixlConfig) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._config = config
+        self._secret = read_secret(config.auth_secret_file)
+        self._mover: Mover | None = None
+        self._device: torch.device | None = None
+        self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Describe and register the caches, open the control channel, start the mover."""
+        from kvconnect.transport.nixl import NixlTransport
+
+        rank = this_rank()
+        memory = describe(
+            kv_caches, self._kv_cache_config, self._vllm_config, Place(rank.tp_rank, rank.tp_size)
+        )
+        self._device = next(iter(kv_caches.values())).device
+        transport = NixlTransport(memory.regions, self._config.backends)
+        host, port = side_channel(self._vllm_config, rank)
+        settings = Settings(
+            rank=rank.index,
+            ranks=rank.count,
+            fingerprint=fingerprint(self._vllm_config, self._config.model_id),
+            transport_name="nixl:" + ",".join(self._config.backends),
+            secret=self._secret,
+            handshake_timeout_s=self._config.handshake_timeout,
+            load_timeout_s=self._config.load_timeout,
+            lease_max_s=self._config.kv_lease_max_duration,
+        )
+        self._mover = Mover(settings, memory, transport, ZmqChannel(host, port))
+        self._mover.start()
+        nbytes = sum(r.nbytes for r in memory.regions)
+        logger.info(
+            "kvconnect: rank %d of %d offers %d layers, %.2f GB, at %s",
+            rank.index,
+            rank.count,
+            len(memory.views),
+            nbytes / 1e9,
+            self._mover.address,
+        )
+
+    def handshake_metadata(self) -> RankMetadata | None:
+        """Where this rank is; None before `register`."""
+        if self._mover is None:
+            return None
+        address = self._mover.address
+        return RankMetadata(address.host, address.port, self._mover.incarnation)
+
+    def obey(self, orders: Sequence[Order]) -> None:
+        """Hand the scheduler's orders to the mover, behind what the device still computes."""
+        if self._mover is None or not orders:
+            return
+        for order in orders:
+            if isinstance(order, Fetch):
+                self._blocks[order.request_id] = {b for g in order.blocks for _, b in g}
+        self._mover.put(orders, self._fence())
+
+    def outcome(self) -> tuple[Outcome, set[int]]:
+        """What ended since the last call, and the block ids of failed fetches."""
+        if self._mover is None:
+            return Outcome(), set()
+        outcome = self._mover.take()
+        lost: set[int] = set()
+        for request_id in outcome.received:
+            blocks = self._blocks.pop(request_id, set())
+            if request_id in outcome.failed:
+                lost |= blocks
+        return outcome, lost
+
+    def take_stats(self) -> dict[str, list[float]] | None:
+        """See `Mover.take_stats`."""
+        return self._mover.take_stats() if self._mover else None
+
+    def close(self) -> None:
+        """Stop the mover. Idempotent."""
+        if self._mover is not None:
+            self._mover.close()
+
+    def _fence(self) -> Fence | None:
+        """Blocks in the orders may still be written by steps that run on the device."""
+        if self._device is None or self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event.query
+
+
+def side_channel(vllm_config: Any, rank: Rank) -> tuple[str, int]:
+    """Host to advertise and port to bind: vLLM's variables where set, else a free port.
+
+    A set port is rank 0's; the others are on free ports, since tickets name them all. Unlike
+    in-tree, the default host is not localhost, which no other machine can reach.
+    """
+    from vllm.utils.network_utils import get_ip
+
+    host = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST") or get_ip()
+    if host == "0.0.0.0":  # what get_ip says when it finds no route at all
+        host = "127.0.0.1"
+    port = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
+    if not port or rank.index != 0:
+        return host, 0
+    try:
+        return host, int(port) + getattr(vllm_config.parallel_config, "data_parallel_index", 0)
+    except ValueError as e:
+        raise ConfigError(
+            f"VLLM_NIXL_SIDE_CHANNEL_PORT is {port!r}, expected a port number; unset it for a "
+            "free port"
+        ) from e

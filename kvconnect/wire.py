@@ -1,0 +1,197 @@
+"""Messages between engines: typed, versioned, bounded. docs/wire.md describes the exchange.
+
+* msgpack by msgspec; never pickle. Unknown fields are ignored and missing optional ones take
+  their defaults, so a minor version may add fields; another major version is refused by name.
+* Every string, list and number from a peer has a bound; what exceeds it is a WireError.
+* Knows nothing of sockets.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+from kvconnect.blocks import BlockView, Name, Region
+from kvconnect.errors import WireError
+
+VERSION = (1, 0)
+"""(major, minor). 1.0: first version."""
+
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_RANKS = 4096
+
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
+Ranks = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Seq = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Generation = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+Generations = Annotated[list[Generation], msgspec.Meta(max_length=65_536)]
+RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+Detail = Annotated[str, msgspec.Meta(max_length=4096)]
+Short = Annotated[bytes, msgspec.Meta(max_length=64)]
+Opaque = Annotated[bytes, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
+Table = Annotated[tuple[int, ...], msgspec.Meta(max_length=1 << 20)]
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    """Where a rank's control channel listens."""
+
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65_535)]
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base of all messages."""
+
+
+class Hello(Message, frozen=True):
+    """First message of a dialler; proves nothing yet."""
+
+    version: tuple[int, int]
+    nonce: Short
+
+
+class Challenge(Message, frozen=True):
+    """The answer to Hello: proof that the listener knows the secret."""
+
+    version: tuple[int, int]
+    nonce: Short
+    proof: Short
+    secret: bool
+    """Whether this side has a secret, so that a mismatch can be named."""
+
+
+class Prove(Message, frozen=True):
+    """The dialler's proof; asks for the body."""
+
+    proof: Short
+
+
+class Welcome(Message, frozen=True):
+    """Who the listener is. The fingerprint is compared before ``body`` is decoded."""
+
+    fingerprint: Annotated[dict[Name, Name], msgspec.Meta(max_length=64)]
+    body: Opaque
+    """An encoded `Body`."""
+
+
+class Reject(Message, frozen=True):
+    """The listener does not go on with this dialler; ``again``: greet afresh and retry."""
+
+    detail: Detail
+    again: bool = False
+
+
+class Body(msgspec.Struct, frozen=True):
+    """A rank: its memory's geometry and how its transport is reached."""
+
+    incarnation: Generation
+    views: Annotated[tuple[BlockView, ...], msgspec.Meta(max_length=4096)]
+    regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=4096)]
+    transport: Name
+    hello: Opaque
+    shards: Annotated[tuple[Address, ...], msgspec.Meta(max_length=MAX_RANKS)] = ()
+    """All ranks of the engine, this one included, where it knows them."""
+
+
+class Open(Message, frozen=True):
+    """A reader asks to read a lease, by generation or, without a ticket, by request id."""
+
+    seq: Seq
+    generation: Generation | None
+    request_id: RequestId | None
+    reader: Rank
+    tokens: Count
+    digest: Short
+
+
+class Opened(Message, frozen=True):
+    """The lease stands; these blocks may be read until ``ttl_ms`` after Open was *sent*."""
+
+    seq: Seq
+    generation: Generation
+    tables: Annotated[tuple[Table, ...], msgspec.Meta(max_length=4096)]
+    ttl_ms: Count
+
+
+class Refused(Message, frozen=True):
+    """The lease is unknown, over, or holds another prompt."""
+
+    seq: Seq
+    cause: Name
+    detail: Detail
+
+
+class Renew(Message, frozen=True):
+    """Keep these leases alive."""
+
+    generations: Generations
+
+
+class Gone(Message, frozen=True):
+    """Of the leases in Renew, these are over."""
+
+    generations: Generations
+
+
+class Close(Message, frozen=True):
+    """Reader ``reader`` of ``readers`` is done with a lease, whether it read or not."""
+
+    seq: Seq
+    generation: Generation | None
+    request_id: RequestId | None
+    reader: Rank
+    readers: Ranks
+
+
+class Closed(Message, frozen=True):
+    """Whether the lease still stood when Close was handled: only then is what was read valid."""
+
+    seq: Seq
+    stood: bool
+
+
+AnyMessage = (
+    Hello
+    | Challenge
+    | Prove
+    | Welcome
+    | Reject
+    | Open
+    | Opened
+    | Refused
+    | Renew
+    | Gone
+    | Close
+    | Closed
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_body_decoder = msgspec.msgpack.Decoder(Body)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """``message`` or a Body as bytes."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> AnyMessage:
+    """The message in ``data``; raises WireError."""
+    return _decode(_decoder, data)
+
+
+def decode_body(data: bytes) -> Body:
+    """The Body in ``data``; raises WireError."""
+    return _decode(_body_decoder, data)
+
+
+def _decode(decoder, data: bytes):
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"message of {len(data)} bytes, expected at most {MAX_MESSAGE_BYTES}")
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise WireError(f"malformed message of {len(data)} bytes: {e}") from e
