@@ -1,0 +1,40 @@
+# The front door: the same commands here, in CI (.ci/run) and in the docs.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# so that `make -f /elsewhere/kvconnect/Makefile test` works too, and with spaces in the path
+ROOT := $(shell dirname -- "$(strip $(MAKEFILE_LIST))")
+RUN = cd "$(ROOT)" && . scripts/env.sh &&
+export VLLM PYTHON TORCH_CPU_INDEX
+ARGS ?=
+
+.PHONY: help setup demo test test-unit check bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
+	@echo
+	@echo "  ARGS=...        more arguments for demo, test, test-unit and bench"
+	@echo "  VLLM=existing   use the active environment and its vLLM, not .venv"
+
+setup: ## .venv with vLLM for CPU, models, vLLM's tests (minutes; then cached)
+	@"$(ROOT)/scripts/setup.sh"
+
+demo: setup ## prefill and decode engines on this machine's CPU
+	@$(RUN) kvconnect demo $(ARGS)
+
+test: setup ## all tests, those with real engines included
+	@$(RUN) python -m pytest -q --timeout=600 tests $(ARGS)
+
+test-unit: setup ## the tests that start no engine
+	@$(RUN) python -m pytest -q --timeout=60 tests/unit tests/property tests/contract $(ARGS)
+
+check: setup ## lint, formatting, types
+	@$(RUN) ruff check . && ruff format --check . && mypy kvconnect
+
+bench: setup ## prefill -> decode transfer benchmark
+	@$(RUN) kvconnect bench pd $(ARGS)
+
+clean: ## build and tool leftovers (keeps .venv and .cache; rm -rf those to start over)
+	@cd "$(ROOT)" && rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@cd "$(ROOT)" && find . \( -name .venv -o -name .cache -o -name .git \) -prune \
+	    -o -name __pycache__ -prune -exec rm -rf {} +
