@@ -1,0 +1,150 @@
+"""A real prefill and a real decode engine, and what tests ask of them."""
+
+import concurrent.futures
+import http.client
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from kvconnect.cli.engines import START_TIMEOUT_S, Engine, engine_env, transfer_config
+from kvconnect.cli.processes import Fleet, Server
+
+PREFILL = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What differs between the pairs of the tests."""
+
+    model: Path
+    prefill: Sequence[str] = ()
+    decode: Sequence[str] = ()
+    both: Sequence[str] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    policy: str = "fail"
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Overrides of kv_connector and kv_connector_module_path."""
+
+
+class Client:
+    """One engine, as an HTTP client sees it."""
+
+    def __init__(self, server: Server, model: str) -> None:
+        self.server = server
+        self.netloc = urlsplit(server.url).netloc
+        self.model = model
+
+    def post(self, prompt: Any, **options: Any) -> tuple[int, dict[str, Any]]:
+        """Status and answer of a greedy completion."""
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        return self.request("POST", "/v1/completions", body | options)
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection(self.netloc, timeout=300)
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, path, text, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            raw = answer.read()
+        finally:
+            connection.close()
+        return answer.status, json.loads(raw) if raw[:1] in b"{[" else raw.decode()
+
+    def tokens(self, prompt: Any, max_tokens: int = 12, **options: Any) -> list[int]:
+        """Token ids of the answer."""
+        status, answer = self.post(prompt, max_tokens=max_tokens, **options)
+        assert status == 200, answer
+        return answer["choices"][0]["token_ids"]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples with these labels."""
+        _, text = self.request("GET", "/metrics")
+        total = 0.0
+        for line in text.splitlines():
+            if re.match(rf"{re.escape(name)}(\{{|\s)", line):
+                if all(f'{k}="{v}"' in line for k, v in labels.items()):
+                    total += float(line.rsplit(" ", 1)[1])
+        return total
+
+
+class Pair:
+    """Prefill and decode engine of one Setup."""
+
+    def __init__(self, fleet: Fleet, setup: Setup) -> None:
+        self.fleet = fleet
+        self.setup = setup
+        servers = [self.start("prefill"), self.start("decode")]
+        fleet.wait_up(servers, START_TIMEOUT_S)
+        self.prefill, self.decode = (Client(s, setup.model.name) for s in servers)
+
+    def start(self, role: str) -> Server:
+        """Another engine of a role; not waited for."""
+        setup = self.setup
+        config = transfer_config("nixl", role) | dict(setup.names)
+        config |= {"kv_connector_extra_config": dict(setup.extra)}
+        config["kv_load_failure_policy"] = setup.policy
+        options = [*setup.both, *(setup.prefill if role == "prefill" else setup.decode)]
+        name = f"{role} {len(self.fleet.servers)}"
+        return self.fleet.start(name, Engine(setup.model, config, options).command, engine_env())
+
+    def prefilled(self, prompt: Any, **options: Any) -> dict[str, Any]:
+        """Params that hand the prompt over."""
+        params = {"kv_transfer_params": PREFILL}
+        status, answer = self.prefill.post(prompt, max_tokens=1, **params, **options)
+        assert status == 200, answer
+        return answer["kv_transfer_params"]
+
+    def tokens(self, prompt: Any, max_tokens: int = 12) -> list[int]:
+        """Prefill here, decode there."""
+        params = self.prefilled(prompt)
+        return self.decode.tokens(prompt, max_tokens, kv_transfer_params=params)
+
+    def computed_at_decode(self) -> float:
+        """Prompt tokens that the decode engine computed itself, since it was started.
+
+        vLLM counts the last token of a full hit, which is computed again, as external.
+        """
+        return self.decode.metric("vllm:prompt_tokens_by_source_total", source="local_compute")
+
+    def transferred(self) -> float:
+        """Bytes that the decode engine read."""
+        return self.decode.metric("vllm:nixl_bytes_transferred_sum")
+
+
+def words(length: int, seed: int) -> list[int]:
+    """A prompt of ``length`` token ids, another for every seed."""
+    chosen = random.Random(seed)
+    return [chosen.randrange(1000, 40_000) for _ in range(length)]
+
+
+def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int = 4) -> list[Any]:
+    """``work`` of every item, several at a time."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, items))
+
+
+def eventually(holds: Callable[[], bool], within_s: float, what: str) -> None:
+    """Returns once ``holds``; fails after ``within_s``."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        time.sleep(0.2)

@@ -1,0 +1,91 @@
+"""Right answers: through a transfer as from the engine's own prefix cache."""
+
+import pytest
+from pair import Pair, in_parallel, words
+
+BLOCK = 128  # vLLM's default on CPU
+LENGTHS = [1, 2, 5, 31, 64, 127, 128, 129, 130, 200, 255, 256, 257, 300, 383, 384, 385, 500]
+LENGTHS += [511, 513, 640, 641, 800, 1000, 1023, 1025, 1200, 1500, 1793, 2000, 2048, 2500, 3000]
+LENGTHS += [3500, 3969, 4000]
+
+
+def test_every_prompt_of_1_to_4000_tokens_is_answered_as_by_the_engine_alone(pair: Pair):
+    before, read_before = pair.computed_at_decode(), pair.transferred()
+    prompts = [words(length, seed=length) for length in LENGTHS]
+    through = in_parallel(pair.tokens, prompts)
+    assert pair.computed_at_decode() - before <= 1  # the prompt of one token
+    assert pair.transferred() > read_before
+    alone = in_parallel(lambda prompt: pair.prefill.tokens(prompt), prompts)
+    wrong = [n for n, a, b in zip(LENGTHS, through, alone, strict=True) if a != b]
+    assert not wrong, f"prompts of {wrong} tokens got other answers"
+    assert pair.decode.metric("vllm:nixl_num_failed_transfers_total") == 0
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_logprobs_equal_those_of_a_local_hit_of_the_same_length(pair: Pair, blocks: int):
+    """Equal hit length, so equal chunks, so equal to the last bit in float32."""
+    prompt = words(blocks * BLOCK + 1, seed=blocks + 7000)
+    params = pair.prefilled(prompt)
+    asked = {"max_tokens": 8, "logprobs": 3}
+    _, loaded = pair.decode.post(prompt, kv_transfer_params=params, **asked)
+    _, local = pair.decode.post(prompt, **asked)
+    assert loaded["choices"][0]["token_ids"] == local["choices"][0]["token_ids"]
+    ours = loaded["choices"][0]["logprobs"]["token_logprobs"]
+    assert ours == local["choices"][0]["logprobs"]["token_logprobs"]
+
+
+def test_only_what_is_not_cached_at_decode_is_fetched(pair: Pair):
+    first = words(4 * BLOCK, seed=1)
+    longer = first + words(2 * BLOCK, seed=2)
+    one_block = pair.transferred()
+    pair.tokens(words(BLOCK, seed=3))
+    one_block = pair.transferred() - one_block
+    pair.tokens(first)
+    before = pair.transferred()
+    pair.tokens(longer)
+    assert pair.transferred() - before == 2 * one_block
+
+
+def test_a_prompt_that_decode_has_already_is_not_fetched_and_its_lease_is_released(pair: Pair):
+    prompt = words(3 * BLOCK + 1, seed=4)
+    answer = pair.tokens(prompt)
+    before = pair.transferred()
+    again = pair.tokens(prompt)
+    one_block = 1 * pair.transferred() - before  # the last, partial one is never cached
+    assert again == answer
+    assert 0 < one_block < 10e6
+    assert pair.prefill.metric("vllm:nixl_num_kv_expired_reqs_total") == 0
+
+
+def test_tp_1_to_2_with_a_secret_under_vllms_name(secret_pair: Pair):
+    check_some_prompts(secret_pair)
+
+
+def test_tp_2_to_1(crowded_pair: Pair):
+    check_some_prompts(crowded_pair, longest=1500)
+
+
+def test_sliding_window_and_full_attention_groups(hybrid_pair: Pair):
+    check_some_prompts(hybrid_pair)
+
+
+def test_pipeline_parallel_prefill(pipeline_pair: Pair):
+    check_some_prompts(pipeline_pair)
+
+
+def test_requests_preempted_for_want_of_blocks_are_answered_right(crowded_pair: Pair):
+    prompts = [words(300 + 40 * i, seed=900 + i) for i in range(12)]
+    through = in_parallel(lambda p: crowded_pair.tokens(p, 200), prompts, workers=12)
+    alone = [crowded_pair.prefill.tokens(p, 200) for p in prompts]
+    assert through == alone
+    preempted = crowded_pair.decode.metric("vllm:num_preemptions_total")
+    assert preempted > 0, "the engine had room for all: the test shows nothing"
+
+
+def check_some_prompts(pair: Pair, longest: int = 3000) -> None:
+    lengths = [1, 64, 127, 128, 129, 257, 512, 700, 1025, 1500, 2049, 3000]
+    prompts = [words(n, seed=n + 500) for n in lengths if n <= longest]
+    before = pair.computed_at_decode()
+    through = in_parallel(pair.tokens, prompts)
+    assert pair.computed_at_decode() - before <= 1
+    assert through == [pair.prefill.tokens(p) for p in prompts]
