@@ -24,6 +24,7 @@ MAX_BLOCKS = 1 << 31
 MAX_ADDRESS = (1 << 63) - 1
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_ADDRESS)]
+Extent = Annotated[int, msgspec.Meta(ge=1, le=MAX_ADDRESS)]
 Name = Annotated[str, msgspec.Meta(max_length=512)]
 
 
@@ -36,7 +37,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
     base: Size
     strides: tuple[Size, Size, Size, Size]
-    shape: tuple[Size, Size, Size]
+    shape: tuple[Extent, Extent, Extent]
     itemsize: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
@@ -93,6 +94,8 @@ def check_views(views: tuple[BlockView, ...], regions: tuple[Region, ...]) -> No
     names = {v.layer for v in views}
     if len(names) != len(views):
         raise GeometryError("a layer is claimed twice")
+    if any(r.address + r.nbytes > MAX_ADDRESS for r in regions):
+        raise GeometryError("a region reaches beyond 63-bit addresses")
     for view in views:
         if view.heads.first + view.heads.count > view.heads.total:
             raise GeometryError(f"layer {view.layer}: heads {view.heads} exceed their total")

@@ -5,7 +5,11 @@ opaque frames; who may say what is decided above it (`peers.py`).
 
 * One thread owns a channel, only `wake` may be called from others.
 * `poll` returns what arrived, waiting at most ``timeout_s``; `send` never blocks: a frame that
-  cannot be queued is lost, as on any network. Every exchange above is idempotent and retried.
+  cannot be queued, or whose link was dropped, is lost, as on any network. Every exchange above
+  is idempotent and retried.
+* A dialled link whose connection broke is told by a Frame without data. ZMQ connects again by
+  itself, but whoever answers then may be another process.
+* `dial` raises WireError for an address that cannot be one: it may come from a client.
 * `ZmqChannel` is the real one; `kvconnect.testing.Network` is the in-memory one.
 """
 
@@ -16,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 import zmq
 
-from kvconnect.errors import ConfigError
+from kvconnect.errors import ConfigError, WireError
 from kvconnect.wire import MAX_MESSAGE_BYTES, Address
 
 logger = logging.getLogger(__name__)
@@ -30,10 +34,10 @@ class Link(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Bytes that arrived on a link."""
+    """Bytes that arrived on a link; None: its connection broke."""
 
     link: Link
-    data: bytes
+    data: bytes | None
 
 
 class Channel(Protocol):
@@ -50,6 +54,7 @@ class Channel(Protocol):
 
 
 MAX_FRAMES_A_POLL = 256
+HEARTBEAT_MS = 2000  # a host that vanished without a word is noticed after three of these
 
 
 class ZmqChannel:
@@ -72,21 +77,35 @@ class ZmqChannel:
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._woken, zmq.POLLIN)
         self._dealers: dict[Link, zmq.Socket] = {}
-        self._links: dict[zmq.Socket, Link] = {}
+        self._links: dict[zmq.Socket, Link] = {}  # of dealers and of their monitors
+        self._monitors: dict[Link, zmq.Socket] = {}
         self._numbers = itertools.count()
 
     def dial(self, address: Address) -> Link:
         link = Link(True, str(next(self._numbers)).encode())
-        dealer = self._socket(zmq.DEALER)
-        dealer.connect(f"tcp://{address}")
-        self._dealers[link], self._links[dealer] = dealer, link
-        self._poller.register(dealer, zmq.POLLIN)
+        try:
+            dealer = self._socket(zmq.DEALER)
+            monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        except zmq.ZMQError as e:  # each dialled peer takes some, until its greeting times out
+            raise WireError(f"{address} cannot be dialled ({e.strerror})") from e
+        try:
+            dealer.connect(f"tcp://{address}")
+        except (zmq.ZMQError, UnicodeError) as e:
+            dealer.disable_monitor()
+            monitor.close()
+            dealer.close()
+            raise WireError(f"{address} cannot be dialled ({e})") from e
+        self._dealers[link], self._monitors[link] = dealer, monitor
+        for waited in (dealer, monitor):
+            self._links[waited] = link
+            self._poller.register(waited, zmq.POLLIN)
         return link
 
     def send(self, link: Link, data: bytes) -> None:
         try:
             if link.dialled:
-                self._dealers[link].send(data, zmq.DONTWAIT)
+                if (dealer := self._dealers.get(link)) is not None:
+                    dealer.send(data, zmq.DONTWAIT)
             else:
                 self._router.send_multipart([link.key, data], zmq.DONTWAIT)
         except zmq.Again:
@@ -108,14 +127,20 @@ class ZmqChannel:
                 if ready is self._router:
                     if len(parts) == 2:  # anything else is not ours: dropped
                         frames.append(Frame(Link(False, parts[0]), parts[1]))
+                elif ready is self._monitors[self._links[ready]]:
+                    frames.append(Frame(self._links[ready], None))
                 elif len(parts) == 1:
                     frames.append(Frame(self._links[ready], parts[0]))
         return frames
 
     def drop(self, link: Link) -> None:
         if dealer := self._dealers.pop(link, None):
-            self._poller.unregister(dealer)
-            del self._links[dealer]
+            monitor = self._monitors.pop(link)
+            for waited in (dealer, monitor):
+                self._poller.unregister(waited)
+                del self._links[waited]
+            dealer.disable_monitor()
+            monitor.close()
             dealer.close(linger=100)
 
     def wake(self) -> None:
@@ -135,6 +160,8 @@ class ZmqChannel:
         made.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + 1024)
         made.setsockopt(zmq.SNDHWM, 10_000)
         made.setsockopt(zmq.IPV6, 1)
+        made.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
         return made
 
     def _bind(self, host: str, port: int) -> int:

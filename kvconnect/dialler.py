@@ -93,7 +93,12 @@ class Dialler:
         peer = self._peers.get(address)
         if peer is None:
             deadline = self._clock() + self._handshake_timeout_s
-            peer = Peer(address, self._channel.dial(address), deadline)
+            try:
+                peer = Peer(address, self._channel.dial(address), deadline)
+            except WireError as e:
+                peer = Peer(address, Link(True, b""), deadline)
+                peer.state, peer.error = State.FAILED, str(e)
+                return peer
             self._peers[address] = self._by_link[peer.link] = peer
             self._send_greeting(peer)
         return peer
@@ -156,6 +161,10 @@ class Dialler:
         """Take in a frame of a link that we dialled."""
         peer = self._by_link.get(frame.link)
         if peer is None:
+            return
+        if frame.data is None:
+            if peer.state is State.READY:  # while greeting, the listener may only just come up
+                self.fail(peer, "closed the connection; has the engine ended?")
             return
         try:
             self._receive(peer, frame.data)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
 RENEWALS_PER_TTL = 3
+TRANSFER, HANDSHAKE = "num_failed_transfers", "num_failed_handshakes"
 
 
 class Phase(enum.Enum):
@@ -123,7 +124,6 @@ class Fetcher:
             if done.error is None:
                 self._stats.transfer(done)
             elif fetch.phase is Phase.READING:
-                self._stats.count("num_failed_transfers")
                 self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {done.error}")
             return
 
@@ -190,8 +190,8 @@ class Fetcher:
                     self._stats.count("num_late_reads")
                     self._fail(fetch, "the lease was over before the read had ended")
         if remote.state is State.FAILED:
-            self._stats.count("num_failed_handshakes")
-            self._fail(fetch, remote.error)
+            greeted = fetch.phase is not Phase.GREETING
+            self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)
 
     def _check_time(self, fetch: _Fetch) -> None:
         if self._clock() < fetch.deadline:
@@ -248,8 +248,15 @@ class Fetcher:
             fetch.tickets[self._transport.submit(work)] = index
 
     def _close(self, fetch: _Fetch) -> None:
-        """Tell every rank of the source that we are done with its blocks."""
+        """Tell every rank of the source that we are done with its blocks.
+
+        Samples of one prompt share its lease (vLLM's ``n`` > 1): the last one ends it.
+        """
         source, generation = fetch.order.source, fetch.generation
+        final = not any(
+            request_id != fetch.order.request_id and watch.source == source
+            for request_id, watch in self._watches.items()
+        )
         for index, peer in enumerate(fetch.remote.peers):
             fetch.closes[index] = self._dialler.call(
                 peer,
@@ -259,14 +266,17 @@ class Fetcher:
                     request_id=source.request_id,
                     reader=self._rank,
                     readers=self._ranks,
+                    final=final,
                 ),
                 self._clock() + CLOSE_TIMEOUT_S,
             )
 
-    def _fail(self, fetch: _Fetch, error: str) -> None:
+    def _fail(self, fetch: _Fetch, error: str, counted_as: str = TRANSFER) -> None:
         if fetch.phase is Phase.FAILING:
             return
         fetch.phase, fetch.error = Phase.FAILING, error
+        if isinstance(fetch.order, Fetch) and not fetch.aborted:
+            self._stats.count(counted_as)
         for ticket in fetch.tickets:
             self._transport.cancel(ticket)
 

@@ -6,6 +6,8 @@ generation, so a stale reference to a request id or to a restarted engine never 
 * expect → grant → end: expected while the request is computed (a reader that is early waits
   instead of being refused), granted when its blocks hold the KV, ended once: by its last
   reader, by expiry, or withdrawn before it was granted.
+* A lease does not end by its last reader while another is between open and close, even one of
+  another engine that was given the same ticket.
 * Times are this process's monotonic clock; no other process's clock is ever compared.
 * Knows block ids as opaque numbers; frees nothing itself: `LeaseBook.expire` and `close` say
   which requests' blocks may be freed, each exactly once.
@@ -13,13 +15,10 @@ generation, so a stale reference to a request id or to a restarted engine never 
 
 import enum
 import heapq
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 Clock = Callable[[], float]
-
-REMEMBERED_ENDS = 4096  # leases ended by their last reader, for answering a repeated close
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class _Lease:
     terms: Terms
     deadline: float
     last_deadline: float
-    readers: int | None = None  # how many will read; said by the first one
-    opened: set[int] = field(default_factory=set)
-    closed: set[int] = field(default_factory=set)
+    readers: int | None = None  # how many ranks will close; said by the first one
+    closed: set[int] = field(default_factory=set)  # of those, the ones that did
+    reading: set[Hashable] = field(default_factory=set)  # who is between open and close
 
 
 class LeaseBook:
@@ -64,7 +63,6 @@ class LeaseBook:
         self._leases: dict[str, _Lease] = {}  # generation → lease
         self._generations: dict[str, str] = {}  # request id → generation, expected or granted
         self._heap: list[tuple[float, str]] = []  # (a deadline at or before the real one, gen.)
-        self._read: OrderedDict[str, set[int]] = OrderedDict()  # ended generation → its readers
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -72,7 +70,7 @@ class LeaseBook:
     @property
     def reading(self) -> bool:
         """Whether some reader is between open and close: the transport needs progress."""
-        return any(lease.opened - lease.closed for lease in self._leases.values())
+        return any(lease.reading for lease in self._leases.values())
 
     def expect(self, request_id: str, generation: str) -> None:
         """A request that will be leased under ``generation`` is being computed."""
@@ -107,10 +105,10 @@ class LeaseBook:
             return Standing.GONE
         return Standing.GRANTED
 
-    def open(self, generation: str, reader: int) -> Terms:
+    def open(self, generation: str, reader: Hashable) -> Terms:
         """A reader starts to read; only while GRANTED."""
         lease = self._leases[generation]
-        lease.opened.add(reader)
+        lease.reading.add(reader)
         return lease.terms
 
     def terms(self, generation: str) -> Terms:
@@ -125,25 +123,23 @@ class LeaseBook:
             lease.deadline = min(self._clock() + lease.terms.ttl_s, lease.last_deadline)
         return standing
 
-    def close(self, generation: str, reader: int, readers: int) -> tuple[bool, str | None]:
-        """A reader is done with the blocks, whether it read them or not.
+    def close(
+        self, generation: str, reader: Hashable, rank: int, readers: int
+    ) -> tuple[bool, str | None]:
+        """A reader, rank ``rank`` of ``readers``, is done with the blocks, read or not.
 
         Returns whether the lease still stood, and the request id if that was the last reader
-        and its blocks may be freed now. A repeated close gets the answer of the first.
+        and its blocks may be freed now.
         """
-        if reader in self._read.get(generation, ()):
-            return True, None
         if self.standing(generation) is not Standing.GRANTED:
             return False, None
         lease = self._leases[generation]
         if lease.readers is None:
             lease.readers = readers
-        lease.closed.add(reader)
-        if len(lease.closed) < lease.readers:
+        lease.closed.add(rank)
+        lease.reading.discard(reader)
+        if lease.reading or len(lease.closed) < lease.readers:
             return True, None
-        self._read[generation] = lease.closed
-        if len(self._read) > REMEMBERED_ENDS:
-            self._read.popitem(last=False)
         return True, self._end(generation)
 
     def expire(self) -> list[str]:

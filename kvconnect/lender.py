@@ -4,10 +4,13 @@
   lease is granted or withdrawn; parked readers are bounded.
 * A reader whose prompt is not the leased one is refused: a ticket or a request id alone is
   not enough to read another prompt's KV.
+* A repeated Close, and only that very message, gets the answer of the first: another reader's
+  Close of a lease that is over must hear that it is late.
 """
 
 import hmac
 import logging
+from collections import OrderedDict
 
 from kvconnect import wire
 from kvconnect.channel import Link
@@ -17,6 +20,7 @@ from kvconnect.listener import Incoming, Listener
 logger = logging.getLogger(__name__)
 
 MAX_PARKED = 4096
+REMEMBERED_CLOSES = 4096
 
 
 class Lender:
@@ -27,6 +31,7 @@ class Lender:
         self._book = LeaseBook(clock, max_duration_s)
         self._parked: dict[str, dict[tuple[Link, int], wire.Open]] = {}
         self._freed: set[str] = set()
+        self._closed: OrderedDict[tuple[Link, int], bool] = OrderedDict()  # (…, seq) → stood
         self.expired = 0
         """Leases that ended by expiry since this was last read and set to 0."""
         self.late = 0
@@ -101,7 +106,7 @@ class Lender:
                 f"{message.tokens}",
             )
             return
-        self._book.open(generation, message.reader)
+        self._book.open(generation, (link, message.reader))
         self._book.renew(generation)
         self._listener.answer(
             link,
@@ -114,15 +119,27 @@ class Lender:
         )
 
     def _close(self, link: Link, message: wire.Close) -> None:
+        stood = self._closed.get((link, message.seq))
+        if stood is None:
+            stood = self._closed[link, message.seq] = self._end_reading(link, message)
+            if len(self._closed) > REMEMBERED_CLOSES:
+                self._closed.popitem(last=False)
+        self._listener.answer(link, wire.Closed(seq=message.seq, stood=stood))
+
+    def _end_reading(self, link: Link, message: wire.Close) -> bool:
+        """Whether the lease still stood."""
         generation = self._generation(message)
-        stood, freed = False, None
-        if generation:
-            stood, freed = self._book.close(generation, message.reader, message.readers)
+        if generation is None:
+            return False
+        reader = (link, message.reader)
+        if not message.final:
+            return self._book.standing(generation) is Standing.GRANTED
+        self._parked.get(generation, {}).pop(reader, None)
+        stood, freed = self._book.close(generation, reader, message.reader, message.readers)
         if freed:
             self._freed.add(freed)
-        if not stood:
-            self.late += 1
-        self._listener.answer(link, wire.Closed(seq=message.seq, stood=stood))
+        self.late += not stood
+        return stood
 
     def _generation(self, message: wire.Open | wire.Close) -> str | None:
         if message.generation is not None:

@@ -11,12 +11,14 @@ with a fake clock.
 * A programming fault in the thread is raised in the engine's thread by the next `take`.
 """
 
+import contextlib
 import logging
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from kvconnect import wire
@@ -45,6 +47,7 @@ from kvconnect.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
+THREAD_NAME = "kvconnect-mover"
 IDLE_WAIT_S = 1.0
 BUSY_PAUSE_S = 100e-6
 
@@ -112,7 +115,7 @@ class Mover:
 
     def start(self) -> None:
         """Run `step` on a thread until `close`."""
-        self._thread = threading.Thread(target=self._run, name="kvconnect-mover", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     def put(self, orders: Sequence[Order], fence: Fence | None = None) -> None:
@@ -181,6 +184,8 @@ class Mover:
         return self._fetcher.reading or self._lender.reading
 
     def _run(self) -> None:
+        with contextlib.suppress(OSError):  # so that `top -H` and `bench idle` can tell it
+            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(THREAD_NAME)
         try:
             while not self._stopping.is_set():
                 self.step(self.wait_s())

@@ -23,7 +23,12 @@ class Remote:
     """One remote engine. FAILED is final; `Remotes.of` then makes a new one."""
 
     def __init__(
-        self, shards: Sequence[Shard], dialler: Dialler, transport: Transport, mine: Memory, rank: int
+        self,
+        shards: Sequence[Shard],
+        dialler: Dialler,
+        transport: Transport,
+        mine: Memory,
+        rank: int,
     ) -> None:
         self.state = State.GREETING
         self.error = ""
@@ -131,7 +136,6 @@ class Remotes:
             remote = Remote(source.shards, self._dialler, self._transport, self._mine, self._rank)
             self._by_addresses[key] = remote
         return remote
-
 
     def tick(self) -> None:
         """Advance all; forget the failed ones."""

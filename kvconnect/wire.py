@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from kvconnect.blocks import BlockView, Name, Region
+from kvconnect.blocks import MAX_BLOCKS, BlockView, Name, Region
 from kvconnect.errors import WireError
 
 VERSION = (1, 0)
@@ -29,7 +29,8 @@ RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 Detail = Annotated[str, msgspec.Meta(max_length=4096)]
 Short = Annotated[bytes, msgspec.Meta(max_length=64)]
 Opaque = Annotated[bytes, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
-Table = Annotated[tuple[int, ...], msgspec.Meta(max_length=1 << 20)]
+BlockId = Annotated[int, msgspec.Meta(ge=-1, le=MAX_BLOCKS)]  # -1: plan.NO_BLOCK
+Table = Annotated[tuple[BlockId, ...], msgspec.Meta(max_length=1 << 20)]
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
@@ -137,13 +138,18 @@ class Gone(Message, frozen=True):
 
 
 class Close(Message, frozen=True):
-    """Reader ``reader`` of ``readers`` is done with a lease, whether it read or not."""
+    """Reader ``reader`` of ``readers`` is done with a lease, whether it read or not.
+
+    Not ``final``: this rank still has other requests on the lease (samples of one prompt), and
+    only asks whether it stands.
+    """
 
     seq: Seq
     generation: Generation | None
     request_id: RequestId | None
     reader: Rank
     readers: Ranks
+    final: bool = True
 
 
 class Closed(Message, frozen=True):

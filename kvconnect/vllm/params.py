@@ -114,43 +114,56 @@ def wants_remote_decode(params: Any) -> bool:
 def parse_offer(
     params: dict[str, Any], prompt: Prompt, engine_id: str, secret: bytes | None, ttl_s: float
 ) -> Offer:
-    """The offer in ``params``; raises OfferError with the reason.
+    """The offer in ``params`` for this prompt; raises OfferError with the reason.
 
-    ``ttl_s`` is assumed for an offer of an in-tree form, which does not say.
+    ``ttl_s`` is assumed for an offer of the in-tree form, which does not say.
     """
-    if params.get(TICKET_KEY):
-        return _from_ticket(open_ticket(params[TICKET_KEY], secret), prompt, engine_id)
-    if secret is not None:
-        raise OfferError(
-            f"no {TICKET_KEY} ticket, which auth_secret_file requires; does the prefill engine "
-            "run kvconnect with the same secret, and does the router copy all params?"
-        )
-    return _from_in_tree_form(params, prompt, engine_id, ttl_s)
-
-
-def _from_ticket(ticket: Ticket, prompt: Prompt, engine_id: str) -> Offer:
-    _check_engine(ticket.engine_id, engine_id)
+    ticket = _ticket(params, secret)
+    source = _source(params, ticket, engine_id, ttl_s)
+    if ticket is None:
+        if not any(_block_tables(params.get("remote_block_ids"))):
+            raise OfferError("remote_block_ids holds no block")
+        tokens = prompt.num_tokens
+        if params.get("remote_num_tokens") is not None:
+            tokens = min(tokens, _integer(params, "remote_num_tokens", 1 << 40))
+        return Offer(source, tokens, prompt.digest(tokens))
     if not 0 < ticket.tokens <= prompt.num_tokens:
         raise OfferError(f"ticket for {ticket.tokens} of a prompt of {prompt.num_tokens} tokens")
     digest = prompt.digest(ticket.tokens)
     if not hmac.compare_digest(digest, ticket.digest):
         raise OfferError("the ticket is for another prompt")
-    shards = tuple(Shard(address, incarnation) for address, incarnation in ticket.shards)
-    source = Source(shards, ticket.request_id, ticket.generation, ticket.ttl_ms / 1000)
     return Offer(source, ticket.tokens, digest)
 
 
-def _from_in_tree_form(params: dict, prompt: Prompt, engine_id: str, ttl_s: float) -> Offer:
+def parse_rejected(
+    params: dict[str, Any], engine_id: str, secret: bytes | None, ttl_s: float
+) -> Offer:
+    """The offer of a request that the API server rejected: nothing to load, a lease to let go."""
+    source = _source(params, _ticket(params, secret), engine_id, ttl_s)
+    return Offer(source, tokens=0, digest=b"")
+
+
+def _ticket(params: dict[str, Any], secret: bytes | None) -> Ticket | None:
+    if params.get(TICKET_KEY):
+        return open_ticket(params[TICKET_KEY], secret)
+    if secret is not None:
+        raise OfferError(
+            f"no {TICKET_KEY} ticket, which auth_secret_file requires; does the prefill engine "
+            "run kvconnect with the same secret, and does the router copy all params?"
+        )
+    return None
+
+
+def _source(
+    params: dict[str, Any], ticket: Ticket | None, engine_id: str, ttl_s: float
+) -> Source:
+    if ticket is not None:
+        _check_engine(ticket.engine_id, engine_id)
+        shards = tuple(Shard(address, incarnation) for address, incarnation in ticket.shards)
+        return Source(shards, ticket.request_id, ticket.generation, ticket.ttl_ms / 1000)
     _check_engine(_text(params, "remote_engine_id"), engine_id)
-    request_id = _text(params, "remote_request_id")
     address = Address(_text(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
-    if not any(_block_tables(params.get("remote_block_ids"))):
-        raise OfferError("remote_block_ids holds no block")
-    tokens = prompt.num_tokens
-    if params.get("remote_num_tokens") is not None:
-        tokens = min(tokens, _integer(params, "remote_num_tokens", 1 << 40))
-    source = Source((Shard(address, None),), request_id, None, ttl_s)
-    return Offer(source, tokens, prompt.digest(tokens))
+    return Source((Shard(address, None),), _text(params, "remote_request_id"), None, ttl_s)
 
 
 def _check_engine(theirs: str, ours: str) -> None:

@@ -15,7 +15,7 @@ from kvconnect.order import Order
 from kvconnect.plan import NO_BLOCK
 from kvconnect.planner import Planner
 from kvconnect.tier.base import Load, Store
-from kvconnect.tier.peer import PeerTier
+from kvconnect.tier.peer import Offer, PeerTier
 from kvconnect.vllm import _compat
 from kvconnect.vllm.params import (
     TICKET_VERSION,
@@ -23,6 +23,7 @@ from kvconnect.vllm.params import (
     Ticket,
     lent_params,
     parse_offer,
+    parse_rejected,
     wants_remote_decode,
     wants_remote_prefill,
 )
@@ -70,8 +71,7 @@ class Scheduler:
         params = request.kv_transfer_params
         if wants_remote_prefill(params):
             try:
-                prompt = Prompt(request, self._backoff)
-                offer = parse_offer(params, prompt, self._engine_id, self._secret, self._ttl_s)
+                offer = self._offer(request)
             except OfferError as e:
                 self._planner.stats.count("num_invalid_params")
                 logger.warning(
@@ -124,6 +124,13 @@ class Scheduler:
     def take_stats(self) -> dict[str, list[float]] | None:
         """What was counted here since the last call; None if nothing."""
         return self._planner.stats.take()
+
+    def _offer(self, request: Any) -> Offer:
+        about_us = (self._engine_id, self._secret, self._ttl_s)
+        if getattr(request, "abort_immediately", False):  # never runs; its prompt is a dummy
+            return parse_rejected(request.kv_transfer_params, *about_us)
+        prompt = Prompt(request, self._backoff)
+        return parse_offer(request.kv_transfer_params, prompt, *about_us)
 
     def _lend(self, request: Any, tables: list[list[int]], tokens: int) -> dict[str, Any]:
         kept = tuple(

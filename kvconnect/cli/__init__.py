@@ -1,0 +1,40 @@
+"""``kvconnect``: the command line.
+
+Modules of commands import nothing heavy at their top: ``kvconnect --version`` and ``--help`` are
+quick, and work where torch, vLLM, NIXL and an HTTP stack are not even installed.
+"""
+
+from typing import Annotated
+
+import typer
+
+from kvconnect import __version__
+from kvconnect.cli.bench import bench
+from kvconnect.cli.demo import demo
+from kvconnect.cli.proxy import proxy
+
+main = typer.Typer(
+    name="kvconnect",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # an API key may be among them
+)
+main.command()(demo)
+main.command()(proxy)
+main.add_typer(bench, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvconnect {__version__}")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """KV connectors for vLLM: KV cache moved between engines, and right about it."""

@@ -1,0 +1,103 @@
+"""``kvconnect bench idle``: CPU time of engines that have handed over KV and now do nothing."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvconnect.cli.bench.pair import IN_TREE, Pair, machine, start_pair
+from kvconnect.cli.engines import CONNECTORS, check_installed, check_model
+from kvconnect.cli.processes import Fleet
+
+THREAD_NAME = "kvconnect-mover"  # kvconnect.mover.THREAD_NAME, whose import would bring numpy
+SETTLE_S = 10.0  # after the last transfer, until everything is at rest
+
+
+@dataclass(frozen=True)
+class Row:
+    """CPU time of one idle engine, as parts of a core."""
+
+    connector: str
+    role: str
+    engine_percent: float
+    """All processes of the engine: API server, scheduler, workers."""
+    worker_percent: float
+    """The busiest of its processes."""
+    mover_percent: float
+    """Of that, the thread that moves KV (named kvconnect-mover; 0 where there is none)."""
+
+
+def idle(
+    model: Annotated[Path | None, typer.Option(envvar="KVCONNECT_MODEL")] = None,
+    connector: Annotated[str, typer.Option(help=f"One of {', '.join(CONNECTORS)}.")] = "nixl",
+    seconds: Annotated[float, typer.Option(help="How long to watch.")] = 30,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+) -> None:
+    """CPU time of idle engines, beside the in-tree NixlConnector."""
+    from rich.console import Console
+
+    check_installed(connector)
+    path = check_model(model)
+    console = Console()
+    rows: list[Row] = []
+    for name in (CONNECTORS[connector].kv_connector, IN_TREE):
+        with tempfile.TemporaryDirectory() as logs, Fleet(Path(logs)) as fleet:
+            with console.status(name):
+                pair = start_pair(fleet, name, connector, path, "bfloat16")
+                pair.first_token_s(range(1000, 1300))
+                time.sleep(SETTLE_S)
+                rows += _watch(pair, seconds)
+    console.print(_table(rows))
+    if out is not None:
+        result = {"machine": machine("bfloat16"), "rows": [asdict(row) for row in rows]}
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _watch(pair: Pair, seconds: float) -> list[Row]:
+    leaders = {role: server.pid for role, server in pair.servers.items()}
+    before = {role: _cpu_s(pid) for role, pid in leaders.items()}
+    time.sleep(seconds)
+    rows = []
+    for role, pid in leaders.items():
+        used = {key: s - before[role].get(key, 0.0) for key, s in _cpu_s(pid).items()}
+        by_process: dict[int, float] = {}
+        for (process, _, _), cpu_s in used.items():
+            by_process[process] = by_process.get(process, 0.0) + cpu_s
+        movers = [cpu_s for (_, _, thread), cpu_s in used.items() if thread == THREAD_NAME]
+        percents = (sum(by_process.values()), max(by_process.values()), sum(movers))
+        rows.append(Row(pair.name, role, *(round(100 * p / seconds, 2) for p in percents)))
+    return rows
+
+
+def _cpu_s(leader: int) -> dict[tuple[int, int, str], float]:
+    """CPU seconds so far by (process, thread, thread's name), of a session."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:
+            continue
+        name, fields = text[text.index("(") + 1 : text.rindex(")")], text.rpartition(")")[2].split()
+        if int(fields[3]) == leader:
+            key = (int(stat.parts[2]), int(stat.parts[4]), name)
+            found[key] = (int(fields[11]) + int(fields[12])) / ticks
+    return found
+
+
+def _table(rows: Sequence[Row]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="idle engines, % of one core")
+    for heading in ("connector", "role", "engine", "busiest process", "mover thread"):
+        table.add_column(heading)
+    for row in rows:
+        shown = (row.engine_percent, row.worker_percent, row.mover_percent)
+        table.add_row(row.connector, row.role, *map(str, shown))
+    return table

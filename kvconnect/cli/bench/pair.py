@@ -1,0 +1,119 @@
+"""Pairs of real engines that a benchmark compares, and where it ran."""
+
+import contextlib
+import http.client
+import json
+import os
+import platform
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from kvconnect.cli.engines import START_TIMEOUT_S, Engine, engine_env, transfer_config
+from kvconnect.cli.processes import HOST, Fleet, Server
+
+IN_TREE = "in-tree NixlConnector"
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+
+
+class Pair:
+    """A prefill and a decode engine with one connector."""
+
+    def __init__(self, name: str, prefill: Server, decode: Server, model: str) -> None:
+        self.name = name
+        self.servers = {"prefill": prefill, "decode": decode}
+        self._model = model
+
+    def freeze(self) -> None:
+        """Take no CPU time until `thaw`."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for server in self.servers.values():
+            os.killpg(server.pid, number)
+
+    def first_token_s(self, prompt: Sequence[int]) -> float:
+        """Prefill ``prompt``, hand it over, and time decode's first token from its request on."""
+        body = {
+            "model": self._model,
+            "prompt": list(prompt),
+            "temperature": 0,
+            "max_tokens": 1,
+            "ignore_eos": True,
+        }
+        with _post(self.servers["prefill"].url, body | {"kv_transfer_params": PREFILL}) as answer:
+            params = json.load(answer)["kv_transfer_params"]
+        wanted = body | {"kv_transfer_params": params, "stream": True, "max_tokens": 2}
+        started = time.perf_counter()
+        with _post(self.servers["decode"].url, wanted) as answer:
+            first = answer.readline()
+            seconds = time.perf_counter() - started
+            answer.read()
+        if not first.startswith(b"data: {") or b'"error"' in first:
+            raise RuntimeError(f"{self.name}: no token but {first!r}")
+        return seconds
+
+
+@contextlib.contextmanager
+def _post(url: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=300)
+    try:
+        text = json.dumps(body)
+        connection.request("POST", "/v1/completions", text, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(f"{url} answered {answer.status}: {answer.read()[:300]!r}")
+        yield answer
+    finally:
+        connection.close()
+
+
+def start_pair(fleet: Fleet, name: str, connector: str, model: Path, dtype: str) -> Pair:
+    """A pair that is up, with ``connector`` or, if that is its name, the in-tree one."""
+    servers = []
+    for role in ("prefill", "decode"):
+        config = transfer_config(connector, role)
+        more = {}
+        if name == IN_TREE:
+            config["kv_connector"] = "NixlConnector"
+            more["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
+        engine = Engine(model, config, ["--dtype", dtype, "--max-model-len", "8192"])
+        servers.append(fleet.start(f"{name} {role}", engine.command, engine_env(**more)))
+    fleet.wait_up(servers, START_TIMEOUT_S)
+    return Pair(name, *servers, engine.model_name)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def machine(dtype: str) -> dict[str, Any]:
+    """Where and with what this was measured."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    versions = {}
+    for name in ("kvconnect", "vllm", "torch", "nixl"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "dtype": dtype,
+        "env": {k: os.environ[k] for k in ("UCX_TLS", "OMP_NUM_THREADS") if k in os.environ},
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,139 @@
+"""Real vLLM engines on this machine: what to run and how, for the demo, benchmarks and tests.
+
+Does not import vLLM, and does not know how processes live and die: that is ``processes``.
+
+    with Fleet(logs) as fleet:
+        engine = Engine(model, transfer_config("nixl", "prefill"))
+        server = fleet.start("prefill", engine.command, engine_env())
+        fleet.wait_up([server], START_TIMEOUT_S)
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvconnect.cli.processes import HOST
+from kvconnect.errors import ConfigError
+
+START_TIMEOUT_S = 300.0
+
+# -P: a folder named vllm where we happen to run is not vLLM.
+_PYTHON = (sys.executable, "-P", "-m")
+
+# What scripts/env.sh sets, for who did not source it. What is set already stays.
+_DEFAULT_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
+    "NO_COLOR": "1",
+}
+# Made for one engine of an operator's: two would take the same port, or ask for a key.
+_NOT_INHERITED = (
+    "VLLM_NIXL_SIDE_CHANNEL_PORT",
+    "VLLM_PORT",
+    "VLLM_API_KEY",
+    "KVCONNECT_API_KEY",
+)
+
+
+@dataclass(frozen=True)
+class Connector:
+    """A connector as the command line knows it."""
+
+    kv_connector: str
+    module: str
+    """What must be importable beside vLLM."""
+    metrics: str
+    """How the names of its transfer metrics start."""
+
+
+CONNECTORS = {"nixl": Connector("KVConnectNixl", module="nixl", metrics="vllm:nixl")}
+ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+
+
+def transfer_config(connector: str, role: str) -> dict[str, Any]:
+    """``--kv-transfer-config`` for a role of ROLES and a connector of CONNECTORS."""
+    return {"kv_connector": CONNECTORS[connector].kv_connector, "kv_role": ROLES[role]}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A ``vllm serve`` whose answers can be compared: float32, computed eagerly."""
+
+    model: Path
+    transfer: Mapping[str, Any] | None = None
+    options: Sequence[str] = ()
+    """More arguments of ``vllm serve``; they win."""
+
+    @property
+    def model_name(self) -> str:
+        """What requests call it."""
+        return self.model.name
+
+    def command(self, port: int) -> list[str]:
+        """The whole command line."""
+        arguments = [str(self.model), "--served-model-name", self.model_name]
+        arguments += ["--host", HOST, "--port", str(port)]
+        arguments += [
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "4096",
+        ]
+        arguments += [
+            "--gpu-memory-utilization",
+            "0.3",
+        ]  # where there is a GPU, engines share it
+        if self.transfer is not None:
+            arguments += ["--kv-transfer-config", json.dumps(self.transfer)]
+        return [
+            *_PYTHON,
+            "vllm.entrypoints.cli.main",
+            "serve",
+            *arguments,
+            *self.options,
+        ]
+
+
+def engine_env(**more: str) -> dict[str, str]:
+    """The environment of an engine or a proxy: ours, with defaults; ``more`` wins."""
+    inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+    return _DEFAULT_ENV | inherited | more
+
+
+def proxy_command(prefill: Sequence[str], decode: Sequence[str]) -> Callable[[int], list[str]]:
+    """``kvconnect proxy`` between the engines at these URLs, by its port."""
+    engines = [f"--prefill={url}" for url in prefill] + [f"--decode={url}" for url in decode]
+    start = [*_PYTHON, "kvconnect.cli", "proxy", f"--host={HOST}", *engines]
+    return lambda port: [*start, f"--port={port}"]
+
+
+def check_installed(connector: str) -> None:
+    """Raises ConfigError if an engine with this connector could not start."""
+    for module, remedy in (
+        ("vllm", "`make setup` installs it for CPUs"),
+        (CONNECTORS[connector].module, f"`pip install 'kvconnect[{connector}]'`"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{module} is not installed for {sys.executable}; {remedy}")
+
+
+def check_model(model: Path | None) -> Path:
+    """The folder of a model; raises ConfigError."""
+    remedy = "`make setup` makes the one of the demo, --model names another"
+    if model is None:
+        raise ConfigError(f"neither --model nor KVCONNECT_MODEL names a model; {remedy}")
+    if not (model / "config.json").is_file():
+        raise ConfigError(f"there is no model at {model} (no config.json); {remedy}")
+    return model.resolve()

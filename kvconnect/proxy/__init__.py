@@ -1,0 +1,5 @@
+"""The prefill/decode proxy.
+
+``policy`` (what is asked) and ``pool`` (whose turn it is) are pure; ``legs`` talks to engines
+over the connections of ``session``, ``app`` to clients; ``config`` is what an operator may set.
+"""

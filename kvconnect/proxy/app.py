@@ -1,0 +1,244 @@
+"""The proxy as clients see it: OpenAI's completions, streamed through from the engines.
+
+Does not know how engines are asked (``legs``), what for (``policy``) or in which order (``pool``).
+
+- Answers pass through as they are: status, headers, body bytes, event by event.
+- Nothing is sent to the client before the engine's first byte of body, so that until then
+  another engine can take over. After it, a broken answer is a broken connection for the client.
+- When the client goes, aiohttp cancels the handler (``handler_cancellation``), and with it
+  whichever leg is on.
+"""
+
+import asyncio
+import hmac
+import logging
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+from aiohttp import web
+
+from kvconnect.proxy.config import ProxyConfig
+from kvconnect.proxy.legs import LOST, Answer, Ask, Legs, Reply
+from kvconnect.proxy.policy import error_body, error_event, read_body, request_id, splittable
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# Answers still under way when we are told to stop get this long; Kubernetes kills after 30 s.
+_DRAIN_S = 25.0
+_FORWARDED = ("Authorization", "traceparent", "tracestate")
+_NO_DECODE = "no decode engine can be reached; try again"
+
+
+def _json_error(status: int, message: str) -> web.Response:
+    response = web.Response(
+        status=status, body=error_body(status, message), content_type="application/json"
+    )
+    if status == 503:
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def _whole(reply: Reply) -> web.Response:
+    response = web.Response(status=reply.status, body=reply.body)
+    response.headers.clear()
+    response.headers.extend(reply.headers)
+    return response
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        limit = request.app[_PROXY].config.max_body_bytes
+        message = {
+            404: f"{request.path} is not served by this proxy",
+            413: f"the request body is larger than {limit} bytes",
+        }.get(error.status, error.reason)
+        return _json_error(error.status, message)
+
+
+class Proxy:
+    """The handlers, and what they share."""
+
+    def __init__(self, config: ProxyConfig, clock: Callable[[], float]) -> None:
+        self.config = config
+        self._clock = clock
+        self._legs: Legs
+
+    async def running(self, _app: web.Application) -> AsyncIterator[None]:
+        """aiohttp's cleanup context: connections to engines belong to the running loop."""
+        self._legs = Legs(self.config, self._clock)
+        yield
+        await self._legs.close()
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions and /v1/chat/completions."""
+        if not self._authorised(request):
+            return _json_error(401, "the API key is missing or wrong")
+        counters = self._legs.counters
+        counters.requests += 1
+        try:
+            raw = await request.read()
+            try:
+                body = read_body(raw)
+            except ValueError as error:
+                return _json_error(400, str(error))
+            ask = Ask(request.path, body, _onward_headers(request))
+            params: msgspec.Raw | None = None
+            if splittable(body):
+                outcome = await self._legs.prefill(ask)
+                if isinstance(outcome, Reply):
+                    return _whole(outcome)
+                params = outcome
+            else:
+                counters.not_splittable += 1
+            counters.decode_alone += params is None
+            async with self._legs.decode(ask, params) as answer:
+                if answer is None:
+                    counters.unavailable += 1
+                    return _json_error(503, _NO_DECODE)
+                return await self._pass_on(request, ask, answer)
+        except asyncio.CancelledError:
+            counters.aborted += 1
+            raise
+
+    async def _pass_on(self, request: web.Request, ask: Ask, answer: Answer) -> web.StreamResponse:
+        response = web.StreamResponse(status=answer.upstream.status, reason=answer.upstream.reason)
+        response.headers.extend(answer.headers)
+        response.headers.setdefault("X-Request-Id", ask.headers["X-Request-Id"])
+        response.content_length = answer.upstream.content_length
+        chunk = tail = answer.head
+        try:
+            await response.prepare(request)
+            while chunk:
+                await response.write(chunk)
+                tail = (tail + chunk)[-2:]
+                try:
+                    chunk = await answer.rest()
+                except LOST as error:
+                    logger.warning("%s broke off an answer: %s", answer.url, error)
+                    self._legs.counters.broken += 1
+                    return await _break_off(request, response, tail)
+            await response.write_eof()
+        except ConnectionError:  # the client's: aiohttp noticed before it could cancel us
+            self._legs.counters.aborted += 1
+        return response
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        """GET /v1/models."""
+        if not self._authorised(request):
+            return _json_error(401, "the API key is missing or wrong")
+        reply = await self._legs.models(_onward_headers(request))
+        return (
+            _json_error(503, "no engine can be reached; try again")
+            if reply is None
+            else _whole(reply)
+        )
+
+    async def health(self, request: web.Request) -> web.StreamResponse:
+        """GET /health: 200 while a decode engine counts as up."""
+        legs = self._legs
+        if not legs.decoders.any_up():
+            await legs.look_for_decoders()
+        up = legs.decoders.any_up()
+        report: dict[str, object] = {"status": "ok" if up else "unavailable"}
+        if up and not legs.prefillers.any_up():
+            report["status"] = "decode alone"
+        if self._authorised(request):  # addresses are nobody else's business
+            report |= {
+                "prefill": legs.prefillers.states(),
+                "decode": legs.decoders.states(),
+                "counters": legs.counters,
+            }
+        return web.Response(
+            status=200 if up else 503,
+            body=msgspec.json.encode(report),
+            content_type="application/json",
+        )
+
+    def _authorised(self, request: web.Request) -> bool:
+        if self.config.api_key is None:
+            return True
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        sent = key.strip().encode("utf-8", "surrogateescape")
+        return scheme.lower() == "bearer" and hmac.compare_digest(
+            sent, self.config.api_key.encode()
+        )
+
+
+_PROXY = web.AppKey("proxy", Proxy)
+
+
+def _onward_headers(request: web.Request) -> dict[str, str]:
+    sent = {name: request.headers[name] for name in _FORWARDED if name in request.headers}
+    # aiohttp reads other bytes as surrogates, and cannot send those
+    onward = {name: value for name, value in sent.items() if value.isascii()}
+    onward["X-Request-Id"] = request_id(request.headers.get("X-Request-Id")) or uuid.uuid4().hex
+    return onward
+
+
+async def _break_off(
+    request: web.Request, response: web.StreamResponse, tail: bytes
+) -> web.StreamResponse:
+    """Ends the connection short of the body's end, so that no client takes it for whole."""
+    if response.content_type == "text/event-stream":
+        await response.write(error_event(502, "the engine broke off its answer", tail))
+    if request.transport is not None:
+        request.transport.close()
+    return response
+
+
+def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application:
+    proxy = Proxy(config, clock)
+    app = web.Application(middlewares=[_errors_as_json], client_max_size=config.max_body_bytes)
+    app[_PROXY] = proxy
+    app.cleanup_ctx.append(proxy.running)
+    app.router.add_post("/v1/completions", proxy.complete)
+    app.router.add_post("/v1/chat/completions", proxy.complete)
+    app.router.add_get("/v1/models", proxy.models)
+    app.router.add_get("/health", proxy.health)
+    return app
+
+
+async def start(
+    config: ProxyConfig, host: str, port: int, clock: Callable[[], float] = time.monotonic
+) -> web.AppRunner:
+    """A proxy that listens; ``cleanup`` on the runner ends it."""
+    runner = web.AppRunner(
+        make_app(config, clock),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=_DRAIN_S,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    return runner
+
+
+async def serve(config: ProxyConfig, host: str, port: int, announce: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM, then lets answers under way come to their end."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    runner = await start(config, host, port)
+    try:
+        bound_host, bound_port, *_ = runner.addresses[0]
+        announce(
+            f"kvconnect proxy listens on http://{bound_host}:{bound_port} "
+            f"({len(config.prefill)} prefill, {len(config.decode)} decode)"
+        )
+        await stop.wait()
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,75 @@
+"""What an operator may set about the proxy, checked once at startup."""
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+
+from kvconnect.errors import ConfigError
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Made by ``make_config``, which checks it."""
+
+    prefill: tuple[str, ...]
+    """Base URLs of prefill engines, e.g. ``http://10.0.0.1:8100``."""
+    decode: tuple[str, ...]
+    """Base URLs of decode engines."""
+    api_key: str | None = None
+    """What clients must send as ``Authorization: Bearer …``; None lets everybody in."""
+    connect_timeout_s: Seconds = 2.0
+    """Seconds until an engine that does not accept a connection counts as down."""
+    silence_timeout_s: Seconds | None = None
+    """Seconds without a byte until an engine counts as down; None waits as long as it takes."""
+    max_body_bytes: Annotated[int, msgspec.Meta(gt=0)] = 64 * 2**20
+    """Largest request body that is accepted, in bytes."""
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
+            raise ValueError("the API key is empty or not ASCII; set one, or leave the option out")
+
+
+def make_config(**settings: object) -> ProxyConfig:
+    """A checked configuration; ConfigError names what cannot work."""
+    for role in ("prefill", "decode"):
+        urls = settings.get(role) or ()
+        settings[role] = _engine_urls(role, urls)  # type: ignore[arg-type]
+    try:
+        return msgspec.convert(settings, ProxyConfig)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _engine_urls(role: str, urls: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    if not urls:
+        raise ConfigError(f"no {role} engine is named; add --{role} http://HOST:PORT")
+    checked = tuple(_engine_url(role, url) for url in urls)
+    twice = {url for url in checked if checked.count(url) > 1}
+    if twice:
+        raise ConfigError(f"--{role} {twice.pop()} is given twice; name each engine once")
+    return checked
+
+
+def _engine_url(role: str, text: str) -> str:
+    """The URL as requests are built from it: no trailing slash."""
+
+    def refuse(why: str, remedy: str) -> ConfigError:
+        return ConfigError(f"--{role} {text!r} {why}; {remedy}")
+
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise refuse(f"is not a URL ({error})", "write http://HOST:PORT") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise refuse("is not an http(s) URL with a host", "write http://HOST:PORT")
+    if parts.username is not None or parts.password is not None:
+        raise refuse("carries a user name", "clients' Authorization headers are passed on instead")
+    if parts.query or parts.fragment or not text.isascii() or text != text.strip():
+        raise refuse("has more than a host, a port and a path", "write http://HOST:PORT")
+    path = parts.path.rstrip("/")
+    if path.endswith("/v1"):
+        raise refuse("ends in /v1", "leave /v1 off, it is added to every request")
+    return f"{parts.scheme}://{parts.netloc}{path}"

@@ -1,0 +1,291 @@
+"""The two legs of a request: asks a prefill engine, then a decode engine, over HTTP.
+
+Does not know the client's connection; ``app`` holds that. What is asked is ``policy``'s, whose
+turn it is ``pool``'s.
+
+- An engine that cannot be reached, or breaks off before its answer began, is marked down and the
+  next one is asked. A 5xx is not: an engine answers 503 when its queue is full.
+- Closing an ``Answer``, or cancelling a call in here, closes the connection to the engine: that
+  is how vLLM learns that it may stop.
+- Remote faults are values or the next engine; none is raised to the caller before ``Answer.rest``.
+"""
+
+import asyncio
+import contextlib
+import io
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import aiohttp
+import msgspec
+
+from kvconnect.proxy.config import ProxyConfig
+from kvconnect.proxy.policy import (
+    MAX_HELD_S,
+    Body,
+    Opening,
+    decode_body,
+    judge_opening,
+    prefill_body,
+    transfer_params,
+)
+from kvconnect.proxy.pool import Pool
+from kvconnect.proxy.session import engine_session
+
+logger = logging.getLogger(__name__)
+
+LOST = (aiohttp.ClientError, TimeoutError, OSError)
+"""The engine, or the way to it, is gone."""
+# Of these, the ones that come before a byte of the request went out.
+_NEVER_ASKED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+
+# A gateway in front of an engine says with these that it did not reach it.
+_UNREACHED = (502, 504)
+_MODELS_TIMEOUT_S = 10.0
+# aiohttp warns about larger bodies as bytes, because they are written in one go.
+_WRITTEN_AT_ONCE_BYTES = 2**20
+_NOT_PASSED_ON = frozenset(
+    {
+        *("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"),
+        *("proxy-authenticate", "proxy-authorization"),
+        "content-length",  # set from the body that is sent
+    }
+)
+
+
+class Counters(msgspec.Struct):
+    """What happened since the start."""
+
+    requests: int = 0
+    """Completions asked for by clients."""
+    retries: int = 0
+    """Legs that were sent again."""
+    local_retries: int = 0
+    """Of these, decode legs sent without the KV that prefill had offered."""
+    decode_alone: int = 0
+    """Requests that no prefill engine worked for; the next three say why."""
+    not_splittable: int = 0
+    no_prefill: int = 0
+    no_params: int = 0
+    refused: int = 0
+    """Answered by prefill with a 4xx."""
+    unavailable: int = 0
+    """Answered with 503: no decode engine could be reached."""
+    broken: int = 0
+    """Answers that an engine broke off."""
+    aborted: int = 0
+    """Requests that the client gave up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request of a client, on its way to engines."""
+
+    path: str
+    body: Body
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An engine's whole answer."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A decode engine's answer that has begun to arrive. Has to be closed."""
+
+    url: str
+    head: bytes
+    """The first bytes of the body; empty only if it has none."""
+    opening: Opening
+    upstream: aiohttp.ClientResponse
+    held: contextlib.ExitStack
+
+    @property
+    def faulty(self) -> bool:
+        return self.upstream.status >= 500 or self.opening is Opening.FAILED
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return _passed_on(self.upstream)
+
+    async def rest(self) -> bytes:
+        """The next bytes, empty at the end. Raises one of LOST."""
+        return await self.upstream.content.readany()
+
+    def close(self) -> None:
+        self.held.close()
+
+
+class Legs:
+    """Both pools and the connections to their engines."""
+
+    def __init__(self, config: ProxyConfig, clock: Callable[[], float]) -> None:
+        self.counters = Counters()
+        self.prefillers = Pool(config.prefill, clock)
+        self.decoders = Pool(config.decode, clock)
+        self._connect_timeout_s = config.connect_timeout_s
+        self._session = engine_session(config.connect_timeout_s, config.silence_timeout_s)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def prefill(self, ask: Ask) -> msgspec.Raw | Reply | None:
+        """Prefill's transfer params, or its refusal; None when decode has to work alone."""
+        data = prefill_body(ask.body)
+        candidates = self.prefillers.candidates()
+        for number, url in enumerate(candidates):
+            self.counters.retries += number > 0
+            try:
+                with self.prefillers.busy(url):
+                    async with self._post(url, ask, data) as upstream:
+                        answer = await upstream.read()
+            except LOST as error:
+                self._report_lost(self.prefillers, url, error)
+                continue
+            self._report_status(self.prefillers, url, upstream.status)
+            if upstream.status >= 500:
+                continue
+            if upstream.status >= 400:
+                self.counters.refused += 1
+                return Reply(upstream.status, _passed_on(upstream), answer)
+            params = transfer_params(answer)
+            self.counters.no_params += params is None
+            return params
+        self.counters.no_prefill += 1
+        return None
+
+    @contextlib.asynccontextmanager
+    async def decode(self, ask: Ask, params: msgspec.Raw | None) -> AsyncIterator[Answer | None]:
+        """The answer to pass on; None when no decode engine could be reached."""
+        answer = await self._first_answer(ask, params)
+        try:
+            yield answer
+        finally:
+            if answer is not None:
+                answer.close()
+
+    async def _first_answer(self, ask: Ask, params: msgspec.Raw | None) -> Answer | None:
+        engines = deque(self.decoders.candidates())
+        spare = deque(self.decoders.last_resort())
+        offered, may_retry, asked = params, True, 0
+        while engines or spare:
+            url = (engines or spare).popleft()
+            if asked:
+                self.counters.retries += 1
+                self.counters.local_retries += params is None and offered is not None
+            asked += 1
+            try:
+                answer = await self._open(url, ask, params)
+            except LOST as error:
+                self._report_lost(self.decoders, url, error)
+                if not isinstance(error, _NEVER_ASKED):
+                    # It may have read and released the KV, and a connector without lease
+                    # generations would let the next engine read whatever took its place.
+                    params = None
+                continue
+            self._report_status(self.decoders, url, answer.upstream.status)
+            if not (answer.faulty and may_retry and (params is not None or engines)):
+                return answer
+            # Once, without KV: elsewhere if possible, or here, as it may be the KV's fault.
+            answer.close()
+            may_retry = False
+            if params is not None:
+                params = None
+                engines.append(url)
+        return None
+
+    async def _open(self, url: str, ask: Ask, params: msgspec.Raw | None) -> Answer:
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.decoders.busy(url))
+            upstream = await self._post(url, ask, decode_body(ask.body, params))
+            held.callback(upstream.close)
+            head, opening = await upstream.content.readany(), Opening.GOOD
+            # Without params there is nothing that a second try would leave out.
+            if params is not None and upstream.status == 200 and _is_stream(upstream):
+                head, opening = await _opening(head, upstream)
+            return Answer(url, head, opening, upstream, held.pop_all())
+
+    async def models(self, headers: dict[str, str]) -> Reply | None:
+        """The model list of the first engine that has one."""
+        for pool in (self.decoders, self.prefillers):
+            for url in (*pool.candidates(), *pool.last_resort()):
+                try:
+                    async with self._session.get(
+                        f"{url}/v1/models",
+                        headers=headers,
+                        allow_redirects=False,
+                        timeout=aiohttp.ClientTimeout(
+                            total=_MODELS_TIMEOUT_S, connect=self._connect_timeout_s
+                        ),
+                    ) as upstream:
+                        body = await upstream.read()
+                except LOST as error:
+                    self._report_lost(pool, url, error)
+                    continue
+                self._report_status(pool, url, upstream.status)
+                if upstream.status < 500:
+                    return Reply(upstream.status, _passed_on(upstream), body)
+        return None
+
+    async def look_for_decoders(self) -> None:
+        """Asks decode engines that are down for their health, so that one may count as up."""
+
+        async def look(url: str) -> None:
+            timeout = aiohttp.ClientTimeout(total=self._connect_timeout_s)
+            with contextlib.suppress(*LOST):
+                async with self._session.get(
+                    f"{url}/health", timeout=timeout, allow_redirects=False
+                ) as upstream:
+                    if upstream.status == 200:
+                        self._report_status(self.decoders, url, 200)
+
+        await asyncio.gather(*(look(state.url) for state in self.decoders.states() if not state.up))
+
+    def _post(self, url: str, ask: Ask, data: bytes) -> "aiohttp.client._RequestContextManager":
+        return self._session.post(
+            url + ask.path,
+            data=data if len(data) <= _WRITTEN_AT_ONCE_BYTES else io.BytesIO(data),
+            headers=ask.headers,
+            allow_redirects=False,
+        )
+
+    def _report_lost(self, pool: Pool, url: str, error: BaseException) -> None:
+        if pool.failed(url):
+            logger.warning("%s is down: %s", url, str(error) or type(error).__name__)
+
+    def _report_status(self, pool: Pool, url: str, status: int) -> None:
+        if status in _UNREACHED:
+            if pool.failed(url):
+                logger.warning("%s is down: status %d", url, status)
+        elif pool.succeeded(url):
+            logger.warning("%s is up again", url)
+
+
+async def _opening(head: bytes, upstream: aiohttp.ClientResponse) -> tuple[bytes, Opening]:
+    """As much of a stream as it takes to tell whether it failed, within the policy's limits."""
+    verdict = judge_opening(head)
+    try:
+        async with asyncio.timeout(MAX_HELD_S) as hold:
+            while verdict is Opening.UNDECIDED and (more := await upstream.content.readany()):
+                head += more
+                verdict = judge_opening(head)
+    except TimeoutError:
+        if not hold.expired():  # the engine's silence, not our patience
+            raise
+    return head, verdict
+
+
+def _passed_on(upstream: aiohttp.ClientResponse) -> list[tuple[str, str]]:
+    return [(k, v) for k, v in upstream.headers.items() if k.lower() not in _NOT_PASSED_ON]
+
+
+def _is_stream(upstream: aiohttp.ClientResponse) -> bool:
+    return upstream.content_type == "text/event-stream"

@@ -1,0 +1,219 @@
+"""What the proxy asks of the engines: the whole prefill/decode protocol, without any I/O.
+
+Knows OpenAI bodies and vLLM's ``kv_transfer_params``. Does not know HTTP, asyncio, addresses,
+or who the client is.
+
+- A body is ``{key: its raw JSON}``: what nobody has to look at is passed on byte for byte.
+- ``read_body`` removes every field by which a client could steer a KV transfer. The other
+  functions take what it returned.
+- The prefill engine must make the same prompt tokens as the decode engine, or its KV belongs to
+  another prompt. So ``prefill_body`` drops only the fields in ``_ANSWER_ONLY`` and keeps what it
+  does not know (``response_format`` and ``tools`` are part of some models' prompts).
+- A request is *splittable* when it is one engine request on each side and reads the prefix
+  cache. Every other one goes whole to a decode engine.
+"""
+
+import enum
+import re
+
+import msgspec
+
+Body = dict[str, msgspec.Raw]
+
+# An answer that may still turn out to be an error is held back up to here. vLLM sends a chat's
+# role and the failure that follows it in one breath; a longer pause means that it is thinking.
+MAX_HELD_BYTES = 64 * 1024
+MAX_HELD_S = 0.25
+
+_NULL = msgspec.Raw(b"null")
+_FALSE = msgspec.Raw(b"false")
+_ONE = msgspec.Raw(b"1")
+_DO_PREFILL = msgspec.Raw(
+    b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
+    b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
+)
+
+# Set by a client, these make an engine connect to an address, read another request's KV, or die.
+_TRANSFER_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+
+# Fields that shape an answer and never the prompt's tokens.
+_ANSWER_ONLY = frozenset(
+    {
+        *("stream", "stream_options", "stream_interval"),
+        *("n", "best_of", "use_beam_search"),
+        *("max_tokens", "max_completion_tokens", "min_tokens"),
+        *("stop", "stop_token_ids", "include_stop_str_in_output"),
+        *("echo", "logprobs", "top_logprobs", "prompt_logprobs", "logprob_token_ids"),
+        *("return_token_ids", "return_tokens_as_token_ids"),
+        *("return_prompt_text", "return_token_offsets"),
+    }
+)
+
+_BODY = msgspec.json.Decoder(Body)
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_LIST_OPENING = re.compile(rb"\[\s*(.)", re.DOTALL)
+# Some connectors find their peer's address in the request id: no client may write one there.
+_REQUEST_ID = re.compile(r"(?!.*_addr_)[\w.:-]{1,128}", re.ASCII)
+
+
+def read_body(raw: bytes) -> Body:
+    """The client's request without transfer fields; ValueError says what is wrong with it."""
+    try:
+        body = _BODY.decode(raw)
+        xargs = _BODY.decode(body["vllm_xargs"]) if _given(body, "vllm_xargs") else {}
+    except msgspec.ValidationError:
+        raise ValueError("the request body or its vllm_xargs is not a JSON object") from None
+    except ValueError as error:
+        raise ValueError(f"the request body is not valid JSON: {error}") from None
+    for field in _TRANSFER_FIELDS:
+        body.pop(field, None)
+        # vLLM copies vllm_xargs into the extra_args that carry the real params.
+        if xargs.pop(field, None) is not None:
+            body["vllm_xargs"] = msgspec.Raw(msgspec.json.encode(xargs))
+    return body
+
+
+def request_id(claimed: str | None) -> str | None:
+    """The client's own request id, if it is one that engines may see."""
+    return claimed if claimed and _REQUEST_ID.fullmatch(claimed) else None
+
+
+def prefill_body(body: Body) -> bytes:
+    """The prefill leg: the same prompt, one token, and its KV kept for a decode engine."""
+    asked = {key: value for key, value in body.items() if key not in _ANSWER_ONLY}
+    asked |= {"stream": _FALSE, "max_tokens": _ONE, "kv_transfer_params": _DO_PREFILL}
+    # No stop token may end the answer: some connectors (Mooncake, older NIXL) hand over only
+    # what was cut off by length.
+    asked["min_tokens"] = _ONE
+    if "max_completion_tokens" in body:  # where both are given, vLLM honours this one
+        asked["max_completion_tokens"] = _ONE
+    return msgspec.json.encode(asked)
+
+
+def decode_body(body: Body, params: msgspec.Raw | None) -> bytes:
+    """The decode leg: the client's own request, with prefill's params if there are any."""
+    return msgspec.json.encode(body if params is None else body | {"kv_transfer_params": params})
+
+
+def splittable(body: Body) -> bool:
+    """Whether two engines can share the work without wasting or mixing up KV."""
+    # vLLM reads leniently ("2" is 2, "yes" is true): all but the plain neutral value is "set".
+    if any(
+        _given(body, key) and body[key] != neutral
+        for key, neutral in (("n", _ONE), ("best_of", _ONE), ("use_beam_search", _FALSE))
+    ):
+        return False  # several engine requests: one lease cannot feed them all
+    echoed = _given(body, "echo") and body["echo"] != _FALSE
+    if _given(body, "prompt_logprobs") or (
+        echoed and ("messages" in body or _given(body, "logprobs"))
+    ):
+        return False  # prompt logprobs: decode computes the prompt itself, whatever it is offered
+    if bytes(body.get("truncate_prompt_tokens", _NULL)).startswith((b"-", b'"')):
+        return False  # -1 cuts at each engine's own context length: two prompts
+    return _prompts_in(body, "prompt") + _prompts_in(body, "prompt_embeds") <= 1
+
+
+def _given(body: Body, key: str) -> bool:
+    return body.get(key, _NULL) != _NULL
+
+
+def _prompts_in(body: Body, key: str) -> int:
+    """How many prompts vLLM makes of this field."""
+    if not _given(body, key):
+        return 0
+    opening = _LIST_OPENING.match(body[key])
+    if opening is None or opening[1] in b"0123456789]":
+        return 1  # a string, or the token ids of one prompt
+    return len(_LIST.decode(body[key]))
+
+
+class _PrefillAnswer(msgspec.Struct):
+    kv_transfer_params: msgspec.Raw = _NULL
+
+
+_PREFILL_ANSWER = msgspec.json.Decoder(_PrefillAnswer)
+
+
+def transfer_params(answer: bytes) -> msgspec.Raw | None:
+    """What prefill hands over, verbatim; None when it kept nothing for us."""
+    try:
+        params = _PREFILL_ANSWER.decode(answer).kv_transfer_params
+    except ValueError:
+        return None
+    return params if bytes(params).startswith(b"{") else None
+
+
+class Opening(enum.Enum):
+    """What the first events of a streamed answer amount to."""
+
+    GOOD = enum.auto()
+    FAILED = enum.auto()
+    UNDECIDED = enum.auto()
+
+
+class _Error(msgspec.Struct):
+    code: int | str | None = None
+
+
+class _Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Event(msgspec.Struct):
+    error: _Error | None = None
+    choices: list[_Choice] = []
+
+
+_EVENT = msgspec.json.Decoder(_Event)
+
+
+def judge_opening(head: bytes) -> Opening:
+    """Whether a streamed answer (status 200) starts with the engine's failure.
+
+    vLLM reports a failed KV load as an event. In a chat it sends the assistant's role first, in
+    the same breath, so that a role alone decides nothing.
+    """
+    if b"\r" in head:
+        return Opening.GOOD  # not vLLM's framing: nothing that we could judge
+    # the last piece is an event that has not ended yet
+    for event in head.split(b"\n\n")[:-1]:
+        try:
+            seen = _EVENT.decode(event.removeprefix(b"data: "))
+        except ValueError:
+            return Opening.GOOD  # a comment, [DONE], or something newer than us
+        if seen.error is not None:
+            code = seen.error.code
+            failed = not isinstance(code, int) or code >= 500
+            return Opening.FAILED if failed else Opening.GOOD
+        if not (seen.choices and all(_role_only(choice) for choice in seen.choices)):
+            return Opening.GOOD
+    return Opening.UNDECIDED if len(head) < MAX_HELD_BYTES else Opening.GOOD
+
+
+def _role_only(choice: _Choice) -> bool:
+    delta = choice.delta
+    return bool(delta and delta.role and not delta.content and choice.finish_reason is None)
+
+
+def error_body(status: int, message: str) -> bytes:
+    """An error in OpenAI's shape, as vLLM words it."""
+    if status >= 500:
+        kind = "ServiceUnavailableError" if status == 503 else "InternalServerError"
+    else:
+        kind = {401: "AuthenticationError", 404: "NotFoundError"}.get(status, "BadRequestError")
+    return msgspec.json.encode(
+        {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    )
+
+
+def error_event(status: int, message: str, sent: bytes) -> bytes:
+    """The same as the last event of a stream of which ``sent`` was the end so far."""
+    # An event that was cut off is ended first, so that it cannot swallow this one.
+    border = b"" if sent.endswith(b"\n\n") else b"\n\n"
+    return border + b"data: " + error_body(status, message) + b"\n\n"

@@ -1,0 +1,16 @@
+"""The shipped test kit: verified fakes, and the contracts that they and the real ones are held to.
+
+* `check_transport` holds any transport to `kvconnect.transport.base`; `check_channel` any
+  control channel to `kvconnect.channel`. Our own run them, fakes included.
+* `FakeClock`, `Network`, `Faulty` and `geometry` let a test drive movers by `step`, without
+  threads, sleeps or an engine.
+* Imports no test framework and no transport library.
+"""
+
+from kvconnect.testing.channels import check_channel
+from kvconnect.testing.clock import FakeClock
+from kvconnect.testing.faulty import Fault, Faulty
+from kvconnect.testing.network import Network
+from kvconnect.testing.transport import check_transport
+
+__all__ = ["FakeClock", "Fault", "Faulty", "Network", "check_channel", "check_transport"]

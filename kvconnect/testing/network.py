@@ -1,0 +1,159 @@
+"""Control channels inside one process, whose frames a test may hold, lose, repeat and reorder.
+
+* `Network.channel` makes what ZMQ would bind; both are held to the same contract
+  (`kvconnect.testing.check_channel`).
+* Frames arrive at once and in order, unless ``held``: then they wait in ``pending`` until the
+  test names the one to deliver, drop or repeat. Nothing is random here.
+* A frame is addressed when it is sent and handed over when it is delivered: one to an address
+  where nobody listens by then is lost; one to an address that somebody else listens on by then
+  (a restart) reaches the newcomer, as with ZMQ.
+"""
+
+import itertools
+import threading
+from collections import deque
+from typing import NamedTuple
+
+from kvconnect.channel import Frame, Link
+from kvconnect.errors import ConfigError, WireError
+from kvconnect.wire import Address
+
+
+class Pending(NamedTuple):
+    """A frame on its way: to whoever listens on ``address``, or back along a dialled link."""
+
+    sender: "MemoryChannel"
+    link: Link
+    address: Address | None
+    dialler: "MemoryChannel | None"
+    data: bytes
+
+
+class Network:
+    """What connects channels: those made on one network reach each other."""
+
+    def __init__(self, held: bool = False) -> None:
+        self.held = held
+        self.pending: list[Pending] = []
+        self.lock = threading.RLock()
+        self.listening: dict[Address, MemoryChannel] = {}
+        self.dialled: dict[bytes, tuple[MemoryChannel, Address]] = {}
+        self.numbers = itertools.count(1)
+        self._ports = itertools.count(20_000)
+
+    def channel(self, host: str = "test", port: int = 0) -> "MemoryChannel":
+        """A channel that listens on ``host``; ``port`` 0 takes a free one."""
+        with self.lock:
+            address = Address(host, port or next(self._ports))
+            if address in self.listening:
+                raise ConfigError(f"control channel cannot listen on {address}: it is taken")
+            made = self.listening[address] = MemoryChannel(self, address)
+            return made
+
+    def carry(self, frame: Pending) -> None:
+        """Put a frame on its way."""
+        with self.lock:
+            if self.held:
+                self.pending.append(frame)
+            else:
+                self._arrive(frame)
+
+    def deliver(self, index: int = 0) -> None:
+        """Let the pending frame at ``index`` arrive."""
+        with self.lock:
+            self._arrive(self.pending.pop(index))
+
+    def drop(self, index: int = 0) -> None:
+        """Lose a pending frame."""
+        with self.lock:
+            del self.pending[index]
+
+    def repeat(self, index: int = 0) -> None:
+        """Let a pending frame arrive and stay pending: it arrives again."""
+        with self.lock:
+            self._arrive(self.pending[index])
+
+    def flush(self) -> None:
+        """Let everything arrive that is pending now, in order."""
+        with self.lock:
+            pending, self.pending = self.pending, []
+            for frame in pending:
+                self._arrive(frame)
+
+    def _arrive(self, frame: Pending) -> None:
+        if frame.address is not None:
+            if (listener := self.listening.get(frame.address)) is not None:
+                listener.take(Frame(Link(False, frame.link.key), frame.data))
+        elif frame.dialler is not None and frame.link.key in self.dialled:
+            frame.dialler.take(Frame(Link(True, frame.link.key), frame.data))
+
+
+class MemoryChannel:
+    """See `kvconnect.channel`; made by `Network.channel`."""
+
+    def __init__(self, network: Network, address: Address) -> None:
+        self.address = address
+        self._network = network
+        self._arrived: deque[Frame] = deque()
+        self._changed = threading.Condition(network.lock)
+        self._woken = False
+        self._closed = False
+
+    def dial(self, address: Address) -> Link:
+        if not address.host.isprintable() or " " in address.host:
+            raise WireError(f"{address} cannot be dialled")
+        with self._network.lock:
+            link = Link(True, str(next(self._network.numbers)).encode())
+            self._network.dialled[link.key] = (self, address)
+            return link
+
+    def send(self, link: Link, data: bytes) -> None:
+        with self._network.lock:
+            known = self._network.dialled.get(link.key)
+            if known is None:
+                return  # dropped since: lost, as on any network
+            dialler, address = known
+            if link.dialled:
+                self._network.carry(Pending(self, link, address, None, data))
+            else:
+                self._network.carry(Pending(self, link, None, dialler, data))
+
+    def poll(self, timeout_s: float) -> list[Frame]:
+        with self._changed:
+            if timeout_s > 0:
+                self._changed.wait_for(lambda: self._arrived or self._woken, timeout_s)
+            self._woken = False
+            arrived = list(self._arrived)
+            self._arrived.clear()
+            return arrived
+
+    def drop(self, link: Link) -> None:
+        with self._network.lock:
+            if link.dialled:
+                self._network.dialled.pop(link.key, None)
+            self._arrived = deque(f for f in self._arrived if f.link != link)
+
+    def wake(self) -> None:
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._network.lock:
+            if self._closed:
+                return
+            self._closed = True
+            del self._network.listening[self.address]
+            for key, (dialler, address) in list(self._network.dialled.items()):
+                if dialler is self:
+                    del self._network.dialled[key]
+                elif address == self.address:  # a kernel would close the connection
+                    dialler.take(Frame(Link(True, key), None))
+            self._arrived.clear()
+
+    def take(self, frame: Frame) -> None:
+        """A frame arrives."""
+        with self._changed:
+            if not self._closed:
+                self._arrived.append(frame)
+                self._changed.notify_all()

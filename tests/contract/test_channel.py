@@ -1,0 +1,49 @@
+"""ZMQ and the in-memory network keep the same contract."""
+
+import pytest
+
+from kvconnect.channel import ZmqChannel
+from kvconnect.errors import ConfigError
+from kvconnect.testing import Network, check_channel
+from kvconnect.testing.channels import CHECKS
+
+every_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+
+
+@every_check
+def test_the_in_memory_network_keeps_the_contract(check):
+    check(Network().channel)
+
+
+@every_check
+def test_zmq_keeps_the_contract(check):
+    check(lambda: ZmqChannel("127.0.0.1", 0))
+
+
+def test_the_whole_suite_is_one_call():
+    check_channel(Network().channel)
+
+
+def test_a_port_that_is_taken_is_a_startup_error():
+    network = Network()
+    taken = network.channel().address
+    with pytest.raises(ConfigError, match="taken"):
+        network.channel(taken.host, taken.port)
+    channel = ZmqChannel("127.0.0.1", 0)
+    with pytest.raises(ConfigError, match="VLLM_NIXL_SIDE_CHANNEL_PORT"):
+        ZmqChannel("127.0.0.1", channel.address.port)
+    channel.close()
+
+
+def test_a_held_network_delivers_drops_and_repeats_what_the_test_names():
+    network = Network(held=True)
+    ours, theirs = network.channel(), network.channel()
+    link = ours.dial(theirs.address)
+    for data in (b"a", b"b", b"c"):
+        ours.send(link, data)
+    assert theirs.poll(0) == []
+    network.repeat(2)
+    network.deliver(2)
+    network.drop(0)
+    network.flush()
+    assert [f.data for f in theirs.poll(0)] == [b"c", b"c", b"b"]

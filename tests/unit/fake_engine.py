@@ -1,0 +1,78 @@
+"""A process that looks like a vLLM engine to the demo: ``fake_engine.py PORT ROLE``.
+
+The FAULT in the environment is what it does wrong.
+"""
+
+import http.server
+import json
+import os
+import sys
+import threading
+from collections import Counter
+from typing import Any
+
+PORT, ROLE = int(sys.argv[1]), sys.argv[2]
+FAULT = os.environ.get("FAULT", "")
+CONSUMER = ROLE == "kv_consumer"
+KV_BYTES = 1000
+counted: Counter[str] = Counter()
+lock = threading.Lock()
+
+
+def source(name: str) -> str:
+    return f'vllm:prompt_tokens_by_source_total{{engine="0",source="{name}"}}'
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.reply(200, "".join(f"{name} {value}\n" for name, value in counted.items()).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if CONSUMER and FAULT == "refuses":
+            return self.reply(400, b"out of KV")
+        prompt = body.get("prompt") or body["messages"][0]["content"]
+        params = body.get("kv_transfer_params") or {}
+        tokens = len(prompt) // 4
+        pulled = bool(params.get("do_remote_prefill"))
+        with lock:
+            if pulled and FAULT != "computes":
+                counted[source("external_kv_transfer")] += tokens
+                counted["vllm:nixl_bytes_transferred_sum"] += tokens * KV_BYTES
+                counted["vllm:nixl_xfer_time_seconds_sum"] += 1
+            else:
+                counted[source("local_compute")] += tokens
+            counted["vllm:request_success_total"] += 1
+        text = f"answer {sum(prompt.encode())}"
+        if FAULT == "differs" and pulled:
+            text = "another prompt's answer"
+        usage = {"prompt_tokens": tokens}
+        if body.get("stream"):
+            self.stream(
+                {"choices": [{"delta": {"content": text}}]}, {"choices": [], "usage": usage}
+            )
+            return None
+        answer: dict[str, Any] = {"choices": [{"text": text, "message": text}], "usage": usage}
+        if params.get("do_remote_decode"):
+            answer["kv_transfer_params"] = {"do_remote_prefill": True}
+        return self.reply(200, json.dumps(answer).encode())
+
+    def reply(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def stream(self, *events: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for event in events:
+            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+if CONSUMER and FAULT == "crashes":
+    sys.exit(3)
+http.server.ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
