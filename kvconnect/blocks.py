@@ -12,7 +12,7 @@ is marked ``whole_block``: heads may be selected, tokens may not.
 * Nothing here allocates, copies or talks.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -70,9 +70,9 @@ class Region(msgspec.Struct, frozen=True):
 
     address: Size
     nbytes: Size
-    kind: str = "DRAM"
-    """NIXL's names: DRAM or VRAM."""
-    device: int = 0
+    kind: Literal["DRAM", "VRAM"] = "DRAM"
+    """NIXL's names."""
+    device: Annotated[int, msgspec.Meta(ge=0, lt=1024)] = 0
 
 
 class Shard(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import zmq
 
 from kvconnect.errors import ConfigError, WireError
-from kvconnect.wire import MAX_MESSAGE_BYTES, Address
+from kvconnect.wire import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Address
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class Channel(Protocol):
     def close(self) -> None: ...
 
 
-MAX_FRAMES_A_POLL = 256
+MAX_FRAMES_A_POLL = 64
+MAX_QUEUED = 256  # frames that wait inside ZMQ per connection that dialled us
 HEARTBEAT_MS = 2000  # a host that vanished without a word is noticed after three of these
 
 
@@ -157,7 +158,9 @@ class ZmqChannel:
     def _socket(self, kind: int) -> zmq.Socket:
         made = self._context.socket(kind)
         made.setsockopt(zmq.LINGER, 0)
-        made.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + 1024)
+        largest = MAX_REQUEST_BYTES if kind == zmq.ROUTER else MAX_MESSAGE_BYTES
+        made.setsockopt(zmq.MAXMSGSIZE, largest + 1024)
+        made.setsockopt(zmq.RCVHWM, MAX_QUEUED)
         made.setsockopt(zmq.SNDHWM, 10_000)
         made.setsockopt(zmq.IPV6, 1)
         made.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)

@@ -12,6 +12,7 @@ import enum
 import itertools
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 from kvconnect import wire
@@ -25,6 +26,9 @@ from kvconnect.wire import Address
 logger = logging.getLogger(__name__)
 
 RESEND_S = 1.0
+MAX_GREETINGS = 128  # under way at once; addresses may come from clients
+BACKOFF_S = (0.5, 4.0)  # between greetings of an address that fails: first, at most
+MAX_BACKOFFS = 1024
 
 
 class State(enum.Enum):
@@ -38,8 +42,17 @@ class State(enum.Enum):
 class Call:
     """A request to a peer; ``reply`` or ``error`` is set once it is over."""
 
-    def __init__(self, message: wire.Message, deadline: float, resend_at: float) -> None:
+    def __init__(
+        self,
+        seq: int,
+        message: wire.Message,
+        accepts: tuple[type[wire.Message], ...],
+        deadline: float,
+        resend_at: float,
+    ) -> None:
+        self.seq = seq
         self.message = message
+        self.accepts = accepts
         self.deadline = deadline
         self.resend_at = resend_at
         self.reply: wire.Message | None = None
@@ -86,28 +99,51 @@ class Dialler:
         self._handshake_timeout_s = handshake_timeout_s
         self._peers: dict[Address, Peer] = {}
         self._by_link: dict[Link, Peer] = {}
+        # address that could not be greeted → (not before, then wait so long, why), oldest first
+        self._backoffs: OrderedDict[Address, tuple[float, float, str]] = OrderedDict()
         self._seq = itertools.count(1)
 
     def greet(self, address: Address) -> Peer:
-        """The peer at ``address``; dials it unless that is under way or done."""
-        peer = self._peers.get(address)
-        if peer is None:
-            deadline = self._clock() + self._handshake_timeout_s
-            try:
-                peer = Peer(address, self._channel.dial(address), deadline)
-            except WireError as e:
-                peer = Peer(address, Link(True, b""), deadline)
-                peer.state, peer.error = State.FAILED, str(e)
-                return peer
-            self._peers[address] = self._by_link[peer.link] = peer
-            self._send_greeting(peer)
+        """The peer at ``address``; dials it unless that is under way or done.
+
+        FAILED at once for an address that failed a moment ago or cannot be dialled.
+        """
+        if (peer := self._peers.get(address)) is not None:
+            return peer
+        deadline = self._clock() + self._handshake_timeout_s
+        try:
+            self._check_may_greet(address)
+            peer = Peer(address, self._channel.dial(address), deadline)
+        except WireError as e:
+            peer = Peer(address, Link(True, b""), deadline)
+            peer.state, peer.error = State.FAILED, str(e)
+            return peer
+        self._peers[address] = self._by_link[peer.link] = peer
+        self._send_greeting(peer)
         return peer
+
+    def _check_may_greet(self, address: Address) -> None:
+        not_before, _, why = self._backoffs.get(address, (0.0, 0.0, ""))
+        if self._clock() < not_before:
+            raise WireError(why)
+        greeting = sum(p.state is State.GREETING for p in self._peers.values())
+        if greeting >= MAX_GREETINGS:
+            raise WireError(f"{greeting} other peers are being greeted, at most {MAX_GREETINGS}")
+
+    def _back_off(self, address: Address, why: str) -> None:
+        first, most = BACKOFF_S
+        _, wait_s, _ = self._backoffs.pop(address, (0.0, first, ""))
+        self._backoffs[address] = (self._clock() + wait_s, min(2 * wait_s, most), why)
+        if len(self._backoffs) > MAX_BACKOFFS:
+            self._backoffs.popitem(last=False)
 
     def fail(self, peer: Peer, error: str) -> None:
         """Give up on a peer: all its calls end, its link is closed. Idempotent."""
         if peer.state is State.FAILED:
             return
         logger.warning("peer %s: %s", peer, error)
+        if peer.state is State.GREETING:
+            self._back_off(peer.address, error)
         peer.state, peer.error = State.FAILED, error
         for call in peer.calls.values():
             call.error = f"peer {peer}: {error}"
@@ -115,16 +151,26 @@ class Dialler:
         del self._peers[peer.address], self._by_link[peer.link]
         self._channel.drop(peer.link)
 
-    def call(self, peer: Peer, make: Callable[[int], wire.Message], deadline: float) -> Call:
-        """Send the request ``make(seq)``, repeated until it is answered."""
+    def call(
+        self,
+        peer: Peer,
+        make: Callable[[int], wire.Message],
+        accepts: tuple[type[wire.Message], ...],
+        deadline: float,
+    ) -> Call:
+        """Send the request ``make(seq)``, repeated until one of ``accepts`` answers it."""
         seq = next(self._seq)
-        call = Call(make(seq), deadline, self._clock() + RESEND_S)
+        call = Call(seq, make(seq), accepts, deadline, self._clock() + RESEND_S)
         if peer.state is State.READY:
             peer.calls[seq] = call
             self.tell(peer, call.message)
         else:
             call.error = f"peer {peer}: {peer.error or 'not greeted yet'}"
         return call
+
+    def cancel(self, peer: Peer, call: Call) -> None:
+        """No answer is wanted any more: stop repeating."""
+        peer.calls.pop(call.seq, None)
 
     def tell(self, peer: Peer, message: wire.Message) -> None:
         """Send a message to a READY peer; no answer is expected."""
@@ -186,7 +232,9 @@ class Dialler:
         if isinstance(message, wire.Welcome) and peer.state is State.GREETING:
             self._welcomed(peer, message)
         elif isinstance(message, wire.Opened | wire.Refused | wire.Closed):
-            if call := peer.calls.pop(message.seq, None):
+            call = peer.calls.get(message.seq)
+            if call is not None and isinstance(message, call.accepts):
+                del peer.calls[message.seq]
                 call.reply = message
         elif isinstance(message, wire.Gone):
             peer.gone.update(message.generations)
@@ -220,6 +268,7 @@ class Dialler:
             self.fail(peer, f"bad description of its memory: {e}")
             return
         peer.body, peer.state = body, State.READY
+        self._backoffs.pop(peer.address, None)
         logger.info("peer %s is ready: %d layers", peer, len(body.views))
 
     def _send_greeting(self, peer: Peer) -> None:

@@ -11,6 +11,7 @@ wrong moves it to FAILING, where it stays until no transport can touch our block
 
 import enum
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvconnect import wire
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
 RENEWALS_PER_TTL = 3
+MIN_RENEWAL_S = 1.0  # whatever ttl a ticket claims
 TRANSFER, HANDSHAKE = "num_failed_transfers", "num_failed_handshakes"
 
 
@@ -125,10 +127,13 @@ class Fetcher:
                 self._stats.transfer(done)
             elif fetch.phase is Phase.READING:
                 self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {done.error}")
+                # its transport may have been made anew: learn of that by greeting it again
+                self._dialler.fail(fetch.remote.peers[index], f"a read failed: {done.error}")
             return
 
     def tick(self) -> None:
         """Move every fetch on as far as it goes, and renew leases."""
+        self._remotes.tick()
         for request_id, fetch in list(self._fetches.items()):
             if self._advance(fetch):
                 del self._fetches[request_id]
@@ -140,7 +145,9 @@ class Fetcher:
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
         times = [f.deadline for f in self._fetches.values()]
-        times += [w.renew_at for w in self._watches.values() if w.remote.state is State.READY]
+        times += [
+            w.renew_at for w in self._watches.values() if w.remote.state is not State.GREETING
+        ]
         return min(times, default=None)
 
     def take(self) -> tuple[set[str], dict[str, str]]:
@@ -206,6 +213,9 @@ class Fetcher:
         if isinstance(order, Release):
             fetch.phase = Phase.READING  # of nothing
             return
+        if fetch.remote.was_restarted(source):
+            self._fail(fetch, "the peer was restarted since the ticket was made")
+            return
         if source.generation and any(source.generation in p.gone for p in fetch.remote.peers):
             self._fail(fetch, "the lease is over")
             return
@@ -221,6 +231,7 @@ class Fetcher:
                         tokens=order.tokens,
                         digest=order.digest,
                     ),
+                    (wire.Opened, wire.Refused),
                     fetch.deadline,
                 )
         fetch.phase = Phase.OPENING
@@ -268,6 +279,7 @@ class Fetcher:
                     readers=self._ranks,
                     final=final,
                 ),
+                (wire.Closed,),
                 self._clock() + CLOSE_TIMEOUT_S,
             )
 
@@ -277,6 +289,8 @@ class Fetcher:
         fetch.phase, fetch.error = Phase.FAILING, error
         if isinstance(fetch.order, Fetch) and not fetch.aborted:
             self._stats.count(counted_as)
+        for index, call in fetch.opens.items():
+            self._dialler.cancel(fetch.remote.peers[index], call)
         for ticket in fetch.tickets:
             self._transport.cancel(ticket)
 
@@ -284,18 +298,28 @@ class Fetcher:
 
     def _renew(self) -> None:
         now = self._clock()
-        due: dict[int, tuple[Remote, list[str]]] = {}
+        due: dict[int, tuple[Remote, list[Source]]] = {}
         for watch in self._watches.values():
-            if now < watch.renew_at or watch.source.generation is None:
+            if now < watch.renew_at:
                 continue
             watch.remote.advance()
+            if watch.remote.state is State.GREETING:
+                continue
+            watch.renew_at = now + max(watch.source.ttl_s / RENEWALS_PER_TTL, MIN_RENEWAL_S)
             if watch.remote.state is State.FAILED:  # it may be back before the request is loaded
                 watch.remote = self._remotes.of(watch.source)
-            elif watch.remote.state is State.READY:
-                watch.renew_at = now + watch.source.ttl_s / RENEWALS_PER_TTL
-                due.setdefault(id(watch.remote), (watch.remote, []))[1].append(
-                    watch.source.generation
+            elif not watch.remote.was_restarted(watch.source):
+                due.setdefault(id(watch.remote), (watch.remote, []))[1].append(watch.source)
+        for remote, sources in due.values():
+            for some in batched(sources, wire.RENEWED_AT_ONCE):
+                renew = wire.Renew(
+                    generations=[s.generation for s in some if s.generation],
+                    request_ids=[s.request_id for s in some if not s.generation],
                 )
-        for remote, generations in due.values():
-            for peer in remote.peers:
-                self._dialler.tell(peer, wire.Renew(generations=generations))
+                for peer in remote.peers:
+                    self._dialler.tell(peer, renew)
+
+
+def batched(items: list[Source], size: int) -> Iterator[list[Source]]:
+    """``items`` in lists of at most ``size`` (itertools.batched, which Python 3.11 lacks)."""
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -66,7 +66,9 @@ class Lender:
         elif isinstance(message, wire.Close):
             self._close(link, message)
         elif isinstance(message, wire.Renew):
-            gone = [g for g in message.generations if self._book.renew(g) is Standing.GONE]
+            found = [g for r in message.request_ids if (g := self._book.find(r))]
+            wanted = message.generations + found
+            gone = [g for g in wanted if self._book.renew(g) is Standing.GONE]
             if gone:
                 self._listener.answer(link, wire.Gone(generations=gone))
 

@@ -1,7 +1,8 @@
 """Links that peers dialled: proves both sides, then hands authentic messages up.
 
 * Shows our memory's addresses (the Body) only to a dialler that proved the secret.
-* Bounded: the longest silent session goes when there are too many.
+* Bounded: the longest silent link goes when there are too many; links that have proved nothing
+  only ever displace their like.
 * A malformed or unauthentic frame is dropped and, where the peer cannot know why, answered
   with Reject; nothing is raised.
 """
@@ -19,7 +20,8 @@ from kvconnect.session import LISTENER, NONCE_BYTES, PLAIN, SEALED, Session
 
 logger = logging.getLogger(__name__)
 
-MAX_SESSIONS = 4096
+MAX_PROVED = 4096
+MAX_UNPROVED = 256
 
 
 class Incoming(NamedTuple):
@@ -36,7 +38,6 @@ class _Arrived:
         self.dialler_nonce = hello.nonce
         nonce = secrets.token_bytes(NONCE_BYTES)
         self.session = Session(LISTENER, secret, hello.nonce, nonce)
-        self.proved = False
         self.challenge = wire.Challenge(
             version=wire.VERSION, nonce=nonce, proof=self.session.proof(), secret=bool(secret)
         )
@@ -56,12 +57,12 @@ class Listener:
         self._fingerprint = dict(fingerprint)
         self._body = body
         self._secret = secret
-        self._arrived: OrderedDict[Link, _Arrived] = OrderedDict()
+        self._unproved: OrderedDict[Link, _Arrived] = OrderedDict()
+        self._proved: OrderedDict[Link, _Arrived] = OrderedDict()
 
     def answer(self, link: Link, message: wire.Message) -> None:
         """Send a message to a proved dialler; lost if its link is gone."""
-        arrived = self._arrived.get(link)
-        if arrived is not None and arrived.proved:
+        if arrived := self._proved.get(link):
             self._channel.send(link, arrived.session.seal(wire.encode(message)))
 
     def receive(self, frame: Frame) -> Incoming | None:
@@ -73,13 +74,13 @@ class Listener:
             return None
 
     def _receive(self, link: Link, data: bytes) -> Incoming | None:
-        arrived = self._arrived.get(link)
         if data[:1] == SEALED:
-            if arrived is None or not arrived.proved:
+            arrived = self._proved.get(link)
+            if arrived is None:
                 self._reject(link, "no such session; greet again")
                 return None
             message = wire.decode(arrived.session.unseal(data))
-            self._arrived.move_to_end(link)
+            self._proved.move_to_end(link)
             return Incoming(link, message)
         message = wire.decode(data[1:])
         if isinstance(message, wire.Hello):
@@ -89,20 +90,21 @@ class Listener:
         return None
 
     def _challenge(self, link: Link, hello: wire.Hello) -> None:
-        arrived = self._arrived.get(link)
+        arrived = self._unproved.get(link)
         if arrived is None or arrived.dialler_nonce != hello.nonce:  # else: a repeated Hello
-            arrived = self._arrived[link] = _Arrived(hello, self._secret)
-            if len(self._arrived) > MAX_SESSIONS:
-                self._arrived.popitem(last=False)
+            arrived = self._unproved[link] = _Arrived(hello, self._secret)
+            if len(self._unproved) > MAX_UNPROVED:
+                self._unproved.popitem(last=False)
         self._channel.send(link, PLAIN + wire.encode(arrived.challenge))
 
     def _welcome(self, link: Link, prove: wire.Prove) -> None:
-        arrived = self._arrived.get(link)
+        arrived = self._unproved.pop(link, None) or self._proved.get(link)
         if arrived is None or not arrived.session.accepts(prove.proof):
-            self._arrived.pop(link, None)
             self._reject(link, "wrong proof; is your auth_secret_file the same as ours?")
             return
-        arrived.proved = True
+        self._proved[link] = arrived  # again, if the Prove was repeated
+        if len(self._proved) > MAX_PROVED:
+            self._proved.popitem(last=False)
         body = wire.encode(self._body())
         self.answer(link, wire.Welcome(fingerprint=self._fingerprint, body=body))
 

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 THREAD_NAME = "kvconnect-mover"
 IDLE_WAIT_S = 1.0
 BUSY_PAUSE_S = 100e-6
+SILENT_S, SILENT_PAUSE_S = 1.0, 2e-3
 
 Fence = Callable[[], bool]
 """True once the device has finished what was submitted before the orders were given."""
@@ -86,7 +87,10 @@ class Mover:
         self._transport = transport
         self._channel = channel
         self._clock = clock
-        self._stats = Stats()
+        self._stats = Stats()  # the mover's thread's own
+        self._reported = Stats()  # what it has published, guarded by the lock
+        self._fenced = False  # whether orders wait for the device
+        self._active_at = clock()  # when something last moved
         self._shards: tuple[wire.Address, ...] = (channel.address,)
         secret = settings.secret or b""
         self._listener = Listener(channel, settings.fingerprint, self._body, secret)
@@ -137,7 +141,7 @@ class Mover:
     def take_stats(self) -> dict[str, list[float]] | None:
         """What was measured since the last call; None if nothing."""
         with self._lock:
-            return self._stats.take()
+            return self._reported.take()
 
     def close(self) -> None:
         """Stop the thread, then give up the transport and the channel. Idempotent."""
@@ -147,6 +151,9 @@ class Mover:
         if self._thread is not None:
             self._channel.wake()
             self._thread.join(timeout=10)
+            if self._thread.is_alive():
+                logger.error("the mover did not stop in 10 s; its transport is left as it is")
+                return
         self._transport.close()
         self._channel.close()
 
@@ -161,8 +168,11 @@ class Mover:
                 self._dialler.receive(frame)
             elif incoming := self._listener.receive(frame):
                 self._lender.receive(incoming)
-        for done in self._transport.poll():
+        ended = self._transport.poll()
+        for done in ended:
             self._fetcher.done(done)
+        if frames or ended:
+            self._active_at = self._clock()
         self._dialler.tick()
         self._lender.tick()
         self._fetcher.tick()
@@ -174,7 +184,7 @@ class Mover:
             return 0.0
         parts = (self._dialler, self._lender, self._fetcher)
         deadlines = [d for part in parts if (d := part.next_deadline()) is not None]
-        if any(fence is not None for _, fence in self._orders):
+        if self._fenced:
             return 0.001
         soonest = min(deadlines, default=float("inf")) - self._clock()
         return min(max(soonest, 0.001), IDLE_WAIT_S)
@@ -183,6 +193,10 @@ class Mover:
     def _busy(self) -> bool:
         return self._fetcher.reading or self._lender.reading
 
+    def _pause_s(self) -> float:
+        """Between busy steps: short while things happen, longer for a reader that went silent."""
+        return BUSY_PAUSE_S if self._clock() - self._active_at < SILENT_S else SILENT_PAUSE_S
+
     def _run(self) -> None:
         with contextlib.suppress(OSError):  # so that `top -H` and `bench idle` can tell it
             Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(THREAD_NAME)
@@ -190,7 +204,7 @@ class Mover:
             while not self._stopping.is_set():
                 self.step(self.wait_s())
                 if self._busy:
-                    time.sleep(BUSY_PAUSE_S)
+                    time.sleep(self._pause_s())
         except BaseException as e:
             logger.exception("the mover stopped; the engine will be told")
             with self._lock:
@@ -202,7 +216,8 @@ class Mover:
                 if not self._orders:
                     return
                 orders, fence = self._orders[0]
-                if fence is not None and not fence():
+                self._fenced = fence is not None and not fence()
+                if self._fenced:
                     return
                 self._orders.popleft()
             for order in orders:
@@ -228,9 +243,12 @@ class Mover:
     def _publish(self) -> None:
         sent = self._lender.take_freed()
         received, failed = self._fetcher.take()
+        self._stats.count("num_kv_expired_reqs", self._lender.expired)
+        self._stats.count("num_notifications_after_expiry", self._lender.late)
+        counted = self._stats.take()
         with self._lock:
-            self._stats.count("num_kv_expired_reqs", self._lender.expired)
-            self._stats.count("num_notifications_after_expiry", self._lender.late)
+            if counted is not None:
+                self._reported.add(counted)
             self._outcome.sent |= sent
             self._outcome.received |= received
             self._outcome.failed |= failed

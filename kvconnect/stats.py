@@ -24,7 +24,7 @@ def empty() -> dict[str, list[float]]:
 
 
 class Stats:
-    """Observations of one mover or planner; one thread writes, `take` swaps."""
+    """Observations of one mover or planner. Not thread-safe."""
 
     def __init__(self) -> None:
         self._data = empty()
@@ -39,6 +39,11 @@ class Stats:
     def count(self, name: str, times: int = 1) -> None:
         """Something of COUNTED happened."""
         self._data[name].extend([1] * times)
+
+    def add(self, data: dict[str, list[float]]) -> None:
+        """What another one has taken."""
+        for name, values in data.items():
+            self._data[name].extend(values)
 
     def take(self) -> dict[str, list[float]] | None:
         """What was observed since the last call; None if nothing."""

@@ -17,14 +17,17 @@ VERSION = (1, 0)
 """(major, minor). 1.0: first version."""
 
 MAX_MESSAGE_BYTES = 16 << 20
-MAX_RANKS = 4096
+MAX_REQUEST_BYTES = 1 << 20
+"""Of what a dialler sends; only a listener's Welcome may be larger."""
+MAX_RANKS = 1024
+RENEWED_AT_ONCE = 512
 
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
 Ranks = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Generation = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-Generations = Annotated[list[Generation], msgspec.Meta(max_length=65_536)]
+Generations = Annotated[list[Generation], msgspec.Meta(max_length=RENEWED_AT_ONCE)]
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 Detail = Annotated[str, msgspec.Meta(max_length=4096)]
 Short = Annotated[bytes, msgspec.Meta(max_length=64)]
@@ -126,9 +129,10 @@ class Refused(Message, frozen=True):
 
 
 class Renew(Message, frozen=True):
-    """Keep these leases alive."""
+    """Keep these leases alive, by generation or, without a ticket, by request id."""
 
     generations: Generations
+    request_ids: Annotated[list[RequestId], msgspec.Meta(max_length=RENEWED_AT_ONCE)] = []
 
 
 class Gone(Message, frozen=True):

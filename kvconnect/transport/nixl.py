@@ -5,10 +5,13 @@
   rows that are neighbours on both sides.
 * No progress thread: `poll` makes progress, so an idle engine costs nothing. With UCX even a
   passive side must poll for a peer's read to end (its flush needs an answer).
-* A transfer is never released while it runs: UCX cannot take back a read that is on the wire,
-  so `cancel` lets it end and then calls it failed.
+* A transfer ends when NIXL says DONE or a backend error, never before: it is not released, and
+  its peer's metadata is not removed, while it runs. Removing it makes NIXL *report* an end
+  (NOT_FOUND) while bytes still arrive. A peer that was dropped and stays silent is fenced off by
+  making the whole agent anew, which does stop them.
 """
 
+import gc
 import logging
 import time
 import uuid
@@ -27,6 +30,8 @@ from kvconnect.transport.base import Done, Ticket, Work
 logger = logging.getLogger(__name__)
 
 LOCAL = "NIXL_INIT_AGENT"
+FENCE_S = 20.0  # that a dropped peer's transfers get to end by themselves
+CLOSE_S = 2.0  # that all get when the transport is closed
 
 
 def _import_nixl() -> tuple[Any, tuple[type[Exception], ...]]:
@@ -59,28 +64,17 @@ class NixlTransport:
     """See `kvconnect.transport.base`. Raises ConfigError if a backend is not available."""
 
     def __init__(self, regions: Sequence[Region], backends: Sequence[str] = ("UCX",)) -> None:
-        api, self._error = _import_nixl()
-        self._name = str(uuid.uuid4())
-        config = api.nixl_agent_config(
-            enable_prog_thread=False, capture_telemetry=True, backends=list(backends)
-        )
-        self._agent = api.nixl_agent(self._name, config)
-        absent = [b for b in backends if b not in self._agent.backends]
-        if absent:
-            raise ConfigError(
-                f"backends: NIXL has no plugin {', '.join(absent)}, it has "
-                f"{', '.join(sorted(self._agent.get_plugin_list()))}; name one of those, or "
-                "install a nixl build that brings it"
-            )
-        self._registered = [self._register(kind, regions) for kind in {r.kind for r in regions}]
-        self._metadata = self._agent.get_agent_metadata()
-        self._peers: dict[str, str] = {}  # name that add_peer gave → NIXL agent
-        # (peer or LOCAL, id of a table) → the table, so that the id stays its own, and its handle
+        self._api, self._errors = _import_nixl()
+        self._regions, self._backends = tuple(regions), tuple(backends)
+        self._peers: dict[str, _Hello] = {}  # by the name that add_peer gave
+        self._dropped: dict[str, tuple[_Hello, float]] = {}  # with transfers; until when
+        # (peer, id of a table of either side) → the table, so that the id stays its own, handle
         self._prepared: dict[tuple[str, int], tuple[RowTable, Any]] = {}
         self._running: dict[Ticket, _Running] = {}
         self._ended: list[Done] = []
         self._next_ticket = 1
         self._closed = False
+        self._make_agent()
 
     def hello(self) -> bytes:
         return msgspec.msgpack.encode(_Hello(self._name, self._metadata))
@@ -88,56 +82,63 @@ class NixlTransport:
     def add_peer(self, name: str, hello: bytes) -> None:
         try:
             theirs = msgspec.msgpack.decode(hello, type=_Hello)
+        except msgspec.DecodeError as e:
+            raise TransportError(f"peer {name}: its NIXL metadata is malformed: {e}") from e
+        for known in (*self._peers.values(), *(h for h, _ in self._dropped.values())):
+            if known.agent == theirs.agent and known != theirs:
+                raise TransportError(f"peer {name}: another peer is NIXL agent {theirs.agent}")
+        try:
             added = self._agent.add_remote_agent(theirs.metadata)
-        except (msgspec.DecodeError, *self._error, ValueError, TypeError) as e:
+            agent = added.decode() if isinstance(added, bytes) else added
+        except (*self._errors, ValueError, TypeError) as e:
             raise TransportError(f"peer {name}: its NIXL metadata is unusable: {e}") from e
-        agent = added.decode() if isinstance(added, bytes) else added
         if agent != theirs.agent:
             raise TransportError(f"peer {name}: metadata is of agent {agent}, not {theirs.agent}")
-        self._peers[name] = agent
+        self._peers[name] = theirs
 
     def drop_peer(self, name: str) -> None:
-        agent = self._peers.pop(name, None)
-        if agent is None:
+        hello = self._peers.pop(name, None)
+        if hello is None:
             return
         for running in self._running.values():
             running.cancelled |= running.work.peer == name
-        try:
-            self._agent.remove_remote_agent(agent)  # disconnects: what is on the wire errs
-        except self._error as e:
-            logger.warning("peer %s: NIXL could not forget it: %s", name, e)
-        self._forget_tables(name)
+        self._dropped[name] = (hello, time.monotonic() + FENCE_S)
+        self._forget_dropped()
 
     def submit(self, work: Work) -> Ticket:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         started = time.perf_counter()
         try:
+            agent = self._agent_of(work.peer)
             handle = self._agent.make_prepped_xfer(
                 work.op.value,
-                self._prepare(LOCAL, work.local),
+                self._prepare(work.peer, work.local, LOCAL),
                 work.local_index,
-                self._prepare(work.peer, work.remote),
+                self._prepare(work.peer, work.remote, agent),
                 work.remote_index,
             )
-            state = self._agent.transfer(handle)
-        except (*self._error, TransportError, ValueError) as e:
+        except (*self._errors, TransportError, ValueError, KeyError, OverflowError) as e:
             self._ended.append(Done(ticket, f"NIXL refused the transfer: {e}"))
             return ticket
-        now = time.perf_counter()
-        running = self._running[ticket] = _Running(work, handle, started, now - started)
+        running = self._running[ticket] = _Running(work, handle, started, 0.0)
+        try:
+            state = self._agent.transfer(handle)
+        except self._errors as e:
+            # part of it may be on the wire: poll tells when it has ended
+            logger.warning("NIXL could not post all of a transfer: %s", e)
+            running.cancelled, state = True, "PROC"
+        running.post_s = time.perf_counter() - started
         if state != "PROC":
-            self._end(ticket, running, state)
+            self._end(ticket, state)
         return ticket
 
     def poll(self) -> list[Done]:
-        for ticket, running in list(self._running.items()):
-            try:
-                state = self._agent.check_xfer_state(running.handle)
-            except self._error as e:
-                state = str(e)
-            if state != "PROC":
-                self._end(ticket, running, state)
+        self._advance()
         self._agent.get_new_notifs()  # progress for peers that read from us
+        if self._dropped:
+            self._forget_dropped()
+            if any(time.monotonic() >= until for _, until in self._dropped.values()):
+                self._fence()
         ended, self._ended = self._ended, []
         return ended
 
@@ -149,36 +150,86 @@ class NixlTransport:
         if self._closed:
             return
         self._closed = True
-        for name in list(self._peers):
-            self.drop_peer(name)
-        for _, handle in self._prepared.values():
-            self._release(handle, "prepared list")
-        self._prepared.clear()
-        for ticket, running in list(self._running.items()):
-            self._end(ticket, running, "transport closed")
-        for registered in self._registered:
-            try:
-                self._agent.deregister_memory(registered)
-            except self._error as e:
-                logger.warning("NIXL could not deregister memory: %s", e)
+        deadline = time.monotonic() + CLOSE_S
+        while self._running and time.monotonic() < deadline:
+            self._advance()
+            time.sleep(0.001)
+        self._end_all("transport closed")
+        self._drop_agent()
 
-    def _register(self, kind: str, regions: Sequence[Region]) -> Any:
-        rows = [(r.address, r.nbytes, r.device, "") for r in regions if r.kind == kind]
+    # -- the agent ----------------------------------------------------------------------
+
+    def _make_agent(self) -> None:
+        self._name = str(uuid.uuid4())
+        config = self._api.nixl_agent_config(
+            enable_prog_thread=False, capture_telemetry=True, backends=list(self._backends)
+        )
         try:
-            return self._agent.register_memory(rows, kind)
-        except self._error as e:
+            self._agent = self._api.nixl_agent(self._name, config)
+        except (*self._errors, RuntimeError) as e:
+            raise ConfigError(
+                f"NIXL cannot start with backends {', '.join(self._backends)}: {e}; if UCX_TLS "
+                "or UCX_NET_DEVICES is set, does it name what this host has?"
+            ) from e
+        absent = [b for b in self._backends if b not in self._agent.backends]
+        if absent:
+            raise ConfigError(
+                f"backends: NIXL has no plugin {', '.join(absent)}, it has "
+                f"{', '.join(sorted(self._agent.get_plugin_list()))}; name one of those, or "
+                "install a nixl build that brings it"
+            )
+        for kind in {r.kind for r in self._regions}:
+            self._register(kind)
+        self._metadata = self._agent.get_agent_metadata()
+
+    def _register(self, kind: str) -> None:
+        rows = [(r.address, r.nbytes, r.device, "") for r in self._regions if r.kind == kind]
+        try:
+            self._agent.register_memory(rows, kind)
+        except self._errors as e:
             total = sum(row[1] for row in rows)
             raise ConfigError(
                 f"NIXL cannot register {total} bytes of {kind} memory: {e}; is the memlock "
                 "limit (`ulimit -l`) high enough, and do the backends support this memory?"
             ) from e
 
-    def _prepare(self, owner: str, table: RowTable) -> Any:
-        key = (owner, id(table))
+    def _drop_agent(self) -> None:
+        """Destroy the agent and with it all registrations, peers and transfers."""
+        self._peers.clear()
+        self._dropped.clear()
+        self._prepared.clear()
+        self._agent = None
+        gc.collect()  # the agent ends with its last handle; see that that is now
+
+    def _fence(self) -> None:
+        logger.error(
+            "a dropped peer's transfers did not end in %g s: the NIXL agent is made anew, and all "
+            "peers are greeted again",
+            FENCE_S,
+        )
+        self._end_all("the NIXL agent was made anew")
+        self._drop_agent()
+        self._make_agent()
+
+    # -- transfers ----------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        for ticket, running in list(self._running.items()):
+            try:
+                state = self._agent.check_xfer_state(running.handle)
+            except self._errors as e:
+                state = str(e)
+            if state != "PROC":
+                self._end(ticket, state)
+
+    def _agent_of(self, peer: str) -> str:
+        if peer not in self._peers:
+            raise TransportError(f"peer {peer} is not reachable")
+        return self._peers[peer].agent
+
+    def _prepare(self, peer: str, table: RowTable, agent: str) -> Any:
+        key = (peer, id(table))
         if key not in self._prepared:
-            agent = owner if owner == LOCAL else self._peers.get(owner)
-            if agent is None:
-                raise TransportError(f"peer {owner} is not reachable")
             address, nbytes, stride, count = table.rows.T
             device = np.full_like(address, table.device)
             rows = np.column_stack([address, nbytes, device, stride, count]).astype(np.uint64)
@@ -186,30 +237,40 @@ class NixlTransport:
             self._prepared[key] = (table, handle)
         return self._prepared[key][1]
 
-    def _forget_tables(self, peer: str) -> None:
-        """Release what was prepared for a dropped peer, once nothing runs on it."""
-        if any(r.work.peer == peer for r in self._running.values()):
-            return
-        for key in [k for k in self._prepared if k[0] == peer]:
-            self._release(self._prepared.pop(key)[1], "prepared list")
+    def _forget_dropped(self) -> None:
+        """Let go of dropped peers that nothing runs on any more."""
+        in_use = {r.work.peer for r in self._running.values()}
+        for name in [n for n in self._dropped if n not in in_use]:
+            hello, _ = self._dropped.pop(name)
+            for key in [k for k in self._prepared if k[0] == name]:
+                self._release(self._prepared.pop(key)[1], "prepared list")
+            others = (*self._peers.values(), *(h for h, _ in self._dropped.values()))
+            if any(other.agent == hello.agent for other in others):
+                continue  # another name of the same peer
+            try:
+                self._agent.remove_remote_agent(hello.agent)
+            except self._errors as e:
+                logger.warning("peer %s: NIXL could not forget it: %s", name, e)
 
-    def _end(self, ticket: Ticket, running: _Running, state: str) -> None:
-        del self._running[ticket]
+    def _end(self, ticket: Ticket, state: str) -> None:
+        running = self._running.pop(ticket)
         wire_s = time.perf_counter() - running.posted_at
         descriptors = 0
         if state == "DONE":
             descriptors = self._agent.get_xfer_telemetry(running.handle).descCount
         self._release(running.handle, "transfer")
-        if running.work.peer not in self._peers:
-            self._forget_tables(running.work.peer)
         error = None if state == "DONE" else f"NIXL transfer ended as {state}"
         if running.cancelled:
             error = error or "cancelled"
         nbytes = 0 if error else running.work.nbytes
         self._ended.append(Done(ticket, error, nbytes, descriptors, running.post_s, wire_s))
 
+    def _end_all(self, why: str) -> None:
+        self._ended += [Done(ticket, why) for ticket in self._running]
+        self._running.clear()
+
     def _release(self, handle: Any, what: str) -> None:
         try:
             handle.release()
-        except self._error as e:
+        except self._errors as e:
             logger.warning("NIXL could not release a %s: %s", what, e)

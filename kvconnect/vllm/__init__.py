@@ -5,7 +5,10 @@
 
 from typing import Any
 
-CONNECTORS = {"KVConnectNixl": "kvconnect.vllm.connector", "NixlConnector": "kvconnect.vllm.connector"}
+CONNECTORS = {
+    "KVConnectNixl": "kvconnect.vllm.connector",
+    "NixlConnector": "kvconnect.vllm.connector",
+}
 
 
 def __getattr__(name: str) -> Any:

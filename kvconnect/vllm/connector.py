@@ -200,7 +200,7 @@ class KVConnectNixl(KVConnectorBase_V1, SupportsHMA):
 def _check_parallelism(parallel: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name, 1)) > 1:
-            raise ConfigError(f"{name} is {size}, expected 1: KVConnectNixl cannot split by context")
+            raise ConfigError(f"{name} is {size}, expected 1: KV split by context is not handled")
 
 
 class NixlConnector(KVConnectNixl):

@@ -65,7 +65,7 @@ def open_ticket(text: Any, secret: bytes | None) -> Ticket:
                     "auth_secret_file?"
                 )
         ticket = msgspec.msgpack.decode(base64.urlsafe_b64decode(payload.encode()), type=Ticket)
-    except (ValueError, msgspec.DecodeError) as e:
+    except (ValueError, msgspec.DecodeError, RecursionError) as e:
         raise OfferError(f"{TICKET_KEY} is malformed: {e}") from e
     if ticket.version != TICKET_VERSION:
         raise OfferError(f"ticket of version {ticket.version}, expected {TICKET_VERSION}")
@@ -154,9 +154,7 @@ def _ticket(params: dict[str, Any], secret: bytes | None) -> Ticket | None:
     return None
 
 
-def _source(
-    params: dict[str, Any], ticket: Ticket | None, engine_id: str, ttl_s: float
-) -> Source:
+def _source(params: dict[str, Any], ticket: Ticket | None, engine_id: str, ttl_s: float) -> Source:
     if ticket is not None:
         _check_engine(ticket.engine_id, engine_id)
         shards = tuple(Shard(address, incarnation) for address, incarnation in ticket.shards)
@@ -203,7 +201,10 @@ def _block_tables(value: Any) -> list[list[int]]:
 
 
 def _seen(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, endless nesting
+        return f"a {type(value).__name__}"
     return shown if len(shown) <= 80 else f"{shown[:80]}…"
 
 

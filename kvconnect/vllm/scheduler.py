@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
 from kvconnect.config import NixlConfig, read_secret
@@ -18,6 +19,7 @@ from kvconnect.tier.base import Load, Store
 from kvconnect.tier.peer import Offer, PeerTier
 from kvconnect.vllm import _compat
 from kvconnect.vllm.params import (
+    TICKET_KEY,
     TICKET_VERSION,
     Prompt,
     Ticket,
@@ -79,6 +81,7 @@ class Scheduler:
                     request.request_id,
                     e,
                 )
+                self._let_go(request)
             else:
                 self._planner.offered(request.request_id, offer)
         elif wants_remote_decode(params):
@@ -131,6 +134,18 @@ class Scheduler:
             return parse_rejected(request.kv_transfer_params, *about_us)
         prompt = Prompt(request, self._backoff)
         return parse_offer(request.kv_transfer_params, prompt, *about_us)
+
+    def _let_go(self, request: Any) -> None:
+        """A ticket that is good but not for this prompt: do not let its blocks wait in vain."""
+        if not request.kv_transfer_params.get(TICKET_KEY):
+            return
+        try:
+            offer = parse_rejected(
+                request.kv_transfer_params, self._engine_id, self._secret, self._ttl_s
+            )
+        except OfferError:
+            return
+        self._planner.offered(request.request_id, offer)
 
     def _lend(self, request: Any, tables: list[list[int]], tokens: int) -> dict[str, Any]:
         kept = tuple(
@@ -185,9 +200,15 @@ class Scheduler:
 
 
 def _backoff(vllm_config: Any, kv_cache_config: Any) -> int:
-    """Trailing prompt tokens that the decode engine computes itself (in-tree _prefill_backoff)."""
+    """Trailing prompt tokens that the decode engine computes itself (in-tree _prefill_backoff).
+
+    One for recurrent state, which cannot step back, and for sliding windows: after a full hit
+    vLLM computes the last token again, whose window then starts one token before the blocks
+    that were kept for the token after it.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     one_less = getattr(kv_cache_config, "has_mamba_layers", False) or any(
-        getattr(group.kv_cache_spec, "prefix_replay_tokens", 0) > 0
-        for group in kv_cache_config.kv_cache_groups
+        getattr(spec, "prefix_replay_tokens", 0) > 0 or isinstance(spec, SlidingWindowSpec)
+        for spec in specs
     )
     return max(int(one_less), getattr(vllm_config, "num_prefill_lookahead_tokens", 0) - 1, 0)

@@ -65,7 +65,28 @@ def test_tp_2_to_1(crowded_pair: Pair):
 
 
 def test_sliding_window_and_full_attention_groups(hybrid_pair: Pair):
-    check_some_prompts(hybrid_pair)
+    """The last token is left to decode: its window starts before what a full hit would keep.
+
+    With a window of 256 and blocks of 128 that shows at prompts of 128 k + 127 tokens.
+    """
+    lengths = [1, 2, 100, 255, 256, 257, 383, 384, 511, 639, 700, 1025, 1151, 2049, 3000]
+    prompts = [words(n, seed=n + 300) for n in lengths]
+    before = hybrid_pair.computed_at_decode()
+    asked = {"max_tokens": 8, "logprobs": 1}
+
+    def through(prompt):
+        params = hybrid_pair.prefilled(prompt)
+        return hybrid_pair.decode.post(prompt, kv_transfer_params=params, **asked)[1]
+
+    loaded = in_parallel(through, prompts)
+    assert hybrid_pair.computed_at_decode() - before <= len(prompts)
+    for length, prompt, ours in zip(lengths, prompts, loaded, strict=True):
+        alone = hybrid_pair.prefill.post(prompt, **asked)[1]["choices"][0]
+        ours = ours["choices"][0]
+        assert ours["token_ids"] == alone["token_ids"], length
+        assert ours["logprobs"]["token_logprobs"] == pytest.approx(
+            alone["logprobs"]["token_logprobs"], abs=1e-3
+        ), length
 
 
 def test_pipeline_parallel_prefill(pipeline_pair: Pair):
