@@ -53,10 +53,10 @@ class _Fetch:
     closes: dict[int, Call] = field(default_factory=dict)
     tickets: dict[Ticket, int] = field(default_factory=dict)  # running → index of the rank
 
-    @property
-    def generation(self) -> str | None:
-        """As the ticket says or, without one, as the first rank that was opened says."""
-        for call in self.opens.values():
+    def generation_at(self, index: int) -> str | None:
+        """As that rank said when it was opened, else as any other did, else as the ticket says."""
+        asked = [self.opens[index]] if index in self.opens else []
+        for call in (*asked, *self.opens.values()):
             if isinstance(call.reply, wire.Opened):
                 return call.reply.generation
         return self.order.source.generation
@@ -179,7 +179,8 @@ class Fetcher:
         if fetch.phase is Phase.CLOSING:
             return all(c.reply for i, c in fetch.closes.items() if i in fetch.opens)
         if fetch.phase is Phase.FAILING and not fetch.tickets:
-            self._close(fetch)
+            if not fetch.closes:  # else it failed while closing
+                self._close(fetch)
             return True
         return False
 
@@ -263,15 +264,16 @@ class Fetcher:
 
         Samples of one prompt share its lease (vLLM's ``n`` > 1): the last one ends it.
         """
-        source, generation = fetch.order.source, fetch.generation
+        source = fetch.order.source
         final = not any(
             request_id != fetch.order.request_id and watch.source == source
             for request_id, watch in self._watches.items()
         )
         for index, peer in enumerate(fetch.remote.peers):
+            generation = fetch.generation_at(index)
             fetch.closes[index] = self._dialler.call(
                 peer,
-                lambda seq: wire.Close(
+                lambda seq, generation=generation: wire.Close(
                     seq=seq,
                     generation=generation,
                     request_id=source.request_id,

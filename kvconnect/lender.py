@@ -136,7 +136,7 @@ class Lender:
         reader = (link, message.reader)
         if not message.final:
             return self._book.standing(generation) is Standing.GRANTED
-        self._parked.get(generation, {}).pop(reader, None)
+        self._unpark(generation, link, message.reader)
         stood, freed = self._book.close(generation, reader, message.reader, message.readers)
         if freed:
             self._freed.add(freed)
@@ -152,7 +152,14 @@ class Lender:
         if sum(map(len, self._parked.values())) >= MAX_PARKED:
             self._refuse(link, message, "busy", f"{MAX_PARKED} readers already wait here")
             return
-        self._parked.setdefault(generation, {})[link, message.reader] = message
+        self._parked.setdefault(generation, {})[link, message.seq] = message
+
+    def _unpark(self, generation: str, link: Link, reader: int) -> None:
+        """A reader gave up waiting: opened later, it would never close."""
+        waiting = self._parked.pop(generation, {})
+        kept = {k: m for k, m in waiting.items() if (k[0], m.reader) != (link, reader)}
+        if kept:
+            self._parked[generation] = kept
 
     def _refuse(self, link: Link, message: wire.Open, cause: str, detail: str) -> None:
         self._listener.answer(link, wire.Refused(seq=message.seq, cause=cause, detail=detail))

@@ -2,8 +2,8 @@
 
 * `check_transport` holds any transport to `kvconnect.transport.base`; `check_channel` any
   control channel to `kvconnect.channel`. Our own run them, fakes included.
-* `FakeClock`, `Network`, `Faulty` and `geometry` let a test drive movers by `step`, without
-  threads, sleeps or an engine.
+* `FakeClock`, `Network`, `Faulty`, `geometry` and `engines` let a test drive movers by `step`,
+  without threads, sleeps or vLLM.
 * Imports no test framework and no transport library.
 """
 

@@ -78,7 +78,7 @@ def two_links_of_one_dialler_are_two_conversations(make: MakeChannel) -> None:
         for link in links:
             ours.send(link, link.key)
         for frame in _receive(theirs, 2):
-            theirs.send(frame.link, b"re " + frame.data)
+            theirs.send(frame.link, b"re " + (frame.data or b""))
         assert {f.link: f.data for f in _receive(ours, 2)} == {n: b"re " + n.key for n in links}
 
 

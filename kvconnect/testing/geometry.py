@@ -39,7 +39,9 @@ class Model:
 
     def stages(self, pp_size: int) -> list[tuple[str, ...]]:
         """Layers of each pipeline stage; the first stages take what cannot be divided."""
-        return [tuple(s) for s in np.array_split(np.array(self.names), pp_size)]
+        each, rest = divmod(self.layers, pp_size)
+        ends = [each * i + min(i, rest) for i in range(pp_size + 1)]
+        return [self.names[a:b] for a, b in itertools.pairwise(ends)]
 
 
 class Cache:
@@ -91,7 +93,8 @@ class Cache:
 
     def read(self, layer: str, part: int, block: int, head: int, token: int) -> bytes:
         """One cell: ``head`` counts over the whole model."""
-        return self._cells[layer, part][block, head - self.heads.first, token].tobytes()
+        cell = self._cells[layer, part][block, head - self.heads.first, token]
+        return bytes(cell.tobytes())
 
     def write(self, layer: str, part: int, block: int, head: int, token: int, value: bytes) -> None:
         """Set one cell, as `read` tells it."""
@@ -170,10 +173,15 @@ class Cache:
             dtype=self.model.dtype,
             layout="cpu:vec" if self._layout == "vec" else "dense",
             parts=tuple(
-                Part(c.ctypes.data, c.strides[:4], self._shape(), self.model.itemsize)
+                Part(c.ctypes.data, _four(c.strides), self._shape(), self.model.itemsize)
                 for c in cells
             ),
         )
+
+
+def _four(strides: Sequence[int]) -> tuple[int, int, int, int]:
+    block, head, token, content, _ = strides
+    return block, head, token, content
 
 
 def engine(

@@ -4,6 +4,8 @@
   (`kvconnect.testing.check_channel`).
 * Frames arrive at once and in order, unless ``held``: then they wait in ``pending`` until the
   test names the one to deliver, drop or repeat. Nothing is random here.
+* A connection that breaks is told by a frame too, which may be held and lost like any other:
+  a host may vanish without a word.
 * A frame is addressed when it is sent and handed over when it is delivered: one to an address
   where nobody listens by then is lost; one to an address that somebody else listens on by then
   (a restart) reaches the newcomer, as with ZMQ.
@@ -26,7 +28,7 @@ class Pending(NamedTuple):
     link: Link
     address: Address | None
     dialler: "MemoryChannel | None"
-    data: bytes
+    data: bytes | None  # None: the connection broke
 
 
 class Network:
@@ -148,7 +150,7 @@ class MemoryChannel:
                 if dialler is self:
                     del self._network.dialled[key]
                 elif address == self.address:  # a kernel would close the connection
-                    dialler.take(Frame(Link(True, key), None))
+                    self._network.carry(Pending(self, Link(True, key), None, dialler, None))
             self._arrived.clear()
 
     def take(self, frame: Frame) -> None:

@@ -212,6 +212,13 @@ def a_dropped_peer_may_come_back(make_rig: MakeRig) -> None:
         assert done.error is None, done.error
 
 
+def a_peer_under_two_names_survives_the_loss_of_one(make_rig: MakeRig) -> None:
+    with _rig(make_rig) as rig:
+        rig.ours.add_peer("again", rig.theirs.hello())
+        rig.ours.drop_peer("again")
+        _moves_exactly(rig, [1], [2], Op.READ)
+
+
 def a_cancelled_ticket_still_ends(make_rig: MakeRig) -> None:
     with _rig(make_rig) as rig:
         tickets = [rig.ours.submit(rig.work(SHUFFLED, SHUFFLED)) for _ in range(5)]
@@ -297,6 +304,7 @@ CHECKS: dict[str, Check] = {
         an_unknown_peer_is_a_failed_ticket,
         a_dropped_peer_ends_its_tickets_and_lets_memory_be,
         a_dropped_peer_may_come_back,
+        a_peer_under_two_names_survives_the_loss_of_one,
         a_cancelled_ticket_still_ends,
         rows_outside_the_peers_regions_fail,
         rows_outside_our_regions_fail,

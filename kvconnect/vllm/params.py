@@ -171,8 +171,9 @@ def _check_engine(theirs: str, ours: str) -> None:
 
 def _text(params: dict, key: str, longest: int = 1024) -> str:
     value = params.get(key)
-    if not isinstance(value, str) or not 0 < len(value) <= longest:
-        raise OfferError(f"{key} is {_seen(value)}, expected 1 to {longest} characters")
+    # printable: what is not, lone surrogates included, may not be encodable
+    if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
+        raise OfferError(f"{key} is {_seen(value)}, expected 1 to {longest} printable characters")
     return value
 
 
@@ -193,11 +194,14 @@ def _block_tables(value: Any) -> list[list[int]]:
         raise OfferError(f"remote_block_ids is {_seen(value)}, expected lists of block ids")
     nested = value if any(isinstance(v, list | tuple) for v in value) else [value]
     for table in nested:
-        if not isinstance(table, list | tuple) or not all(
-            isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in table
-        ):
+        if not isinstance(table, list | tuple) or not all(_is_block(b) for b in table):
             raise OfferError(f"remote_block_ids is {_seen(value)}, expected lists of block ids")
-    return [list(table) for table in nested]
+    return [[int(b) for b in table] for table in nested]
+
+
+def _is_block(value: Any) -> bool:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and value >= 0
 
 
 def _seen(value: Any) -> str:

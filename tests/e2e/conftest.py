@@ -1,7 +1,11 @@
-"""Engines for the end-to-end tests: each kind is started once, by the first test that wants it."""
+"""Engines for the end-to-end tests: one pair at a time, since idle ranks of TP > 1 spin.
+
+Tests are grouped by the pair they ask for, so each is started once.
+"""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,11 +13,7 @@ from pair import Pair, Setup
 
 from kvconnect.cli.processes import Fleet
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.engine)
+HERE = Path(__file__).parent
 
 
 def model(variable: str) -> Path:
@@ -22,64 +22,94 @@ def model(variable: str) -> Path:
     return path
 
 
-def started(tmp_path_factory: pytest.TempPathFactory, setup: Setup) -> Iterator[Pair]:
-    with Fleet(tmp_path_factory.mktemp("engines")) as fleet:
-        yield Pair(fleet, setup)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(folder: Path) -> Setup:
     """SmolLM2, one rank each, short leases, failed loads are recomputed."""
-    setup = Setup(
+    return Setup(
         model("KVCONNECT_MODEL"),
         extra={"kv_lease_duration": 10},
         policy="recompute",
         prefill=["--max-num-batched-tokens", "1024"],  # long prompts are prefilled in chunks
         both=["--max-model-len", "4200"],
     )
-    yield from started(tmp_path_factory, setup)
 
 
-@pytest.fixture(scope="module")
-def secret_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def secret_pair(folder: Path) -> Setup:
     """TP 1 → 2, with a shared secret, under vLLM's own name; failed loads are errors."""
-    secret = tmp_path_factory.mktemp("secret") / "secret"
+    secret = folder / "secret"
     secret.write_text("0123456789abcdef0123456789abcdef\n")
-    setup = Setup(
+    return Setup(
         model("KVCONNECT_TP_MODEL"),
         decode=["--tensor-parallel-size", "2"],
         extra={"auth_secret_file": str(secret), "kv_lease_duration": 10},
         names={"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"},
     )
-    yield from started(tmp_path_factory, setup)
 
 
-@pytest.fixture(scope="module")
-def crowded_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def crowded_pair(folder: Path) -> Setup:
     """TP 2 → 1, with so few blocks that requests are preempted."""
-    setup = Setup(
+    return Setup(
         model("KVCONNECT_TP_MODEL"),
         prefill=["--tensor-parallel-size", "2"],
         both=["--num-gpu-blocks-override", "40", "--max-model-len", "2048"],
-        extra={"kv_lease_duration": 10},
         policy="recompute",
     )
-    yield from started(tmp_path_factory, setup)
 
 
-@pytest.fixture(scope="module")
-def hybrid_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def hybrid_pair(folder: Path) -> Setup:
     """Sliding-window and full-attention layers: several KV cache groups."""
-    setup = Setup(model("KVCONNECT_HMA_MODEL"), extra={"kv_lease_duration": 10})
-    yield from started(tmp_path_factory, setup)
+    return Setup(model("KVCONNECT_HMA_MODEL"))
 
 
-@pytest.fixture(scope="module")
-def pipeline_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Pipeline-parallel prefill. vLLM's CPU worker cannot run PP with --enforce-eager (its
-    gpu_model_runner.py asserts on intermediate_tensors that only the compile warm-up makes)."""
-    setup = Setup(
+def pipeline_pair(folder: Path) -> Setup:
+    """Pipeline-parallel prefill. vLLM's CPU worker cannot run PP with --enforce-eager: its
+    gpu_model_runner.py asserts on intermediate_tensors that only the compile warm-up makes."""
+    return Setup(
         model("KVCONNECT_TP_MODEL"),
         prefill=["--pipeline-parallel-size", "2", "--no-enforce-eager"],
     )
-    yield from started(tmp_path_factory, setup)
+
+
+SETUPS = (pair, secret_pair, crowded_pair, hybrid_pair, pipeline_pair)
+ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ours = [item for item in items if HERE in item.path.parents]
+    for item in ours:
+        item.add_marker(pytest.mark.engine)
+    places = iter(sorted(ours, key=lambda item: min(map(_place, item.fixturenames), default=99)))
+    items[:] = [next(places) if HERE in item.path.parents else item for item in items]
+
+
+def _place(fixture: str) -> int:
+    return ORDER.get(fixture, 99)
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pair]]:
+    """Gives the pair of a setup; ends the one that ran before, if it was another."""
+    current: dict[Callable, Pair] = {}
+    with ExitStack() as stack:
+
+        def get(setup: Callable[[Path], Setup]) -> Pair:
+            if setup not in current:
+                current.clear()
+                stack.close()
+                folder = tmp_path_factory.mktemp(setup.__name__)
+                fleet = stack.enter_context(Fleet(folder))
+                current[setup] = Pair(fleet, setup(folder))
+            return current[setup]
+
+        yield get
+
+
+def _fixture(setup: Callable[[Path], Setup]) -> object:
+    @pytest.fixture(name=setup.__name__)
+    def fixture(running: Callable[..., Pair]) -> Pair:
+        return running(setup)
+
+    return fixture
+
+
+fixtures = [_fixture(setup) for setup in SETUPS]
+(pair_fixture, secret_fixture, crowded_fixture, hybrid_fixture, pipeline_fixture) = fixtures

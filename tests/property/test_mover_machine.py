@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvconnect.lease import Terms
-from kvconnect.mover import Mover, Settings
 from kvconnect.order import (
     Cancel,
-    Directory,
     Expect,
     Fetch,
     Grant,
@@ -28,14 +26,12 @@ from kvconnect.order import (
     Watch,
     Withdraw,
 )
-from kvconnect.testing import FakeClock, Fault, Faulty, Network
+from kvconnect.testing import Fault, engines
 from kvconnect.testing.faulty import Plan
-from kvconnect.testing.geometry import Cache, Model
-from kvconnect.transport.loopback import Fabric, LoopbackTransport
 
-MODEL = Model(layers=2, heads=2, block_tokens=1, content=2, itemsize=1)
+MODEL = engines.TINY
 BLOCKS = 8
-TTL_S, LEASE_MAX_S, LOAD_S, HANDSHAKE_S = 5.0, 20.0, 12.0, 3.0
+TTL_S, LOAD_S = 5.0, 12.0
 QUIET_S = 60
 
 picks = st.integers(0, 1 << 16)
@@ -74,48 +70,16 @@ class Request:
     outcomes: dict = field(default_factory=dict)
 
 
-class Engine:
-    """Movers of one engine, at the same addresses over restarts."""
-
-    def __init__(self, world, ranks, layout):
-        self.world = world
-        self.caches = [Cache(MODEL, BLOCKS, layout, r, ranks, seed=r) for r in range(ranks)]
-        self.free = set(range(BLOCKS))
-        self.addresses = [None] * ranks
-        self.movers = []
-        self.start()
+class Engine(engines.Engine):
+    """An engine and its scheduler's free blocks."""
 
     def start(self):
-        self.free = set(range(BLOCKS))
-        self.transports, self.movers = [], []
-        for rank, cache in enumerate(self.caches):
+        for cache in self.caches:
             scribble(cache, range(BLOCKS))
-            known = self.addresses[rank]
-            channel = self.world.network.channel("test", known.port if known else 0)
-            self.addresses[rank] = channel.address
-            transport = Faulty(LoopbackTransport(cache.shard.regions, self.world.fabric))
+        self.free = set(range(BLOCKS))
+        super().start()
+        for transport in self.transports:
             transport.usual = self.world.usual
-            wanted = Settings(
-                rank=rank,
-                ranks=len(self.caches),
-                fingerprint={"model": "m"},
-                transport_name="loopback",
-                secret=b"a secret of 16 b",
-                handshake_timeout_s=HANDSHAKE_S,
-                load_timeout_s=LOAD_S,
-                lease_max_s=LEASE_MAX_S,
-            )
-            self.transports.append(transport)
-            self.movers.append(Mover(wanted, cache.shard, transport, channel, self.world.clock))
-        self.put(Directory(tuple(self.addresses)))
-
-    def stop(self):
-        for mover in self.movers:
-            mover.close()
-
-    def put(self, order):
-        for mover in self.movers:
-            mover.put([order])
 
     def allocate(self, count):
         """Ids of ``count`` free blocks, or None."""
@@ -133,9 +97,8 @@ def scribble(cache, blocks):
 class MoverMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.clock = FakeClock()
-        self.network = Network(held=True)
-        self.fabric = Fabric()
+        self.world = engines.World(held=True)
+        self.clock, self.network = self.world.clock, self.world.network
         self.numbers = itertools.count()
         self.leases = []
         self.requests = []
@@ -149,9 +112,12 @@ class MoverMachine(RuleBasedStateMachine):
         polls=st.tuples(st.integers(0, 3), st.integers(0, 2)),
     )
     def engines_start(self, p, d, layouts, warm, polls):
-        self.usual = Plan(late_polls=polls[0], done_polls=polls[1])
-        self.producer = Engine(self, p, layouts[0])
-        self.consumers = [Engine(self, d, layouts[1]), Engine(self, 1, layouts[2])]
+        self.world.usual = Plan(late_polls=polls[0], done_polls=polls[1])
+        timeouts = {"handshake_timeout_s": 3.0, "load_timeout_s": LOAD_S, "lease_max_s": 20.0}
+        self.producer, *self.consumers = (
+            Engine(self.world, MODEL, BLOCKS, layout, tp_size, **timeouts)
+            for layout, tp_size in zip(layouts, (p, d, 1), strict=True)
+        )
         self.shadows = {id(c): self.copy_of(c) for e in self.consumers for c in e.caches}
         if warm:
             self.all_is_well_again()
@@ -355,12 +321,10 @@ class MoverMachine(RuleBasedStateMachine):
 
     @property
     def engines(self):
-        return [self.producer, *self.consumers]
+        return self.world.engines
 
     def step_rank(self, engine, rank):
-        mover = engine.movers[rank]
-        mover.step()
-        outcome = mover.take()
+        outcome = engine.step_rank(rank)
         assert outcome.failed.keys() <= outcome.received
         for request_id in outcome.sent:
             self.sent(engine, rank, request_id)

@@ -1,0 +1,88 @@
+"""Options are parsed once; what an operator got wrong is named, with the remedy."""
+
+import logging
+
+import pytest
+
+from kvconnect.config import INERT_OPTIONS, NixlConfig, parse, read_secret
+from kvconnect.errors import ConfigError
+
+
+def parsed(**options):
+    return parse(options, NixlConfig, "KVConnectNixl")
+
+
+def test_options_keep_their_in_tree_names_and_defaults():
+    assert parsed() == NixlConfig()
+    assert parsed(backends=["LIBFABRIC"], kv_lease_duration=7).backends == ("LIBFABRIC",)
+    assert parsed(kv_lease_duration=7).kv_lease_duration == 7
+
+
+def test_an_unknown_option_names_the_nearest_one():
+    with pytest.raises(
+        ConfigError,
+        match=r"KVConnectNixl: unknown option 'kv_lease_duratoin'.*"
+        r"did you mean 'kv_lease_duration'",
+    ):
+        parsed(kv_lease_duratoin=7)
+
+
+def test_an_unknown_option_that_is_like_nothing_lists_all():
+    with pytest.raises(ConfigError, match=r"'zzz'.*known options: backends, kv_lease_duration"):
+        parsed(zzz=1)
+
+
+@pytest.mark.parametrize("name", INERT_OPTIONS)
+def test_an_in_tree_option_without_effect_is_accepted_and_said(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert parsed(**{name: 4}) == NixlConfig()
+    assert f"{name} has no effect: {INERT_OPTIONS[name]}" in caplog.text
+
+
+BAD = {
+    "no backend": ({"backends": []}, "backends is empty"),
+    "backend is text": ({"backends": "UCX"}, "backends"),
+    "zero seconds": ({"kv_lease_duration": 0}, "kv_lease_duration"),
+    "text for seconds": ({"load_timeout": "soon"}, "load_timeout"),
+    "not a number": ({"load_timeout": float("nan")}, "load_timeout"),
+    "beyond a day": ({"handshake_timeout": 1e9}, "handshake_timeout"),
+    "bidirectional": ({"bidirectional_kv_xfer": True}, "bidirectional_kv_xfer is true.*remove"),
+    "max below lease": (
+        {"kv_lease_duration": 50, "kv_lease_max_duration": 20},
+        r"kv_lease_max_duration is 20 s, expected at least kv_lease_duration \(50 s\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_a_value_that_cannot_work_is_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        parsed(**options)
+
+
+def test_no_secret_file_is_no_secret():
+    assert read_secret(None) is None
+
+
+def test_a_secret_is_the_files_content_without_white_space(tmp_path):
+    path = tmp_path / "secret"
+    path.write_bytes(b"  0123456789abcdef\n")
+    assert read_secret(str(path)) == b"0123456789abcdef"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"short", b"15 bytes long.."])
+def test_a_secret_that_is_too_short_is_refused_with_its_length(tmp_path, content):
+    path = tmp_path / "secret"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"holds {len(content.strip())} bytes.*openssl rand"):
+        read_secret(str(path))
+
+
+def test_a_secret_file_that_is_not_there_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ConfigError, match=r"No such file.*openssl rand -hex 32"):
+        read_secret(str(tmp_path / "absent"))
+
+
+def test_a_directory_is_no_secret_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_secret(str(tmp_path))

@@ -1,0 +1,420 @@
+"""Listener and Dialler: who proves what to whom, and what hostile frames can do (nothing)."""
+
+import secrets
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvconnect import dialler as dialler_module
+from kvconnect import listener as listener_module
+from kvconnect import wire
+from kvconnect.channel import Frame, Link
+from kvconnect.dialler import RESEND_S, Dialler, State
+from kvconnect.listener import Listener
+from kvconnect.session import LISTENER, PLAIN, SEALED, Session
+from kvconnect.testing import FakeClock, Network
+from kvconnect.testing.geometry import Cache, Model
+
+SECRET = b"a secret of 16 b"
+MEMORY = Cache(Model(), 2).shard
+BODY = wire.Body("incarnation", MEMORY.views, MEMORY.regions, "loopback", b"hello")
+TIMEOUT_S = 5.0
+
+
+class Pair:
+    """A dialler and a listener on one network, stepped by hand."""
+
+    def __init__(self, ours=SECRET, theirs=SECRET, fingerprint=None, body=BODY, held=False):
+        self.clock = FakeClock()
+        self.network = Network(held)
+        self.near, self.far = self.network.channel(), self.network.channel()
+        self.dialler = Dialler(self.near, self.clock, {"model": "m"}, ours, TIMEOUT_S)
+        self.bodies = 0
+        self.body = body
+        self.listener = Listener(self.far, fingerprint or {"model": "m"}, self.tell_body, theirs)
+        self.incoming = []
+
+    def tell_body(self):
+        self.bodies += 1
+        return self.body
+
+    def greet(self):
+        peer = self.dialler.greet(self.far.address)
+        self.go_on()
+        return peer
+
+    def go_on(self, rounds=4):
+        for _ in range(rounds):
+            self.network.flush()
+            for frame in self.far.poll(0):
+                if frame.data is not None and (told := self.listener.receive(frame)):
+                    self.incoming.append(told)
+            self.network.flush()
+            for frame in self.near.poll(0):
+                self.dialler.receive(frame)
+            self.dialler.tick()
+
+    def call(self, peer, accepts=(wire.Closed,), seconds=60.0):
+        def close(seq):
+            return wire.Close(seq=seq, generation="g", request_id=None, reader=0, readers=1)
+
+        return self.dialler.call(peer, close, accepts, self.clock() + seconds)
+
+
+def test_both_sides_prove_themselves_and_the_body_is_known():
+    pair = Pair()
+    peer = pair.greet()
+    assert peer.state is State.READY
+    assert peer.body == BODY
+    assert pair.dialler.greet(pair.far.address) is peer
+
+
+def test_no_secret_on_either_side_is_fine_too():
+    assert Pair(ours=b"", theirs=b"").greet().state is State.READY
+
+
+SECRETS = {
+    "another": (SECRET, b"another secret 16", "holds another secret than ours"),
+    "only theirs": (b"", SECRET, "has an auth_secret_file and we have none; set the same one here"),
+    "only ours": (SECRET, b"", "has no auth_secret_file and we have one; set the same one there"),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "reason"), SECRETS.values(), ids=SECRETS)
+def test_a_wrong_secret_is_named_and_no_memory_is_shown(ours, theirs, reason):
+    pair = Pair(ours, theirs)
+    peer = pair.greet()
+    assert peer.state is State.FAILED
+    assert reason in peer.error
+    assert pair.bodies == 0
+
+
+def test_a_dialler_that_lies_about_its_proof_is_rejected_and_sees_no_memory():
+    """The dialler checks first; one that does not must still be stopped by the listener."""
+    pair = Pair()
+    link = pair.near.dial(pair.far.address)
+    pair.near.send(link, PLAIN + wire.encode(wire.Hello(version=wire.VERSION, nonce=b"n")))
+    (challenge,) = exchange(pair)
+    session = Session(LISTENER, b"guessed", b"n", challenge.nonce)
+    for proof in (b"", session.proof(), challenge.proof):  # the last one: theirs, sent back
+        pair.near.send(link, PLAIN + wire.encode(wire.Prove(proof=proof)))
+        (reject,) = exchange(pair)
+        assert isinstance(reject, wire.Reject)
+    assert pair.bodies == 0
+
+
+def exchange(pair):
+    """What the listener answers to what was sent, decoded; all of it is PLAIN."""
+    for frame in pair.far.poll(0):
+        assert pair.listener.receive(frame) is None
+    frames = pair.near.poll(0)
+    assert all(frame.data[:1] == PLAIN for frame in frames)
+    return [wire.decode(frame.data[1:]) for frame in frames]
+
+
+def test_a_proof_without_a_hello_is_rejected():
+    pair = Pair()
+    link = pair.near.dial(pair.far.address)
+    pair.near.send(link, PLAIN + wire.encode(wire.Prove(proof=b"p")))
+    (reject,) = exchange(pair)
+    assert "wrong proof" in reject.detail
+
+
+def test_a_sealed_frame_without_a_session_is_rejected_so_that_its_sender_greets_anew():
+    pair = Pair()
+    peer = pair.greet()
+    forgetful = Listener(pair.far, {"model": "m"}, pair.tell_body, SECRET)  # it was restarted
+    pair.listener = forgetful
+    pair.call(peer)
+    pair.go_on()
+    assert peer.state is State.FAILED
+    assert "greet again" in peer.error
+    assert pair.incoming == []
+    assert pair.greet().state is State.READY
+
+
+def test_another_major_wire_version_is_named(monkeypatch):
+    pair = Pair()
+    monkeypatch.setattr(listener_module.wire, "VERSION", (2, 3))
+    peer = pair.dialler.greet(pair.far.address)
+    for frame in pair.far.poll(0):
+        pair.listener.receive(frame)
+    monkeypatch.undo()
+    pair.go_on()
+    assert peer.state is State.FAILED
+    assert "speaks wire version (2, 3), ours is (1, 0)" in peer.error
+
+
+FINGERPRINTS = {
+    "another value": ({"model": "x"}, "model is 'x', ours is 'm'"),
+    "missing": ({"vllm": "1"}, "model is None, ours is 'm'"),
+    "one more": ({"model": "m", "vllm": "1"}, "vllm is '1', ours is None"),
+}
+
+
+@pytest.mark.parametrize(("theirs", "reason"), FINGERPRINTS.values(), ids=FINGERPRINTS)
+def test_a_difference_in_the_fingerprint_is_named_before_the_body_is_read(theirs, reason):
+    pair = Pair(fingerprint=theirs, body=wire.Reject(detail="not a body"))
+    peer = pair.greet()
+    assert peer.state is State.FAILED
+    assert reason in peer.error
+
+
+def test_a_body_that_cannot_be_is_named():
+    pair = Pair(body=wire.Reject(detail="not a body"))
+    assert "bad description of its memory" in pair.greet().error
+
+
+def test_a_body_whose_views_lie_outside_its_regions_is_named():
+    pair = Pair(body=wire.Body("i", MEMORY.views, (), "loopback", b""))
+    assert "outside every registered region" in pair.greet().error
+
+
+def test_silence_ends_the_greeting_at_its_timeout():
+    pair = Pair(held=True)
+    peer = pair.dialler.greet(pair.far.address)
+    pair.clock.advance(TIMEOUT_S - 0.1)
+    pair.dialler.tick()
+    assert peer.state is State.GREETING
+    pair.clock.advance(0.1)
+    pair.dialler.tick()
+    assert peer.state is State.FAILED
+    assert "did not complete the greeting within 5 s; is the engine up" in peer.error
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_a_lost_frame_of_the_greeting_is_sent_again(lost):
+    pair = Pair(held=True)
+    peer = pair.dialler.greet(pair.far.address)
+    for number in range(8):
+        if pair.network.pending:
+            (pair.network.drop if number == lost else pair.network.deliver)()
+        for frame in pair.far.poll(0):
+            pair.listener.receive(frame)
+        for frame in pair.near.poll(0):
+            pair.dialler.receive(frame)
+        if not pair.network.pending and peer.state is State.GREETING:
+            pair.clock.advance(RESEND_S)
+            pair.dialler.tick()
+    pair.go_on()
+    assert peer.state is State.READY
+
+
+def test_an_address_that_failed_is_left_alone_for_a_while():
+    pair = Pair(theirs=b"another secret 16")
+    assert pair.greet().state is State.FAILED
+    again = pair.dialler.greet(pair.far.address)
+    assert again.state is State.FAILED
+    assert "another secret" in again.error, "the reason of the first failure is told again"
+    pair.clock.advance(10)
+    assert pair.dialler.greet(pair.far.address).state is State.GREETING
+
+
+def test_an_address_that_cannot_be_dialled_is_a_failed_peer():
+    """Used to end the mover's thread with ZMQError: a client's remote_host reaches this."""
+    pair = Pair()
+    peer = pair.dialler.greet(wire.Address("bad host", 1))
+    assert peer.state is State.FAILED
+    assert "cannot be dialled" in peer.error
+    assert pair.dialler.next_deadline() is None
+
+
+def test_greetings_under_way_are_bounded():
+    pair = Pair(held=True)
+    peers = [
+        pair.dialler.greet(wire.Address("nobody", port))
+        for port in range(1, dialler_module.MAX_GREETINGS + 2)
+    ]
+    assert [p.state for p in peers[:-1]] == [State.GREETING] * dialler_module.MAX_GREETINGS
+    assert peers[-1].state is State.FAILED
+    assert "other peers are being greeted" in peers[-1].error
+
+
+# -- calls ---------------------------------------------------------------------------------
+
+
+def test_a_call_is_repeated_until_it_is_answered():
+    pair = Pair()
+    peer = pair.greet()
+    pair.network.held = True
+    call = pair.call(peer)
+    pair.network.drop()
+    pair.clock.advance(RESEND_S)
+    pair.dialler.tick()
+    pair.go_on()
+    (incoming,) = pair.incoming
+    pair.listener.answer(incoming.link, wire.Closed(seq=incoming.message.seq, stood=True))
+    pair.go_on()
+    assert call.reply == wire.Closed(seq=incoming.message.seq, stood=True)
+    pair.clock.advance(10 * RESEND_S)
+    pair.go_on()
+    assert len(pair.incoming) == 1, "an answered call was repeated"
+
+
+def test_a_call_that_is_not_answered_in_time_ends_with_an_error():
+    pair = Pair()
+    call = pair.call(pair.greet(), seconds=3)
+    pair.clock.advance(3)
+    pair.dialler.tick()
+    assert "did not answer in time" in call.error
+    assert call.reply is None
+
+
+def test_a_call_to_a_peer_that_is_not_ready_fails_at_once():
+    pair = Pair(held=True)
+    peer = pair.dialler.greet(pair.far.address)
+    assert "not greeted yet" in pair.call(peer).error
+    pair.dialler.fail(peer, "it is gone")
+    assert "it is gone" in pair.call(peer).error
+
+
+def test_all_calls_of_a_peer_end_when_it_fails():
+    pair = Pair()
+    peer = pair.greet()
+    calls = [pair.call(peer) for _ in range(3)]
+    pair.dialler.fail(peer, "it is gone")
+    pair.dialler.fail(peer, "said twice")
+    assert all("it is gone" in call.error for call in calls)
+    assert pair.dialler.next_deadline() is None
+
+
+def test_a_cancelled_call_is_not_repeated():
+    """Used to be: an Open that was repeated after its Close opened the lease again."""
+    pair = Pair()
+    peer = pair.greet()
+    call = pair.call(peer)
+    pair.dialler.cancel(peer, call)
+    pair.dialler.cancel(peer, call)
+    pair.go_on()
+    pair.clock.advance(10 * RESEND_S)
+    pair.go_on()
+    assert len(pair.incoming) == 1
+
+
+def test_an_answer_must_fit_its_question():
+    pair = Pair()
+    peer = pair.greet()
+    call = pair.call(peer, accepts=(wire.Closed,))
+    pair.go_on()
+    (incoming,) = pair.incoming
+    seq = incoming.message.seq
+    for wrong in (
+        wire.Opened(seq=seq, generation="g", tables=(), ttl_ms=1),
+        wire.Closed(seq=seq + 1, stood=True),
+        wire.Welcome(fingerprint={}, body=b""),
+        wire.Renew(generations=[]),
+    ):
+        pair.listener.answer(incoming.link, wrong)
+    pair.go_on()
+    assert call.reply is None
+    assert peer.state is State.READY
+
+
+def test_what_a_peer_says_is_over_is_remembered():
+    pair = Pair()
+    peer = pair.greet()
+    pair.call(peer)
+    pair.go_on()
+    pair.listener.answer(pair.incoming[0].link, wire.Gone(generations=["g1"]))
+    pair.go_on()
+    assert peer.gone == {"g1"}
+
+
+def test_a_broken_connection_fails_a_peer_that_was_ready():
+    pair = Pair()
+    peer = pair.greet()
+    pair.far.close()
+    for frame in pair.near.poll(0):
+        pair.dialler.receive(frame)
+    assert peer.state is State.FAILED
+    assert "closed the connection" in peer.error
+
+
+def test_a_connection_that_breaks_while_greeting_may_come_up_yet():
+    pair = Pair(held=True)
+    peer = pair.dialler.greet(pair.far.address)
+    pair.dialler.receive(Frame(peer.link, None))
+    pair.go_on()
+    assert peer.state is State.READY
+
+
+# -- hostile frames ------------------------------------------------------------------------
+
+KINDS = st.sampled_from([PLAIN, SEALED, b"", b"\x02", b"\xff"])
+MESSAGES = [
+    wire.Hello(version=(9, 9), nonce=b""),
+    wire.Challenge(version=(1, 0), nonce=b"n", proof=b"p", secret=True),
+    wire.Prove(proof=b""),
+    wire.Welcome(fingerprint={}, body=b""),
+    wire.Open(seq=1, generation="g", request_id=None, reader=0, tokens=1, digest=b""),
+    wire.Closed(seq=1, stood=True),
+    wire.Gone(generations=["g"]),
+]
+HOSTILE = st.one_of(st.binary(max_size=80), st.sampled_from([wire.encode(m) for m in MESSAGES]))
+
+
+@pytest.mark.slow
+@given(st.lists(st.tuples(KINDS, HOSTILE), max_size=6), st.booleans())
+def test_no_frame_raises_in_the_listener_or_is_believed(frames, greeted):
+    pair = Pair()
+    if greeted:
+        pair.greet()
+    before = pair.bodies
+    stranger = Link(False, secrets.token_bytes(4))
+    for kind, data in frames:
+        for link in (stranger, *([Link(False, b"1")] if greeted else [])):
+            assert pair.listener.receive(Frame(link, kind + data)) is None
+    assert pair.bodies == before, "memory was shown to somebody who proved nothing"
+
+
+@pytest.mark.slow
+@given(st.lists(st.tuples(KINDS, HOSTILE), max_size=6), st.booleans())
+def test_no_frame_raises_in_the_dialler_or_makes_a_peer_ready(frames, greeted):
+    pair = Pair()
+    peer = pair.greet() if greeted else pair.dialler.greet(pair.far.address)
+    call = pair.call(peer)
+    for kind, data in frames:
+        pair.dialler.receive(Frame(peer.link, kind + data))
+        pair.dialler.receive(Frame(Link(True, b"never dialled"), kind + data))
+    assert call.reply is None
+    assert not peer.gone
+    assert greeted or peer.state is not State.READY
+
+
+def test_links_that_proved_nothing_displace_only_their_like(monkeypatch):
+    """Used to be: strangers who said Hello often enough ended everybody's session."""
+    monkeypatch.setattr(listener_module, "MAX_UNPROVED", 3)
+    pair = Pair()
+    peer = pair.greet()
+    for number in range(10):
+        hello = wire.Hello(version=wire.VERSION, nonce=b"n")
+        frame = Frame(Link(False, b"stranger %d" % number), PLAIN + wire.encode(hello))
+        pair.listener.receive(frame)
+    pair.call(peer)
+    pair.go_on()
+    assert len(pair.incoming) == 1
+
+
+def test_proved_links_are_bounded_and_the_longest_silent_one_goes(monkeypatch):
+    monkeypatch.setattr(listener_module, "MAX_PROVED", 2)
+    pair = Pair()
+    diallers = [Dialler(pair.near, pair.clock, {"model": "m"}, SECRET, TIMEOUT_S) for _ in range(3)]
+    peers = []
+    for pair.dialler in diallers:
+        peers.append(pair.greet())
+        if len(peers) == 2:  # the first one speaks: now the second is the longest silent
+            pair.dialler = diallers[0]
+            pair.call(peers[0])
+            pair.go_on()
+    for pair.dialler, peer in zip(diallers, peers, strict=True):
+        pair.call(peer)
+        pair.go_on()
+    states = [peer.state for peer in peers]
+    assert states == [State.READY, State.FAILED, State.READY]
+
+
+def test_an_answer_to_a_link_that_is_not_proved_is_not_sent():
+    pair = Pair(held=True)
+    pair.listener.answer(Link(False, b"1"), wire.Closed(seq=1, stood=True))
+    assert pair.network.pending == []

@@ -1,0 +1,164 @@
+"""The mover's own business: fences, its thread, faults, stats, waiting."""
+
+import itertools
+import threading
+
+import pytest
+
+from kvconnect.channel import ZmqChannel
+from kvconnect.mover import IDLE_WAIT_S, Mover
+from kvconnect.order import Expect, Fetch, Release, Watch
+from kvconnect.testing import Faulty, Network
+from kvconnect.testing.engines import Engine, World
+from kvconnect.testing.geometry import Cache
+from kvconnect.transport.loopback import Fabric, LoopbackTransport
+
+PATIENCE_S = 20.0
+
+
+def test_orders_wait_for_their_fence_and_keep_their_sequence():
+    world = World()
+    p, d = Engine(world), Engine(world)
+    terms = p.lend("r", [3], seed=7)
+    passed = []
+    d.movers[0].put(
+        [Fetch("d", p.source(terms), (((0, 1),),), 1, terms.digest)], fence=lambda: passed
+    )
+    d.movers[0].put([Release("other", p.source(terms))])
+    world.go_on()
+    assert d.ended == {} and p.sent == []
+    assert d.movers[0].wait_s() <= 0.001, "a fence has no deadline: look again soon"
+    passed.append(True)
+    world.go_on()
+    assert d.ended == {"d": [None]}
+
+
+def test_no_orders_are_no_work():
+    world = World()
+    engine = Engine(world)
+    engine.movers[0].put([], fence=lambda: pytest.fail("asked without need"))
+    world.go_on(1)
+    assert engine.movers[0].wait_s() == IDLE_WAIT_S
+
+
+def test_an_outcome_is_told_once_and_is_false_when_empty():
+    world = World()
+    p = Engine(world)
+    p.lend("r", [3], seed=7, ttl_s=1)
+    p.movers[0].step()
+    world.clock.advance(1)
+    p.movers[0].step()
+    first, second = p.movers[0].take(), p.movers[0].take()
+    assert first and first.sent == {"r"}
+    assert not second
+
+
+def test_what_was_measured_is_told_once():
+    world = World()
+    p, d = Engine(world), Engine(world)
+    terms = p.lend("r", [3], seed=7)
+    d.put(Fetch("d", p.source(terms), (((0, 1),),), 1, terms.digest))
+    world.go_on()
+    stats = d.movers[0].take_stats()
+    assert stats["bytes_transferred"] == [8]
+    assert len(stats["transfer_duration"]) == 1
+    assert d.movers[0].take_stats() is None
+
+
+def test_expiries_are_counted():
+    world = World()
+    p = Engine(world)
+    p.lend("r", [3], seed=7, ttl_s=1)
+    world.go_on(3, seconds=1.0)
+    assert p.movers[0].take_stats()["num_kv_expired_reqs"] == [1]
+
+
+def test_a_fault_of_ours_in_the_thread_is_raised_in_the_engine():
+    world = World()
+    engine = Engine(world)
+    mover = engine.movers[0]
+    mover.start()
+    mover.put([Expect("r", "g")], fence=lambda: 1 / 0)
+    end = threading.Event()
+    for _ in range(1000):
+        try:
+            mover.take()
+        except ZeroDivisionError:
+            break
+        end.wait(0.005)
+    else:
+        pytest.fail("the fault was not raised")
+    with pytest.raises(ZeroDivisionError):
+        mover.take()
+    mover.close()
+
+
+def test_close_is_idempotent_and_gives_up_the_address():
+    world = World()
+    engine = Engine(world)
+    engine.movers[0].start()
+    engine.stop()
+    engine.stop()
+    assert world.network.listening == {}
+
+
+def test_orders_after_close_are_harmless():
+    engine = Engine(World())
+    engine.stop()
+    engine.put(Expect("r", "g"))
+
+
+def make_threaded(channel, fabric, engine):
+    cache = engine.caches[0]
+    transport = Faulty(LoopbackTransport(cache.shard.regions, fabric))
+    mover = Mover(engine.settings, cache.shard, transport, channel)
+    mover.start()
+    return mover
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["in memory", "zmq"])
+def test_threads_and_real_time_serve_many_requests(kind):
+    """The one test with threads: the same fetches, over either control channel."""
+    network, fabric = Network(), Fabric()
+    make = network.channel if kind == "in memory" else lambda: ZmqChannel("127.0.0.1", 0)
+    world = World()
+    p, d = Engine(world), Engine(world)
+    producer, consumer = make_threaded(make(), fabric, p), make_threaded(make(), fabric, d)
+    p.movers, p.addresses = [producer], [producer.address]
+    ended, sent, pause = {}, set(), threading.Event()
+    try:
+        for number in range(20):
+            terms = p.lend(f"r{number}", [number % 8], seed=number, ttl_s=30)
+            source = p.source(terms)
+            consumer.put([Watch(f"d{number}", source)])
+            blocks = (((0, number % 8),),)
+            consumer.put([Fetch(f"d{number}", source, blocks, 1, terms.digest)])
+            for _ in itertools.takewhile(lambda _: len(sent) <= number, range(4000)):
+                outcome = consumer.take()
+                ended |= {r: outcome.failed.get(r) for r in outcome.received}
+                sent |= producer.take().sent
+                pause.wait(0.001)
+            assert ended.get(f"d{number}", "nothing") is None
+            assert d.caches[0].holds_fill([(0, number % 8)], seed=number)
+        assert len(sent) == 20
+    finally:
+        consumer.close()
+        producer.close()
+
+
+def test_a_real_channel_reaches_a_second_process_after_the_first(unused_port_host="127.0.0.1"):
+    """A restart on the same port is another incarnation: the old session is not believed."""
+    first = ZmqChannel(unused_port_host, 0)
+    port = first.address.port
+    first.close()
+    second = ZmqChannel(unused_port_host, port)
+    assert second.address.port == port
+    second.close()
+
+
+def test_a_cache_outlives_what_points_to_it():
+    engine = Engine(World())
+    (cache,) = engine.caches
+    assert isinstance(cache, Cache)
+    assert cache.shard.memory is cache.memory

@@ -1,0 +1,118 @@
+"""The shape of the package: imports go down only, libraries stay in their file, modules small."""
+
+import ast
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "kvconnect"
+FILES = sorted(ROOT.rglob("*.py"))
+
+LAYERS = [
+    {"errors"},
+    {"blocks", "config", "lease"},
+    {"plan", "slots", "wire", "ops"},
+    {"order", "session", "channel", "transport"},
+    {"listener", "dialler", "stats"},
+    {"lender", "remote", "tier"},
+    {"fetcher"},
+    {"planner", "mover"},
+    {"testing"},
+    {"vllm", "proxy"},
+    {"cli", "integrations"},
+]
+LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+
+# library → where it may be imported
+ALLOWED = {
+    "vllm": ("vllm/", "integrations/", "cli/"),
+    "torch": ("vllm/", "integrations/", "cli/", "ops.py"),
+    "nixl": ("transport/nixl.py",),
+    "mooncake": ("transport/mooncake.py",),
+    "ucxx": ("transport/ucx.py",),
+    "zmq": ("channel.py",),
+    "ray": ("integrations/",),
+    "aiohttp": ("proxy/", "cli/"),
+    "pytest": (),
+    "hypothesis": (),
+}
+
+LINES, HARD_LINES, FUNCTION_LINES = 300, 400, 60
+LONG_BECAUSE = {
+    # module: why it may be longer than 300 lines
+    "fetcher.py": "one state machine; cut in two it would be harder to see that it ends",
+    "testing/transport.py": "a flat list of checks",
+}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+def imports(path):
+    """Modules that a file imports, at any depth; within kvconnect by their dotted name."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "kvconnect":
+                yield from (f"kvconnect.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_down_only(path):
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for module in imports(path):
+        package, _, rest = module.partition(".")
+        if package != "kvconnect" or own == "__init__":
+            continue
+        imported = rest.partition(".")[0]
+        if imported != own and imported in LAYER:
+            assert LAYER[imported] < LAYER[own], f"{name_of(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_library_is_imported_in_its_own_place_only(path):
+    for module in imports(path):
+        library = module.partition(".")[0]
+        if library in ALLOWED:
+            assert name_of(path).startswith(ALLOWED[library]), f"{name_of(path)} imports {module}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["kvconnect", "kvconnect.vllm", "kvconnect.vllm.plugin"])
+def test_importing_it_loads_no_heavy_library(module):
+    """vLLM imports plugins in its API server too, where a transport has no business."""
+    heavy = ("torch", "vllm", "nixl", "mooncake", "ucxx", "zmq", "aiohttp", "ray")
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_modules_and_functions_stay_small(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= HARD_LINES
+    if lines > LINES:
+        assert name_of(path) in LONG_BECAUSE, f"{name_of(path)}: {lines} lines; say why, or split"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            long = node.end_lineno - node.lineno + 1
+            assert long <= FUNCTION_LINES, f"{name_of(path)}: {node.name} has {long} lines"
+
+
+def test_everything_in_the_layer_list_and_nothing_else_exists():
+    here = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} - {"__init__"}
+    assert here <= LAYER.keys(), f"not in LAYERS: {here - LAYER.keys()}"
