@@ -40,7 +40,7 @@ class NixlConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Seconds that prefilled blocks are kept for a decode engine that does not renew."""
     kv_lease_max_duration: Seconds = 3600
     """Seconds after which a lease ends even if it is still being renewed."""
-    handshake_timeout: Seconds = 5
+    handshake_timeout: Seconds = 10
     """Seconds within which a peer must complete the greeting."""
     load_timeout: Seconds = 60
     """Seconds from a request's admission until its KV must have arrived."""

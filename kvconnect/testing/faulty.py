@@ -3,7 +3,7 @@
 * Plan faults with `plan`: the next tickets submitted take them, one each, in order.
 * Stays inside the transport's contract: every ticket still ends exactly once, and after its
   Done its memory is not touched. What is allowed there and inconvenient, it does: bytes that
-  arrive late, after a cancel, or before a failure is reported.
+  arrive late, after a cancel, after the peer was dropped, or before a failure is reported.
 """
 
 import enum
@@ -43,7 +43,8 @@ class _Ticket:
     inner: Ticket | None = None
     done: Done | None = None
     cancelled: bool = False
-    error: str = ""
+    dropped: bool = False  # its peer; it still drains
+    error: str = ""  # ends it at once
 
 
 class Faulty:
@@ -56,6 +57,7 @@ class Faulty:
         self._plans: deque[Plan] = deque()
         self._numbers = itertools.count(1)
         self._tickets: dict[Ticket, _Ticket] = {}
+        self._dropped: set[str] = set()  # while tickets to them drain
         self._submitted: list[Work] = []
 
     def plan(self, fault: Fault = Fault.NONE, late_polls: int = 0, done_polls: int = 0) -> None:
@@ -79,23 +81,31 @@ class Faulty:
 
     def lose_peer(self, name: str) -> None:
         """The peer dies: its tickets fail at the next poll and so do later ones."""
-        self.drop_peer(name)
+        for ticket in self._tickets.values():
+            if ticket.work.peer == name:
+                ticket.error = ticket.error or f"peer {name} died"
+        self._dropped.discard(name)
+        self._transport.drop_peer(name)
 
     def hello(self) -> bytes:
         return self._transport.hello()
 
     def add_peer(self, name: str, hello: bytes) -> None:
+        if name in self._dropped:
+            self.lose_peer(name)
         self._transport.add_peer(name, hello)
 
     def drop_peer(self, name: str) -> None:
+        self._dropped.add(name)
         for ticket in self._tickets.values():
-            if ticket.work.peer == name:
-                ticket.error = ticket.error or f"peer {name} was dropped"
-        self._transport.drop_peer(name)
+            ticket.dropped |= ticket.work.peer == name
+        self._forget_dropped()
 
     def submit(self, work: Work) -> Ticket:
         number = next(self._numbers)
         plan = self._plans.popleft() if self._plans else self.usual
+        if work.peer in self._dropped:
+            plan = Plan(Fault.LOST)
         ticket = self._tickets[number] = _Ticket(work, plan)
         self._submitted.append(work)
         if plan == Plan():
@@ -116,6 +126,7 @@ class Faulty:
             if (done := self._end_of(number, ticket)) is not None:
                 del self._tickets[number]
                 ended.append(done)
+        self._forget_dropped()
         return ended
 
     def cancel(self, ticket: Ticket) -> None:
@@ -129,6 +140,13 @@ class Faulty:
             ticket.error = ticket.error or "transport closed"
         self._transport.close()
 
+    def _forget_dropped(self) -> None:
+        """As NIXL must: a peer is let go only when nothing runs on it any more."""
+        in_use = {ticket.work.peer for ticket in self._tickets.values()}
+        for name in self._dropped - in_use:
+            self._dropped.remove(name)
+            self._transport.drop_peer(name)
+
     def _start(self, ticket: _Ticket) -> None:
         """Let its bytes move, if it is time for that."""
         held = ticket.age <= ticket.plan.late_polls or ticket.error
@@ -141,8 +159,12 @@ class Faulty:
             return None  # the real transport still has it
         if ticket.error:
             return Done(number, ticket.error)
-        if plan.fault is Fault.HANGS or ticket.age <= plan.late_polls + plan.done_polls:
+        if plan.fault is Fault.HANGS:
+            return Done(number, "peer was dropped") if ticket.dropped else None
+        if ticket.age <= plan.late_polls + plan.done_polls:
             return None
+        if ticket.dropped:
+            return Done(number, "peer was dropped")
         if plan.fault is not Fault.NONE or ticket.done is None:
             return Done(number, f"planned fault: {plan.fault.value}")
         if ticket.cancelled:
