@@ -340,6 +340,23 @@ def test_after_a_restart_new_tickets_work(rig):
     assert rig.went_well(8, "d2")
 
 
+def test_a_restart_that_we_missed_is_found_out_by_the_first_new_ticket(rig):
+    """Used to be: until the broken connection was told, every new ticket failed as a stale one."""
+    rig.fetch(rig.p.lend("r", [3, 1], seed=7), "d1")
+    rig.world.go_on()
+    rig.world.network.held = True
+    rig.p.stop()
+    rig.world.network.pending.clear()  # nobody is told
+    rig.world.network.held = False
+    rig.p.start()
+    rig.fetch(rig.p.lend("r", [3, 1], seed=8), "d2")
+    rig.world.go_on(4)
+    assert "restarted since the ticket was made" in rig.error("d2")
+    rig.fetch(rig.p.lend("r2", [4, 2], seed=9), "d3")
+    rig.world.go_on(rounds=16, seconds=0.1)
+    assert rig.went_well(9, "d3")
+
+
 def test_a_source_named_in_two_ways_is_not_lost_for_one_by_a_fence_for_the_other(rig):
     """Used to be: both shared the transport's peer, and the fence left one without it for good."""
     for ticket in (True, False):
