@@ -55,7 +55,7 @@ class Channel(Protocol):
 
 MAX_FRAMES_A_POLL = 64
 MAX_QUEUED = 256  # frames that wait inside ZMQ per connection that dialled us
-HEARTBEAT_MS = 5000  # a host that vanished without a word is noticed after three of these
+HEARTBEAT_MS = 20_000  # a host that vanished without a word is noticed after three of these
 
 
 class ZmqChannel:

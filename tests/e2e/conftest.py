@@ -40,7 +40,8 @@ def secret_pair(folder: Path) -> Setup:
     return Setup(
         model("KVCONNECT_TP_MODEL"),
         decode=["--tensor-parallel-size", "2"],
-        extra={"auth_secret_file": str(secret), "kv_lease_duration": 10},
+        # two ranks that spin leave little of two cores to anybody else: be patient
+        extra={"auth_secret_file": str(secret), "handshake_timeout": 60, "kv_lease_duration": 90},
         names={"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"},
     )
 

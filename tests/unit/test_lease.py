@@ -1,0 +1,39 @@
+"""What `LeaseBook` does with request ids that are used again; the rest is in the lease machine."""
+
+import pytest
+
+from kvconnect.lease import LeaseBook, Standing, Terms
+from kvconnect.testing import FakeClock
+
+
+@pytest.fixture
+def book():
+    return LeaseBook(FakeClock(), max_duration_s=60)
+
+
+def terms(generation):
+    return Terms("r", generation, ((1,),), 1, b"digest", ttl_s=10)
+
+
+def test_a_request_id_leads_to_its_latest_generation(book):
+    book.grant(terms("g1"))
+    book.expect("r", "g2")
+    assert book.find("r") == "g2"
+    assert book.standing("g1") is Standing.GRANTED
+    assert book.close("g1", "reader", 0, 1) == (True, "r")
+    assert book.find("r") == "g2", "the end of an older lease hid the newer one"
+
+
+def test_the_withdrawal_of_an_older_promise_does_not_hide_a_newer_one(book):
+    book.expect("r", "g1")
+    book.expect("r", "g2")
+    book.withdraw("g1")
+    assert book.find("r") == "g2"
+    book.withdraw("g2")
+    assert book.find("r") is None
+
+
+def test_a_granted_lease_cannot_be_withdrawn(book):
+    book.grant(terms("g1"))
+    book.withdraw("g1")
+    assert book.standing("g1") is Standing.GRANTED
