@@ -215,8 +215,6 @@ class Fetcher:
             fetch.phase = Phase.READING  # of nothing
             return
         if fetch.remote.was_restarted(source):
-            for peer in fetch.remote.peers:  # if it is we who missed it, this is rejected
-                self._dialler.tell(peer, wire.Renew(generations=[]))
             self._fail(fetch, "the peer was restarted since the ticket was made")
             return
         if source.generation and any(source.generation in p.gone for p in fetch.remote.peers):

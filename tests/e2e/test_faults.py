@@ -161,7 +161,9 @@ def test_with_a_secret_unsigned_and_altered_params_are_prefilled_locally(secret_
     before = secret_pair.decode.metric(INVALID)
     unsigned = secret_pair.prefilled(prompt)
     ticket = unsigned.pop("kvconnect")
-    altered = unsigned | {"kvconnect": ticket[:20] + ("A" if ticket[20] != "A" else "B") + ticket[21:]}
+    altered = unsigned | {
+        "kvconnect": ticket[:20] + ("A" if ticket[20] != "A" else "B") + ticket[21:]
+    }
     cut = unsigned | {"kvconnect": ticket.split(".")[0] + "."}
     for params in (unsigned, altered, cut):
         assert secret_pair.decode.tokens(prompt, kv_transfer_params=params) == right
