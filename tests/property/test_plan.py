@@ -8,8 +8,9 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from kvconnect.blocks import BlockView, Heads, Part
 from kvconnect.errors import GeometryError
-from kvconnect.plan import NO_BLOCK, Memory, Route, assign
+from kvconnect.plan import NO_BLOCK, Memory, Rect, Route, assign, rows_of
 from kvconnect.testing.geometry import LAYOUTS, Cache, Model, engine
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
@@ -222,6 +223,20 @@ def test_rows_beyond_reason_are_refused():
     (rects,) = assign(ours.shard.views, [theirs.shard.views], 0)
     with pytest.raises(GeometryError, match=r"131072 rows a block, expected at most 65536"):
         Route(rects, DRAM, DRAM)
+
+
+def test_rows_that_touch_in_one_block_only_are_not_joined():
+    """K and V side by side in block 0 and elsewhere in all others."""
+    memory = np.arange(256, dtype=np.uint8)
+    base = int(memory.ctypes.data)
+    parts = (
+        Part(base, (32, 8, 4, 1), (1, 2, 4), 1),
+        Part(base + 8, (64, 8, 4, 1), (1, 2, 4), 1),
+    )
+    view = BlockView("a", 0, 3, 2, Heads(0, 1, 1), "int8", "dense", parts)
+    rows = rows_of(Rect(view, view, 0, 1))
+    assert rows[:, 4].tolist() == [8, 8]
+    assert rows[:, 1].tolist() == [32, 64]
 
 
 def test_equal_layouts_become_one_row_a_block_and_layer():

@@ -12,7 +12,7 @@ from kvconnect import wire
 from kvconnect.channel import Frame, Link
 from kvconnect.dialler import RESEND_S, Dialler, State
 from kvconnect.listener import Listener
-from kvconnect.session import LISTENER, PLAIN, SEALED, Session
+from kvconnect.session import DIALLER, LISTENER, PLAIN, SEALED, Session
 from kvconnect.testing import FakeClock, Network
 from kvconnect.testing.geometry import Cache, Model
 
@@ -199,6 +199,32 @@ def test_a_lost_frame_of_the_greeting_is_sent_again(lost):
             pair.dialler.tick()
     pair.go_on()
     assert peer.state is State.READY
+
+
+def test_a_repeated_hello_gets_the_same_challenge():
+    pair = Pair()
+    link = pair.near.dial(pair.far.address)
+    challenges = []
+    for _ in range(2):
+        pair.near.send(link, PLAIN + wire.encode(wire.Hello(version=wire.VERSION, nonce=b"n")))
+        challenges += exchange(pair)
+    assert challenges[0] == challenges[1], "a proof of the first one would be rejected"
+
+
+def test_a_repeated_challenge_does_not_begin_the_session_anew():
+    """Else the frames of the session so far could be replayed."""
+    pair = Pair(held=True)
+    peer = pair.dialler.greet(pair.far.address)
+    pair.network.flush()
+    for frame in pair.far.poll(0):
+        pair.listener.receive(frame)
+    pair.network.repeat()
+    challenge = pair.network.pending[0].data
+    pair.go_on()
+    assert peer.state is State.READY
+    session = peer.session
+    pair.dialler.receive(Frame(peer.link, challenge))
+    assert peer.session is session
 
 
 def test_an_address_that_failed_is_left_alone_for_a_while():
@@ -394,6 +420,21 @@ def test_links_that_proved_nothing_displace_only_their_like(monkeypatch):
     pair.call(peer)
     pair.go_on()
     assert len(pair.incoming) == 1
+
+
+@pytest.mark.parametrize(("number", "known"), [(0, False), (9, True)])
+def test_links_that_proved_nothing_are_bounded(number, known, monkeypatch):
+    monkeypatch.setattr(listener_module, "MAX_UNPROVED", 3)
+    pair, sent = Pair(), {}
+    monkeypatch.setattr(pair.far, "send", lambda link, data: sent.update({link: data}))
+    links = [Link(False, b"stranger %d" % i) for i in range(10)]
+    for link in links:
+        hello = wire.Hello(version=wire.VERSION, nonce=b"n")
+        pair.listener.receive(Frame(link, PLAIN + wire.encode(hello)))
+    challenge = wire.decode(sent[links[number]][1:])
+    proof = Session(DIALLER, SECRET, b"n", challenge.nonce).proof()
+    pair.listener.receive(Frame(links[number], PLAIN + wire.encode(wire.Prove(proof=proof))))
+    assert (sent[links[number]][:1] == SEALED) is known
 
 
 def test_proved_links_are_bounded_and_the_longest_silent_one_goes(monkeypatch):
