@@ -193,10 +193,13 @@ class Fetcher:
                 self._fail(fetch, call.error)
             elif isinstance(call.reply, wire.Refused):
                 self._fail(fetch, f"peer {remote.peers[index]} refused: {call.reply.detail}")
-            elif isinstance(call.reply, wire.Closed) and not call.reply.stood:
-                if index in fetch.opens:
-                    self._stats.count("num_late_reads")
-                    self._fail(fetch, "the lease was over before the read had ended")
+            elif (
+                isinstance(call.reply, wire.Closed)
+                and not call.reply.stood
+                and index in fetch.opens
+            ):
+                self._stats.count("num_late_reads")
+                self._fail(fetch, "the lease was over before the read had ended")
         if remote.state is State.FAILED:
             greeted = fetch.phase is not Phase.GREETING
             self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)
