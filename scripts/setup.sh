@@ -81,6 +81,10 @@ own_environment() {
   cp scripts/vllm_alias/pyproject.toml "$scratch"
   "$PY" -m pip install -qq --no-deps --no-build-isolation --force-reinstall "$scratch"
   rm -r "$scratch"
+  # Two ranks that spin in sched_yield starve everybody else for half a minute at a time on few cores
+  # (seen on Linux 6.18): give them the wait that vLLM has for Pythons before 3.11.1.
+  echo 'import functools, os, time; os.sched_yield = functools.partial(time.sleep, 0)' \
+    > "$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kvconnect_cpu.pth"
   # with dependencies, so that one newly named in pyproject.toml is there before the lock knows it
   retry "$PY" -m pip install -qq --no-build-isolation -c scripts/requirements.lock -e '.[dev]'
   "$PY" -c 'import kvconnect, nixl, torch, vllm' > /dev/null
