@@ -1,10 +1,10 @@
 """Where a layer's KV blocks are in memory.
 
 A `BlockView` is one layer's blocks on one rank: a base address and byte strides over
-``[block, head, token, content]`` for each part (K, V, or both fused), and which of the
-model's KV heads this rank holds. It is made once, when caches are registered; later code
-knows no model's and no attention backend's name. What strides cannot say (packed content)
-is marked ``whole_block``: heads may be selected, tokens may not.
+``[block, head, token, content]`` for each part (K, V, or both fused), tiled where a backend
+packs for its instructions, and which of the model's KV heads this rank holds. It is made once,
+when caches are registered; later code knows no model's and no attention backend's name. What
+strides and tiles cannot say has another layout than DENSE and moves whole, between equals.
 
 * A `Shard` is all views of one rank, with the memory they point into.
 * Views travel to peers as they are, so they hold numbers only; `Shard.memory` keeps the
@@ -23,22 +23,56 @@ MAX_LAYERS = 4096
 MAX_BLOCKS = 1 << 31
 MAX_ADDRESS = (1 << 63) - 1
 
+DENSE = "dense"
+"""Layout of a view whose strides and tiles say where every cell is."""
+
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_ADDRESS)]
 Extent = Annotated[int, msgspec.Meta(ge=1, le=MAX_ADDRESS)]
 Name = Annotated[str, msgspec.Meta(max_length=512)]
+
+
+class Tile(msgspec.Struct, frozen=True, array_like=True):
+    """How an axis is cut: cell ``i`` is at ``(i // cells) * stride + (i % cells) * inner``.
+
+    ``inner`` is the axis' own stride. ``cells`` 0: not cut.
+    """
+
+    cells: Size = 0
+    stride: Size = 0
+
+
+UNTILED = Tile()
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
     """K, V, or both fused, of one layer.
 
     ``shape`` is ``(heads, tokens, content)`` per block, content in elements of ``itemsize``
-    bytes. ``strides`` are bytes over ``(block, head, token, content)``.
+    bytes. ``strides`` are bytes over ``(block, head, token, content)``; ``tiles`` cut the token
+    and the content axis. An element stands for ``scale`` times what it holds (vLLM's static
+    k_scale and v_scale).
     """
 
     base: Size
     strides: tuple[Size, Size, Size, Size]
     shape: tuple[Extent, Extent, Extent]
     itemsize: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    name: Literal["k", "v", "kv"] = "kv"
+    tiles: tuple[Tile, Tile] = (UNTILED, UNTILED)
+    scale: Annotated[float, msgspec.Meta(gt=0, le=1e30)] = 1.0
+
+    def axes(self, cells: tuple[int, int]) -> list[tuple[int, int]]:
+        """(count, stride) of head, and of token and content cut into ``cells``; 0: not cut.
+
+        ``cells`` are this part's own, or any where it is not cut.
+        """
+        found = [(self.shape[0], self.strides[1])]
+        for axis, cut in enumerate(cells):
+            size, inner, tile = self.shape[axis + 1], self.strides[axis + 2], self.tiles[axis]
+            if cut:
+                found.append((size // cut, tile.stride if tile.cells else cut * inner))
+            found.append((cut or size, inner))
+        return found
 
 
 class Heads(msgspec.Struct, frozen=True, array_like=True):
@@ -60,9 +94,8 @@ class BlockView(msgspec.Struct, frozen=True):
     heads: Heads
     dtype: Name
     layout: Name
-    """Says what the content is, beyond strides, e.g. ``cpu:amx``; equal on both sides."""
+    """DENSE, or the name of a packing that moves whole blocks, between equals."""
     parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=8)]
-    whole_block: bool = False
 
 
 class Region(msgspec.Struct, frozen=True):
@@ -99,13 +132,11 @@ def check_views(views: tuple[BlockView, ...], regions: tuple[Region, ...]) -> No
     for view in views:
         if view.heads.first + view.heads.count > view.heads.total:
             raise GeometryError(f"layer {view.layer}: heads {view.heads} exceed their total")
+        if len({part.name for part in view.parts}) != len(view.parts):
+            raise GeometryError(f"layer {view.layer}: two parts have one name")
         for part in view.parts:
+            _check_part(view, part)
             first, end = part_extent(part, view.num_blocks)
-            if part.shape[0] != view.heads.count:
-                raise GeometryError(
-                    f"layer {view.layer}: a part has {part.shape[0]} heads, "
-                    f"expected {view.heads.count}"
-                )
             if not any(r.address <= first and end <= r.address + r.nbytes for r in regions):
                 raise GeometryError(
                     f"layer {view.layer}: bytes [{first:#x}, {end:#x}) lie outside every "
@@ -113,11 +144,28 @@ def check_views(views: tuple[BlockView, ...], regions: tuple[Region, ...]) -> No
                 )
 
 
+def _check_part(view: BlockView, part: Part) -> None:
+    heads, tokens, _ = part.shape
+    if heads != view.heads.count:
+        raise GeometryError(
+            f"layer {view.layer}: a part has {heads} heads, expected {view.heads.count}"
+        )
+    if view.layout == DENSE and tokens != view.block_tokens:
+        raise GeometryError(
+            f"layer {view.layer}: a part has {tokens} tokens a block, expected {view.block_tokens}"
+        )
+    for size, tile in zip(part.shape[1:], part.tiles, strict=True):
+        if tile.cells and size % tile.cells:
+            raise GeometryError(
+                f"layer {view.layer}: an axis of {size} is cut into tiles of {tile.cells}"
+            )
+
+
 def part_extent(part: Part, num_blocks: int) -> tuple[int, int]:
     """Half-open range of addresses that a part touches."""
-    counts = (num_blocks, *part.shape)
-    last = sum((n - 1) * s for n, s in zip(counts, part.strides, strict=True))
-    return part.base, part.base + last + part.itemsize
+    cells = (part.tiles[0].cells, part.tiles[1].cells)
+    axes = [(num_blocks, part.strides[0]), *part.axes(cells)]
+    return part.base, part.base + sum((n - 1) * s for n, s in axes) + part.itemsize
 
 
 def held_heads(rank: int, tp_size: int, total: int) -> Heads:

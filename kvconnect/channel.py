@@ -77,9 +77,9 @@ class ZmqChannel:
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._woken, zmq.POLLIN)
-        self._dealers: dict[Link, zmq.Socket] = {}
-        self._links: dict[zmq.Socket, Link] = {}  # of dealers and of their monitors
-        self._monitors: dict[Link, zmq.Socket] = {}
+        self._dealers: dict[Link, zmq.Socket[bytes]] = {}
+        self._links: dict[zmq.Socket[bytes], Link] = {}  # of dealers and of their monitors
+        self._monitors: dict[Link, zmq.Socket[bytes]] = {}
         self._numbers = itertools.count()
 
     def dial(self, address: Address) -> Link:
@@ -155,7 +155,7 @@ class ZmqChannel:
         """Close all sockets; frames already sent get 100 ms to leave. Idempotent."""
         self._context.destroy(linger=100)
 
-    def _socket(self, kind: int) -> zmq.Socket:
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
         made = self._context.socket(kind)
         made.setsockopt(zmq.LINGER, 0)
         largest = MAX_REQUEST_BYTES if kind == zmq.ROUTER else MAX_MESSAGE_BYTES

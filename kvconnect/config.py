@@ -9,7 +9,7 @@ import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -48,6 +48,14 @@ class NixlConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Path of a file with a secret shared by all engines; signs tickets, proves peers."""
     model_id: str | None = None
     """Name of the weights when the model's path differs between prefill and decode."""
+    transfer_mode: Literal["auto", "direct", "staged"] = "auto"
+    """``direct``: decode reads prefill's blocks. ``staged``: prefill gathers, writes large chunks
+    into staging memory, decode scatters; works between any two geometries, and a peer can never
+    reach the KV cache itself. ``auto``: whichever works, and of two the faster as measured."""
+    staging_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 40)] = 64 << 20
+    """Bytes of staging memory per rank, half to send from, half to receive."""
+    allow_lossy: bool = False
+    """Decode: accept KV of another 16-bit or 8-bit float type (fp16 ↔ bf16, e4m3 ↔ e5m2)."""
     bidirectional_kv_xfer: bool = False
     """In-tree's decode → prefill transfers; not available here."""
 

@@ -231,7 +231,7 @@ class Dialler:
     def _take(self, peer: Peer, message: wire.Message) -> None:
         if isinstance(message, wire.Welcome) and peer.state is State.GREETING:
             self._welcomed(peer, message)
-        elif isinstance(message, wire.Opened | wire.Refused | wire.Closed):
+        elif isinstance(message, wire.Reply):
             call = peer.calls.get(message.seq)
             if call is not None and isinstance(message, call.accepts):
                 del peer.calls[message.seq]

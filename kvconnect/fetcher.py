@@ -19,7 +19,8 @@ from kvconnect.dialler import Call, Dialler, State
 from kvconnect.errors import GeometryError
 from kvconnect.lease import Clock
 from kvconnect.order import Cancel, Fetch, Release, Source, Watch
-from kvconnect.remote import Remote, Remotes
+from kvconnect.puller import Pull
+from kvconnect.remote import Path, Remote, Remotes
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
 
@@ -52,6 +53,8 @@ class _Fetch:
     opens: dict[int, Call] = field(default_factory=dict)  # index of the rank → call
     closes: dict[int, Call] = field(default_factory=dict)
     tickets: dict[Ticket, int] = field(default_factory=dict)  # running → index of the rank
+    pulls: dict[int, Pull] = field(default_factory=dict)  # index of the rank → running
+    pulled_from: float = 0.0  # when the pulls began
 
     def generation_at(self, index: int) -> str | None:
         """As that rank said when it was opened, else as any other did, else as the ticket says."""
@@ -93,13 +96,14 @@ class Fetcher:
         self._load_timeout_s = load_timeout_s
         self._fetches: dict[str, _Fetch] = {}
         self._watches: dict[str, _Watch] = {}
+        self._late: list[tuple[int, Call]] = []  # slots in quarantine → what may still fill them
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
 
     @property
     def reading(self) -> bool:
         """Whether the transport has work of ours."""
-        return any(f.tickets for f in self._fetches.values())
+        return any(f.tickets or f.pulls for f in self._fetches.values())
 
     def watch(self, order: Watch) -> None:
         """Greet early and keep the lease alive while the request waits."""
@@ -125,6 +129,8 @@ class Fetcher:
                 continue
             if done.error is None:
                 self._stats.transfer(done)
+                if path := fetch.remote.paths[index]:
+                    path.costs.measured(False, done.nbytes, done.wire_s)
             elif fetch.phase is Phase.READING:
                 self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {done.error}")
                 # its transport may have been made anew: learn of that by greeting it again
@@ -134,6 +140,7 @@ class Fetcher:
     def tick(self) -> None:
         """Move every fetch on as far as it goes, and renew leases."""
         self._remotes.tick()
+        self._look_after_slots()
         for request_id, fetch in list(self._fetches.items()):
             if self._advance(fetch):
                 del self._fetches[request_id]
@@ -173,12 +180,19 @@ class Fetcher:
             self._open(fetch)
         if fetch.phase is Phase.OPENING and all(c.reply for c in fetch.opens.values()):
             self._read(fetch)
-        if fetch.phase is Phase.READING and not fetch.tickets:
+        if fetch.phase is Phase.READING:
+            self._pull(fetch)
+        if fetch.phase is Phase.READING and not fetch.tickets and not fetch.pulls:
             self._close(fetch)
             fetch.phase = Phase.CLOSING
         if fetch.phase is Phase.CLOSING:
             return all(c.reply for i, c in fetch.closes.items() if i in fetch.opens)
         if fetch.phase is Phase.FAILING and not fetch.tickets:
+            if any(pull.touches_blocks for pull in fetch.pulls.values()):
+                return False
+            for pull in fetch.pulls.values():
+                self._late += pull.abandon()
+            fetch.pulls.clear()
             if not fetch.closes:  # else it failed while closing
                 self._close(fetch)
             return True
@@ -223,8 +237,8 @@ class Fetcher:
         if source.generation and any(source.generation in p.gone for p in fetch.remote.peers):
             self._fail(fetch, "the lease is over")
             return
-        for index, route in enumerate(fetch.remote.routes):
-            if route is not None:
+        for index, path in enumerate(fetch.remote.paths):
+            if path is not None:
                 fetch.opens[index] = self._dialler.call(
                     fetch.remote.peers[index],
                     lambda seq: wire.Open(
@@ -241,26 +255,78 @@ class Fetcher:
         fetch.phase = Phase.OPENING
 
     def _read(self, fetch: _Fetch) -> None:
-        fetch.phase = Phase.READING
+        fetch.phase, fetch.pulled_from = Phase.READING, self._clock()
         for index, call in fetch.opens.items():
-            route, opened = fetch.remote.routes[index], call.reply
+            path = fetch.remote.paths[index]
+            assert path is not None and isinstance(call.reply, wire.Opened)
             try:
-                chosen = route.select(opened.tables, fetch.order.blocks)
+                if path.choose_staged(self._nbytes(fetch, path)):
+                    self._start_pull(fetch, index, path)
+                else:
+                    self._submit(fetch, index, path, call.reply)
             except (GeometryError, IndexError) as e:
                 self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
                 return
-            if not len(chosen.src):
-                continue
-            work = Work(
-                op=Op.READ,
-                peer=fetch.remote.name_of(index),
-                local=route.dst,
-                local_index=chosen.dst,
-                remote=route.src,
-                remote_index=chosen.src,
-                nbytes=chosen.nbytes,
-            )
-            fetch.tickets[self._transport.submit(work)] = index
+
+    def _nbytes(self, fetch: _Fetch, path: Path) -> int:
+        assert isinstance(fetch.order, Fetch)
+        return path.route.nbytes(fetch.order.blocks) if path.route else 0
+
+    def _submit(self, fetch: _Fetch, index: int, path: Path, opened: wire.Opened) -> None:
+        route = path.route
+        assert route is not None and isinstance(fetch.order, Fetch)
+        chosen = route.select(opened.tables, fetch.order.blocks)
+        if not len(chosen.src):
+            return
+        work = Work(
+            op=Op.READ,
+            peer=fetch.remote.name_of(index),
+            local=route.dst,
+            local_index=chosen.dst,
+            remote=route.src,
+            remote_index=chosen.src,
+            nbytes=chosen.nbytes,
+        )
+        fetch.tickets[self._transport.submit(work)] = index
+
+    def _start_pull(self, fetch: _Fetch, index: int, path: Path) -> None:
+        assert path.staged is not None and isinstance(fetch.order, Fetch)
+        pull = Pull(
+            path.staged,
+            fetch.order.blocks,
+            fetch.order.tokens,
+            self._transport.hello(),
+            fetch.deadline,
+        )
+        if not pull.done:
+            fetch.pulls[index] = pull
+
+    def _pull(self, fetch: _Fetch) -> None:
+        """Move the staged transfers of a fetch on."""
+        for index, pull in list(fetch.pulls.items()):
+            generation = fetch.generation_at(index)
+            assert generation is not None
+            if error := pull.advance(generation, self._rank):
+                self._fail(fetch, error)
+                return
+            if pull.done:
+                del fetch.pulls[index]
+                seconds = self._clock() - fetch.pulled_from
+                self._stats.transfer(Done(0, None, pull.nbytes, pull.chunks, 0.0, seconds))
+                if path := fetch.remote.paths[index]:
+                    path.costs.measured(True, pull.nbytes, seconds)
+
+    def _look_after_slots(self) -> None:
+        """Slots of pulls that were given up are free once their source has answered."""
+        slots = self._remotes.means.slots
+        if slots is None:
+            return
+        for slot, call in list(self._late):
+            if call.reply is not None:
+                slots.give(slot)
+            if call.reply is not None or call.error:  # without an answer: after the quarantine
+                self._late.remove((slot, call))
+        slots.tick()
 
     def _close(self, fetch: _Fetch) -> None:
         """Tell every rank of the source that we are done with its blocks.

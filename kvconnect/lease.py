@@ -111,6 +111,11 @@ class LeaseBook:
         lease.reading.add(reader)
         return lease.terms
 
+    def is_open(self, generation: str, reader: Hashable) -> bool:
+        """Whether the lease stands and ``reader`` is between open and close."""
+        granted = self.standing(generation) is Standing.GRANTED
+        return granted and reader in self._leases[generation].reading
+
     def terms(self, generation: str) -> Terms:
         """What is leased; only while GRANTED."""
         return self._leases[generation].terms

@@ -72,6 +72,11 @@ class Lender:
             if gone:
                 self._listener.answer(link, wire.Gone(generations=gone))
 
+    def opened(self, generation: str, reader: tuple[Link, int]) -> Terms | None:
+        """What is leased, if the lease stands and this reader of it is between open and close."""
+        is_open = self._book.is_open(generation, reader)
+        return self._book.terms(generation) if is_open else None
+
     def tick(self) -> None:
         """End the leases that are over."""
         for request_id in self._book.expire():

@@ -67,6 +67,7 @@ class Listener:
 
     def receive(self, frame: Frame) -> Incoming | None:
         """Take in a frame of an arrived link; returns a message that must be handled above."""
+        assert frame.data is not None, "only links that we dialled are told to be broken"
         try:
             return self._receive(frame.link, frame.data)
         except WireError as e:

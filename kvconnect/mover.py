@@ -29,6 +29,7 @@ from kvconnect.fetcher import Fetcher
 from kvconnect.lease import Clock
 from kvconnect.lender import Lender
 from kvconnect.listener import Listener
+from kvconnect.ops import Kernels
 from kvconnect.order import (
     Cancel,
     Directory,
@@ -41,8 +42,10 @@ from kvconnect.order import (
     Watch,
     Withdraw,
 )
-from kvconnect.remote import Remotes
+from kvconnect.remote import Means, Mode, Remotes
+from kvconnect.slots import Slots, Staging
 from kvconnect.stats import Stats
+from kvconnect.supplier import Supplier
 from kvconnect.transport.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,8 @@ class Settings(NamedTuple):
     handshake_timeout_s: float = 5.0
     load_timeout_s: float = 60.0
     lease_max_s: float = 3600.0
+    mode: Mode = "auto"
+    allow_lossy: bool = False
 
 
 class Mover:
@@ -79,7 +84,10 @@ class Mover:
         transport: Transport,
         channel: Channel,
         clock: Clock = time.monotonic,
+        staging: Staging | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
+        """``staging`` and ``kernels``, both or none: for the staged path."""
         self.incarnation = secrets.token_hex(8)
         self.address = channel.address
         self._settings = settings
@@ -98,9 +106,20 @@ class Mover:
             channel, clock, settings.fingerprint, secret, settings.handshake_timeout_s
         )
         self._lender = Lender(self._listener, clock, settings.lease_max_s)
+        filled, gathered = staging.halves() if staging else (None, None)
+        means = Means(
+            self._dialler,
+            transport,
+            memory,
+            settings.rank,
+            settings.mode,
+            settings.allow_lossy,
+            kernels,
+            Slots(filled, clock) if filled else None,
+        )
         self._fetcher = Fetcher(
             self._dialler,
-            Remotes(self._dialler, transport, memory, settings.rank),
+            Remotes(means),
             transport,
             clock,
             self._stats,
@@ -108,6 +127,7 @@ class Mover:
             settings.ranks,
             settings.load_timeout_s,
         )
+        self._supplier = self._make_supplier(gathered, kernels)
         self._lock = threading.Lock()  # guards the three below
         self._orders: deque[tuple[Sequence[Order], Fence | None]] = deque()
         self._outcome = Outcome()
@@ -168,13 +188,19 @@ class Mover:
                 self._dialler.receive(frame)
             elif incoming := self._listener.receive(frame):
                 self._lender.receive(incoming)
+                if self._supplier:
+                    self._supplier.receive(incoming)
         ended = self._transport.poll()
         for done in ended:
             self._fetcher.done(done)
+            if self._supplier:
+                self._supplier.done(done)
         if frames or ended:
             self._active_at = self._clock()
         self._dialler.tick()
         self._lender.tick()
+        if self._supplier:
+            self._supplier.tick()
         self._fetcher.tick()
         self._publish()
 
@@ -191,7 +217,8 @@ class Mover:
 
     @property
     def _busy(self) -> bool:
-        return self._fetcher.reading or self._lender.reading
+        supplying = self._supplier is not None and self._supplier.busy
+        return self._fetcher.reading or self._lender.reading or supplying
 
     def _pause_s(self) -> float:
         """Between busy steps: short while things happen, longer for a reader that went silent."""
@@ -254,6 +281,12 @@ class Mover:
             self._outcome.failed |= failed
         self._lender.expired = self._lender.late = 0
 
+    def _make_supplier(self, gathered: Staging | None, kernels: Kernels | None) -> Supplier | None:
+        if gathered is None or kernels is None or self._settings.mode == "direct":
+            return None
+        slots = Slots(gathered, self._clock)
+        return Supplier(self._listener, self._lender, self._transport, kernels, self._memory, slots)
+
     def _body(self) -> wire.Body:
         return wire.Body(
             incarnation=self.incarnation,
@@ -262,4 +295,6 @@ class Mover:
             transport=self._settings.transport_name,
             hello=self._transport.hello(),
             shards=self._shards,
+            direct=self._settings.mode != "staged",
+            staged=self._supplier is not None,
         )

@@ -1,25 +1,23 @@
-"""Which bytes go where: geometry → rectangles → rows.
+"""What goes where: geometry → rectangles.
 
 Every transfer is a set of rectangles in (layer, head, token) space: what a source shard has
 intersected with what the destination shard needs. Tensor and pipeline parallelism only make
-other rectangles (`assign`). For the direct path a rectangle becomes *rows*: runs of bytes
-that are contiguous on both sides, at the same place in every block (`Route`). Rows of one
-peer never change, so a transport can prepare them once; a request only selects some by index.
+other rectangles. A rectangle then becomes rows (`kvconnect.rows`, the direct path) or pieces
+of a canonical wire order (`kvconnect.course`, the staged path).
 
-* Knows addresses and strides, no models, requests or transports.
-* Here both sides must agree in block size, dtype and content layout; what differs is named.
+* Knows no addresses, requests or transports.
+* `assign` refuses what no path can map, and names both values. What only the staged path can
+  map (another block size, dtype or cut of the cells) `why_not_direct` says.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
-from kvconnect.blocks import BlockView, Heads, Part
+from kvconnect.blocks import DENSE, BlockView, Part, Tile
 from kvconnect.errors import GeometryError
 
-MAX_ROWS_PER_LAYER = 1 << 16
+FLOATS = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""KV dtypes that the staged path converts among, with their bytes."""
 NO_BLOCK = -1  # entry of a block table whose tokens are not kept (outside a sliding window)
 
 
@@ -33,14 +31,17 @@ class Rect(NamedTuple):
 
 
 def assign(
-    mine: Sequence[BlockView], theirs: Sequence[Sequence[BlockView]], start: int
+    mine: Sequence[BlockView],
+    theirs: Sequence[Sequence[BlockView]],
+    start: int,
+    allow_lossy: bool = False,
 ) -> list[list[Rect]]:
     """Which rectangles to take from which shard so that every head of ``mine`` is covered once.
 
     ``theirs`` is one list of views per source shard; the result has one list of rectangles per
     shard. Replicated heads are taken from the first holder counting from shard ``start``, so
     that several readers spread over the replicas. Raises GeometryError if a head of a layer is
-    held by no shard, or if the two sides cannot be mapped directly.
+    held by no shard, or if the two sides cannot be mapped on each other.
     """
     rects: list[list[Rect]] = [[] for _ in theirs]
     by_layer: dict[str, list[tuple[int, BlockView]]] = {}
@@ -51,7 +52,7 @@ def assign(
     for dst in mine:
         missing = [(dst.heads.first, dst.heads.first + dst.heads.count)]
         for index, src in by_layer.get(dst.layer, ()):
-            check_same_shape(src, dst)
+            check_mappable(src, dst, allow_lossy)
             rest = []
             for low, high in missing:
                 first = max(low, src.heads.first)
@@ -70,28 +71,56 @@ def assign(
     return rects
 
 
-def check_same_shape(src: BlockView, dst: BlockView) -> None:
-    """Raise GeometryError that names the first difference the direct path cannot bridge."""
+def check_mappable(src: BlockView, dst: BlockView, allow_lossy: bool = False) -> None:
+    """Raise GeometryError that names the first difference that no path can bridge."""
     where = f"layer {dst.layer}: peer has"
-    if src.block_tokens != dst.block_tokens:
+    if src.heads.total != dst.heads.total:
         raise GeometryError(
-            f"{where} {src.block_tokens}-token blocks, we have {dst.block_tokens}; "
-            "set the same --block-size on both engines"
+            f"{where} {src.heads.total} KV heads, we have {dst.heads.total}; "
+            "do both engines run the same model?"
         )
-    if src.dtype != dst.dtype:
+    if DENSE not in (src.layout, dst.layout) or src.layout != dst.layout:
+        _check_equal(src, dst, where)
+        return
+    ours = {part.name: part.shape[2] for part in dst.parts}
+    peers = {part.name: part.shape[2] for part in src.parts}
+    if ours != peers:
         raise GeometryError(
-            f"{where} KV dtype {src.dtype}, we have {dst.dtype}; "
-            "set the same --dtype and --kv-cache-dtype on both engines"
+            f"{where} parts {peers} (name, elements a token), we have {ours}; "
+            "do both engines run the same model, with comparable attention backends?"
         )
+    if src.dtype == dst.dtype:
+        return
+    unknown = [d for d in (src.dtype, dst.dtype) if d not in FLOATS]
+    if unknown:
+        raise GeometryError(
+            f"{where} KV dtype {src.dtype}, we have {dst.dtype}, and {unknown[0]} cannot be "
+            "converted; set the same --kv-cache-dtype on both engines"
+        )
+    if FLOATS[src.dtype] == FLOATS[dst.dtype] and not allow_lossy:
+        raise GeometryError(
+            f"{where} KV dtype {src.dtype}, we have {dst.dtype}: neither holds the other's values; "
+            'set the same --dtype and --kv-cache-dtype on both engines, or "allow_lossy": true in '
+            "the decode engine's kv_connector_extra_config"
+        )
+
+
+def _check_equal(src: BlockView, dst: BlockView, where: str) -> None:
+    """Packed content moves whole: all of the geometry must be the same."""
     if src.layout != dst.layout:
         raise GeometryError(
             f"{where} layout {src.layout}, we have {dst.layout}; use the same attention "
             "backend and VLLM_KV_CACHE_LAYOUT on both engines"
         )
-    if src.heads.total != dst.heads.total:
+    if src.block_tokens != dst.block_tokens:
         raise GeometryError(
-            f"{where} {src.heads.total} KV heads, we have {dst.heads.total}; "
-            "do both engines run the same model?"
+            f"{where} {src.block_tokens}-token blocks, we have {dst.block_tokens}, of a packed "
+            f"layout ({dst.layout}); set the same --block-size on both engines"
+        )
+    if src.dtype != dst.dtype:
+        raise GeometryError(
+            f"{where} KV dtype {src.dtype}, we have {dst.dtype}, in a packed layout "
+            f"({dst.layout}); set the same --dtype and --kv-cache-dtype on both engines"
         )
     ours = [(p.shape[1:], p.itemsize) for p in dst.parts]
     peers = [(p.shape[1:], p.itemsize) for p in src.parts]
@@ -99,156 +128,27 @@ def check_same_shape(src: BlockView, dst: BlockView) -> None:
         raise GeometryError(f"{where} parts {peers} (tokens, content, itemsize), we have {ours}")
 
 
-# One row per (source address in block 0, its block stride, the same of the destination, bytes).
-Rows = np.ndarray
+def why_not_direct(rect: Rect) -> str:
+    """Why a rectangle cannot be read as rows of equal blocks; empty if it can."""
+    src, dst = rect.src, rect.dst
+    if src.block_tokens != dst.block_tokens:
+        return f"blocks of {src.block_tokens} and {dst.block_tokens} tokens"
+    if src.dtype != dst.dtype:
+        return f"KV dtypes {src.dtype} and {dst.dtype}"
+    for theirs, ours in part_pairs(rect):
+        if theirs.scale != ours.scale:
+            return f"scales {theirs.scale:g} and {ours.scale:g} of {ours.name}"
+        if any(a.cells and b.cells and a.cells != b.cells for a, b in tiles_of(theirs, ours)):
+            return f"tiles {theirs.tiles} and {ours.tiles} of {ours.name}"
+    return ""
 
 
-def rows_of(rect: Rect) -> Rows:
-    """Rows of one rectangle, int64 ``[n, 5]``, adjacent ones merged; see `Rows`."""
-    found = []
-    for src, dst in zip(rect.src.parts, rect.dst.parts, strict=True):
-        found.append(_part_rows(src, dst, rect.src.heads, rect.dst.heads, rect))
-    rows = np.concatenate(found)
-    if len(rows) > MAX_ROWS_PER_LAYER:
-        raise GeometryError(
-            f"layer {rect.dst.layer}: {len(rows)} rows a block, expected at most "
-            f"{MAX_ROWS_PER_LAYER}; use the same layout on both engines"
-        )
-    return _merge(rows[np.argsort(rows[:, 2], kind="stable")])
+def part_pairs(rect: Rect) -> list[tuple[Part, Part]]:
+    """(source's, destination's) of each part."""
+    theirs = {part.name: part for part in rect.src.parts}
+    return [(theirs[part.name], part) for part in rect.dst.parts]
 
 
-def _part_rows(src: Part, dst: Part, src_heads: Heads, dst_heads: Heads, rect: Rect) -> Rows:
-    run, outer = src.itemsize, []
-    counts = (rect.count, *dst.shape[1:])
-    dims = sorted(zip(counts, src.strides[1:], dst.strides[1:], strict=True), key=lambda d: d[2])
-    for count, src_stride, dst_stride in dims:
-        if count == 1:
-            continue
-        if src_stride == dst_stride == run:
-            run *= count
-        else:
-            outer.append((count, src_stride, dst_stride))
-    src_at = np.array([src.base + (rect.first - src_heads.first) * src.strides[1]], dtype=np.int64)
-    dst_at = np.array([dst.base + (rect.first - dst_heads.first) * dst.strides[1]], dtype=np.int64)
-    for count, src_stride, dst_stride in reversed(outer):
-        steps = np.arange(count, dtype=np.int64)
-        src_at = (src_at[:, None] + steps * src_stride).reshape(-1)
-        dst_at = (dst_at[:, None] + steps * dst_stride).reshape(-1)
-    rows = np.empty((len(dst_at), 5), dtype=np.int64)
-    rows[:, 0], rows[:, 1] = src_at, src.strides[0]
-    rows[:, 2], rows[:, 3], rows[:, 4] = dst_at, dst.strides[0], run
-    return rows
-
-
-def _merge(rows: Rows) -> Rows:
-    """Join rows that touch on both sides; ``rows`` are sorted by destination address."""
-    ends = rows[:-1, [0, 2]] + rows[:-1, 4:]
-    joins = (ends == rows[1:, [0, 2]]).all(axis=1) & (rows[:-1, [1, 3]] == rows[1:, [1, 3]]).all(1)
-    heads = np.flatnonzero(np.concatenate(([True], ~joins)))
-    merged = rows[heads]
-    merged[:, 4] = np.add.reduceat(rows[:, 4], heads)
-    return merged
-
-
-@dataclass(frozen=True, eq=False)
-class RowTable:
-    """All rows of one side of a route, in every block; compared and cached by identity.
-
-    ``rows`` is int64 ``[n, 4]``: address in block 0, bytes, block stride, number of blocks.
-    Row ``r`` of block ``b`` has index ``starts[r] + b``.
-    """
-
-    rows: np.ndarray
-    starts: np.ndarray
-    kind: str
-    device: int
-
-    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Addresses and lengths, int64 ``[n]`` each, of the rows with these indices."""
-        row = np.searchsorted(self.starts, indices, side="right") - 1
-        address, nbytes, stride, _ = self.rows[row].T
-        return address + (indices - self.starts[row]) * stride, nbytes
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The rows of one transfer, as indices into the two tables of a route: int32 ``[n]``."""
-
-    src: np.ndarray
-    dst: np.ndarray
-    nbytes: int
-
-
-class Route:
-    """Rows from one source shard to the destination shard, made once per peer."""
-
-    def __init__(self, rects: Sequence[Rect], src_memory: "Memory", dst_memory: "Memory") -> None:
-        rows = [rows_of(rect) for rect in rects]
-        blocks = [(rect.src.num_blocks, rect.dst.num_blocks) for rect in rects]
-        sizes = [len(r) for r in rows]
-        joined = np.concatenate(rows) if rows else np.empty((0, 5), dtype=np.int64)
-        num_blocks = np.repeat(np.array(blocks, dtype=np.int64).reshape(-1, 2), sizes, axis=0)
-        self.src = _table(joined[:, [0, 4, 1]], num_blocks[:, 0], src_memory)
-        self.dst = _table(joined[:, [2, 4, 3]], num_blocks[:, 1], dst_memory)
-        # (source group, destination group) → which rows are addressed by these block tables
-        groups = np.repeat([(r.src.group, r.dst.group) for r in rects] or [(0, 0)][:0], sizes, 0)
-        groups = groups.reshape(-1, 2)
-        self.rows_by_group = {
-            (int(s), int(d)): np.flatnonzero((groups == (s, d)).all(axis=1))
-            for s, d in np.unique(groups, axis=0)
-        }
-
-    def select(
-        self, src_tables: Sequence[Sequence[int]], dst_blocks: Sequence[Sequence[tuple[int, int]]]
-    ) -> Selection:
-        """Rows that fill ``dst_blocks`` from the blocks at the same place of ``src_tables``.
-
-        ``src_tables[g][i]`` is the source's block of tokens ``[i, i + 1) * block_tokens`` in
-        group ``g`` or NO_BLOCK; ``dst_blocks[g]`` are pairs ``(i, block id)``. Raises
-        GeometryError for a place the source does not hold.
-        """
-        src, dst, nbytes = [], [], 0
-        for (src_group, dst_group), rows in self.rows_by_group.items():
-            pairs = np.array(dst_blocks[dst_group], dtype=np.int64).reshape(-1, 2)
-            table = np.array(src_tables[src_group], dtype=np.int64)
-            if not len(pairs):
-                continue
-            if pairs[:, 0].max() >= len(table) or (table[pairs[:, 0]] == NO_BLOCK).any():
-                raise GeometryError(
-                    f"group {src_group}: the peer holds {np.count_nonzero(table != NO_BLOCK)} of "
-                    f"{len(table)} blocks, but blocks up to {pairs[:, 0].max()} are needed"
-                )
-            src_ids, dst_ids = table[pairs[:, 0]], pairs[:, 1]
-            _check_range(src_ids, self.src.rows[rows, 3].min(), "the peer's")
-            _check_range(dst_ids, self.dst.rows[rows, 3].min(), "our")
-            # row by row, so that neighbouring blocks of one row can be merged by the transport
-            src.append((self.src.starts[rows][:, None] + src_ids).reshape(-1))
-            dst.append((self.dst.starts[rows][:, None] + dst_ids).reshape(-1))
-            nbytes += int(self.dst.rows[rows, 1].sum()) * len(pairs)
-        return Selection(_indices(src), _indices(dst), nbytes)
-
-
-class Memory(NamedTuple):
-    """Kind (NIXL's name) and device of the memory that one side's rows lie in."""
-
-    kind: str
-    device: int
-
-
-def _table(rows: np.ndarray, num_blocks: np.ndarray, memory: Memory) -> RowTable:
-    starts = np.concatenate(([0], np.cumsum(num_blocks)[:-1])) if len(num_blocks) else num_blocks
-    return RowTable(np.column_stack([rows, num_blocks]), starts, memory.kind, memory.device)
-
-
-def _check_range(ids: np.ndarray, num_blocks: int, whose: str) -> None:
-    if ids.min() < 0 or ids.max() >= num_blocks:
-        raise GeometryError(
-            f"block ids {ids.min()}..{ids.max()} exceed {whose} {num_blocks} blocks"
-        )
-
-
-def _indices(found: list[np.ndarray]) -> np.ndarray:
-    joined = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
-    if len(joined) and joined.max() > np.iinfo(np.int32).max:
-        raise GeometryError(f"row index {joined.max()} exceeds 32 bits; use fewer blocks per rank")
-    return joined.astype(np.int32)
+def tiles_of(a: Part, b: Part) -> "zip[tuple[Tile, Tile]]":
+    """How both cut their tokens, and their content."""
+    return zip(a.tiles, b.tiles, strict=True)

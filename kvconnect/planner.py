@@ -4,7 +4,7 @@ Match → open → settle. Knows no vLLM: `kvconnect.vllm.connector` translates.
 that arrived with an offer ends in exactly one of: a load, a release, a cancelled load.
 """
 
-from kvconnect.order import Directory, Order
+from kvconnect.order import Directory, Grant, Order
 from kvconnect.stats import Stats
 from kvconnect.tier.base import Load, Store
 from kvconnect.tier.peer import Offer, PeerTier
@@ -59,7 +59,9 @@ class Planner:
         """Its KV is computed; returns the generation of the lease."""
         orders = self._tier.seal_store(store)
         self._orders += orders
-        return orders[-1].terms.generation
+        grant = orders[-1]
+        assert isinstance(grant, Grant)
+        return grant.terms.generation
 
     def will_not_lend(self, request_id: str) -> None:
         """The request ended without KV to hand over."""

@@ -1,4 +1,4 @@
-"""A remote engine as one of our ranks sees it: its ranks, and routes to those we read from.
+"""A remote engine as one of our ranks sees it: its ranks, and paths from those we read.
 
 Becomes READY when every rank has been greeted and their geometries intersected with ours.
 Named by the addresses that a source gives; without a ticket rank 0 names the others. Tickets
@@ -8,41 +8,72 @@ say nothing about a remote that greeting does not: a stale or forged one fails a
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
+from kvconnect.blocks import Region
 from kvconnect.blocks import Shard as Memory
+from kvconnect.costs import Costs
+from kvconnect.course import Course
 from kvconnect.dialler import Dialler, Peer, State
 from kvconnect.errors import GeometryError, TransportError
+from kvconnect.ops import Kernels
 from kvconnect.order import Source
-from kvconnect.plan import Memory as MemoryKind
-from kvconnect.plan import Route, assign
+from kvconnect.plan import Rect, assign, why_not_direct
+from kvconnect.puller import Staged
+from kvconnect.rows import Memory as MemoryKind
+from kvconnect.rows import Route
+from kvconnect.slots import Slots
 from kvconnect.transport.base import Transport
-from kvconnect.wire import Address
+from kvconnect.wire import Address, Body
 
+Mode = Literal["auto", "direct", "staged"]
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What all remotes of a rank share: our memory, and how it may be filled."""
+
+    dialler: Dialler
+    transport: Transport
+    mine: Memory
+    rank: int
+    mode: Mode = "auto"
+    allow_lossy: bool = False
+    kernels: Kernels | None = None
+    slots: Slots | None = None
+    """To be written to; without them nothing is staged."""
+    names: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+
+@dataclass(frozen=True)
+class Path:
+    """How one rank is read: by ``route``, ``staged``, or by the faster of the two."""
+
+    route: Route | None
+    staged: Staged | None
+    costs: Costs = field(default_factory=Costs)
+
+    def choose_staged(self, nbytes: int) -> bool:
+        """Whether a transfer of about ``nbytes`` goes the staged way."""
+        if self.route is None or self.staged is None:
+            return self.route is None
+        return self.staged.fast and self.costs.choose_staged(nbytes)
 
 
 class Remote:
     """One remote engine. FAILED is final; `Remotes.of` then makes a new one."""
 
-    def __init__(
-        self,
-        addresses: Sequence[Address],
-        dialler: Dialler,
-        transport: Transport,
-        mine: Memory,
-        rank: int,
-        names: Iterator[int],
-    ) -> None:
+    def __init__(self, addresses: Sequence[Address], means: Means) -> None:
         self.state = State.GREETING
         self.error = ""
-        self.peers: list[Peer] = [dialler.greet(address) for address in addresses]
-        self.routes: list[Route | None] = []
+        self.peers: list[Peer] = [means.dialler.greet(address) for address in addresses]
+        self.paths: list[Path | None] = []
         """Of each peer; None where we read nothing from it."""
-        self._dialler = dialler
-        self._transport = transport
-        self._mine = mine
-        self._rank = rank
-        self._names = names
+        self._means = means
+        self._dialler = means.dialler
+        self._transport = means.transport
         self._added: dict[int, str] = {}  # index of a peer → the transport's name of it
 
     def advance(self) -> None:
@@ -93,18 +124,57 @@ class Remote:
 
     def _connect(self) -> None:
         bodies = [p.body for p in self.peers if p.body]
-        self.routes = [None] * len(bodies)
-        rects = assign(self._mine.views, [body.views for body in bodies], self._rank)
+        self.paths = [None] * len(bodies)
+        means = self._means
+        rects = assign(
+            means.mine.views, [body.views for body in bodies], means.rank, means.allow_lossy
+        )
         for index, (peer, body, wanted) in enumerate(zip(self.peers, bodies, rects, strict=True)):
-            if wanted:
-                name = f"{peer}#{body.incarnation}#{next(self._names)}"
+            if not wanted:
+                continue
+            route, not_direct = self._route(body, wanted)
+            staged, not_staged = self._staged(peer, body, wanted)
+            if route is None and staged is None:
+                raise GeometryError(
+                    f"peer {peer}: its KV cannot be read directly ({not_direct}), nor staged "
+                    f"({not_staged})"
+                )
+            if route is not None:
+                name = f"{peer}#{body.incarnation}#{next(means.names)}"
                 self._transport.add_peer(name, body.hello)
                 self._added[index] = name
-                kinds = _kind(body.regions), _kind(self._mine.regions)
-                self.routes[index] = Route(wanted, *kinds)
+            self.paths[index] = Path(route, staged)
+
+    def _route(self, body: Body, wanted: list[Rect]) -> tuple[Route | None, str]:
+        """The direct path, or why there is none."""
+        if self._means.mode == "staged":
+            return None, "our transfer_mode is staged"
+        if not body.direct:
+            return None, "its transfer_mode is staged"
+        if differs := next(filter(None, map(why_not_direct, wanted)), ""):
+            return None, differs
+        try:
+            return Route(wanted, _kind(body.regions), _kind(self._means.mine.regions)), ""
+        except GeometryError as e:
+            return None, str(e)
+
+    def _staged(self, peer: Peer, body: Body, wanted: list[Rect]) -> tuple[Staged | None, str]:
+        """The staged path, or why there is none."""
+        means = self._means
+        if means.mode == "direct":
+            return None, "our transfer_mode is direct"
+        if means.kernels is None or means.slots is None:
+            return None, "we have no staging memory or no kernels for this device"
+        if not body.staged:
+            return None, "it does not stage: its transfer_mode is direct, or it is older"
+        try:
+            course = Course(wanted, means.slots.slot_bytes)
+        except GeometryError as e:
+            return None, str(e)
+        return Staged(means.dialler, peer, course, means.kernels, means.slots), ""
 
 
-def _kind(regions: Sequence) -> MemoryKind:
+def _kind(regions: Sequence[Region]) -> MemoryKind:
     kinds = {MemoryKind(r.kind, r.device) for r in regions}
     if len(kinds) != 1:
         raise GeometryError(f"KV memory lies in {sorted(kinds)}, expected one kind and device")
@@ -114,8 +184,8 @@ def _kind(regions: Sequence) -> MemoryKind:
 class Remotes:
     """Remote engines by the addresses of their ranks."""
 
-    def __init__(self, dialler: Dialler, transport: Transport, mine: Memory, rank: int) -> None:
-        self._made_of = (dialler, transport, mine, rank, itertools.count(1))
+    def __init__(self, means: Means) -> None:
+        self.means = means
         self._by_addresses: dict[tuple[Address, ...], Remote] = {}
 
     def of(self, source: Source) -> Remote:
@@ -125,7 +195,7 @@ class Remotes:
         if remote is not None:
             remote.advance()
         if remote is None or remote.state is State.FAILED:
-            remote = self._by_addresses[key] = Remote(key, *self._made_of)
+            remote = self._by_addresses[key] = Remote(key, self.means)
         return remote
 
     def tick(self) -> None:

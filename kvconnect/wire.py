@@ -6,20 +6,22 @@
 * Knows nothing of sockets.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
-from kvconnect.blocks import MAX_BLOCKS, BlockView, Name, Region
+from kvconnect.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
 from kvconnect.errors import WireError
 
-VERSION = (1, 0)
-"""(major, minor). 1.0: first version."""
+VERSION = (2, 0)
+"""(major, minor). 1.0: direct reads. 2.0: parts are named and tiled; the staged path."""
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20
 """Of what a dialler sends; only a listener's Welcome may be larger."""
 MAX_RANKS = 1024
+MAX_PIECES = 8192
+MAX_RUNS = 1 << 14
 RENEWED_AT_ONCE = 512
 
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
@@ -82,10 +84,9 @@ class Welcome(Message, frozen=True):
 
 
 class Reject(Message, frozen=True):
-    """The listener does not go on with this dialler; ``again``: greet afresh and retry."""
+    """The listener does not go on with this dialler."""
 
     detail: Detail
-    again: bool = False
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -98,6 +99,36 @@ class Body(msgspec.Struct, frozen=True):
     hello: Opaque
     shards: Annotated[tuple[Address, ...], msgspec.Meta(max_length=MAX_RANKS)] = ()
     """All ranks of the engine, this one included, where it knows them."""
+    direct: bool = True
+    """Whether the KV caches themselves can be read: they are registered with the transport."""
+    staged: bool = False
+    """Whether it answers Stage and Want."""
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """One part of some heads of a layer, as it crosses: dense ``[head][token][content]``."""
+
+    layer: Name
+    part: Literal["k", "v", "kv"]
+    first: Size
+    """Heads ``[first, first + count)``, counted over the whole model."""
+    count: Extent
+    content: Extent
+    """Elements of a token."""
+    dtype: Name
+    """Of the elements as they cross."""
+    factor: Annotated[float, msgspec.Meta(gt=0, le=1e30)] = 1.0
+    """What the source's elements are multiplied by."""
+
+
+class Granules(msgspec.Struct, frozen=True, array_like=True):
+    """Memory that the other side may write: ``count`` pieces of ``nbytes`` from ``address`` on."""
+
+    address: Size
+    nbytes: Extent
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_BLOCKS)]
+    kind: Literal["DRAM", "VRAM"] = "DRAM"
+    device: Annotated[int, msgspec.Meta(ge=0, lt=1024)] = 0
 
 
 class Open(Message, frozen=True):
@@ -163,6 +194,52 @@ class Closed(Message, frozen=True):
     stood: bool
 
 
+class Stage(Message, frozen=True):
+    """A reader tells how it will have KV written to it; once per link, before its first Want."""
+
+    seq: Seq
+    hello: Opaque
+    """Of its transport."""
+    arena: Granules
+    pieces: Annotated[tuple[Piece, ...], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
+
+
+class Staged(Message, frozen=True):
+    """Stage was understood."""
+
+    seq: Seq
+
+
+class Want(Message, frozen=True):
+    """A reader asks for one chunk of a lease that it opened, and offers room for it.
+
+    The chunk holds pieces ``[first, first + count)`` of its Stage, of the tokens of ``runs``
+    (start, count), in the canonical order of `kvconnect.course`.
+    """
+
+    seq: Seq
+    generation: Generation
+    reader: Rank
+    group: Annotated[int, msgspec.Meta(ge=0, le=4096)]
+    """KV cache group of the source whose block table the pieces' layers share."""
+    first: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PIECES)]
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_PIECES)]
+    runs: Annotated[
+        tuple[tuple[Count, Count], ...], msgspec.Meta(min_length=1, max_length=MAX_RUNS)
+    ]
+    granule: Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
+    """Where in the reader's arena to write."""
+    nbytes: Count
+
+
+class Filled(Message, frozen=True):
+    """The chunk is written; ``sums`` are the checksums of its runs, little-endian uint64."""
+
+    seq: Seq
+    nbytes: Count
+    sums: Annotated[bytes, msgspec.Meta(max_length=8 * MAX_RUNS)]
+
+
 AnyMessage = (
     Hello
     | Challenge
@@ -176,7 +253,14 @@ AnyMessage = (
     | Gone
     | Close
     | Closed
+    | Stage
+    | Staged
+    | Want
+    | Filled
 )
+
+Reply = Opened | Refused | Closed | Staged | Filled
+"""What answers a request of the same ``seq``."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)

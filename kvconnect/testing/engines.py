@@ -11,9 +11,15 @@ assert decode.caches[0].holds_fill([(0, 5), (1, 2)], seed=7)
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from kvconnect.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover, Settings
+from kvconnect.ops import load
 from kvconnect.order import Directory, Grant, Order, Outcome, Shard, Source
+from kvconnect.remote import Mode
+from kvconnect.slots import GRANULE_BYTES, Staging
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Faulty
 from kvconnect.testing.geometry import Cache, Model, engine
@@ -58,8 +64,13 @@ class Engine:
         handshake_timeout_s: float = 3.0,
         load_timeout_s: float = 12.0,
         lease_max_s: float = 20.0,
+        mode: Mode = "auto",
+        staging: tuple[int, int] | None = None,
+        allow_lossy: bool = False,
     ) -> None:
+        """``staging``: slots, and granules in each; None for an engine that cannot stage."""
         self.world = world
+        self.staging = staging
         self.caches: list[Cache] = engine(model, num_blocks, layout, tp_size, pp_size)
         self.addresses: list[Address] = []
         self.settings = Settings(
@@ -71,6 +82,8 @@ class Engine:
             handshake_timeout_s=handshake_timeout_s,
             load_timeout_s=load_timeout_s,
             lease_max_s=lease_max_s,
+            mode=mode,
+            allow_lossy=allow_lossy,
         )
         world.engines.append(self)
         self.start()
@@ -81,18 +94,39 @@ class Engine:
         self.transports: list[Faulty] = []
         self.ended: dict[str, list[str | None]] = {}
         """Fetches that ended: a reason or None per rank, in the order they were reported."""
+        self.arenas: list[np.ndarray] = []
         self.sent: list[str] = []
         """Requests whose blocks may be freed, one entry per rank."""
         for rank, cache in enumerate(self.caches):
             port = self.addresses[rank].port if rank < len(self.addresses) else 0
             channel = self.world.network.channel("test", port)
-            transport = Faulty(LoopbackTransport(cache.shard.regions, self.world.fabric))
+            regions = () if self.settings.mode == "staged" else cache.shard.regions
+            staging = self._arena()
+            if staging is not None:
+                regions = (*regions, staging.region)
+            transport = Faulty(LoopbackTransport(regions, self.world.fabric))
             settings = self.settings._replace(rank=rank)
-            mover = Mover(settings, cache.shard, transport, channel, self.world.clock)
+            mover = Mover(
+                settings,
+                cache.shard,
+                transport,
+                channel,
+                self.world.clock,
+                staging=staging,
+                kernels=load("cpu") if staging else None,
+            )
             self.movers.append(mover)
             self.transports.append(transport)
         self.addresses = [mover.address for mover in self.movers]
         self.put(Directory(tuple(self.addresses)))
+
+    def _arena(self) -> Staging | None:
+        if self.staging is None:
+            return None
+        slots, granules = self.staging
+        memory = np.zeros(slots * granules * GRANULE_BYTES, dtype=np.uint8)
+        self.arenas.append(memory)
+        return Staging(Region(int(memory.ctypes.data), memory.nbytes), granules * GRANULE_BYTES)
 
     def stop(self) -> None:
         """The engine ends, or dies: its peers hear nothing but the broken connection."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
-from kvconnect.plan import RowTable
+from kvconnect.rows import RowTable
 from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
 
 PATIENCE_S = 20.0

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from kvconnect.plan import RowTable
+from kvconnect.rows import RowTable
 
 Ticket = int
 

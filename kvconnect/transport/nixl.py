@@ -24,7 +24,7 @@ import numpy as np
 
 from kvconnect.blocks import Region
 from kvconnect.errors import ConfigError, TransportError
-from kvconnect.plan import RowTable
+from kvconnect.rows import RowTable
 from kvconnect.transport.base import Done, Ticket, Work
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class NixlTransport:
         try:
             added = self._agent.add_remote_agent(theirs.metadata)
             agent = added.decode() if isinstance(added, bytes) else added
-        except (*self._errors, ValueError, TypeError) as e:
+        except self._errors_or(ValueError, TypeError) as e:
             raise TransportError(f"peer {name}: its NIXL metadata is unusable: {e}") from e
         if agent != theirs.agent:
             raise TransportError(f"peer {name}: metadata is of agent {agent}, not {theirs.agent}")
@@ -117,7 +117,7 @@ class NixlTransport:
                 self._prepare(work.peer, work.remote, agent),
                 work.remote_index,
             )
-        except (*self._errors, TransportError, ValueError, KeyError, OverflowError) as e:
+        except self._errors_or(TransportError, ValueError, KeyError, OverflowError) as e:
             self._ended.append(Done(ticket, f"NIXL refused the transfer: {e}"))
             return ticket
         running = self._running[ticket] = _Running(work, handle, started, 0.0)
@@ -157,6 +157,9 @@ class NixlTransport:
         self._end_all("transport closed")
         self._drop_agent()
 
+    def _errors_or(self, *more: type[Exception]) -> tuple[type[Exception], ...]:
+        return (*self._errors, *more)
+
     # -- the agent ----------------------------------------------------------------------
 
     def _make_agent(self) -> None:
@@ -166,7 +169,7 @@ class NixlTransport:
         )
         try:
             self._agent = self._api.nixl_agent(self._name, config)
-        except (*self._errors, RuntimeError) as e:
+        except self._errors_or(RuntimeError) as e:
             raise ConfigError(
                 f"NIXL cannot start with backends {', '.join(self._backends)}: {e}; if UCX_TLS "
                 "or UCX_NET_DEVICES is set, does it name what this host has?"

@@ -78,7 +78,11 @@ class KVConnectNixl(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_prom_metrics(
-        cls, vllm_config, metric_types, labelnames, per_engine_labelvalues
+        cls,
+        vllm_config: "VllmConfig",
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ) -> KvConnectPromMetrics:
         return KvConnectPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
@@ -186,6 +190,7 @@ class KVConnectNixl(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KvConnectStats | None:
         half = self._scheduler or self._worker
+        assert half is not None
         data = half.take_stats()
         return None if data is None else KvConnectStats(data=data)
 

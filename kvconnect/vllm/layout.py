@@ -1,20 +1,36 @@
 """vLLM's KV cache tensors as BlockViews: the one place that knows its specs and backends.
 
 Since vLLM 0.30 a layer is a strided view ``[B, H, N, C]`` whatever the physical layout
-(``v1/kv_cache_interface.py`` create_kv_cache_views), with K and V side by side in C. The CPU
-backend reads the same bytes as ``[B, H, 2N, D]``, K blocks before V blocks, in an order that
-depends on the ISA (``v1/attention/backends/cpu_attn.py`` forward, ``csrc/cpu/cpu_attn_vec.hpp``).
+(``v1/kv_cache_interface.py`` create_kv_cache_views), where dense C is K and V side by side, or
+MLA's one vector. The CPU backend reads the same bytes as ``[B, H, 2N, D]``, K before V, packed
+for the ISA (``v1/attention/backends/cpu_attn.py`` forward): `kvconnect.vllm.probe` looks how.
+
+* Content that no spec explains gets a layout of its own name and moves whole, between equals.
+* A dtype that cannot be converted keeps vLLM's name.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from msgspec.structs import replace
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from kvconnect.blocks import BlockView, Heads, Part, Region, Shard, held_heads
+from kvconnect.blocks import DENSE, UNTILED, BlockView, Heads, Part, Region, Shard, Tile, held_heads
 from kvconnect.errors import ConfigError
 from kvconnect.vllm import _compat
+from kvconnect.vllm.probe import Axis, Kernel, Packing, packings
+
+logger = logging.getLogger("vllm.kvconnect")
+
+# vLLM stores fp8 as bytes; of which format, the layer's kv_cache_dtype tells ("fp8" is e4m3 on
+# CUDA and CPU). Other names are of packings or, fp8_inc, of Gaudi's own format.
+FP8 = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+STORED = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+_PartName = Literal["k", "v", "kv"]
 
 
 class Place(NamedTuple):
@@ -22,6 +38,30 @@ class Place(NamedTuple):
 
     tp_rank: int
     tp_size: int
+
+
+class _Cells(NamedTuple):
+    """A layer's cache, strides in elements. A block is ``pieces`` kernel blocks of equal stride."""
+
+    base: int
+    item: int
+    pieces: int
+    heads: int
+    tokens: int
+    """Of a piece."""
+    content: int
+    piece_stride: int
+    head_stride: int
+    token_stride: int
+    element_stride: int
+
+
+class _Dtype(NamedTuple):
+    """Of KV, by our name, or vLLM's where an element is no number by itself."""
+
+    name: str
+    numbers: bool
+    scaled: bool = False
 
 
 def describe(
@@ -32,25 +72,24 @@ def describe(
     for index, layer, spec in _layers(kv_cache_config):
         if layer not in kv_caches:
             continue  # another pipeline stage's
-        cache = kv_caches[layer]
-        _check(layer, spec, cache)
-        if cache.shape[0] % kv_cache_config.num_blocks:
-            raise ConfigError(
-                f"layer {layer}: {cache.shape[0]} kernel blocks for {kv_cache_config.num_blocks} "
-                "blocks; set --block-size to the attention backend's own"
-            )
-        parts, content = _parts(cache, kv_cache_config.num_blocks, layer, vllm_config)
-        if spec.num_heads != spec.num_kv_heads:  # head slots are not heads: never sliced
-            content = f"{content} packed, TP {place.tp_size}"
+        cache, num_blocks = kv_caches[layer], kv_cache_config.num_blocks
+        _check(layer, spec, cache, num_blocks)
+        module = vllm_config.compilation_config.static_forward_context.get(layer)
+        dtype = _dtype(spec, module)
+        layout, parts = _content(_cells(cache, num_blocks), spec, module, dtype, vllm_config)
+        if layout != DENSE:
+            logger.info("kvconnect: layer %s is packed (%s): for equal engines only", layer, layout)
+            if _has_slots(spec):  # which are no heads: never cut
+                layout = f"{layout}, TP {place.tp_size}"
         views.append(
             BlockView(
                 layer=layer,
                 group=index,
-                num_blocks=kv_cache_config.num_blocks,
+                num_blocks=num_blocks,
                 block_tokens=spec.block_size,
                 heads=_heads(spec, vllm_config, place),
-                dtype=_dtype_name(vllm_config),
-                layout=content,
+                dtype=dtype.name,
+                layout=layout,
                 parts=parts,
             )
         )
@@ -68,7 +107,7 @@ def _layers(kv_cache_config: Any) -> Iterator[tuple[int, str, Any]]:
             yield index, layer, _compat.layer_spec(group.kv_cache_spec, layer)
 
 
-def _check(layer: str, spec: Any, cache: torch.Tensor) -> None:
+def _check(layer: str, spec: Any, cache: torch.Tensor, num_blocks: int) -> None:
     if not isinstance(spec, AttentionSpec) or not getattr(spec, "has_layer_views", True):
         raise ConfigError(
             f"layer {layer} keeps {type(spec).__name__} state, which KVConnectNixl cannot hand "
@@ -83,51 +122,151 @@ def _check(layer: str, spec: Any, cache: torch.Tensor) -> None:
             f"layer {layer}: KV cache of {cache.dim()} dimensions, expected [B, H, N, C]; "
             "this vLLM is older than 0.30, see docs/compat.md"
         )
+    if cache.shape[0] % num_blocks:
+        raise ConfigError(
+            f"layer {layer}: {cache.shape[0]} kernel blocks for {num_blocks} blocks; "
+            "set --block-size to the attention backend's own"
+        )
 
 
-def _parts(
-    cache: torch.Tensor, num_blocks: int, layer: str, vllm_config: Any
-) -> tuple[tuple[Part, ...], str]:
-    """Parts of a layer and the name of its content."""
-    item = cache.element_size()
-    kernel_blocks = cache.shape[0] // num_blocks
-    block, head, token, element = (s * item for s in cache.stride())
+# -- content ----------------------------------------------------------------------------------
+
+
+def _cells(cache: torch.Tensor, num_blocks: int) -> _Cells:
     _, heads, tokens, content = cache.shape
-    # kernel blocks are equal pieces of a block: one part each
-    bases = [cache.data_ptr() + i * block for i in range(kernel_blocks)]
-    block *= kernel_blocks
-    isa = _cpu_isa(layer, vllm_config)
-    if isa is None:
-        shape, strides = (heads, tokens, content), (block, head, token, element)
-        return tuple(Part(b, strides, shape, item) for b in bases), "dense"
-    if isa not in ("vec", "vec16"):  # packed for the ISA: only whole heads of a block can be moved
-        shape, strides = (heads, 1, tokens * content * item), (block, head, 0, 1)
-        return tuple(Part(b, strides, shape, 1) for b in bases), f"cpu:{isa}"
-    size = content // 2
-    k = (block, head, item, tokens * item)  # K is column-major: [head_dim, token]
-    v = (block, head, size * item, item)
-    return tuple(
-        Part(base + offset, strides, (heads, tokens, size), item)
-        for base in bases
-        for offset, strides in ((0, k), (tokens * size * item, v))
-    ), f"cpu:{isa}"
+    pieces = cache.shape[0] // num_blocks
+    item = cache.element_size()
+    return _Cells(cache.data_ptr(), item, pieces, heads, tokens, content, *cache.stride())
 
 
-def _cpu_isa(layer: str, vllm_config: Any) -> str | None:
-    """Under which ISA the CPU attention backend packs a layer's KV; None for other backends."""
-    module = vllm_config.compilation_config.static_forward_context.get(layer)
-    backend = module.get_attn_backend() if hasattr(module, "get_attn_backend") else None
-    if backend is None or backend.get_name() != "CPU_ATTN":
-        return None
+def _has_slots(spec: Any) -> bool:
+    """Whether H of the tensor is not one KV head each: nvfp4, b12x, ROCm."""
+    return getattr(spec, "num_head_slots", None) is not None or spec.num_heads != spec.num_kv_heads
+
+
+def _dtype(spec: Any, module: Any) -> _Dtype:
+    """Of a layer: some keep the model's in an engine whose others are fp8."""
+    if spec.dtype in FLOATS:
+        return _Dtype(_name(spec.dtype), True)
+    named = getattr(module, "kv_cache_dtype", None)  # the DeepSeek indexer's cache has none
+    if named not in FP8:
+        return _Dtype(str(named or _name(spec.dtype)), False)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_fp8_fnuz():
+        return _Dtype(f"{FP8[named]}fnuz", True)
+    scales = [getattr(module, name, None) for name in ("_k_scale", "_v_scale")]
+    if any(isinstance(s, torch.Tensor) and s.numel() > 1 for s in scales):
+        return _Dtype(f"{FP8[named]} with a scale per head", True)
+    return _Dtype(FP8[named], True, scaled=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _content(
+    cells: _Cells, spec: Any, module: Any, dtype: _Dtype, vllm_config: Any
+) -> tuple[str, tuple[Part, ...]]:
+    """Layout and parts of a layer."""
+    k, v = spec.head_size, spec.head_size_v
+    explained = (
+        dtype.numbers
+        and not _has_slots(spec)
+        and getattr(spec, "state_content_bytes", None) is None
+        and k + v == cells.content
+        and cells.pieces * cells.tokens == spec.block_size
+    )
+    backend = _backend(module)
+    if backend == "CPU_ATTN":
+        kernel = _kernel(cells, spec, module, dtype, vllm_config)
+        layout = f"cpu:{kernel.isa}"
+        found = packings(kernel, cells.tokens, k) if explained and k == v else None
+    else:
+        layout = f"packed by {backend}"
+        row = Axis(cells.token_stride, UNTILED), Axis(cells.element_stride, UNTILED)
+        found = (Packing(0, *row), Packing(k * cells.element_stride, *row)) if explained else None
+    if found is None:
+        return layout, (_packed(cells),)
+    names: tuple[tuple[_PartName, int], ...] = (("k", k), ("v", v)) if v else (("kv", k),)
+    parts = []
+    for (name, size), packing in zip(names, found, strict=False):
+        part = _part(cells, packing, name, size)
+        if part is None:
+            return layout, (_packed(cells),)
+        parts.append(replace(part, scale=_scale(module, name)) if dtype.scaled else part)
+    return DENSE, tuple(parts)
+
+
+def _part(cells: _Cells, packing: Packing, name: _PartName, size: int) -> Part | None:
+    """A part as ``packing`` has it in each piece; None where pieces need a tile of tiles."""
+    tile = packing.token.tile
+    if cells.pieces > 1:
+        # tokens of the next piece: on in the same step, or in a tile of their own
+        if tile.cells:
+            if cells.tokens // tile.cells * tile.stride != cells.piece_stride:
+                return None
+        elif cells.tokens * packing.token.stride != cells.piece_stride:
+            tile = Tile(cells.tokens, cells.piece_stride)
+    block_stride = cells.pieces * cells.piece_stride
+    strides = (block_stride, cells.head_stride, packing.token.stride, packing.content.stride)
+    block, head, token, content = (s * cells.item for s in strides)
+    return Part(
+        base=cells.base + packing.start * cells.item,
+        strides=(block, head, token, content),
+        shape=(cells.heads, cells.pieces * cells.tokens, size),
+        itemsize=cells.item,
+        name=name,
+        tiles=(_in_bytes(tile, cells.item), _in_bytes(packing.content.tile, cells.item)),
+    )
+
+
+def _in_bytes(tile: Tile, item: int) -> Tile:
+    return Tile(tile.cells, tile.stride * item)
+
+
+def _packed(cells: _Cells) -> Part:
+    """All bytes of a head, or of its tokens where heads lie between them."""
+    row = cells.content * cells.item
+    pieces, tokens, nbytes = cells.pieces, cells.tokens, row
+    tile, step = UNTILED, cells.token_stride * cells.item
+    if cells.token_stride * cells.item == row:
+        tokens, nbytes, step = 1, cells.tokens * row, cells.piece_stride * cells.item
+    elif pieces > 1:
+        tile = Tile(tokens, cells.piece_stride * cells.item)
+    return Part(
+        base=cells.base,
+        strides=(pieces * cells.piece_stride * cells.item, cells.head_stride * cells.item, step, 1),
+        shape=(cells.heads, pieces * tokens, nbytes),
+        itemsize=1,
+        tiles=(tile, UNTILED),
+    )
+
+
+def _scale(module: Any, name: _PartName) -> float:
+    """vLLM's static scale; set when weights were loaded, before caches are registered."""
+    side = "v" if name == "v" else "k"  # MLA's vector has K's
+    return float(getattr(module, f"_{side}_scale_float", None) or 1.0)
+
+
+def _backend(module: Any) -> str:
+    return str(module.get_attn_backend().get_name()) if hasattr(module, "get_attn_backend") else ""
+
+
+def _kernel(cells: _Cells, spec: Any, module: Any, dtype: _Dtype, vllm_config: Any) -> Kernel:
+    """How the CPU backend was told to store this layer."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    # as the backend's own metadata builder asks (cpu_attn.py CPUAttentionMetadataBuilder)
-    return _get_attn_isa(
-        vllm_config.model_config.dtype,
-        vllm_config.cache_config.block_size,
-        module.head_size,
-        vllm_config.cache_config.cache_dtype,
+    model_dtype = vllm_config.model_config.dtype
+    cache_dtype = module.kv_cache_dtype
+    # the backend's own metadata builder leaves it there
+    isa = getattr(module, "isa", None) or _get_attn_isa(
+        model_dtype, cells.tokens, spec.head_size, vllm_config.cache_config.cache_dtype
     )
+    return Kernel(isa, model_dtype, cache_dtype, STORED.get(dtype.name, spec.dtype))
+
+
+# -- heads and memory -------------------------------------------------------------------------
 
 
 def _heads(spec: Any, vllm_config: Any, place: Place) -> Heads:
@@ -135,20 +274,18 @@ def _heads(spec: Any, vllm_config: Any, place: Place) -> Heads:
     if getattr(spec, "max_tp_shards", None) == 1:  # MLA: every rank holds the same
         return Heads(0, slots, slots)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if slots == model.get_num_kv_heads(parallel):
+    if slots == model.get_num_kv_heads(parallel) and not _has_slots(spec):
         return held_heads(place.tp_rank, place.tp_size, model.get_total_num_kv_heads())
     return Heads(place.tp_rank * slots, slots, place.tp_size * slots)
-
-
-def _dtype_name(vllm_config: Any) -> str:
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    return str(vllm_config.model_config.dtype) if cache_dtype == "auto" else str(cache_dtype)
 
 
 def _regions(caches: list[torch.Tensor]) -> tuple[Region, ...]:
     found = {}
     for cache in caches:
         storage = cache.untyped_storage()
-        kind, device = ("DRAM", 0) if cache.device.type == "cpu" else ("VRAM", cache.device.index)
-        found[storage.data_ptr()] = Region(storage.data_ptr(), storage.nbytes(), kind, device)
+        start, nbytes = storage.data_ptr(), storage.nbytes()
+        on_host = cache.device.type == "cpu"
+        found[start] = (
+            Region(start, nbytes) if on_host else Region(start, nbytes, "VRAM", cache.device.index)
+        )
     return tuple(found.values())

@@ -113,7 +113,13 @@ class KvConnectStats(KVConnectorStats):
 class KvConnectPromMetrics(KVConnectorPromMetrics):
     """Prometheus metrics of one API server."""
 
-    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._histograms = {
             key: create_metric_per_engine(

@@ -14,11 +14,12 @@ from typing import Annotated, Any
 
 import msgspec
 
+from kvconnect.blocks import Name
 from kvconnect.errors import OfferError
 from kvconnect.order import Shard, Source
 from kvconnect.session import sign
 from kvconnect.tier.peer import Offer
-from kvconnect.wire import MAX_RANKS, Address, Count, Generation, Name, RequestId, Short
+from kvconnect.wire import MAX_RANKS, Address, Count, Generation, RequestId, Short
 
 TICKET_KEY = "kvconnect"
 MAX_TICKET_CHARS = 1 << 20
@@ -169,7 +170,7 @@ def _check_engine(theirs: str, ours: str) -> None:
         raise OfferError("the KV is in this very engine; its own prefix cache serves it")
 
 
-def _text(params: dict, key: str, longest: int = 1024) -> str:
+def _text(params: dict[str, Any], key: str, longest: int = 1024) -> str:
     value = params.get(key)
     # printable: what is not, lone surrogates included, may not be encodable
     if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():
@@ -177,7 +178,7 @@ def _text(params: dict, key: str, longest: int = 1024) -> str:
     return value
 
 
-def _integer(params: dict, key: str, largest: int) -> int:
+def _integer(params: dict[str, Any], key: str, largest: int) -> int:
     value = params.get(key)
     if isinstance(value, float) and value.is_integer():  # numbers that went through a router
         value = int(value)

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
+from kvconnect.blocks import Region, Shard
 from kvconnect.channel import ZmqChannel
 from kvconnect.config import NixlConfig, read_secret
 from kvconnect.errors import ConfigError
 from kvconnect.mover import Fence, Mover, Settings
+from kvconnect.ops import Kernels, load
 from kvconnect.order import Fetch, Order, Outcome
+from kvconnect.slots import Staging, staging_slot_bytes
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import Place, describe
 
@@ -65,6 +68,7 @@ class Worker:
         self._secret = read_secret(config.auth_secret_file)
         self._mover: Mover | None = None
         self._device: torch.device | None = None
+        self._arena: Any = None  # owns the staging memory
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -76,7 +80,12 @@ class Worker:
             kv_caches, self._kv_cache_config, self._vllm_config, Place(rank.tp_rank, rank.tp_size)
         )
         self._device = next(iter(kv_caches.values())).device
-        transport = NixlTransport(memory.regions, self._config.backends)
+        staging, owner, kernels = self._staging(memory)
+        registered = () if self._config.transfer_mode == "staged" else memory.regions
+        if staging is not None:
+            registered = (*registered, staging.region)
+        self._arena = owner
+        transport = NixlTransport(registered, self._config.backends)
         host, port = side_channel(self._vllm_config, rank)
         settings = Settings(
             rank=rank.index,
@@ -87,8 +96,13 @@ class Worker:
             handshake_timeout_s=self._config.handshake_timeout,
             load_timeout_s=self._config.load_timeout,
             lease_max_s=self._config.kv_lease_max_duration,
+            mode=self._config.transfer_mode,
+            allow_lossy=self._config.allow_lossy,
         )
-        self._mover = Mover(settings, memory, transport, ZmqChannel(host, port))
+        channel = ZmqChannel(host, port)
+        self._mover = Mover(
+            settings, memory, transport, channel, staging=staging, kernels=kernels
+        )
         self._mover.start()
         nbytes = sum(r.nbytes for r in memory.regions)
         logger.info(
@@ -99,6 +113,22 @@ class Worker:
             nbytes / 1e9,
             self._mover.address,
         )
+
+    def _staging(self, memory: Shard) -> tuple[Staging | None, Any, Kernels | None]:
+        """Staging memory, its owner, and the kernels for the caches' device; none if not staged."""
+        mode = self._config.transfer_mode
+        if mode == "direct":
+            return None, None, None
+        if any(region.kind != "DRAM" for region in memory.regions):
+            if mode == "staged":
+                raise ConfigError(
+                    "transfer_mode is staged, but staging is not yet available for KV caches in "
+                    'device memory; set "transfer_mode": "direct"'
+                )
+            return None, None, None
+        slot_bytes = staging_slot_bytes(self._config.staging_bytes)
+        arena = torch.empty(self._config.staging_bytes, dtype=torch.uint8)
+        return Staging(Region(arena.data_ptr(), arena.nbytes), slot_bytes), arena, load("cpu")
 
     def handshake_metadata(self) -> RankMetadata | None:
         """Where this rank is; None before `register`."""
@@ -143,7 +173,8 @@ class Worker:
             return None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
-        return event.query
+        computed: Fence = event.query
+        return computed
 
 
 def side_channel(vllm_config: Any, rank: Rank) -> tuple[str, int]:
@@ -155,7 +186,7 @@ def side_channel(vllm_config: Any, rank: Rank) -> tuple[str, int]:
     from vllm.utils.network_utils import get_ip
 
     host = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST") or get_ip()
-    if host == "0.0.0.0":  # what get_ip says when it finds no route at all
+    if host == "0.0.0.0":  # noqa: S104 - compared, not bound; what get_ip says when it finds no route at all
         host = "127.0.0.1"
     port = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
     if not port or rank.index != 0:

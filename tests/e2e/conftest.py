@@ -70,7 +70,44 @@ def pipeline_pair(folder: Path) -> Setup:
     )
 
 
-SETUPS = (pair, secret_pair, crowded_pair, hybrid_pair, pipeline_pair)
+def small_blocks_pair(folder: Path) -> Setup:
+    """Blocks of 32 tokens at prefill, of 128 at decode: only the staged path can map them."""
+    return Setup(
+        model("KVCONNECT_TP_MODEL"),
+        prefill=["--block-size", "32", "--tensor-parallel-size", "2"],
+        decode=["--block-size", "128"],
+    )
+
+
+def large_blocks_pair(folder: Path) -> Setup:
+    """Blocks of 128 tokens at prefill, of 32 at decode; only staging memory can be reached."""
+    return Setup(
+        model("KVCONNECT_MODEL"),
+        prefill=["--block-size", "128"],
+        decode=["--block-size", "32"],
+        extra={"transfer_mode": "staged", "staging_bytes": 16 << 20},
+    )
+
+
+def quantizing_pair(folder: Path) -> Setup:
+    """bf16 prefill, fp8 KV cache at decode: prefill gathers, converts and sends half the bytes."""
+    return Setup(
+        model("KVCONNECT_MODEL"),
+        decode=["--kv-cache-dtype", "fp8"],
+        both=["--dtype", "bfloat16", "--max-logprobs", "20"],
+    )
+
+
+SETUPS = (
+    pair,
+    secret_pair,
+    crowded_pair,
+    hybrid_pair,
+    pipeline_pair,
+    small_blocks_pair,
+    large_blocks_pair,
+    quantizing_pair,
+)
 ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
 
 
@@ -113,4 +150,13 @@ def _fixture(setup: Callable[[Path], Setup]) -> object:
 
 
 fixtures = [_fixture(setup) for setup in SETUPS]
-(pair_fixture, secret_fixture, crowded_fixture, hybrid_fixture, pipeline_fixture) = fixtures
+(
+    pair_fixture,
+    secret_fixture,
+    crowded_fixture,
+    hybrid_fixture,
+    pipeline_fixture,
+    small_blocks_fixture,
+    large_blocks_fixture,
+    quantizing_fixture,
+) = fixtures

@@ -80,9 +80,9 @@ class Client:
         _, text = self.request("GET", "/metrics")
         total = 0.0
         for line in text.splitlines():
-            if re.match(rf"{re.escape(name)}(\{{|\s)", line):
-                if all(f'{k}="{v}"' in line for k, v in labels.items()):
-                    total += float(line.rsplit(" ", 1)[1])
+            named = re.match(rf"{re.escape(name)}(\{{|\s)", line)
+            if named and all(f'{k}="{v}"' in line for k, v in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
         return total
 
 

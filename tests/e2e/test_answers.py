@@ -1,7 +1,9 @@
 """Right answers: through a transfer as from the engine's own prefix cache."""
 
+from typing import Any
+
 import pytest
-from pair import Pair, in_parallel, words
+from pair import Client, Pair, in_parallel, words
 
 BLOCK = 128  # vLLM's default on CPU
 LENGTHS = [1, 2, 5, 31, 64, 127, 128, 129, 130, 200, 255, 256, 257, 300, 383, 384, 385, 500]
@@ -100,6 +102,48 @@ def test_requests_preempted_for_want_of_blocks_are_answered_right(crowded_pair: 
     assert through == alone
     preempted = crowded_pair.decode.metric("vllm:num_preemptions_total")
     assert preempted > 0, "the engine had room for all: the test shows nothing"
+
+
+def test_blocks_of_32_to_128_tokens_and_tp_2_to_1(small_blocks_pair: Pair):
+    check_some_prompts(small_blocks_pair, longest=1500)
+
+
+def test_blocks_of_128_to_32_tokens_through_staging_memory_alone(large_blocks_pair: Pair):
+    check_some_prompts(large_blocks_pair)
+
+
+def test_bf16_prefill_to_fp8_decode_loses_no_more_than_an_fp8_engine_by_itself(
+    quantizing_pair: Pair,
+):
+    """KV rounded once, on its way, is nearer to bf16 than KV that every layer computes from fp8."""
+    pair = quantizing_pair
+    prompts = [words(n, seed=n) for n in (64, 129, 300, 700, 1500)]
+    single = words(1, seed=1)
+    ours = first_token(pair.decode, single, kv_transfer_params=pair.prefilled(single))
+    assert ours == first_token(pair.decode, single, cache_salt="alone"), "only its own KV matters"
+    before = pair.computed_at_decode()
+    ours = [first_token(pair.decode, p, kv_transfer_params=pair.prefilled(p)) for p in prompts]
+    assert pair.computed_at_decode() == before
+    bf16 = [first_token(pair.prefill, p) for p in prompts]
+    alone = [first_token(pair.decode, p, cache_salt="alone") for p in prompts]
+    lost, lost_alone = (mean_distance(bf16, other) for other in (ours, alone))
+    assert 0 < lost <= lost_alone, (lost, lost_alone)
+
+
+def first_token(engine: Client, prompt: list[int], **options: Any) -> dict[str, float]:
+    """Log probabilities of the 20 likeliest first tokens."""
+    status, answer = engine.post(prompt, max_tokens=1, logprobs=20, **options)
+    assert status == 200, answer
+    return answer["choices"][0]["logprobs"]["top_logprobs"][0]
+
+
+def mean_distance(reference: list[dict[str, float]], other: list[dict[str, float]]) -> float:
+    """Of the log probabilities of each reference's five likeliest tokens."""
+    found = []
+    for a, b in zip(reference, other, strict=True):
+        for token in sorted(a, key=a.__getitem__)[-5:]:
+            found.append(abs(a[token] - b.get(token, min(b.values()))))
+    return sum(found) / len(found)
 
 
 def check_some_prompts(pair: Pair, longest: int = 3000) -> None:

@@ -1,17 +1,23 @@
-"""Any two geometries in scope: every wanted cell arrives, and nothing else is touched."""
+"""Any two geometries in scope: every wanted cell arrives, and nothing else is touched.
+
+Here through rows of equal blocks, the direct path; see test_staged_plan for the other.
+"""
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
+from msgspec import structs
 
-from kvconnect.blocks import BlockView, Heads, Part
+from kvconnect.blocks import UNTILED, BlockView, Heads, Part, Tile
 from kvconnect.errors import GeometryError
-from kvconnect.plan import NO_BLOCK, Memory, Rect, Route, assign, rows_of
-from kvconnect.testing.geometry import LAYOUTS, Cache, Model, engine
+from kvconnect.plan import NO_BLOCK, Rect, assign, check_mappable, why_not_direct
+from kvconnect.rows import Memory, Route, rows_of
+from kvconnect.testing.geometry import ITEM_BYTES, LAYOUTS, Cache, Model, engine
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
 
@@ -21,23 +27,25 @@ TP_SIZES = (1, 2, 3, 4, 6, 8)
 
 @st.composite
 def models(draw):
+    content = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 32]))
     return Model(
         layers=draw(st.integers(1, 5)),
         heads=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24])),
-        block_tokens=draw(st.sampled_from([1, 2, 3, 8])),
-        content=draw(st.integers(1, 4)),
-        itemsize=draw(st.sampled_from([1, 2, 4])),
+        block_tokens=draw(st.sampled_from([1, 2, 3, 4, 8, 32])),
+        content=content,
+        values=draw(st.sampled_from([None, None, 0, content // 4])),
         groups=draw(st.integers(1, 3)),
+        dtype=draw(st.sampled_from(list(ITEM_BYTES))),
     )
 
 
 @st.composite
-def engines(draw, model, vec):
+def engines(draw, model):
     sizes = [n for n in TP_SIZES if model.heads % n == 0 or n % model.heads == 0]
     return engine(
         model,
         num_blocks=draw(st.integers(1, 9)),
-        layout="vec" if vec else draw(st.sampled_from([x for x in LAYOUTS if x != "vec"])),
+        layout=draw(st.sampled_from(LAYOUTS)),
         tp_size=draw(st.sampled_from(sizes)),
         pp_size=draw(st.integers(1, model.layers)),
         seed=draw(st.integers(0, 1000)),
@@ -49,8 +57,7 @@ def engines(draw, model, vec):
 def transfers(draw):
     """(model, source ranks, destination ranks, source tables, destination blocks)."""
     model = draw(models())
-    vec = draw(st.booleans())
-    source, target = draw(engines(model, vec)), draw(engines(model, vec))
+    source, target = draw(engines(model)), draw(engines(model))
     tables, blocks = [], []
     for _ in range(model.groups):
         ids = draw(st.permutations(range(source[0].num_blocks)))
@@ -65,6 +72,13 @@ def transfers(draw):
         tables.append(tuple(table))
         blocks.append(tuple(zip(wanted, chosen, strict=True)))
     return model, source, target, tuple(tables), tuple(blocks)
+
+
+def legal(source, target):
+    """Whether all that the two share can be read as rows."""
+    theirs = {view.layer: view for cache in source for view in cache.shard.views}
+    ours = [view for cache in target for view in cache.shard.views]
+    return not any(why_not_direct(Rect(theirs[v.layer], v, 0, 1)) for v in ours)
 
 
 def load(source, target, rank, tables, blocks):
@@ -95,16 +109,25 @@ def load(source, target, rank, tables, blocks):
 def wanted_memory(model, source, cache, tables, blocks):
     """All of ``cache``'s memory as it should be afterwards, cell by cell; and the cells' bytes."""
     before, nbytes = cache.memory.copy(), 0
-    for layer, head in itertools.product(model.names, range(model.heads)):
-        if not cache.holds(layer, head):
-            continue
-        owner = next(s for s in source if s.holds(layer, head))
+    for layer, part in itertools.product(cache.layers, range(cache.parts)):
         group = model.names.index(layer) % model.groups
-        for (place, block), part in itertools.product(blocks[group], range(cache.parts)):
-            for token in range(model.block_tokens):
-                cell = owner.read(layer, part, tables[group][place], head, token)
-                cache.write(layer, part, block, head, token, cell)
-                nbytes += len(cell)
+        if not blocks[group]:
+            continue
+        places, ids = np.array(blocks[group]).T
+        src, dst = (
+            np.repeat(b, model.block_tokens) for b in (np.array(tables[group])[places], ids)
+        )
+        tokens = np.tile(np.arange(model.block_tokens), len(ids))
+        cells = cache.read(layer, part, dst, tokens)
+        for place in range(cache.heads.count):
+            head = cache.heads.first + place
+            owner = next(
+                s for s in source if layer in s.layers and 0 <= head - s.heads.first < s.heads.count
+            )
+            held = owner.read(layer, part, src, tokens)
+            cells[:, place] = held[:, head - owner.heads.first]
+        cache.write(layer, part, dst, tokens, cells)
+        nbytes += cells.nbytes
     wanted = cache.memory.copy()
     cache.memory[:] = before
     return wanted, nbytes
@@ -117,18 +140,28 @@ def agree(source):
 
 
 @pytest.mark.slow
-@given(transfers())
-def test_every_wanted_cell_equals_its_source_and_nothing_else_is_touched(transfer):
-    model, source, target, tables, blocks = transfer
-    event(f"{len(source)}:{len(target)} ranks")
-    agree(source)
-    sources = [s.memory.copy() for s in source]
-    for rank, cache in enumerate(target):
-        wanted, nbytes = wanted_memory(model, source, cache, tables, blocks)
-        assert load(source, target, rank, tables, blocks) == nbytes
-        assert np.array_equal(cache.memory, wanted)
-    for cache, before in zip(source, sources, strict=True):
-        assert np.array_equal(cache.memory, before)
+def test_every_wanted_cell_equals_its_source_and_nothing_else_is_touched():
+    ran = Counter()
+
+    @given(transfers())
+    def check(transfer):
+        model, source, target, tables, blocks = transfer
+        if not legal(source, target):
+            ran["other path"] += 1
+            return
+        ran["direct"] += 1
+        event(f"{len(source)}:{len(target)} ranks")
+        agree(source)
+        sources = [s.memory.copy() for s in source]
+        for rank, cache in enumerate(target):
+            wanted, nbytes = wanted_memory(model, source, cache, tables, blocks)
+            assert load(source, target, rank, tables, blocks) == nbytes
+            assert np.array_equal(cache.memory, wanted)
+        for cache, before in zip(source, sources, strict=True):
+            assert np.array_equal(cache.memory, before)
+
+    check()
+    assert ran["direct"] > 10 * ran["other path"]
 
 
 @pytest.mark.slow
@@ -136,7 +169,7 @@ def test_every_wanted_cell_equals_its_source_and_nothing_else_is_touched(transfe
 def test_a_place_that_the_source_does_not_hold_is_refused(transfer, data):
     _, source, target, tables, blocks = transfer
     held = [(g, place) for g, pairs in enumerate(blocks) for place, _ in pairs]
-    if not held:
+    if not held or not legal(source, target):
         return
     group, place = data.draw(st.sampled_from(held))
     table = list(tables[group])
@@ -158,6 +191,8 @@ def test_a_place_that_the_source_does_not_hold_is_refused(transfer, data):
 def test_a_block_id_that_cannot_be_is_refused(transfer, hostile):
     """Ids beyond 63 bits are refused before, by `kvconnect.wire`."""
     _, source, target, tables, blocks = transfer
+    if not legal(source, target):
+        return
     hostile_tables = tuple(tuple(hostile for _ in table) for table in tables)
     for rank, cache in enumerate(target):
         before = cache.memory.copy()
@@ -179,27 +214,115 @@ def test_readers_spread_over_replicas(model, start):
     assert taken[first] == model.layers  # the reader's own start is used
 
 
-DIFFERENCES = {
-    "block size": ({"block_tokens": 8}, r"8-token blocks, we have 4.*--block-size"),
-    "dtype": ({"dtype": "float8"}, r"KV dtype float8, we have bfloat16.*--kv-cache-dtype"),
-    "heads": ({"heads": 8}, r"8 KV heads, we have 4"),
-    "content": ({"content": 16}, r"\(4, 16\).*we have .*\(4, 8\)"),
-    "itemsize": ({"itemsize": 4}, r"parts .*4\)\].*we have .*2\)\]"),
+# What no path can bridge: what the peer has, what we have, and what is said of it.
+REFUSED = {
+    "heads": ({"heads": 8}, {}, r"8 KV heads, we have 4"),
+    "content": (
+        {"content": 16},
+        {},
+        r"parts {'k': 8, 'v': 8} .*, we have {'k': 4, 'v': 4}; .* same model",
+    ),
+    "parts": ({"values": 0}, {}, r"parts {'kv': 8} .*, we have {'k': 4, 'v': 4}"),
+    "dtype": (
+        {"dtype": "int8"},
+        {},
+        r"KV dtype int8, we have bfloat16, and int8 cannot be converted; .*--kv-cache-dtype",
+    ),
+    "our dtype": ({}, {"dtype": "int8"}, r"bfloat16, we have int8, and int8 cannot be"),
+    "two floats of 16 bits": (
+        {"dtype": "float16"},
+        {},
+        r'float16, we have bfloat16: neither holds .*--dtype .*"allow_lossy": true',
+    ),
+    "two floats of 8 bits": (
+        {"dtype": "fp8_e4m3"},
+        {"dtype": "fp8_e5m2"},
+        r"fp8_e4m3, we have fp8_e5m2: neither holds",
+    ),
 }
 
 
-@pytest.mark.parametrize(("change", "message"), DIFFERENCES.values(), ids=DIFFERENCES)
-def test_what_cannot_be_bridged_is_named_with_both_values(change, message):
-    ours = Cache(Model(), 2)
-    theirs = Cache(replace(Model(), **change), 2)
+@pytest.mark.parametrize(("peer", "own", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_bridged_is_named_with_both_values(peer, own, message):
+    ours = Cache(replace(Model(dtype="bfloat16"), **own), 2)
+    theirs = Cache(replace(Model(dtype="bfloat16"), **peer), 2)
     with pytest.raises(GeometryError, match=message):
         assign(ours.shard.views, [theirs.shard.views], 0)
 
 
-def test_another_content_layout_is_named_with_both_values():
-    ours, theirs = Cache(Model(), 2), Cache(Model(), 2, layout="vec")
-    with pytest.raises(GeometryError, match=r"layout cpu:vec, we have dense.*VLLM_KV_CACHE_LAYOUT"):
-        assign(ours.shard.views, [theirs.shard.views], 0)
+@pytest.mark.parametrize(("peer", "own"), [("float16", "bfloat16"), ("fp8_e4m3", "fp8_e5m2")])
+def test_what_loses_either_way_is_mapped_where_it_is_allowed(peer, own):
+    ours, theirs = Cache(Model(dtype=own), 2), Cache(Model(dtype=peer), 2)
+    (rects,) = assign(ours.shard.views, [theirs.shard.views], 0, allow_lossy=True)
+    assert len(rects) == 2
+
+
+# What only the staged path can bridge.
+NOT_DIRECT = {
+    "block size": ({"block_tokens": 8}, "blocks of 8 and 4 tokens"),
+    "dtype": ({"dtype": "float32"}, "KV dtypes float32 and bfloat16"),
+    "scale of K": ({"scales": (0.5, 1.0)}, "scales 0.5 and 1 of k"),
+    "scale of V": ({"scales": (1.0, 0.5)}, "scales 0.5 and 1 of v"),
+}
+
+
+@pytest.mark.parametrize(("peer", "reason"), NOT_DIRECT.values(), ids=NOT_DIRECT)
+def test_what_rows_cannot_bridge_is_mapped_and_said(peer, reason):
+    model = Model(dtype="bfloat16")
+    ours, theirs = Cache(model, 2), Cache(replace(model, **peer), 2)
+    (rects,) = assign(ours.shard.views, [theirs.shard.views], 0)
+    assert len(rects) == 2
+    assert {why_not_direct(rect) for rect in rects} == {reason}
+
+
+def test_other_tiles_are_not_direct():
+    model = Model(block_tokens=64, content=64)
+    ours, theirs = Cache(model, 2), Cache(model, 2, "amx")
+    ((rect, *_),) = assign(ours.shard.views, [theirs.shard.views], 0)
+    assert why_not_direct(rect) == ""
+    k = structs.replace(rect.src.parts[0], tiles=(Tile(32, 4096), UNTILED))
+    other = rect._replace(dst=structs.replace(rect.dst, parts=(k, rect.dst.parts[1])))
+    assert why_not_direct(other).startswith("tiles (Tile(cells=16")
+
+
+def packed(layout="cpu:rvv", **changes):
+    """Views of a packed layout of 2 heads, and changes to them."""
+    model = Model(layers=1, heads=2)
+    (view,) = Cache(model, 2).shard.views
+    part = structs.replace(
+        view.parts[0], name="kv", strides=(128, 64, 0, 1), shape=(2, 1, 64), itemsize=1
+    )
+    return structs.replace(view, **({"layout": layout, "parts": (part,)} | changes))
+
+
+PACKED = {
+    "against dense": (
+        Cache(Model(layers=1, heads=2), 2).shard.views[0],
+        r"layout dense, we have cpu:rvv; .*VLLM_KV_CACHE_LAYOUT",
+    ),
+    "another packing": (packed("cpu:amx"), r"layout cpu:amx, we have cpu:rvv; .*attention backend"),
+    "block size": (packed(block_tokens=8), r"8-token blocks, we have 4, of a packed.*--block-size"),
+    "dtype": (
+        packed(dtype="float32"),
+        r"float32, we have bfloat16, in a packed .*--kv-cache-dtype",
+    ),
+    "parts": (
+        packed(parts=Cache(Model(), 2).shard.views[0].parts[:1]),
+        r"parts \[.*we have \[.*64\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("theirs", "message"), PACKED.values(), ids=PACKED)
+def test_packed_content_moves_between_equals_only(theirs, message):
+    with pytest.raises(GeometryError, match=message):
+        check_mappable(theirs, packed())
+
+
+def test_packed_content_of_equals_is_direct():
+    (rects,) = assign([packed()], [[packed()]], 0)
+    assert [why_not_direct(rect) for rect in rects] == [""]
+    assert rows_of(rects[0])[:, 4].tolist() == [128]
 
 
 def test_a_head_that_nobody_holds_is_named():
@@ -230,8 +353,8 @@ def test_rows_that_touch_in_one_block_only_are_not_joined():
     memory = np.arange(256, dtype=np.uint8)
     base = int(memory.ctypes.data)
     parts = (
-        Part(base, (32, 8, 4, 1), (1, 2, 4), 1),
-        Part(base + 8, (64, 8, 4, 1), (1, 2, 4), 1),
+        Part(base, (32, 8, 4, 1), (1, 2, 4), 1, "k"),
+        Part(base + 8, (64, 8, 4, 1), (1, 2, 4), 1, "v"),
     )
     view = BlockView("a", 0, 3, 2, Heads(0, 1, 1), "int8", "dense", parts)
     rows = rows_of(Rect(view, view, 0, 1))

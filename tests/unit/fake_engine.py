@@ -1,4 +1,6 @@
-"""A process that looks like a vLLM engine to the demo: ``fake_engine.py PORT ROLE``.
+"""A process that looks like a vLLM engine to the demo and the benchmarks.
+
+``fake_engine.py PORT ROLE``; prompts are text or token ids.
 
 The FAULT in the environment is what it does wrong.
 """
@@ -43,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 counted[source("local_compute")] += tokens
             counted["vllm:request_success_total"] += 1
-        text = f"answer {sum(prompt.encode())}"
+        text = f"answer {sum(prompt.encode() if isinstance(prompt, str) else prompt)}"
         if FAULT == "differs" and pulled:
             text = "another prompt's answer"
         usage = {"prompt_tokens": tokens}

@@ -595,7 +595,7 @@ def test_another_geometry_fails_with_both_values(rig):
     terms = big.lend("r", [3, 1], seed=7)
     rig.fetch(terms, source=big.source(terms))
     rig.world.go_on()
-    assert "peer has 4-token blocks, we have 1" in rig.error()
+    assert "blocks of 4 and 1 tokens" in rig.error()
 
 
 def test_another_model_fails_with_both_values(rig):

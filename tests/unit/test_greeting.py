@@ -136,14 +136,14 @@ def test_a_sealed_frame_without_a_session_is_rejected_so_that_its_sender_greets_
 
 def test_another_major_wire_version_is_named(monkeypatch):
     pair = Pair()
-    monkeypatch.setattr(listener_module.wire, "VERSION", (2, 3))
+    monkeypatch.setattr(listener_module.wire, "VERSION", (3, 1))
     peer = pair.dialler.greet(pair.far.address)
     for frame in pair.far.poll(0):
         pair.listener.receive(frame)
     monkeypatch.undo()
     pair.go_on()
     assert peer.state is State.FAILED
-    assert "speaks wire version (2, 3), ours is (1, 0)" in peer.error
+    assert "speaks wire version (3, 1), ours is (2, 0)" in peer.error
 
 
 FINGERPRINTS = {

@@ -20,7 +20,7 @@ MESSAGES = [
     wire.Challenge(version=(1, 7), nonce=b"n", proof=b"p", secret=True),
     wire.Prove(proof=b"p"),
     wire.Welcome(fingerprint={"a": "b"}, body=wire.encode(BODY)),
-    wire.Reject(detail="no", again=True),
+    wire.Reject(detail="no"),
     wire.Open(seq=1, generation="g", request_id=None, reader=0, tokens=3, digest=b"d"),
     wire.Opened(seq=1, generation="g", tables=((1, 2, -1), ()), ttl_ms=5),
     wire.Refused(seq=1, cause="gone", detail="over"),
@@ -28,6 +28,25 @@ MESSAGES = [
     wire.Gone(generations=[]),
     wire.Close(seq=2, generation=None, request_id="r", reader=1, readers=2),
     wire.Closed(seq=2, stood=False),
+    wire.Stage(
+        seq=3,
+        hello=b"hello",
+        arena=wire.Granules(1 << 40, 1 << 16, 64),
+        pieces=(wire.Piece("model.layers.0", "k", 2, 4, 64, "fp8_e4m3", 0.5),),
+    ),
+    wire.Staged(seq=3),
+    wire.Want(
+        seq=4,
+        generation="g",
+        reader=0,
+        group=1,
+        first=0,
+        count=2,
+        runs=((0, 16), (32, 5)),
+        granule=7,
+        nbytes=4096,
+    ),
+    wire.Filled(seq=4, nbytes=4096, sums=b"12345678"),
 ]
 
 

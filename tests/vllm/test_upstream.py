@@ -31,9 +31,10 @@ def test_vllms_own_connector_tests_pass_against_ours():
     source = os.environ.get("KVCONNECT_VLLM_SRC", "")
     assert Path(source, UNIT).is_dir(), "vLLM's tests are missing: run `make setup`"
     python_path = os.pathsep.join([source, str(HERE)])
+    options = ["-q", "--noconftest", "-W", "ignore", "-p", "retarget", "-p", "no:cacheprovider"]
+    files = [f"{UNIT}/{name}" for name in FILES]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-W", "ignore", "-p", "retarget"]
-        + ["-p", "no:cacheprovider", "-o", "addopts=", *(f"{UNIT}/{name}" for name in FILES)],
+        [sys.executable, "-m", "pytest", *options, "-o", "addopts=", *files],
         cwd=source,
         env=os.environ | {"PYTHONPATH": python_path},
         capture_output=True,

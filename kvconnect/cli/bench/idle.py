@@ -1,20 +1,19 @@
 """``kvconnect bench idle``: CPU time of engines that have handed over KV and now do nothing."""
 
-import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvconnect.cli.bench.pair import IN_TREE, Pair, machine, start_pair
-from kvconnect.cli.engines import CONNECTORS, check_installed, check_model
-from kvconnect.cli.processes import Fleet
+from kvconnect.cli.bench import options
+from kvconnect.cli.bench.pair import Pair, compared, pair_alone, save
+from kvconnect.cli.engines import check_installed, check_model
 
+DTYPE = "bfloat16"
 THREAD_NAME = "kvconnect-mover"  # kvconnect.mover.THREAD_NAME, whose import would bring numpy
 SETTLE_S = 10.0  # after the last transfer, until everything is at rest
 
@@ -34,29 +33,26 @@ class Row:
 
 
 def idle(
-    model: Annotated[Path | None, typer.Option(envvar="KVCONNECT_MODEL")] = None,
-    connector: Annotated[str, typer.Option(help=f"One of {', '.join(CONNECTORS)}.")] = "nixl",
+    model: options.Model = None,
+    connector: options.Connector = "nixl",
     seconds: Annotated[float, typer.Option(help="How long to watch.")] = 30,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    out: options.Json = None,
 ) -> None:
-    """CPU time of idle engines, beside the in-tree NixlConnector."""
+    """CPU time of idle engines, beside the in-tree NixlConnector, one pair after the other."""
     from rich.console import Console
 
     check_installed(connector)
     path = check_model(model)
     console = Console()
     rows: list[Row] = []
-    for name in (CONNECTORS[connector].kv_connector, IN_TREE):
-        with tempfile.TemporaryDirectory() as logs, Fleet(Path(logs)) as fleet:
-            with console.status(name):
-                pair = start_pair(fleet, name, connector, path, "bfloat16")
-                pair.first_token_s(range(1000, 1300))
-                time.sleep(SETTLE_S)
-                rows += _watch(pair, seconds)
+    for name in compared(connector):
+        with console.status(name), pair_alone(name, connector, path, DTYPE) as pair:
+            pair.first_token_s(range(1000, 1300))
+            time.sleep(SETTLE_S)
+            rows += _watch(pair, seconds)
     console.print(_table(rows))
     if out is not None:
-        result = {"machine": machine("bfloat16"), "rows": [asdict(row) for row in rows]}
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        save(out, DTYPE, rows)
 
 
 def _watch(pair: Pair, seconds: float) -> list[Row]:

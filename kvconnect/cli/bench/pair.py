@@ -1,20 +1,24 @@
-"""Pairs of real engines that a benchmark compares, and where it ran."""
+"""Pairs of real engines that a benchmark compares, one at a time, and where it ran."""
 
 import contextlib
 import http.client
 import json
 import os
 import platform
-import signal
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kvconnect.cli.engines import START_TIMEOUT_S, Engine, engine_env, transfer_config
+import typer
+
+from kvconnect.cli.engines import CONNECTORS, START_TIMEOUT_S, Engine, engine_env, transfer_config
 from kvconnect.cli.processes import HOST, Fleet, Server
 
 IN_TREE = "in-tree NixlConnector"
@@ -28,18 +32,6 @@ class Pair:
         self.name = name
         self.servers = {"prefill": prefill, "decode": decode}
         self._model = model
-
-    def freeze(self) -> None:
-        """Take no CPU time until `thaw`."""
-        self._signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Go on."""
-        self._signal(signal.SIGCONT)
-
-    def _signal(self, number: signal.Signals) -> None:
-        for server in self.servers.values():
-            os.killpg(server.pid, number)
 
     def first_token_s(self, prompt: Sequence[int]) -> float:
         """Prefill ``prompt``, hand it over, and time decode's first token from its request on."""
@@ -77,29 +69,59 @@ def _post(url: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
         connection.close()
 
 
-def start_pair(fleet: Fleet, name: str, connector: str, model: Path, dtype: str) -> Pair:
-    """A pair that is up, with ``connector`` or, if that is its name, the in-tree one."""
-    servers = []
-    for role in ("prefill", "decode"):
+def compared(connector: str) -> tuple[str, str]:
+    """Names of the pairs to compare: ours with ``connector``, and the in-tree one."""
+    return CONNECTORS[connector].kv_connector, IN_TREE
+
+
+@contextlib.contextmanager
+def pair_alone(name: str, connector: str, model: Path, dtype: str) -> Iterator[Pair]:
+    """A pair (see `compared`) that is up; afterwards it is gone, and the next has the machine.
+
+    The engines' logs are kept only if something failed, and then named.
+    """
+    logs, failed = Path(tempfile.mkdtemp(prefix="kvconnect-bench-")), False
+    try:
+        with Fleet(logs) as fleet:
+            yield _start_pair(fleet, name, connector, model, dtype)
+    except Exception:
+        failed = True
+        typer.echo(f"{name} failed; its engines' logs: {logs}", err=True)
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(logs, ignore_errors=True)
+
+
+def _start_pair(fleet: Fleet, name: str, connector: str, model: Path, dtype: str) -> Pair:
+    def start(role: str) -> Server:
         config = transfer_config(connector, role)
         more = {}
         if name == IN_TREE:
             config["kv_connector"] = "NixlConnector"
             more["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
         engine = Engine(model, config, ["--dtype", dtype, "--max-model-len", "8192"])
-        servers.append(fleet.start(f"{name} {role}", engine.command, engine_env(**more)))
-    fleet.wait_up(servers, START_TIMEOUT_S)
-    return Pair(name, *servers, engine.model_name)
+        return fleet.start(f"{name} {role}", engine.command, engine_env(**more))
+
+    pair = Pair(name, start("prefill"), start("decode"), Engine(model).model_name)
+    fleet.wait_up(list(pair.servers.values()), START_TIMEOUT_S)
+    return pair
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
-def machine(dtype: str) -> dict[str, Any]:
-    """Where and with what this was measured."""
+def save(out: Path, dtype: str, rows: Sequence[Any]) -> None:
+    """The rows, which are dataclasses, and where they were measured, as JSON."""
+    result = {"machine": _machine(dtype), "rows": [asdict(row) for row in rows]}
+    out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _machine(dtype: str) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,23 +1,20 @@
 """``kvconnect bench pd``: time to first token at the decode engine, ours beside in-tree's.
 
-Both pairs of engines stay up for the whole run and take turns prompt by prompt; the pair whose
-turn it is not is stopped (SIGSTOP), so that neither pays for the other's idle threads.
+The pairs of engines run one after the other, each alone on the machine, so that neither pays for
+the other's threads; both get the same prompts.
 """
 
-import json
 import random
 import statistics
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from kvconnect.cli.bench.pair import IN_TREE, Pair, machine, start_pair
-from kvconnect.cli.engines import CONNECTORS, check_installed, check_model
-from kvconnect.cli.processes import Fleet
+from kvconnect.cli.bench import options
+from kvconnect.cli.bench.pair import IN_TREE, Pair, compared, pair_alone, save
+from kvconnect.cli.engines import check_installed, check_model
 
 VOCABULARY = (1000, 40_000)  # token ids that are plain words in every tokenizer we ship
 
@@ -38,63 +35,45 @@ class Row:
 
 
 def pd(
-    model: Annotated[Path | None, typer.Option(envvar="KVCONNECT_MODEL")] = None,
-    connector: Annotated[str, typer.Option(help=f"One of {', '.join(CONNECTORS)}.")] = "nixl",
+    model: options.Model = None,
+    connector: options.Connector = "nixl",
     lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "230,970,1900,3800",
     prompts: Annotated[int, typer.Option(help="Prompts per length and connector.")] = 20,
     dtype: Annotated[str, typer.Option(help="As vllm serve's.")] = "bfloat16",
-    out: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    out: options.Json = None,
 ) -> None:
-    """Time to first token at decode, beside the in-tree NixlConnector."""
+    """Time to first token at decode, beside the in-tree NixlConnector, one pair after the other."""
     from rich.console import Console
 
     check_installed(connector)
     path = check_model(model)
     console = Console()
-    ours = CONNECTORS[connector].kv_connector
-    with tempfile.TemporaryDirectory() as logs, Fleet(Path(logs)) as fleet:
-        pairs = []
-        for name in (ours, IN_TREE):
-            with console.status(f"starting {name}"):
-                pairs.append(start_pair(fleet, name, connector, path, dtype))
-            pairs[-1].freeze()
-        try:
-            times = _measure(pairs, [int(n) for n in lengths.split(",")], prompts, console)
-        finally:
-            for pair in pairs:
-                pair.thaw()
+    times: dict[str, dict[int, list[float]]] = {}
+    for name in compared(connector):
+        with console.status(name), pair_alone(name, connector, path, dtype) as pair:
+            times[name] = _measure(pair, [int(n) for n in lengths.split(",")], prompts)
     rows = _rows(times)
     console.print(_table(rows))
     if out is not None:
-        result = {"machine": machine(dtype), "rows": [asdict(row) for row in rows]}
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        save(out, dtype, rows)
 
 
-def _measure(
-    pairs: Sequence[Pair], lengths: Sequence[int], prompts: int, console: Any
-) -> dict[int, dict[str, list[float]]]:
+def _measure(pair: Pair, lengths: Sequence[int], prompts: int) -> dict[int, list[float]]:
     seed = random.Random(0)
-    times: dict[int, dict[str, list[float]]] = {}
+    times: dict[int, list[float]] = {length: [] for length in lengths}
     for length in lengths:
-        times[length] = {pair.name: [] for pair in pairs}
-        with console.status(f"{length} tokens"):
-            for turn in range(prompts + 1):  # the first, which connects and warms up, is left out
-                order = pairs if turn % 2 else pairs[::-1]
-                for pair in order:
-                    prompt = [seed.randrange(*VOCABULARY) for _ in range(length)]
-                    pair.thaw()
-                    seconds = pair.first_token_s(prompt)
-                    pair.freeze()
-                    if turn:
-                        times[length][pair.name].append(seconds)
+        for turn in range(prompts + 1):  # the first, which connects and warms up, is left out
+            seconds = pair.first_token_s([seed.randrange(*VOCABULARY) for _ in range(length)])
+            if turn:
+                times[length].append(seconds)
     return times
 
 
-def _rows(times: dict[int, dict[str, list[float]]]) -> list[Row]:
+def _rows(times: dict[str, dict[int, list[float]]]) -> list[Row]:
     rows = []
-    for length, by_name in times.items():
-        base = by_name[IN_TREE]
-        for name, seconds in by_name.items():
+    for length, base in times[IN_TREE].items():
+        for name in times:
+            seconds = times[name][length]
             rows.append(
                 Row(
                     connector=name,

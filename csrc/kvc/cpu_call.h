@@ -1,0 +1,25 @@
+// A checked call, as the CPU's instruction-set variants get it.
+#ifndef KVC_CPU_CALL_H
+#define KVC_CPU_CALL_H
+
+#include "plan.h"
+
+namespace kvc {
+
+struct Call {
+  const Part* parts;
+  uint32_t n_parts;
+  const kvc_segment* segments;
+  uint32_t n_segments;
+  uint64_t tokens;  // of the chunk
+  uint8_t* wire;
+  bool gather;
+  bool stream;  // write past the cache
+};
+
+// Tokens [first, end) of the chunk; adds to sums[unit] unless null.
+using Run = void (*)(const Call&, uint64_t first, uint64_t end, uint64_t* sums);
+
+}  // namespace kvc
+
+#endif

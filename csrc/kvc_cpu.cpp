@@ -1,0 +1,150 @@
+// libkvc_cpu: gather and scatter on the CPU, with the best instruction set that it has.
+#include <stdlib.h>
+#include <string.h>
+
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kvc/cpu_call.h"
+
+#ifndef KVC_AHEAD
+#define KVC_AHEAD 2048
+#endif
+#ifndef KVC_PANEL
+#define KVC_PANEL 8192
+#endif
+#ifndef KVC_STREAM_FROM
+#define KVC_STREAM_FROM (1u << 20)
+#endif
+
+#define KVC_NS base
+#define KVC_ISA 0
+#include "kvc/cpu_isa.inc"
+#undef KVC_NS
+#undef KVC_ISA
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi2")
+#define KVC_NS avx2
+#define KVC_ISA 2
+#include "kvc/cpu_isa.inc"
+#undef KVC_NS
+#undef KVC_ISA
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,prefer-vector-width=512")
+#define KVC_NS avx512
+#define KVC_ISA 512
+#include "kvc/cpu_isa.inc"
+#undef KVC_NS
+#undef KVC_ISA
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+using kvc::Call;
+using kvc::Part;
+
+struct Isa {
+  const char* name;
+  kvc::Run run;
+};
+
+// Sets that this CPU has, best last.
+std::vector<Isa> usable() {
+  std::vector<Isa> found = {{"base", kvc::base::run}};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
+    found.push_back({"avx2", kvc::avx2::run});
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    found.push_back({"avx512", kvc::avx512::run});
+#endif
+  return found;
+}
+
+Isa& isa() {
+  static Isa chosen = usable().back();
+  return chosen;
+}
+
+void run_threads(const Call& call, uint32_t units, uint64_t* sums, int threads) {
+  std::vector<std::vector<uint64_t>> partial(threads, std::vector<uint64_t>(sums ? units : 0));
+  std::vector<std::thread> helpers;
+  const auto share = [&](int i) {
+    const uint64_t first = call.tokens * i / threads, end = call.tokens * (i + 1) / threads;
+    isa().run(call, first, end, sums ? partial[i].data() : nullptr);
+  };
+  for (int i = 1; i < threads; ++i) helpers.emplace_back(share, i);
+  share(0);
+  for (auto& helper : helpers) helper.join();
+  if (sums)
+    for (const auto& found : partial)
+      for (uint32_t u = 0; u < units; ++u) sums[u] += found[u];
+}
+
+int call_cpu(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
+             uint32_t n_segments, void* wire, uint64_t wire_bytes, uint64_t* sums, uint32_t units,
+             int threads, bool gather) {
+  try {
+    std::vector<Part> parts(n_copies);
+    uint64_t tokens = 0;
+    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, wire_bytes, units,
+                                   parts.data(), &tokens))
+      return error;
+    if (sums) memset(sums, 0, units * sizeof(uint64_t));
+    if (tokens == 0 || n_copies == 0) return KVC_OK;
+    const Part& last = parts.back();
+    const uint64_t bytes = last.wire + last.c.heads * tokens * last.wire_row;
+    const Call call = {parts.data(), n_copies,       segments, n_segments,
+                       tokens,       (uint8_t*)wire, gather,   bytes >= KVC_STREAM_FROM};
+    if (threads > 1 && uint64_t(threads) <= tokens)
+      run_threads(call, units, sums, threads);
+    else
+      isa().run(call, 0, tokens, sums);
+    return KVC_OK;
+  } catch (const std::bad_alloc&) {
+    return KVC_NO_MEMORY;
+  } catch (const std::exception&) {  // no thread to be had
+    return KVC_NO_MEMORY;
+  }
+}
+
+}  // namespace
+
+KVC_EXPORT int kvc_gather(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
+                          uint32_t n_segments, void* wire, uint64_t wire_bytes, uint64_t* sums,
+                          uint32_t units, int threads) {
+  return call_cpu(copies, n_copies, segments, n_segments, wire, wire_bytes, sums, units, threads,
+                  true);
+}
+
+KVC_EXPORT int kvc_scatter(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
+                           uint32_t n_segments, const void* wire, uint64_t wire_bytes,
+                           uint64_t* sums, uint32_t units, int threads) {
+  return call_cpu(copies, n_copies, segments, n_segments, const_cast<void*>(wire), wire_bytes,
+                  sums, units, threads, false);
+}
+
+KVC_EXPORT const char* kvc_strerror(int error) { return kvc::describe(error); }
+KVC_EXPORT const char* kvc_isa(void) { return isa().name; }
+
+// For tests; not while another thread is in a call. -1 where the CPU lacks it.
+KVC_EXPORT int kvc_use_isa(const char* name) {
+  for (const Isa& one : usable())
+    if (!strcmp(one.name, name)) {
+      isa() = one;
+      return 0;
+    }
+  return -1;
+}
+
+KVC_EXPORT int kvc_abi_version(void) { return KVC_ABI_VERSION; }

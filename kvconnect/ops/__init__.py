@@ -1,0 +1,30 @@
+"""Strided KV cache ↔ dense wire, in one pass: slice, re-layout, convert, checksum.
+
+`load` gives the `Kernels` of this machine; `Kernels.prepare` turns `Copy` descriptions into a
+`Prepared` that gathers (cache → wire) and scatters (wire → cache) any segments of blocks.
+`docs/kernels.md` has the formats and figures.
+"""
+
+from kvconnect.ops.copies import (
+    WIRE_ALIGN,
+    Copy,
+    Kernels,
+    Launch,
+    Prepared,
+    Type,
+    chunk_bytes,
+    wire_offsets,
+)
+from kvconnect.ops.native import load
+
+__all__ = [
+    "WIRE_ALIGN",
+    "Copy",
+    "Kernels",
+    "Launch",
+    "Prepared",
+    "Type",
+    "chunk_bytes",
+    "load",
+    "wire_offsets",
+]

@@ -1,0 +1,201 @@
+"""The consumer's half of the staged path: asks for chunks, verifies and scatters them.
+
+One `Pull` per fetch and source rank. It offers our slots as credits (Want), and scatters what a
+Filled says is there; a checksum that differs ends the pull. Gathering there, the wire and
+scattering here overlap, since several chunks are under way.
+
+* A pull that is abandoned leaves the slots that may still be written to quarantined until the
+  source has answered for them.
+* What was scattered counts only if the fetch as a whole ends well.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvconnect import wire
+from kvconnect.course import Chunk, Course
+from kvconnect.dialler import Call, Dialler, Peer
+from kvconnect.errors import GeometryError
+from kvconnect.ops import Kernels, Launch, Prepared
+from kvconnect.slots import GRANULE_BYTES, Slots
+
+WINDOW = 8  # chunks that one pull has under way
+
+
+class Staged:
+    """What our rank stages from one source rank: made once per peer, used by many pulls."""
+
+    def __init__(
+        self, dialler: Dialler, peer: Peer, course: Course, kernels: Kernels, slots: Slots
+    ) -> None:
+        self.dialler = dialler
+        self.peer = peer
+        self.course = course
+        self.slots = slots
+        self._kernels = kernels
+        self._prepared: dict[tuple[int, int], Prepared] = {}
+        self._call: Call | None = None
+
+    @property
+    def fast(self) -> bool:
+        """Whether it is worth trying where it need not be."""
+        return self._kernels.name.startswith(("cpu:", "cuda"))
+
+    def ready(self, hello: bytes, deadline: float) -> tuple[bool, str]:
+        """Whether the source knows what we want of it, and why it never will; asks it to."""
+        if self._call is None or self._call.error:
+            region = self.slots.region
+            self._call = self.dialler.call(
+                self.peer,
+                lambda seq: wire.Stage(
+                    seq=seq,
+                    hello=hello,
+                    arena=wire.Granules(
+                        region.address,
+                        GRANULE_BYTES,
+                        self.slots.granules,
+                        region.kind,
+                        region.device,
+                    ),
+                    pieces=tuple(self.course.pieces),
+                ),
+                (wire.Staged, wire.Refused),
+                deadline,
+            )
+        if isinstance(self._call.reply, wire.Refused):
+            return False, f"peer {self.peer} refused to stage: {self._call.reply.detail}"
+        return self._call.reply is not None, self._call.error
+
+    def prepared(self, chunk: Chunk) -> Prepared:
+        """Our kernels for a chunk's pieces."""
+        first, count = chunk.bundle.first, chunk.bundle.count
+        if (first, count) not in self._prepared:
+            copies = self.course.copies[first : first + count]
+            self._prepared[first, count] = self._kernels.prepare(copies)
+        return self._prepared[first, count]
+
+
+@dataclass
+class _Asked:
+    chunk: Chunk
+    slot: int
+    call: Call
+    launch: Launch | None = None
+    sums: bytes = b""
+
+
+class Pull:
+    """All chunks of one fetch from one source rank."""
+
+    def __init__(
+        self,
+        staged: Staged,
+        blocks: Sequence[Sequence[tuple[int, int]]],
+        tokens: int,
+        hello: bytes,
+        deadline: float,
+    ) -> None:
+        """Raises GeometryError."""
+        self._staged = staged
+        self._chunks = deque(staged.course.chunks(blocks, tokens))
+        self._hello = hello
+        self._deadline = deadline
+        self._asked: list[_Asked] = []
+        self.nbytes = sum(chunk.nbytes for chunk in self._chunks)
+        self.chunks = len(self._chunks)
+
+    @property
+    def done(self) -> bool:
+        """Whether every chunk is in our blocks."""
+        return not self._chunks and not self._asked
+
+    @property
+    def touches_blocks(self) -> bool:
+        """Whether a scatter is under way, which nothing can stop."""
+        return any(a.launch is not None and not a.launch.done() for a in self._asked)
+
+    def advance(self, generation: str, reader: int) -> str:
+        """Go on as far as it goes; returns why it failed, or nothing."""
+        ready, error = self._staged.ready(self._hello, self._deadline)
+        if error or not ready:
+            return error
+        for asked in list(self._asked):
+            if error := self._take(asked):
+                return error
+        slots = self._staged.slots
+        while self._chunks and len(self._asked) < WINDOW and (slot := slots.take()) is not None:
+            self._ask(self._chunks.popleft(), slot, generation, reader)
+        return ""
+
+    def abandon(self) -> list[tuple[int, Call]]:
+        """Give up; returns the slots that the source may still write to, with what it was asked.
+
+        Only once nothing `touches_blocks`.
+        """
+        slots = self._staged.slots
+        late = []
+        for asked in self._asked:
+            if asked.launch is None and asked.call.reply is None:
+                slots.quarantine(asked.slot)
+                late.append((asked.slot, asked.call))
+            else:
+                slots.give(asked.slot)
+        self._asked.clear()
+        self._chunks.clear()
+        return late
+
+    def _ask(self, chunk: Chunk, slot: int, generation: str, reader: int) -> None:
+        granule = self._staged.slots.granule(slot)
+        call = self._staged.dialler.call(
+            self._staged.peer,
+            lambda seq: wire.Want(
+                seq=seq,
+                generation=generation,
+                reader=reader,
+                group=chunk.bundle.src_group,
+                first=chunk.bundle.first,
+                count=chunk.bundle.count,
+                runs=chunk.runs,
+                granule=granule,
+                nbytes=chunk.nbytes,
+            ),
+            (wire.Filled, wire.Refused),
+            self._deadline,
+        )
+        self._asked.append(_Asked(chunk, slot, call))
+
+    def _take(self, asked: _Asked) -> str:
+        if asked.launch is None:
+            if asked.call.error:
+                return asked.call.error
+            reply = asked.call.reply
+            if isinstance(reply, wire.Refused):
+                return f"peer {self._staged.peer} refused a chunk: {reply.detail}"
+            if not isinstance(reply, wire.Filled):
+                return ""
+            if reply.nbytes != asked.chunk.nbytes:
+                return (
+                    f"peer {self._staged.peer} wrote {reply.nbytes} bytes of a chunk of "
+                    f"{asked.chunk.nbytes}"
+                )
+            asked.sums = reply.sums
+            try:
+                asked.launch = self._staged.prepared(asked.chunk).scatter(
+                    asked.chunk.segments,
+                    self._staged.slots.address(asked.slot),
+                    self._staged.slots.slot_bytes,
+                    len(asked.chunk.runs),
+                )
+            except GeometryError as e:
+                return str(e)
+        if not asked.launch.done():
+            return ""
+        wanted = np.frombuffer(asked.sums, dtype="<u8")
+        if not np.array_equal(asked.launch.sums, wanted):
+            return f"a chunk of peer {self._staged.peer} arrived with another checksum"
+        self._asked.remove(asked)
+        self._staged.slots.give(asked.slot)
+        return ""

@@ -1,0 +1,244 @@
+"""The producer's half of the staged path: gathers chunks of leased blocks, writes them to readers.
+
+A reader says once per link what it will have written to it, and where (Stage); then asks chunk by
+chunk, each with room for it (Want). A Want is answered once: Filled when the write has ended, or
+Refused. Only who opened a lease gets its chunks, and only as long as it stands.
+
+* Bounded: readers, and wants that wait for one of our own slots.
+* A repeated message is answered again, never carried out twice.
+"""
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvconnect import wire
+from kvconnect.blocks import Shard
+from kvconnect.channel import Link
+from kvconnect.course import segments, source_copy
+from kvconnect.errors import GeometryError, TransportError
+from kvconnect.lender import Lender
+from kvconnect.listener import Incoming, Listener
+from kvconnect.ops import Copy, Kernels, Launch, Prepared, chunk_bytes
+from kvconnect.rows import RowTable
+from kvconnect.slots import GRANULE_BYTES, Slots, granule_table, granules
+from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
+
+logger = logging.getLogger(__name__)
+
+MAX_READERS = 1024
+MAX_WAITING = 4096
+REMEMBERED = 4096
+
+
+@dataclass
+class _Reader:
+    name: str
+    arena: wire.Granules
+    table: RowTable
+    copies: list[Copy]
+    groups: list[int]
+    prepared: dict[tuple[int, int], Prepared] = field(default_factory=dict)
+
+
+@dataclass
+class _Filling:
+    link: Link
+    want: wire.Want
+    slot: int
+    launch: Launch
+    ticket: Ticket | None = None
+
+
+class Supplier:
+    """All staged readers of one rank."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        lender: Lender,
+        transport: Transport,
+        kernels: Kernels,
+        memory: Shard,
+        slots: Slots,
+    ) -> None:
+        self._listener = listener
+        self._lender = lender
+        self._transport = transport
+        self._kernels = kernels
+        self._views = {view.layer: view for view in memory.views}
+        self._slots = slots
+        self._readers: OrderedDict[Link, _Reader] = OrderedDict()
+        self._names = 0
+        self._waiting: deque[tuple[Link, wire.Want]] = deque()
+        self._filling: list[_Filling] = []
+        # (link, seq) → its answer; None while it is carried out
+        self._answers: OrderedDict[tuple[Link, int], wire.Message | None] = OrderedDict()
+
+    @property
+    def busy(self) -> bool:
+        """Whether chunks are being gathered or written."""
+        return bool(self._filling or self._waiting)
+
+    def receive(self, incoming: Incoming) -> None:
+        """Handle a Stage or Want."""
+        link, message = incoming
+        if not isinstance(message, wire.Stage | wire.Want):
+            return
+        key = link, message.seq
+        if key in self._answers:
+            if (answer := self._answers[key]) is not None:
+                self._listener.answer(link, answer)
+            return
+        self._answers[key] = None
+        if len(self._answers) > REMEMBERED:
+            self._answers.popitem(last=False)
+        if isinstance(message, wire.Stage):
+            self._stage(link, message)
+        elif len(self._waiting) >= MAX_WAITING:
+            self._refuse(link, message, "busy", f"{MAX_WAITING} chunks already wait here")
+        else:
+            self._waiting.append((link, message))
+
+    def done(self, done: Done) -> None:
+        """Take in a ticket that ended, if it is one of ours."""
+        for filling in self._filling:
+            if filling.ticket != done.ticket:
+                continue
+            self._filling.remove(filling)
+            self._slots.give(filling.slot)
+            want = filling.want
+            if done.error is None:
+                sums = filling.launch.sums.astype("<u8").tobytes()
+                answer = wire.Filled(seq=want.seq, nbytes=want.nbytes, sums=sums)
+                self._answer(filling.link, want.seq, answer)
+            else:
+                self._refuse(filling.link, want, "write", f"the write to you: {done.error}")
+            return
+
+    def tick(self) -> None:
+        """Gather for who waits, as slots are free; write what is gathered."""
+        while self._waiting and self._slots.free:
+            link, want = self._waiting.popleft()
+            try:
+                self._gather(link, want)
+            except (GeometryError, TransportError) as e:
+                self._refuse(link, want, "unusable", str(e))
+        for filling in list(self._filling):
+            if filling.ticket is None and filling.launch.done():
+                self._write(filling)
+
+    # -- one reader -----------------------------------------------------------------------
+
+    def _stage(self, link: Link, stage: wire.Stage) -> None:
+        self._names += 1
+        name = f"reader {self._names}"
+        try:
+            found = [source_copy(self._views, piece) for piece in stage.pieces]
+            if stage.arena.nbytes != GRANULE_BYTES:
+                raise GeometryError(
+                    f"granules of {stage.arena.nbytes} bytes, expected {GRANULE_BYTES}"
+                )
+            self._transport.add_peer(name, stage.hello)
+        except (GeometryError, TransportError) as e:
+            logger.warning("a reader cannot be staged for: %s", e)
+            self._refuse(link, stage, "unusable", str(e))
+            return
+        arena = stage.arena
+        table = granule_table(arena.address, arena.count, arena.kind, arena.device)
+        if old := self._readers.pop(link, None):
+            self._transport.drop_peer(old.name)
+        copies, groups = [c for c, _ in found], [g for _, g in found]
+        self._readers[link] = _Reader(name, arena, table, copies, groups)
+        if len(self._readers) > MAX_READERS:
+            self._transport.drop_peer(self._readers.popitem(last=False)[1].name)
+        self._answer(link, stage.seq, wire.Staged(seq=stage.seq))
+
+    # -- one chunk ------------------------------------------------------------------------
+
+    def _gather(self, link: Link, want: wire.Want) -> None:
+        reader = self._readers.get(link)
+        if reader is None:
+            raise GeometryError("no Stage came before this Want")
+        self._readers.move_to_end(link)
+        copies = self._chosen(reader, want)
+        terms = self._lender.opened(want.generation, (link, want.reader))
+        if terms is None:
+            self._refuse(link, want, "gone", "no such lease that you opened, or it is over")
+            return
+        _check(want, copies, terms.tokens, reader.arena)
+        if want.group >= len(terms.tables):
+            raise GeometryError(f"group {want.group}, of {len(terms.tables)}")
+        found = segments(want.runs, terms.tables[want.group], copies[0].block_tokens)
+        key = want.first, want.count
+        if key not in reader.prepared:
+            reader.prepared[key] = self._kernels.prepare(copies)
+        slot = self._slots.take()
+        assert slot is not None
+        try:
+            launch = reader.prepared[key].gather(
+                found, self._slots.address(slot), self._slots.slot_bytes, len(want.runs)
+            )
+        except GeometryError:
+            self._slots.give(slot)
+            raise
+        self._filling.append(_Filling(link, want, slot, launch))
+
+    def _chosen(self, reader: _Reader, want: wire.Want) -> Sequence[Copy]:
+        end = want.first + want.count
+        if end > len(reader.copies):
+            raise GeometryError(f"pieces up to {end} are wanted, {len(reader.copies)} are staged")
+        if any(group != want.group for group in reader.groups[want.first : end]):
+            raise GeometryError(f"pieces {want.first}..{end} are not all of group {want.group}")
+        return reader.copies[want.first : end]
+
+    def _write(self, filling: _Filling) -> None:
+        link, want = filling.link, filling.want
+        reader = self._readers.get(link)
+        # the blocks were leased all the while they were read, or their content means nothing
+        stood = self._lender.opened(want.generation, (link, want.reader)) is not None
+        if reader is None or not stood:
+            self._filling.remove(filling)
+            self._slots.give(filling.slot)
+            self._refuse(link, want, "gone", "the lease was over before the chunk was gathered")
+            return
+        filling.ticket = self._transport.submit(
+            Work(
+                op=Op.WRITE,
+                peer=reader.name,
+                local=self._slots.table,
+                local_index=self._slots.rows(filling.slot, want.nbytes),
+                remote=reader.table,
+                remote_index=granules(want.granule, want.nbytes),
+                nbytes=want.nbytes,
+            )
+        )
+
+    def _answer(self, link: Link, seq: int, answer: wire.Message) -> None:
+        self._answers[link, seq] = answer
+        self._listener.answer(link, answer)
+
+    def _refuse(self, link: Link, message: wire.Stage | wire.Want, cause: str, detail: str) -> None:
+        self._answer(
+            link, message.seq, wire.Refused(seq=message.seq, cause=cause, detail=detail[:4096])
+        )
+
+
+def _check(
+    want: wire.Want, copies: Sequence[Copy], leased_tokens: int, arena: wire.Granules
+) -> None:
+    """Raise GeometryError for a chunk that is not what was leased, or does not fit its room."""
+    runs = np.array(want.runs, dtype=np.int64)
+    if (runs[:, 1] < 1).any() or runs.sum(axis=1).max() > leased_tokens:
+        raise GeometryError(
+            f"runs up to token {runs.sum(axis=1).max()} are wanted, {leased_tokens} are leased"
+        )
+    nbytes = chunk_bytes(copies, int(runs[:, 1].sum()))
+    if nbytes != want.nbytes:
+        raise GeometryError(f"a chunk of {want.nbytes} bytes is wanted, its runs have {nbytes}")
+    end = want.granule + -(-nbytes // GRANULE_BYTES)
+    if end > arena.count:
+        raise GeometryError(f"granules up to {end} are offered, the arena has {arena.count}")

@@ -1,0 +1,537 @@
+"""Any two geometries at all: every wanted cell equals its source, converted; nothing else changes.
+
+What movers of one transfer do, without their messages: a course is planned, each chunk gathered
+at the source rank, its bytes copied, and scattered at the destination. Where the direct path is
+legal too, it has to give the same.
+"""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvconnect import ops
+from kvconnect.course import Course, segments, source_copy
+from kvconnect.errors import GeometryError
+from kvconnect.ops.plain import PlainKernels
+from kvconnect.plan import FLOATS, NO_BLOCK, assign, why_not_direct
+from kvconnect.rows import Memory, Route
+from kvconnect.testing.geometry import LAYOUTS, Cache, Model
+from kvconnect.transport.base import Op, Work
+from kvconnect.transport.loopback import Fabric, LoopbackTransport
+from kvconnect.wire import Piece
+
+# HYPOTHESIS_PROFILE says how many: ci 2,100, dev 280
+EXAMPLES = 7 * settings.default.max_examples
+ENOUGH = 2000
+
+TP_SIZES, PP_SIZES = (1, 2, 3, 4, 8), (1, 2, 3)
+BLOCK_TOKENS = (16, 32, 48, 64, 128)
+SMALL_BLOCKS = (1, 2, 3, 5, 8)
+HEADS = {"MHA": (6, 8, 12, 24), "GQA": (2, 3, 4, 8), "one head": (1,), "MLA": (1,)}
+# K and V of a token and head together; what is odd gives V one element less
+CONTENTS = {"MHA": (2, 3, 8), "GQA": (2, 8, 32, 33), "one head": (2, 64, 128), "MLA": (3, 64, 576)}
+SCALES = (1.0, 0.5, 4.0, 0.37, 3.3)
+SLOTS = (1 << 13, 1 << 16, 1 << 20)
+MOST_CELLS = 60_000  # of all heads and layers, so that examples stay quick
+GUARD = 64
+
+TORCH = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+NAN = {
+    "bfloat16": 0x7FC0,
+    "float16": 0x7E00,
+    "float32": 0x7FC00000,
+    "fp8_e4m3": 0x7F,
+    "fp8_e5m2": 0x7F,
+}
+KERNELS = {"compiled": ops.load("cpu"), "plain": PlainKernels()}
+
+
+@dataclass
+class Side:
+    """An engine of a transfer: all its ranks, or those that are looked at."""
+
+    model: Model
+    ranks: list[Cache]
+    layout: str
+    tp_size: int
+    pp_size: int
+
+
+@dataclass
+class Transfer:
+    """``tokens`` of a prompt; ``tables`` and ``blocks`` per KV cache group, as in an offer."""
+
+    kind: str
+    source: Side
+    target: Side
+    tokens: int
+    tables: list[np.ndarray]
+    blocks: list[list[tuple[int, int]]]
+    slot_bytes: int
+    seed: int
+
+
+@st.composite
+def formats(draw, model):
+    """The model in some engine's block size, dtype and scales."""
+    dtype = draw(st.sampled_from(list(FLOATS)))
+    scale = st.sampled_from(SCALES) if FLOATS[dtype] == 1 else st.just(1.0)
+    blocks = BLOCK_TOKENS if draw(st.integers(0, 3)) else SMALL_BLOCKS
+    return replace(
+        model,
+        dtype=dtype,
+        block_tokens=draw(st.sampled_from(blocks)),
+        scales=(draw(scale), draw(scale)),
+        groups=draw(st.integers(1, model.layers)),
+    )
+
+
+@st.composite
+def transfers(draw):
+    kind = draw(st.sampled_from(list(HEADS)))
+    heads, content = draw(st.sampled_from(HEADS[kind])), draw(st.sampled_from(CONTENTS[kind]))
+    values = 0 if kind == "MLA" else draw(st.sampled_from([None, 1]))
+    model = Model(draw(st.integers(1, 3)), heads, content=content, values=values)
+    ours = draw(formats(model))
+    theirs = ours if draw(st.integers(0, 3)) == 3 else draw(formats(model))
+    most = max(1, min(300, MOST_CELLS // (model.layers * heads * content)))
+    tokens = draw(st.integers(1, most))
+    seed = draw(st.integers(0, 1 << 32))
+    rng = np.random.default_rng(seed)
+    wanted = [random_places(rng, ours, tokens) for _ in range(ours.groups)]
+    source = draw(sides(theirs, tokens))
+    target = draw(sides(ours, tokens, most_ranks=2))
+    tables = [
+        random_table(rng, source, group, ours, wanted, tokens) for group in range(theirs.groups)
+    ]
+    blocks = []
+    for places in wanted:
+        ids = rng.permutation(target.ranks[0].num_blocks)[: len(places)]
+        blocks.append(list(zip(places, ids.tolist(), strict=True)))
+    return Transfer(
+        kind, source, target, tokens, tables, blocks, draw(st.sampled_from(SLOTS)), seed
+    )
+
+
+@st.composite
+def sides(draw, model, tokens, most_ranks=None):
+    tp_size = draw(
+        st.sampled_from([n for n in TP_SIZES if model.heads % n == 0 or n % model.heads == 0])
+    )
+    pp_size = draw(st.sampled_from([n for n in PP_SIZES if n <= model.layers]))
+    layout = draw(st.sampled_from(LAYOUTS))
+    num_blocks = -(-tokens // model.block_tokens) + draw(st.integers(0, 3))
+    seed, padding = draw(st.integers(0, 1000)), draw(st.sampled_from([0, 0, 3]))
+    places = list(itertools.product(model.stages(pp_size), range(tp_size)))
+    if most_ranks is not None:
+        places = draw(st.permutations(places))[:most_ranks]
+    ranks = [
+        Cache(model, num_blocks, layout, rank, tp_size, stage, seed + i, padding)
+        for i, (stage, rank) in enumerate(places)
+    ]
+    return Side(model, ranks, layout, tp_size, pp_size)
+
+
+def random_places(rng, model, tokens):
+    """Blocks of the prompt that a decode engine misses: behind its own prefix, or some."""
+    places = np.arange(-(-tokens // model.block_tokens))
+    if rng.random() < 0.5:
+        return places[rng.integers(0, len(places)) :].tolist()
+    return places[rng.random(len(places)) < 0.7].tolist()
+
+
+def random_table(rng, source, group, ours, wanted, tokens):
+    """Blocks of one group at the source; NO_BLOCK where nobody wants a token of it, sometimes."""
+    size = source.model.block_tokens
+    table = rng.permutation(source.ranks[0].num_blocks)[: -(-tokens // size)]
+    needed = np.zeros(len(table) * size, dtype=bool)
+    for layer in range(group, ours.layers, source.model.groups):
+        for place in wanted[layer % ours.groups]:
+            needed[place * ours.block_tokens : (place + 1) * ours.block_tokens] = True
+    unwanted = ~needed.reshape(-1, size).any(axis=1)
+    table[unwanted & (rng.random(len(table)) < 0.5)] = NO_BLOCK
+    return table
+
+
+# -- the oracle -------------------------------------------------------------------------------
+
+
+def as_torch(bits, dtype):
+    """Values of bit patterns."""
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}" if bits.itemsize > 1 else "u1")).view(
+        TORCH[dtype]
+    )
+
+
+def as_bits(values):
+    return values.view(BITS[values.element_size()]).numpy().view(f"u{values.element_size()}")
+
+
+def random_numbers(rng, dtype, shape):
+    """Bit patterns of numbers of many sizes, and some that may be anything: inf, NaN, subnormal."""
+    numbers = rng.standard_normal(shape, dtype=np.float32) * np.exp2(rng.integers(-9, 9, shape[-1]))
+    found = as_bits(torch.from_numpy(numbers.astype(np.float32)).to(TORCH[dtype]))
+    if rng.random() < 0.5:
+        anything = rng.integers(0, 256, found.nbytes, dtype=np.uint8).view(found.dtype)
+        found = np.where(rng.random(shape) < 0.1, anything.reshape(shape), found)
+    return found
+
+
+def converted(bits, source, target, part):
+    """By torch: through float32, times the ratio of the scales, saturating where fp8."""
+    ratio = source.scales[part] / target.scales[part]
+    if source.dtype == target.dtype and ratio == 1:
+        return bits
+    given = as_torch(bits, source.dtype).float()
+    scaled = given * torch.tensor(ratio, dtype=torch.float32)
+    kind = TORCH[target.dtype]
+    if kind.itemsize == 1:
+        scaled = scaled.clamp(torch.finfo(kind).min, torch.finfo(kind).max)
+    found = as_bits(scaled.to(kind)).copy()
+    # torch leaves open which NaN; ours is quiet and keeps the sign
+    nan, sign = given.isnan().numpy(), given.signbit().numpy()
+    found[nan] = NAN[target.dtype]
+    found[nan & sign] |= found.dtype.type(1 << 8 * found.itemsize - 1)
+    return found
+
+
+def held_by(source, tables, seed):
+    """What all ranks of the source hold of the prompt, ``{(layer, part): [token, head, element]}``.
+
+    Put there; a token that no block holds has numbers too, which must not arrive anywhere.
+    """
+    rng, model, truth = np.random.default_rng(seed), source.model, {}
+    for layer, part in itertools.product(model.names, range(len(model.parts))):
+        table = tables[model.names.index(layer) % model.groups]
+        shape = (len(table) * model.block_tokens, model.heads, model.parts[part][1])
+        truth[layer, part] = random_numbers(rng, model.dtype, shape)
+        token = np.flatnonzero(np.repeat(table != NO_BLOCK, model.block_tokens))
+        place, offset = np.divmod(token, model.block_tokens)
+        for cache in source.ranks:
+            if layer in cache.layers:
+                first, count = cache.heads.first, cache.heads.count
+                held = truth[layer, part][token, first : first + count]
+                cache.write(layer, part, table[place], offset, held)
+    return truth
+
+
+def wanted_memory(transfer, cache, truth, tokens):
+    """All of ``cache``'s memory as it should be when ``tokens`` have arrived."""
+    before, model = cache.memory.copy(), cache.model
+    for layer, part in itertools.product(cache.layers, range(cache.parts)):
+        pairs = transfer.blocks[model.names.index(layer) % model.groups]
+        place, block = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        token = (place[:, None] * model.block_tokens + np.arange(model.block_tokens)).reshape(-1)
+        block = np.repeat(block, model.block_tokens)[token < tokens]
+        token = token[token < tokens]
+        held = truth[layer, part][token, cache.heads.first :][:, : cache.heads.count]
+        cells = converted(np.ascontiguousarray(held), transfer.source.model, model, part)
+        cache.write(layer, part, block, token % model.block_tokens, cells)
+    wanted = cache.memory.copy()
+    cache.memory[:] = before
+    return wanted
+
+
+# -- what movers do ---------------------------------------------------------------------------
+
+
+def planned(transfer, cache):
+    """(source rank, its rectangles) for one destination rank."""
+    ranks = transfer.source.ranks
+    theirs = [rank.shard.views for rank in ranks]
+    rects = assign(cache.shard.views, theirs, transfer.seed % len(ranks), allow_lossy=True)
+    return [(rank, found) for rank, found in zip(ranks, rects, strict=True) if found]
+
+
+class Move(NamedTuple):
+    """One chunk, as both sides know it."""
+
+    owner: ops.Prepared
+    held: np.ndarray
+    reader: ops.Prepared
+    wanted: np.ndarray
+    runs: tuple[tuple[int, int], ...]
+    nbytes: int
+    copies: list[ops.Copy]
+    """The reader's."""
+
+    def gather(self, fill=0):
+        """(bytes, sums) of the chunk; bytes between copies are ``fill``."""
+        slot = np.full(self.nbytes + GUARD, fill, dtype=np.uint8)
+        launch = self.owner.gather(self.held, address(slot), self.nbytes, len(self.runs))
+        assert launch.done() and (slot[self.nbytes :] == fill).all()
+        return slot[: self.nbytes], launch.sums
+
+    def scatter(self, wire):
+        """Sums of the bytes that were scattered."""
+        given = wire.copy()
+        launch = self.reader.scatter(self.wanted, address(given), self.nbytes, len(self.runs))
+        assert launch.done() and np.array_equal(given, wire)
+        return launch.sums
+
+
+def moves(transfer, cache, kernels):
+    """All chunks for one destination rank."""
+    for owner, rects in planned(transfer, cache):
+        course = Course(rects, transfer.slot_bytes)
+        views = {view.layer: view for view in owner.shard.views}
+        asked = msgspec.msgpack.decode(msgspec.msgpack.encode(course.pieces), type=list[Piece])
+        copies = [source_copy(views, piece)[0] for piece in asked]
+        prepared = {}
+        for chunk in course.chunks(transfer.blocks, transfer.tokens):
+            bundle, runs = chunk.bundle, chunk.runs
+            pieces = slice(bundle.first, bundle.first + bundle.count)
+            if bundle not in prepared:
+                prepared[bundle] = [kernels.prepare(x[pieces]) for x in (copies, course.copies)]
+            theirs, ours = prepared[bundle]
+            table = transfer.tables[bundle.src_group]
+            held = segments(runs, table, transfer.source.model.block_tokens)
+            assert chunk.nbytes <= transfer.slot_bytes
+            assert sum(count for _, count in runs) <= bundle.tokens
+            mine = course.copies[pieces]
+            yield Move(theirs, held, ours, chunk.segments, runs, chunk.nbytes, mine)
+
+
+def address(wire):
+    return int(wire.ctypes.data)
+
+
+def stage(transfer, cache, kernels):
+    """Move everything that is wanted; returns how many chunks that took."""
+    count = 0
+    for move in moves(transfer, cache, kernels):
+        wire, sums = move.gather()
+        arrived = move.scatter(wire)
+        assert np.array_equal(arrived, sums) and len(sums) == len(move.runs)
+        count += 1
+    return count
+
+
+def read_rows(transfer, cache):
+    """The direct path, for rectangles that allow it."""
+    fabric, dram = Fabric(), Memory("DRAM", 0)
+    reader = LoopbackTransport(cache.shard.regions, fabric)
+    for owner, rects in planned(transfer, cache):
+        route = Route(rects, dram, dram)
+        chosen = route.select(transfer.tables, transfer.blocks)
+        if not len(chosen.src):
+            continue
+        hello = LoopbackTransport(owner.shard.regions, fabric).hello()
+        reader.add_peer(hello.decode(), hello)
+        reader.submit(
+            Work(
+                Op.READ, hello.decode(), route.dst, chosen.dst, route.src, chosen.src, chosen.nbytes
+            )
+        )
+    assert all(done.error is None for done in reader.poll())
+
+
+# -- the property -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_wanted_cell_equals_its_converted_source_and_nothing_else_is_touched(name, capsys):
+    kernels, ran = KERNELS[name], Counter()
+    examples = EXAMPLES if name == "compiled" else EXAMPLES // 10
+
+    @settings(max_examples=examples)
+    @given(transfers())
+    def check(transfer):
+        source, target = transfer.source, transfer.target
+        truth = held_by(source, transfer.tables, transfer.seed)
+        sources = [cache.memory.copy() for cache in source.ranks]
+        direct = all(
+            not why_not_direct(rect)
+            for cache in target.ranks
+            for _, rects in planned(transfer, cache)
+            for rect in rects
+        )
+        for cache in target.ranks:
+            before = cache.memory.copy()
+            wanted = wanted_memory(transfer, cache, truth, transfer.tokens)
+            ran["chunks"] += stage(transfer, cache, kernels)
+            assert np.array_equal(cache.memory, wanted)
+            if direct:
+                cache.memory[:] = before
+                wanted = wanted_memory(transfer, cache, truth, math.inf)
+                read_rows(transfer, cache)
+                assert np.array_equal(cache.memory, wanted)
+        for cache, memory in zip(source.ranks, sources, strict=True):
+            assert np.array_equal(cache.memory, memory)
+        ran.update(["staged", transfer.kind, *(["direct"] if direct else [])])
+        ran.update(
+            {
+                (source.layout, target.layout),
+                (source.model.dtype, target.model.dtype),
+                ("TP", source.tp_size, target.tp_size),
+                ("PP", source.pp_size, target.pp_size),
+                ("block size", source.model.block_tokens, target.model.block_tokens),
+            }
+        )
+
+    check()
+    pairs = {
+        "layouts": list(itertools.product(LAYOUTS, repeat=2)),
+        "dtypes": list(itertools.product(FLOATS, repeat=2)),
+        "TP sizes": [("TP", *pair) for pair in itertools.product(TP_SIZES, repeat=2)],
+        "PP sizes": [("PP", *pair) for pair in itertools.product(PP_SIZES, repeat=2)],
+        "block sizes": [("block size", *p) for p in itertools.product(BLOCK_TOKENS, repeat=2)],
+    }
+    met = {name: sum(pair in ran for pair in found) for name, found in pairs.items()}
+    with capsys.disabled():
+        told = ", ".join(f"{met[name]} of {len(pairs[name])} pairs of {name}" for name in pairs)
+        print(
+            f"\n{ran['staged']} examples staged ({ran['chunks']} chunks, {kernels.name}), "
+            f"{ran['direct']} of them direct too: {told}"
+        )
+    assert ran["staged"] >= examples
+    if examples >= ENOUGH:
+        assert ran["direct"] >= examples / 10
+        assert all(ran[kind] >= examples / 20 for kind in HEADS)
+        assert all(met[name] >= 0.9 * len(pairs[name]) for name in pairs), met
+
+
+# -- what the checksum sees -------------------------------------------------------------------
+
+
+def some_chunk(transfer, data):
+    """A chunk of the transfer, or None if nothing is wanted."""
+    held_by(transfer.source, transfer.tables, transfer.seed)
+    found = list(moves(transfer, transfer.target.ranks[0], KERNELS["compiled"]))
+    return data.draw(st.sampled_from(found)) if found else None
+
+
+@pytest.mark.slow
+@given(transfers(), st.data())
+def test_a_flipped_bit_changes_the_sum_of_its_unit_only(transfer, data):
+    if (move := some_chunk(transfer, data)) is None:
+        return
+    wire, sums = move.gather(fill=0)
+    again, same = move.gather(fill=0xFF)
+    assert np.array_equal(sums, same), "bytes between copies are nobody's"
+    byte = data.draw(st.sampled_from(np.flatnonzero(wire == again).tolist()))
+    changed = wire.copy()
+    changed[byte] ^= 1 << data.draw(st.integers(0, 7))
+    tokens = sum(count for _, count in move.runs)
+    offsets = ops.wire_offsets(move.copies, tokens)
+    index = np.searchsorted(offsets, byte, side="right") - 1
+    copy = move.copies[index]
+    token = (byte - offsets[index]) // (copy.content * copy.wire_type.itemsize) % tokens
+    unit = np.repeat(np.arange(len(move.runs)), [count for _, count in move.runs])[token]
+    assert np.flatnonzero(move.scatter(changed) != sums).tolist() == [unit]
+
+
+@pytest.mark.slow
+@given(transfers(), st.data())
+def test_swapped_units_change_the_sums_of_both(transfer, data):
+    if (move := some_chunk(transfer, data)) is None:
+        return
+    counts = [count for _, count in move.runs]
+    pairs = [
+        p for p in itertools.combinations(range(len(counts)), 2) if counts[p[0]] == counts[p[1]]
+    ]
+    if not pairs:
+        return
+    first, second = data.draw(st.sampled_from(pairs))
+    starts = np.cumsum([0, *counts])
+    wire, sums = move.gather()
+    changed = wire.copy()
+    offsets = ops.wire_offsets(move.copies, starts[-1])
+    for copy, start in zip(move.copies, offsets, strict=False):
+        row = copy.content * copy.wire_type.itemsize
+        rows = changed[start : start + copy.heads * starts[-1] * row].reshape(copy.heads, -1, row)
+        a = slice(starts[first], starts[first + 1])
+        b = slice(starts[second], starts[second + 1])
+        rows[:, a], rows[:, b] = rows[:, b].copy(), rows[:, a].copy()
+    if not np.array_equal(changed, wire):
+        assert np.flatnonzero(move.scatter(changed) != sums).tolist() == [first, second]
+
+
+# -- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@given(transfers(), st.data())
+def test_a_token_that_the_source_does_not_hold_is_refused(transfer, data):
+    """The reader plans from what it wants; the source looks at its own table."""
+    if (move := some_chunk(transfer, data)) is None:
+        return
+    size = transfer.source.model.block_tokens
+    start, count = data.draw(st.sampled_from(move.runs))
+    lost = data.draw(st.integers(start // size, (start + count - 1) // size))
+    table = np.zeros(-(-transfer.tokens // size), dtype=np.int64)
+    assert len(segments(move.runs, table, size))
+    table[lost] = NO_BLOCK
+    for broken in (table, table[:lost]):
+        with pytest.raises(GeometryError, match="tokens up to"):
+            segments(move.runs, broken, size)
+
+
+def both(ours, theirs, slot_bytes=1 << 16):
+    """The course from one whole engine to another."""
+    mine, peer = Cache(ours, 2), Cache(theirs, 2)
+    (rects,) = assign(mine.shard.views, [peer.shard.views], 0)
+    return Course(rects, slot_bytes), {view.layer: view for view in peer.shard.views}
+
+
+def test_a_slot_that_holds_no_token_is_refused():
+    model = Model(heads=4, content=64, dtype="float32")
+    assert both(model, model, slot_bytes=4 * 32 * 4)[0].bundles
+    with pytest.raises(
+        GeometryError, match=r"one token .* 512 bytes, .* slot 511; .*staging_bytes"
+    ):
+        both(model, model, slot_bytes=4 * 32 * 4 - 1)
+
+
+def test_pieces_cross_in_the_smaller_dtype():
+    wide, narrow = Model(dtype="bfloat16"), Model(dtype="fp8_e4m3", scales=(0.5, 2.0))
+    course, _ = both(narrow, wide)
+    assert [(p.dtype, p.factor) for p in course.pieces[:2]] == [("fp8_e4m3", 2), ("fp8_e4m3", 0.5)]
+    assert {copy.factor for copy in course.copies} == {1.0}
+    course, _ = both(wide, narrow)
+    assert {(p.dtype, p.factor) for p in course.pieces} == {("fp8_e4m3", 1.0)}
+    assert [copy.factor for copy in course.copies[:2]] == [0.5, 2.0]
+
+
+HOSTILE = {
+    "layer": ({"layer": "x"}, "layer x part k is not held here"),
+    "part": ({"part": "kv"}, "part kv is not held"),
+    "heads": ({"count": 5}, r"heads \[0, 5\) are wanted, \[0, 4\) are held here"),
+    "heads from": ({"first": 1}, r"heads \[1, 5\) are wanted"),
+    "content": ({"content": 8}, "8 elements a token are wanted of k, 4 are held"),
+    "dtype": ({"dtype": "int8"}, "bfloat16 cannot be converted to int8"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_piece_that_is_not_held_is_refused(change, message):
+    course, views = both(Model(), Model())
+    assert source_copy(views, course.pieces[0])
+    with pytest.raises(GeometryError, match=message):
+        source_copy(views, msgspec.structs.replace(course.pieces[0], **change))
+
+
+def test_packed_content_is_not_staged():
+    model = Model(layers=1)
+    (view,) = Cache(model, 2).shard.views
+    packed = msgspec.structs.replace(view, layout="cpu:rvv")
+    (rects,) = assign([packed], [[packed]], 0)
+    with pytest.raises(GeometryError, match=r'whole blocks only.*"transfer_mode": "direct"'):
+        Course(rects, 1 << 16)

@@ -1,0 +1,143 @@
+"""Random KV caches and segments, for the tests of kvconnect.ops on CPU and GPU.
+
+A `Case` says where the parts of a cache are, relative to one buffer; buffers are made by whoever
+runs it. Its repr is its seed.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvconnect.ops import Copy, Type, chunk_bytes
+from kvconnect.ops.copies import checked, span
+
+FLOATS = (Type.BF16, Type.FP16, Type.FP32, Type.E4M3, Type.E5M2)
+RAWS = (Type.RAW1, Type.RAW2, Type.RAW4, Type.RAW8, Type.RAW16)
+LAYOUTS = ("BHNC", "BNHC", "HBNC", "BHCN", "HNBC", "NBHC", "amx K", "amx V")
+GUARD = 64
+
+
+@dataclass
+class Case:
+    """Copies whose bases are offsets into a buffer of ``nbytes``, and segments."""
+
+    seed: int
+    copies: list[Copy]
+    nbytes: int
+    segments: np.ndarray
+    units: int
+
+    def __repr__(self):
+        return f"make_case({self.seed})"
+
+    def at(self, address):
+        """The copies of a cache whose buffer is at ``address``."""
+        return [c._replace(base=c.base + address) for c in self.copies]
+
+    @property
+    def wire_bytes(self):
+        return chunk_bytes(self.copies, int(self.segments[:, 2].sum()))
+
+
+def make_case(seed, *, aligned=False, layouts=LAYOUTS):
+    """A case out of everything that a call may be; ``aligned``: elements at their multiples."""
+    rng = random.Random(seed)
+    num_blocks, block_tokens = rng.randint(1, 9), rng.choice((1, 2, 16, 16, 32, 48, 64))
+    copies, at = [], GUARD
+    for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
+        copy = _one_copy(rng, num_blocks, block_tokens, rng.choice(layouts))
+        if aligned:
+            at = -(-at // 16) * 16
+        elif rng.random() < 0.3:
+            at += rng.randrange(16)
+        copy = copy._replace(base=at)
+        at += span(checked(copy)) + rng.choice((0, 1, 16, 64)) * (not aligned)
+        copies.append(_sliced(rng, copy))
+    units = rng.randint(1, 4)
+    return Case(
+        seed, copies, at + GUARD, make_segments(rng, num_blocks, block_tokens, units), units
+    )
+
+
+def _one_copy(rng, num_blocks, block_tokens, layout):
+    kv_type, wire_type, factor = rng.choice(FLOATS), rng.choice(FLOATS), rng.choice((1, 0.5, 3.7))
+    if rng.random() < 0.5:
+        kv_type = wire_type = rng.choice(RAWS)
+        factor = 1
+    item, heads = kv_type.itemsize, rng.choice((1, 1, 2, 3, 8))
+    content = rng.choice((1, 2, 3, 7, 8, 16, 33, 64, 80, 128, 576))
+    more = {}
+    if layout.startswith("amx"):
+        return _amx(layout, rng, kv_type, wire_type, (num_blocks, block_tokens, factor))
+    sizes = {"B": num_blocks, "H": heads, "N": block_tokens, "C": content}
+    strides, step = {}, item
+    for dim in reversed(layout):
+        if dim != layout[-1]:
+            step += rng.choice((0, 0, 0, item, 3 * item))  # rows need not touch
+        strides[dim] = step
+        step *= sizes[dim]
+    return Copy(
+        *(0, strides["B"], strides["H"], strides["N"], strides["C"]),
+        *(heads, content, block_tokens, num_blocks, kv_type, wire_type, factor),
+        **more,
+    )
+
+
+def _amx(layout, rng, kv_type, wire_type, rest):
+    """As vLLM packs K and V for Intel AMX: rows of 64 bytes, `ways` elements to 4 bytes."""
+    num_blocks, block_tokens, factor = rest
+    item = kv_type.itemsize
+    ways = max(4 // item, 1)
+    content = rng.choice((16, 32, 64)) * ways
+    tokens = block_tokens
+    if layout == "amx K":
+        tile, more = 16 if tokens % 16 == 0 else 1, {"content_tile": ways}
+        token = (ways * item, tile * content * item)
+        of = (item, tile * ways * item)
+    else:
+        tile, more = ways if tokens % ways == 0 else 1, {"content_tile": 16}
+        token = (item, 16 * tile * item)
+        of = (tile * item, 16 * tokens * item)
+    head = tokens * content * item
+    heads = rng.choice((1, 3))
+    return Copy(
+        *(0, heads * head, head, token[0], of[0], heads, content, tokens, num_blocks),
+        *(kv_type, wire_type, factor, tile, token[1]),
+        **more,
+        content_outer=of[1],
+    )
+
+
+def _sliced(rng, copy):
+    """Only some heads."""
+    first = rng.randrange(copy.heads)
+    return copy._replace(
+        base=copy.base + first * copy.head_stride, heads=rng.randint(1, copy.heads - first)
+    )
+
+
+def make_segments(rng, num_blocks, block_tokens, units, *, repeat=True):
+    """Whole blocks, slices of blocks, and nothing; without ``repeat`` no token twice."""
+    ids = [rng.randrange(num_blocks) for _ in range(rng.choice((0, 1, 2, 5, 9)))]
+    if not repeat or rng.random() < 0.5:
+        ids = rng.sample(range(num_blocks), min(len(ids), num_blocks))
+    if rng.random() < 0.3:
+        ids.sort()
+    segments = []
+    for block in ids:
+        token, count = 0, block_tokens
+        if rng.random() < 0.4:
+            token = rng.randrange(block_tokens)
+            count = rng.randint(0, block_tokens - token)
+        segments.append((block, token, count, rng.randrange(units)))
+    return np.array(segments, dtype=np.int32).reshape(-1, 4)
+
+
+def distinct(case, rng):
+    """The same case, but no token twice: scatter's result does not depend on an order."""
+    if not case.copies:
+        return case
+    first = case.copies[0]
+    segments = make_segments(rng, first.num_blocks, first.block_tokens, case.units, repeat=False)
+    return Case(case.seed, case.copies, case.nbytes, segments, case.units)

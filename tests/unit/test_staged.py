@@ -1,0 +1,251 @@
+"""The staged path between whole movers, over loopback: other geometries, faults, quarantine."""
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvconnect import wire
+from kvconnect.lease import Terms
+from kvconnect.order import Cancel, Fetch, Grant
+from kvconnect.slots import GRANULE_BYTES, QUARANTINE_S
+from kvconnect.testing.engines import Engine, World
+from kvconnect.testing.geometry import Model
+
+MODEL = Model(layers=3, heads=4, block_tokens=4, content=8, itemsize=2)
+STAGING = (8, 1)
+
+
+def blocks_for(tokens, size):
+    return -(-tokens // size)
+
+
+def holds(engine, table, seed, tokens):
+    return all(c.holds_fill(tuple(enumerate(table)), seed, tokens) for c in engine.caches)
+
+
+def make(world, model=MODEL, **options):
+    return Engine(world, model, **({"num_blocks": 12, "staging": STAGING} | options))
+
+
+def lend(engine, request_id, table, tokens, seed, ttl_s=5.0):
+    for cache in engine.caches:
+        cache.fill(table, seed)
+    terms = Terms(request_id, f"generation {request_id}", (table,), tokens, b"d", ttl_s)
+    engine.put(Grant(terms))
+    return terms
+
+
+def fetch(p, d, terms, table, request_id="d"):
+    d.put(
+        Fetch(request_id, p.source(terms), (tuple(enumerate(table)),), terms.tokens, terms.digest)
+    )
+
+
+@pytest.mark.parametrize("tp", [(1, 1), (1, 2), (2, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 16), (16, 4), (6, 4)], ids=str)
+@pytest.mark.parametrize("layouts", [("LBHNC", "LBNHC"), ("BHLNC", "LHBNC")], ids=str)
+def test_any_block_size_layout_and_tp(sizes, tp, layouts):
+    world = World()
+    models = [replace(MODEL, block_tokens=size) for size in sizes]
+    p = make(world, models[0], tp_size=tp[0], layout=layouts[0], mode="staged", num_blocks=20)
+    d = make(world, models[1], tp_size=tp[1], layout=layouts[1], mode="staged", num_blocks=20)
+    source = tuple(reversed(range(2, 2 + blocks_for(30, sizes[0]))))
+    target = tuple(range(3, 3 + blocks_for(30, sizes[1])))
+    terms = lend(p, "r", source, 30, seed=1)
+    before = [c.memory.copy() for c in p.caches]
+    fetch(p, d, terms, target)
+    world.go_on(30)
+    assert d.ended == {"d": [None] * tp[1]}
+    assert holds(d, target, 1, 30)
+    assert all(np.array_equal(c.memory, b) for c, b in zip(p.caches, before, strict=True))
+    assert set(p.sent) == {"r"}
+
+
+def test_more_chunks_than_slots():
+    world = World()
+    model = replace(MODEL, content=2048)  # a token of a layer: 16 KiB, a slot 64 KiB
+    p, d = (make(world, model, mode="staged", staging=(4, 1)) for _ in range(2))
+    terms = lend(p, "r", tuple(range(10)), 39, seed=2)
+    fetch(p, d, terms, tuple(range(1, 11)))
+    world.go_on(100)
+    assert d.ended == {"d": [None]}
+    assert holds(d, range(1, 11), 2, 39)
+    assert d.movers[0]._fetcher._remotes.means.slots.free == 2, "all slots are free again"
+
+
+def test_auto_stages_what_cannot_be_read_directly_and_reads_the_rest():
+    world = World()
+    p = make(world)
+    same, other = make(world), make(world, replace(MODEL, block_tokens=8))
+    for i, (d, table) in enumerate(((same, (1, 2, 3)), (other, (4, 5)))):
+        terms = lend(p, f"r{i}", (7, 8, 9), 9, seed=3)
+        fetch(p, d, terms, table)
+        world.go_on(30)
+        assert d.ended == {"d": [None]}
+        assert holds(d, table, 3, 9)
+    assert same.transports[0].submitted and not other.transports[0].submitted
+
+
+def test_dtypes_are_converted():
+    world = World()
+    p = make(world, replace(MODEL, dtype="bfloat16"))
+    d = make(world, replace(MODEL, dtype="fp8_e4m3", scales=(0.5, 2.0), block_tokens=16))
+    terms = lend(p, "r", (7, 8, 9), 9, seed=3)
+    fetch(p, d, terms, (4,))
+    world.go_on(30)
+    assert d.ended == {"d": [None]}
+    assert holds(d, (4,), 3, 9)
+
+
+def test_where_nobody_stages_the_difference_is_named():
+    world = World()
+    p, d = make(world, staging=None), make(world, replace(MODEL, block_tokens=8))
+    terms = lend(p, "r", (7, 8, 9), 9, seed=3)
+    fetch(p, d, terms, (4, 5))
+    world.go_on(30)
+    (reason,) = d.ended["d"]
+    assert "blocks of 4 and 8 tokens" in reason
+    assert "does not stage" in reason
+
+
+@pytest.fixture
+def staged():
+    """A prefill and a decode engine with a fetch under way, their frames held."""
+    world = World()
+    p, d = make(world, mode="staged"), make(world, mode="staged")
+    terms = lend(p, "r", (7, 8, 9), 9, seed=4)
+    fetch(p, d, terms, (1, 2, 3))
+    return world, p, d
+
+
+def until_filled(world, p, d):
+    """Go on until P has answered a Want whose answer D has not seen."""
+    world.network.held = True
+    for _ in range(60):
+        for one in world.engines:
+            one.step()
+        if d.arenas[0].any():
+            return
+        world.network.flush()
+    pytest.fail("nothing was written")
+
+
+def test_a_flipped_bit_fails_the_fetch(staged):
+    world, p, d = staged
+    until_filled(world, p, d)
+    at = np.flatnonzero(d.arenas[0])[0]
+    d.arenas[0][at] ^= 4
+    world.network.held = False
+    world.network.flush()
+    world.go_on(30)
+    assert "checksum" in d.ended["d"][0]
+    assert p.sent == ["r"]
+
+
+def test_swapped_tokens_fail_the_fetch(staged):
+    world, p, d = staged
+    until_filled(world, p, d)
+    row = MODEL.content // 2 * MODEL.itemsize
+    start = np.flatnonzero(d.arenas[0])[0] // GRANULE_BYTES * GRANULE_BYTES
+    rows = d.arenas[0][start : start + 2 * row]
+    rows[:] = np.concatenate([rows[row:], rows[:row]])
+    world.network.held = False
+    world.network.flush()
+    world.go_on(30)
+    assert "checksum" in d.ended["d"][0]
+
+
+def test_a_truncated_chunk_fails_the_fetch(staged):
+    world, p, d = staged
+    until_filled(world, p, d)
+    last = np.flatnonzero(d.arenas[0])[-1]
+    d.arenas[0][last - 40 : last + 1] = 0
+    world.network.held = False
+    world.network.flush()
+    world.go_on(30)
+    assert "checksum" in d.ended["d"][0]
+
+
+def test_a_slot_that_may_still_be_written_is_quarantined(staged):
+    world, p, d = staged
+    until_filled(world, p, d)
+    slots = d.movers[0]._fetcher._remotes.means.slots
+    d.put(Cancel("d"))
+    world.network.pending.clear()  # P's answers are lost, and so will be whatever comes
+    p.stop()
+    for _ in range(3):
+        d.step()
+    assert d.ended == {"d": [None]}, "an aborted request is reported, without a reason"
+    assert slots.free < 4
+    world.clock.advance(QUARANTINE_S)
+    d.step()
+    assert slots.free == 4
+
+
+def test_an_answer_ends_the_quarantine(staged):
+    world, p, d = staged
+    until_filled(world, p, d)
+    slots = d.movers[0]._fetcher._remotes.means.slots
+    d.put(Cancel("d"))
+    d.step()
+    assert slots.free < 4
+    world.network.held = False
+    world.network.flush()
+    d.step()
+    assert slots.free == 4
+
+
+def test_a_lease_that_ended_is_not_gathered():
+    world = World()
+    p, d = make(world, mode="staged"), make(world, mode="staged")
+    terms = lend(p, "r", (7, 8, 9), 9, seed=4, ttl_s=2.0)
+    fetch(p, d, terms, (1, 2, 3))
+    world.network.held = True
+    for _ in range(60):
+        world.network.flush()
+        for one in world.engines:
+            one.step()
+        if p.movers[0]._supplier._readers:
+            break
+    world.clock.advance(3.0)  # between Stage and Want
+    world.network.held = False
+    world.network.flush()
+    world.go_on(30)
+    assert "over" in d.ended["d"][0]
+    assert not d.arenas[0].any()
+    assert p.sent == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"granule": 1 << 20}, "granules"),
+        ({"runs": ((0, 1000),)}, "leased"),
+        ({"runs": ((0, 0),)}, "wanted"),
+        ({"group": 3}, "group"),
+        ({"first": 5}, "pieces"),
+        ({"nbytes": 1 << 30}, "bytes"),
+        ({"generation": "another"}, "no such lease"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_a_hostile_want_is_refused(staged, change, why):
+    world, _, d = staged
+    dialler = d.movers[0]._dialler
+    call = dialler.call
+
+    def altered(peer, make, accepts, deadline):
+        def make_altered(seq):
+            made = make(seq)
+            wants = isinstance(made, wire.Want)
+            return msgspec.structs.replace(made, **change) if wants else made
+
+        return call(peer, make_altered, accepts, deadline)
+
+    dialler.call = altered
+    world.go_on(30)
+    assert "refused a chunk" in d.ended["d"][0]
+    assert why in d.ended["d"][0]
+    assert not d.arenas[0].any()
