@@ -37,25 +37,31 @@ COPY = np.dtype(
 )
 
 
-def load(device: Literal["cpu", "cuda"] = "cpu", *, threads: int = 1, max_ctas: int = 0) -> Kernels:
+def load(
+    device: Literal["cpu", "cuda"] = "cpu",
+    *,
+    index: int = 0,
+    threads: int = 1,
+    max_ctas: int = 0,
+) -> Kernels:
     """The best kernels for memory of ``device``: compiled ones, else numpy and torch for CPU.
 
-    ``threads`` are those of a CPU call, ``max_ctas`` bounds a CUDA launch (0: no bound).
-    Raises ConfigError if there are none for the device.
+    ``threads`` are those of a CPU call; ``index`` is that of the CUDA device, whose launches
+    take at most ``max_ctas`` CTAs (0: as many as fit). Raises ConfigError if it cannot be used.
     """
     if device == "cuda":
         from kvconnect.ops.cuda import CudaKernels
 
-        return CudaKernels(max_ctas=max_ctas)
+        return CudaKernels(index, max_ctas)
     try:
         return CpuKernels(threads)
     except OSError as error:
-        _say_fallback(str(error))
+        say_fallback(str(error))
         return PlainKernels()
 
 
 @functools.cache
-def _say_fallback(error: str) -> None:
+def say_fallback(error: str) -> None:
     logger.warning(
         "KV is gathered by numpy, which is many times slower: %s; "
         "reinstall kvconnect where a C++ compiler is",

@@ -117,7 +117,8 @@ class Cache:
         cells = self._cells[layer, part]
         inner = cells.shape[3]
         found = cells[blocks, :, tokens // inner, tokens % inner]
-        return found.reshape(len(blocks), self.heads.count, -1)
+        size = self.model.parts[part][1]
+        return found.reshape(len(blocks), self.heads.count, size)
 
     def write(
         self, layer: str, part: int, blocks: np.ndarray, tokens: np.ndarray, values: np.ndarray

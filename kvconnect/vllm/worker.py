@@ -100,9 +100,7 @@ class Worker:
             allow_lossy=self._config.allow_lossy,
         )
         channel = ZmqChannel(host, port)
-        self._mover = Mover(
-            settings, memory, transport, channel, staging=staging, kernels=kernels
-        )
+        self._mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
         self._mover.start()
         nbytes = sum(r.nbytes for r in memory.regions)
         logger.info(

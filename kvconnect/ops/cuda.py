@@ -1,0 +1,202 @@
+"""The kernels of libkvc_cuda (csrc/kvc_cuda.cu) behind the interface of `copies`.
+
+A `CudaKernels` has a stream of its own, of the greatest priority; calls return at once. A launch
+holds buffers until `CudaLaunch.done` was seen to be true, so each launch must be polled until then.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from kvconnect.errors import ConfigError, GeometryError, TransportError
+from kvconnect.ops.copies import Copy, as_segments, check_segments, checked
+from kvconnect.ops.native import copy_table, open_library
+
+NO_DEVICE, DEVICE_FAILED, NO_MEMORY = -9, -10, -8  # csrc/kvc/abi.h
+
+
+class CudaLaunch:
+    """A launch under way."""
+
+    def __init__(self, kernels: "CudaKernels", handle: int, units: int) -> None:
+        self._kernels = kernels
+        self._handle: int | None = handle
+        self._units = units
+        self._sums = np.empty(0, dtype=np.uint64)
+
+    def done(self) -> bool:
+        """Whether all bytes are written; raises TransportError if the device failed."""
+        if self._handle is None:
+            return True
+        state = self._kernels.state(self._handle)
+        if state:
+            if self._units:
+                self._sums = self._kernels.take_sums(self._handle, self._units)
+            self._kernels.release(self._handle)
+            self._handle = None
+        return state
+
+    @property
+    def sums(self) -> np.ndarray:
+        """uint64 ``[units]``, empty without checksum; valid once done."""
+        assert self._handle is None, "sums are there once done() is true"
+        return self._sums
+
+
+class CudaPrepared:
+    """Copies as libkvc_cuda wants them; see `kvconnect.ops.Prepared`."""
+
+    def __init__(self, kernels: "CudaKernels", copies: Sequence[Copy]) -> None:
+        self._kernels = kernels
+        self._copies = [checked(copy) for copy in copies]
+        self._table = copy_table(self._copies)
+
+    def gather(
+        self,
+        segments: np.ndarray,
+        wire: int,
+        wire_bytes: int,
+        units: int,
+        *,
+        checksum: bool = True,
+        after: int | None = None,
+    ) -> CudaLaunch:
+        """Cache → wire."""
+        return self._launch(True, as_segments(segments), wire, wire_bytes, units, checksum, after)
+
+    def scatter(
+        self,
+        segments: np.ndarray,
+        wire: int,
+        wire_bytes: int,
+        units: int,
+        *,
+        checksum: bool = True,
+        after: int | None = None,
+    ) -> CudaLaunch:
+        """Wire → cache."""
+        return self._launch(False, as_segments(segments), wire, wire_bytes, units, checksum, after)
+
+    def _launch(
+        self,
+        gather: bool,
+        segments: np.ndarray,
+        wire: int,
+        wire_bytes: int,
+        units: int,
+        checksum: bool,
+        after: int | None,
+    ) -> CudaLaunch:
+        # refuses what the library would, and says it better
+        check_segments(self._copies, segments, wire_bytes, units)
+        table = (self._table.ctypes.data, len(self._table), segments.ctypes.data, len(segments))
+        call = (gather, *table, wire, wire_bytes, units, checksum)
+        return self._kernels.launch(call, units if checksum else 0, after)
+
+
+class CudaKernels:
+    """The kernels of libkvc_cuda on one device; see `kvconnect.ops.Kernels`."""
+
+    def __init__(self, device: int = 0, max_ctas: int = 0) -> None:
+        """``max_ctas`` bounds every launch, so that compute goes on beside it; 0: no bound."""
+        try:
+            self._library = open_library("kvc_cuda")
+        except OSError as error:
+            raise ConfigError(
+                f"no CUDA kernels: {error}; reinstall kvconnect where nvcc is on PATH"
+            ) from error
+        self._declare()
+        self._context = ctypes.c_void_p()
+        failed = self._library.kvc_cuda_open(device, max_ctas, ctypes.byref(self._context))
+        if failed:
+            count = self._library.kvc_cuda_device_count()
+            raise ConfigError(f"CUDA device {device} of {count}: {self._explain(failed)}")
+        self.name = "cuda"
+
+    def prepare(self, copies: Sequence[Copy]) -> CudaPrepared:
+        """Check ``copies`` and put them in a table."""
+        return CudaPrepared(self, copies)
+
+    def copy_batch(
+        self,
+        dst: np.ndarray,
+        src: np.ndarray,
+        nbytes: np.ndarray,
+        *,
+        after: int | None = None,
+    ) -> CudaLaunch:
+        """Copy plain runs, uint64 ``[n]`` each, by the copy engines; has no sums."""
+        arrays = [np.ascontiguousarray(a, dtype=np.uint64) for a in (dst, src, nbytes)]
+        if len({a.shape for a in arrays}) != 1 or arrays[0].ndim != 1:
+            raise GeometryError(f"batch of {[a.shape for a in arrays]}, expected three equal [n]")
+        return self._begin(
+            self._library.kvc_cuda_copy_batch,
+            (*(a.ctypes.data for a in arrays), len(arrays[0])),
+            0,
+            after,
+        )
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether the driver copies a batch in one call."""
+        return bool(self._library.kvc_cuda_has_batch(self._context))
+
+    def close(self) -> None:
+        """Wait for all launches, then give everything back. Idempotent."""
+        self._library.kvc_cuda_close(self._context)
+        self._context = ctypes.c_void_p()
+
+    def launch(self, call: tuple[int, ...], units: int, after: int | None) -> CudaLaunch:
+        """Start a gather or scatter; ``call`` as kvc_cuda_launch has it."""
+        return self._begin(self._library.kvc_cuda_launch, call, units, after)
+
+    def state(self, handle: int) -> bool:
+        """Whether a launch is done."""
+        state = self._library.kvc_cuda_done(handle)
+        if state < 0:
+            self._fail(state)
+        return bool(state)
+
+    def take_sums(self, handle: int, units: int) -> np.ndarray:
+        """A copy of a launch's sums."""
+        found = self._library.kvc_cuda_sums(handle)
+        return np.ctypeslib.as_array(found, shape=(units,)).copy()
+
+    def release(self, handle: int) -> None:
+        """Let a launch's buffers be used again."""
+        self._library.kvc_cuda_release(self._context, handle)
+
+    def _begin(
+        self, function: Any, arguments: tuple[int, ...], units: int, after: int | None
+    ) -> CudaLaunch:
+        handle = ctypes.c_void_p()
+        stream = None if after is None else ctypes.byref(ctypes.c_uint64(after))
+        error = function(self._context, *arguments, stream, ctypes.byref(handle))
+        if error:
+            self._fail(error)
+        assert handle.value is not None
+        return CudaLaunch(self, handle.value, units)
+
+    def _fail(self, error: int) -> NoReturn:
+        failed = error in (DEVICE_FAILED, NO_MEMORY, NO_DEVICE)
+        raise (TransportError if failed else GeometryError)(self._explain(error))
+
+    def _explain(self, error: int) -> str:
+        return str(self._library.kvc_strerror(error).decode())
+
+    def _declare(self) -> None:
+        pointer, u32, u64, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int
+        library, after = self._library, ctypes.POINTER(ctypes.c_uint64)
+        library.kvc_cuda_open.argtypes = (flag, flag, ctypes.POINTER(pointer))
+        library.kvc_cuda_close.argtypes = (pointer,)
+        library.kvc_cuda_has_batch.argtypes = (pointer,)
+        table = (pointer, u32, pointer, u32)
+        ends = (after, ctypes.POINTER(pointer))
+        library.kvc_cuda_launch.argtypes = (pointer, flag, *table, pointer, u64, u32, flag, *ends)
+        library.kvc_cuda_copy_batch.argtypes = (pointer, pointer, pointer, pointer, u64, *ends)
+        library.kvc_cuda_done.argtypes = (pointer,)
+        library.kvc_cuda_sums.argtypes = (pointer,)
+        library.kvc_cuda_sums.restype = ctypes.POINTER(ctypes.c_uint64)
+        library.kvc_cuda_release.argtypes = (pointer, pointer)
