@@ -97,6 +97,8 @@ class BuildLibraries(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if wanted == "1":
                 raise
+            # none is better than one of other sources
+            (ROOT / "kvconnect/lib" / f"lib{name}.so").unlink(missing_ok=True)
             reason = error if compiler is None else f"{compiler} failed, see above"
             print(f"kvconnect: lib{name} is not built: {reason}", file=sys.stderr)
 

@@ -33,10 +33,10 @@ Runs = Sequence[tuple[int, int]]
 
 
 class Bundle(NamedTuple):
-    """Pieces ``[first, first + count)`` that cross together, at most ``tokens`` at a time."""
+    """Pieces ``[first, first + num_pieces)`` that cross together, ``tokens`` at most at a time."""
 
     first: int
-    count: int
+    num_pieces: int
     src_group: int
     dst_group: int
     tokens: int
@@ -82,7 +82,7 @@ class Course:
                 (place * block_tokens, min(block_tokens, tokens - place * block_tokens))
                 for place, _ in blocks[bundle.dst_group]
             )
-            copies = self.copies[bundle.first : bundle.first + bundle.count]
+            copies = self.copies[bundle.first : bundle.first + bundle.num_pieces]
             for runs in _packed(wanted, bundle.tokens):
                 total = sum(count for _, count in runs)
                 yield Chunk(
@@ -177,7 +177,7 @@ def _piece(rect: Rect, src: Part, dst: Part) -> tuple[Piece, float]:
         layer=rect.dst.layer,
         part=dst.name,
         first=rect.first,
-        count=rect.count,
+        count=rect.num_heads,
         content=dst.shape[2],
         dtype=rect.dst.dtype if at_source else rect.src.dtype,
         factor=scale if at_source else 1.0,

@@ -11,7 +11,7 @@ wrong moves it to FAILING, where it stays until no transport can touch our block
 
 import enum
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kvconnect import wire
@@ -338,21 +338,21 @@ class Fetcher:
             request_id != fetch.order.request_id and watch.source == source
             for request_id, watch in self._watches.items()
         )
-        for index, peer in enumerate(fetch.remote.peers):
-            generation = fetch.generation_at(index)
-            fetch.closes[index] = self._dialler.call(
-                peer,
-                lambda seq, generation=generation: wire.Close(
-                    seq=seq,
-                    generation=generation,
-                    request_id=source.request_id,
-                    reader=self._rank,
-                    readers=self._ranks,
-                    final=final,
-                ),
-                (wire.Closed,),
-                self._clock() + CLOSE_TIMEOUT_S,
+
+        def close_of(generation: str | None) -> Callable[[int], wire.Close]:
+            return lambda seq: wire.Close(
+                seq=seq,
+                generation=generation,
+                request_id=source.request_id,
+                reader=self._rank,
+                readers=self._ranks,
+                final=final,
             )
+
+        deadline = self._clock() + CLOSE_TIMEOUT_S
+        for index, peer in enumerate(fetch.remote.peers):
+            message = close_of(fetch.generation_at(index))
+            fetch.closes[index] = self._dialler.call(peer, message, (wire.Closed,), deadline)
 
     def _fail(self, fetch: _Fetch, error: str, counted_as: str = TRANSFER) -> None:
         if fetch.phase is Phase.FAILING:

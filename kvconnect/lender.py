@@ -96,10 +96,10 @@ class Lender:
     def _open(self, link: Link, message: wire.Open) -> None:
         generation = self._generation(message)
         standing = self._book.standing(generation) if generation else Standing.GONE
-        if standing is Standing.EXPECTED:
+        if generation and standing is Standing.EXPECTED:
             self._park(link, message, generation)
             return
-        if standing is Standing.GONE:
+        if not generation or standing is Standing.GONE:
             self._refuse(link, message, "gone", "no such lease, or it is over")
             return
         terms = self._book.terms(generation)

@@ -22,12 +22,12 @@ NO_BLOCK = -1  # entry of a block table whose tokens are not kept (outside a sli
 
 
 class Rect(NamedTuple):
-    """Heads ``[first, first + count)`` of one layer, all tokens of whichever blocks."""
+    """Heads ``[first, first + num_heads)`` of one layer, all tokens of whichever blocks."""
 
     src: BlockView
     dst: BlockView
     first: int
-    count: int
+    num_heads: int
 
 
 def assign(

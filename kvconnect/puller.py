@@ -71,7 +71,7 @@ class Staged:
 
     def prepared(self, chunk: Chunk) -> Prepared:
         """Our kernels for a chunk's pieces."""
-        first, count = chunk.bundle.first, chunk.bundle.count
+        first, count = chunk.bundle.first, chunk.bundle.num_pieces
         if (first, count) not in self._prepared:
             copies = self.course.copies[first : first + count]
             self._prepared[first, count] = self._kernels.prepare(copies)
@@ -157,7 +157,7 @@ class Pull:
                 reader=reader,
                 group=chunk.bundle.src_group,
                 first=chunk.bundle.first,
-                count=chunk.bundle.count,
+                count=chunk.bundle.num_pieces,
                 runs=chunk.runs,
                 granule=granule,
                 nbytes=chunk.nbytes,

@@ -44,10 +44,11 @@ def rows_of(rect: Rect) -> Rows:
 
 def _part_rows(src: Part, dst: Part, src_heads: Heads, dst_heads: Heads, rect: Rect) -> Rows:
     run, outer = src.itemsize, []
-    cut = tuple(a.cells or b.cells for a, b in tiles_of(src, dst))
+    token, content = (a.cells or b.cells for a, b in tiles_of(src, dst))
+    cut = token, content
     (_, src_head), *src_axes = src.axes(cut)
     (_, dst_head), *dst_axes = dst.axes(cut)
-    axes = [(rect.count, src_head, dst_head)]
+    axes = [(rect.num_heads, src_head, dst_head)]
     axes += [(n, a, b) for (n, a), (_, b) in zip(src_axes, dst_axes, strict=True)]
     for count, src_stride, dst_stride in sorted(axes, key=lambda axis: axis[2]):
         if count == 1:

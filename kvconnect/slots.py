@@ -36,10 +36,11 @@ class Staging:
             )
         size = slots // 2 * self.slot_bytes
         r = self.region
-        return tuple(
+        first, second = (
             Staging(Region(r.address + i * size, size, r.kind, r.device), self.slot_bytes)
             for i in (0, 1)
         )
+        return first, second
 
 
 def staging_slot_bytes(staging_bytes: int) -> int:

@@ -6,7 +6,7 @@
 * Knows nothing of sockets.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -262,8 +262,10 @@ AnyMessage = (
 Reply = Opened | Refused | Closed | Staged | Filled
 """What answers a request of the same ``seq``."""
 
+Decoded = TypeVar("Decoded")
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 _body_decoder = msgspec.msgpack.Decoder(Body)
 
 
@@ -282,10 +284,11 @@ def decode_body(data: bytes) -> Body:
     return _decode(_body_decoder, data)
 
 
-def _decode(decoder, data: bytes):
+def _decode(decoder: "msgspec.msgpack.Decoder[Decoded]", data: bytes) -> Decoded:
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"message of {len(data)} bytes, expected at most {MAX_MESSAGE_BYTES}")
     try:
-        return decoder.decode(data)
+        found: Decoded = decoder.decode(data)
+        return found
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"malformed message of {len(data)} bytes: {e}") from e

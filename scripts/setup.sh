@@ -3,6 +3,7 @@
 # says what is installed and why.
 #
 #   .venv              vLLM for CPU, NIXL, kvconnect (editable), test tools
+#   kvconnect/lib      the kernels of csrc/, where there is a C++ compiler (and nvcc)
 #   .cache/models      the models they run
 #   .cache/vllm-src    vLLM's own tests
 #
@@ -116,6 +117,28 @@ EOF
   done_step
 }
 
+kernels() {
+  # a compiler that came or went is a change too
+  local found compiler
+  found="$PWD $PY ${CXX:-} ${NVCC:-} ${CUDA_HOME:-} ${KVCONNECT_BUILD_CUDA:-}"
+  for compiler in c++ g++ clang++ nvcc; do found+=" $(command -v "$compiler" || true)"; done
+  step "building the kernels of csrc/ (half a minute)" kvconnect/lib/.stamp \
+    "$found $(cat setup.py; find csrc -type f -exec sha256sum {} + | sort)" || return 0
+  mkdir -p kvconnect/lib
+  # setup.py runs in here; an existing environment need not have a setuptools that is new enough
+  local isolation=--no-build-isolation
+  [ "${VLLM:-}" != existing ] || isolation=
+  # shellcheck disable=SC2086  # empty is no argument
+  retry "$PY" -m pip install -qq --no-deps $isolation -e .
+  if [ -f kvconnect/lib/libkvc_cpu.so ]; then
+    "$PY" -c 'from kvconnect.ops import load; print("==> kernels:", load().name)' >&2
+  else
+    say "no kernels (no C++ compiler? \`python setup.py build_ext --inplace\` tells): numpy does it"
+  fi
+  [ ! -f kvconnect/lib/libkvc_cuda.so ] || say "kernels: cuda"
+  done_step
+}
+
 models() {
   step "making models in .cache/models (half a minute)" .cache/models/.stamp \
     "$SMOLLM2 $(cat scripts/make_models.py)" || return 0
@@ -149,5 +172,6 @@ case "${VLLM:-}" in
   "") own_environment ;;
   *) die "VLLM=$VLLM: only VLLM=existing has a meaning" ;;
 esac
+kernels
 models
 vllm_tests

@@ -10,9 +10,9 @@
 
 #include "types.h"
 
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #define KVC_UNROLL _Pragma("unroll")
-#else
+#else  // a CPU's compiler, nvcc's included, does not know it
 #define KVC_UNROLL
 #endif
 
