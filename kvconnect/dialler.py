@@ -269,7 +269,8 @@ class Dialler:
             return
         peer.body, peer.state = body, State.READY
         self._backoffs.pop(peer.address, None)
-        logger.info("peer %s is ready: %d layers", peer, len(body.views))
+        version = body.versions.get("vllm", "unknown")
+        logger.info("peer %s is ready: %d layers, vLLM %.20r", peer, len(body.views), version)
 
     def _send_greeting(self, peer: Peer) -> None:
         peer.resend_at = self._clock() + RESEND_S

@@ -72,6 +72,7 @@ class Settings(NamedTuple):
     lease_max_s: float = 3600.0
     mode: Mode = "auto"
     allow_lossy: bool = False
+    versions: Mapping[str, str] = {}
 
 
 class Mover:
@@ -297,4 +298,5 @@ class Mover:
             shards=self._shards,
             direct=self._settings.mode != "staged",
             staged=self._supplier is not None,
+            versions=dict(self._settings.versions),
         )

@@ -13,8 +13,9 @@ import msgspec
 from kvconnect.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
 from kvconnect.errors import WireError
 
-VERSION = (2, 0)
-"""(major, minor). 1.0: direct reads. 2.0: parts are named and tiled; the staged path."""
+VERSION = (2, 1)
+"""(major, minor). 1.0: direct reads. 2.0: parts are named and tiled; the staged path.
+2.1: a Body names the software's versions."""
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20
@@ -103,6 +104,8 @@ class Body(msgspec.Struct, frozen=True):
     """Whether the KV caches themselves can be read: they are registered with the transport."""
     staged: bool = False
     """Whether it answers Stage and Want."""
+    versions: Annotated[dict[Name, Name], msgspec.Meta(max_length=64)] = {}
+    """Software → version, for people to read: nothing depends on them. Since 2.1."""
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):

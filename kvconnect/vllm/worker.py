@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
+from kvconnect import __version__
 from kvconnect.blocks import Region, Shard
 from kvconnect.channel import ZmqChannel
 from kvconnect.config import NixlConfig, read_secret
@@ -98,6 +100,7 @@ class Worker:
             lease_max_s=self._config.kv_lease_max_duration,
             mode=self._config.transfer_mode,
             allow_lossy=self._config.allow_lossy,
+            versions={"kvconnect": __version__, "vllm": vllm.__version__},
         )
         channel = ZmqChannel(host, port)
         self._mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
