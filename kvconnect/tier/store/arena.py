@@ -1,0 +1,223 @@
+"""Slots in memory, each with a header that is right at every instant.
+
+* One writer; any number of readers, in other processes, that cannot write. A slot belongs to
+  the writer of its arena. Engines that share have an arena each, and read each other's.
+* A slot goes FREE → FILLING → HELD → FREE. Its payload changes only between `begin` and
+  `commit`, while its header is invalid: a process killed at any instant, a power cut, and a
+  reader that was too slow all find either what was committed, or nothing.
+* Stores of one thread reach other threads in program order on x86; elsewhere and after a power
+  cut they may not, and then the payload's digest tells.
+* Not thread-safe. Knows no policy: who calls `begin` says which slot.
+"""
+
+import contextlib
+import secrets
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kvconnect.tier.store import header, mapped
+from kvconnect.tier.store.faults import Reason, StoreError
+from kvconnect.tier.store.header import (
+    ARENA_MAGIC,
+    FILLING,
+    FORMAT,
+    FREE,
+    HELD,
+    SLOT,
+    SLOT_MAGIC,
+    Spec,
+)
+
+ATTEMPTS = 3  # to open a file that others create and replace meanwhile
+
+
+class Entry(NamedTuple):
+    """What a held slot's header says."""
+
+    slot: int
+    key: bytes
+    group: int
+    tokens: int
+    nbytes: int
+    digest: int
+    generation: int
+    order: int
+
+
+class Scan(NamedTuple):
+    """What an arena holds. ``entries`` in the order in which they were committed."""
+
+    entries: list[Entry]
+    discarded: int
+    """Slots that say neither truthfully that they are held, nor that they are free."""
+
+
+class Arena:
+    """See the module's contract; made by `make`, `attach` or `look`."""
+
+    def __init__(self, spec: Spec, memory: mapped.Mapped, identity: bytes) -> None:
+        self.spec = spec
+        self.identity = identity
+        self.new = memory.new
+        """Whether it was made just now, empty."""
+        self._memory = memory
+        self._seed = header.seed_of(spec.fingerprint)
+        start = header.HEAD_BYTES
+        table = memory.bytes[start : start + spec.slots * SLOT.itemsize]
+        self._table: np.ndarray = table.view(SLOT)
+        rows, held = self._snapshot()
+        self._order = int(rows["order"][held].max(initial=0))
+
+    # -- the writer ----------------------------------------------------------------------------
+
+    def begin(self, slot: int) -> int:
+        """The slot's content is invalid from here on, and may be written; returns its address."""
+        row = self._table[slot : slot + 1]
+        row["check"] = 0
+        row["state"] = FILLING
+        row["generation"] += 1
+        return self.address(slot)
+
+    def commit(
+        self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
+    ) -> Entry:
+        """The payload is written; the slot holds ``key`` from here on."""
+        live = self._table[slot : slot + 1]
+        assert live["state"][0] == FILLING and nbytes <= self.spec.slot_bytes
+        self._order += 1
+        row = np.zeros(1, SLOT)
+        row["magic"], row["format"], row["state"] = SLOT_MAGIC, FORMAT, HELD
+        row["group"], row["tokens"], row["nbytes"], row["digest"] = group, tokens, nbytes, digest
+        row["generation"], row["order"] = live["generation"], self._order
+        row["key"] = np.frombuffer(key, np.uint8)
+        live[:] = row  # its check is 0 still
+        live["check"] = header.checks(row, np.array([slot]), self._seed)
+        return Entry(
+            slot, key, group, tokens, nbytes, digest, int(row["generation"][0]), self._order
+        )
+
+    def drop(self, slot: int) -> None:
+        """The slot holds nothing any more."""
+        row = self._table[slot : slot + 1]
+        row["check"] = 0
+        row["state"] = FREE
+
+    # -- readers, the writer among them --------------------------------------------------------
+
+    def entry(self, slot: int) -> Entry | None:
+        """What the slot holds now; None if that is nothing valid."""
+        row = self._table[slot : slot + 1].copy()  # once: another process may write to it
+        if not header.are_held(row, np.array([slot]), self._seed, self.spec.slot_bytes)[0]:
+            return None
+        return _entries(row, np.array([slot]))[0]
+
+    def still(self, entry: Entry) -> bool:
+        """Whether the slot held the same all the time since ``entry`` was read."""
+        return self.entry(entry.slot) == entry
+
+    def scan(self) -> Scan:
+        """All that is held now."""
+        rows, held = self._snapshot()
+        found = np.flatnonzero(held)[np.argsort(rows["order"][held], kind="stable")]
+        empty = ~held & (rows["state"] == FREE) & (rows["check"] == 0)
+        return Scan(_entries(rows[found], found), int((~held & ~empty).sum()))
+
+    def _snapshot(self) -> tuple[np.ndarray, np.ndarray]:
+        """All headers at about this moment, and which of them are held."""
+        rows = self._table.copy()
+        slots = np.arange(len(rows))
+        return rows, header.are_held(rows, slots, self._seed, self.spec.slot_bytes)
+
+    def generations(self) -> np.ndarray:
+        """A number per slot that changes whenever its content does."""
+        held = (self._table["state"] == HELD).astype(np.uint64)
+        found: np.ndarray = self._table["generation"] * np.uint64(2) + held
+        return found
+
+    def address(self, slot: int) -> int:
+        """Where the slot's payload is in memory."""
+        return self._memory.address + self.spec.payload_offset + slot * self.spec.stride
+
+    def payload(self, slot: int) -> np.ndarray:
+        """Bytes of the slot's payload, all of its pages; not to be kept."""
+        start = self.spec.payload_offset + slot * self.spec.stride
+        return self._memory.bytes[start : start + self.spec.stride]
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the file at ``path`` is still this arena, and has not been replaced."""
+        try:
+            return path.stat().st_ino == self._memory.inode
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Let go of memory and lock; a file keeps its content. Idempotent."""
+        self._table = np.empty(0, SLOT)
+        self._memory.close()
+
+
+def make(spec: Spec) -> Arena:
+    """An arena in memory of our own, empty."""
+    return Arena(spec, mapped.anonymous(spec.nbytes), secrets.token_bytes(16))
+
+
+def attach(spec: Spec, path: Path) -> Arena:
+    """The arena in the file at ``path``, with its content, ourselves its writer.
+
+    Made anew where there is none, or one that is not as ``spec`` says; a file that never was an
+    arena is left alone. Raises StoreError.
+    """
+    for _ in range(ATTEMPTS):
+        found = mapped.open_to_write(path)
+        if found is not None:
+            memory, raw = found
+            head = header.read_head(raw)
+            if not isinstance(head, str) and head[0] == spec and _is_whole(memory, spec):
+                return Arena(spec, memory, head[1])
+            if not ARENA_MAGIC.startswith(
+                raw[: len(ARENA_MAGIC)].rstrip(b"\0")
+            ):  # cut short, it is ours still
+                memory.close()
+                raise StoreError(Reason.FOREIGN, f"{path} is no arena of kvconnect; move it away")
+            with contextlib.suppress(OSError):
+                path.unlink()
+            memory.close()
+        identity = secrets.token_bytes(16)
+        try:
+            memory = mapped.create(path, spec.nbytes, header.arena_head(spec, identity))
+        except StoreError as e:
+            if e.reason is Reason.TAKEN:  # another was faster: it is theirs, or left by now
+                continue
+            raise
+        return Arena(spec, memory, identity)
+    raise StoreError(Reason.TAKEN, f"{path} is used by another process")
+
+
+def look(path: Path, fingerprint: bytes) -> Arena:
+    """The arena in the file at ``path``, to read; its writer may be at work. Raises StoreError."""
+    memory, raw = mapped.open_to_read(path)
+    head = header.read_head(raw)
+    if isinstance(head, str):
+        problem = head
+    elif head[0].fingerprint != fingerprint:
+        problem = "is of another model, shard or format"
+    elif not _is_whole(memory, head[0]):
+        problem = f"is {memory.bytes.nbytes} bytes long, expected {head[0].nbytes}"
+    else:
+        return Arena(head[0], memory, head[1])
+    memory.close()
+    raise StoreError(Reason.FOREIGN, f"{path} {problem}")
+
+
+def _is_whole(memory: mapped.Mapped, spec: Spec) -> bool:
+    return memory.bytes.nbytes == spec.nbytes
+
+
+def _entries(rows: np.ndarray, slots: np.ndarray) -> list[Entry]:
+    keys = np.ascontiguousarray(rows["key"]).tobytes()
+    names = ("group", "tokens", "nbytes", "digest", "generation", "order")
+    columns = [rows[name].tolist() for name in names]
+    found = zip(slots.tolist(), range(0, len(keys), 32), *columns, strict=True)
+    return [Entry(slot, keys[at : at + 32], *rest) for slot, at, *rest in found]
