@@ -13,7 +13,7 @@
 #include "kvc/cpu_call.h"
 
 #ifndef KVC_AHEAD
-#define KVC_AHEAD 2048
+#define KVC_AHEAD 4096
 #endif
 #ifndef KVC_PANEL
 #define KVC_PANEL 8192

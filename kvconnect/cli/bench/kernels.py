@@ -1,0 +1,184 @@
+"""``kvconnect bench kernels``: gather and scatter as fractions of memcpy, in the same run.
+
+Needs torch and no vLLM. Rounds are interleaved: in each, every row is measured once, right after
+a memcpy of as many bytes; a fraction is the median of the rounds' fractions. One thread on a CPU.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kvconnect.cli.bench import options
+
+if TYPE_CHECKING:
+    from kvconnect.cli.bench.kernel_cases import Arena, Case
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape and direction; bytes are those of the cache's side."""
+
+    verb: str
+    shape: str
+    run_bytes: int
+    """Contiguous bytes of the cache, at least."""
+    call_bytes: int
+    gb_s: float
+    """Median, without checksum."""
+    memcpy_gb_s: float
+    """Median of as many bytes, contiguous on both sides."""
+    fraction: float
+    """Of memcpy."""
+    checksum_gb_s: float
+    checksum_fraction: float
+    checksum_cost: float
+    """Time that the checksum adds, as a part of the time without; median of the rounds' costs."""
+    torch_ratio: float | None
+    """Times as fast as torch's gather, then convert; only where torch's bits are equal to ours."""
+
+
+@dataclass
+class Times:
+    """Seconds of one row, a value a round."""
+
+    memcpy: list[float]
+    plain: list[float]
+    checksum: list[float]
+    torch: list[float]
+
+
+def kernels(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Times that each row is measured.")] = 15,
+    call_mib: Annotated[int, typer.Option(help="MiB a call; 0: 64, on a GPU 512.")] = 0,
+    pool_mib: Annotated[int, typer.Option(help="MiB to choose from; 0: 1024, GPU 8192.")] = 0,
+    max_ctas: Annotated[int, typer.Option(help="CTAs of a launch at most; 0: all that fit.")] = 0,
+    only: Annotated[str, typer.Option(help="Shapes whose names contain this.")] = "",
+    out: options.Json = None,
+) -> None:
+    """Gather and scatter of KV, as fractions of memcpy on the same machine in the same run."""
+    import torch
+    from rich.console import Console
+
+    from kvconnect.cli.bench.kernel_cases import Arena, shapes
+    from kvconnect.ops import load
+
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
+    torch.set_num_threads(1)
+    found = load("cuda" if device == "cuda" else "cpu", max_ctas=max_ctas)
+    pool, call = (8192, 512) if device == "cuda" else (1024, 64)
+    console = Console()
+    with console.status("filling memory"):
+        arena = Arena(found, device, (pool_mib or pool) * MIB, (call_mib or call) * MIB)
+        cases = [arena.case(verb, shape) for verb, shape in shapes() if only in shape.name]
+        for case in cases:
+            if case.verb == "gather" and case.shape.compare_torch:
+                case.check_torch()
+    rows = _measure(arena, cases, rounds, console)
+    machine = _machine(found.name, rounds)
+    console.print(_table(rows, machine))
+    if out is not None:
+        out.write_text(
+            json.dumps({"machine": machine, "rows": [asdict(r) for r in rows]}, indent=2)
+        )
+
+
+def _measure(arena: "Arena", cases: Sequence["Case"], rounds: int, console: Any) -> list[Row]:
+    from rich.progress import track
+
+    times = [Times([], [], [], []) for _ in cases]
+    for turn in track(range(rounds + 1), "measuring", console=console, transient=True):
+        for case, t in zip(cases, times, strict=True):
+            against_torch = case.verb == "gather" and case.shape.compare_torch
+            seconds = [arena.time_memcpy(case.nbytes)]
+            # neither is always the first
+            order: list[Literal[0, 1]] = [0, 1] if turn % 2 else [1, 0]
+            found = {checksum: case.time(bool(checksum)) for checksum in order}
+            if turn == 0:  # page tables, frequencies, modules of kernels
+                continue
+            t.memcpy += seconds
+            t.plain.append(found[0])
+            t.checksum.append(found[1])
+            if against_torch:
+                t.torch.append(case.time_torch())
+    return [_row(case, t) for case, t in zip(cases, times, strict=True)]
+
+
+def _row(case: "Case", t: Times) -> Row:
+    def gb_s(seconds: Sequence[float]) -> float:
+        return round(case.nbytes / statistics.median(seconds) / 1e9, 2)
+
+    def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+        return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+
+    return Row(
+        verb=case.verb,
+        shape=case.shape.name,
+        run_bytes=case.shape.run_bytes,
+        call_bytes=case.nbytes,
+        gb_s=gb_s(t.plain),
+        memcpy_gb_s=gb_s(t.memcpy),
+        fraction=ratio(t.memcpy, t.plain),
+        checksum_gb_s=gb_s(t.checksum),
+        checksum_fraction=ratio(t.memcpy, t.checksum),
+        checksum_cost=round(ratio(t.checksum, t.plain) - 1, 3),
+        torch_ratio=ratio(t.torch, t.plain) if t.torch else None,
+    )
+
+
+def _machine(kernels_name: str, rounds: int) -> dict[str, Any]:
+    import numpy
+    import torch
+
+    from kvconnect import __version__
+
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name() if kernels_name == "cuda" else None
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "kernels": kernels_name,
+        "rounds": rounds,
+        "versions": {
+            "kvconnect": __version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _table(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    where = machine["gpu"] or f"{machine['cpu']}, one thread"
+    table = Table(title=f"{machine['kernels']} on {where}; fractions of memcpy in the same run")
+    for heading in ("shape", "verb"):
+        table.add_column(heading)
+    for heading in ("run", "GB/s", "memcpy", "fraction", "summed", "sum costs", "× torch"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        run = f"{row.run_bytes >> 10} KiB" if row.run_bytes >= 1024 else f"{row.run_bytes} B"
+        torch_ratio = "" if row.torch_ratio is None else f"{row.torch_ratio:.2f}"
+        cost = f"{row.checksum_cost:+.1%}"
+        rates = (f"{row.gb_s:.2f}", f"{row.memcpy_gb_s:.2f}", f"{row.fraction:.2f}")
+        more = (f"{row.checksum_fraction:.2f}", cost, torch_ratio)
+        table.add_row(row.shape, row.verb, run, *rates, *more)
+    return table
