@@ -50,7 +50,7 @@ class Scan(NamedTuple):
     """What an arena holds. ``entries`` in the order in which they were committed."""
 
     entries: list[Entry]
-    discarded: int
+    discarded: list[int]
     """Slots that say neither truthfully that they are held, nor that they are free."""
 
 
@@ -122,7 +122,7 @@ class Arena:
         rows, held = self._snapshot()
         found = np.flatnonzero(held)[np.argsort(rows["order"][held], kind="stable")]
         empty = ~held & (rows["state"] == FREE) & (rows["check"] == 0)
-        return Scan(_entries(rows[found], found), int((~held & ~empty).sum()))
+        return Scan(_entries(rows[found], found), np.flatnonzero(~held & ~empty).tolist())
 
     def _snapshot(self) -> tuple[np.ndarray, np.ndarray]:
         """All headers at about this moment, and which of them are held."""

@@ -1,0 +1,105 @@
+"""Which slot of an arena holds which key, and which slots may be written to.
+
+A slot is free; being filled; holding a key; or *leaving*: its key was dropped while somebody
+still read it, so that it is free once the last reader is done.
+
+* A slot that is read, or being filled, is never given out.
+* A key is held by at most one slot. Dropping one that is not held does nothing.
+* Decides nothing: who fills must have dropped something if all slots are taken.
+"""
+
+from collections import Counter
+
+from kvconnect.tier.store.arena import Arena, Entry
+
+
+class Shelf:
+    """Not thread-safe: the thread that owns the arena owns it."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self._held: dict[bytes, Entry] = {}
+        self._users: Counter[int] = Counter()  # slot → how many read it
+        self._leaving: set[int] = set()
+        self._filling: set[int] = set()
+        found = arena.scan()
+        self.discarded = len(found.discarded)
+        """Slots that a writer who died had not finished, or that are damaged."""
+        for slot in found.discarded:
+            arena.drop(slot)
+        for entry in found.entries:  # oldest first: of two slots with one key the newer stays
+            older = self._held.pop(entry.key, None)
+            if older is not None:
+                arena.drop(older.slot)
+            self._held[entry.key] = entry
+        taken = {entry.slot for entry in self._held.values()}
+        self._free = [s for s in reversed(range(arena.spec.slots)) if s not in taken]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._held
+
+    @property
+    def free(self) -> int:
+        """How many slots can be filled now."""
+        return len(self._free)
+
+    def keys(self) -> list[bytes]:
+        """Held keys, oldest first."""
+        return list(self._held)
+
+    def fill(self) -> int | None:
+        """A slot whose payload may be written from now on; None if there is none."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self.arena.begin(slot)
+        self._filling.add(slot)
+        return slot
+
+    def commit(
+        self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
+    ) -> Entry:
+        """The slot's payload is written: it holds ``key``, which nothing else does any more."""
+        self.drop(key)
+        self._filling.remove(slot)
+        entry = self.arena.commit(slot, key, group, tokens, nbytes, digest)
+        self._held[key] = entry
+        return entry
+
+    def abandon(self, slot: int) -> None:
+        """Nobody writes to a slot that was being filled any more, and nothing came of it."""
+        self._filling.remove(slot)
+        self.arena.drop(slot)
+        self._free.append(slot)
+
+    def use(self, key: bytes) -> Entry | None:
+        """The slot that holds ``key``, whose payload stays until `done`; None if none does."""
+        entry = self._held.get(key)
+        if entry is not None:
+            self._users[entry.slot] += 1
+        return entry
+
+    def done(self, entry: Entry) -> None:
+        """One reader less."""
+        self._users[entry.slot] -= 1
+        if self._users[entry.slot] > 0:
+            return
+        del self._users[entry.slot]
+        if entry.slot in self._leaving:
+            self._leaving.remove(entry.slot)
+            self._free.append(entry.slot)
+
+    def drop(self, key: bytes) -> None:
+        """Forget a key; its slot is free as soon as nobody reads it."""
+        entry = self._held.pop(key, None)
+        if entry is None:
+            return
+        self.arena.drop(entry.slot)
+        if self._users[entry.slot] > 0:
+            self._leaving.add(entry.slot)
+        else:
+            del self._users[entry.slot]
+            self._free.append(entry.slot)

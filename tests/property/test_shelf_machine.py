@@ -1,0 +1,124 @@
+"""Shelf over an arena: no payload changes under a reader, and a crash forgets only the unfinished.
+
+The model is what each slot's payload has to be; every invariant reads it back from memory.
+"""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvconnect.tier.store.arena import attach, look
+from kvconnect.tier.store.header import Spec
+from kvconnect.tier.store.shelf import Shelf
+
+picks = st.integers(0, 1 << 16)
+KEYS = [bytes([n]) * 32 for n in range(8)]
+
+
+class ShelfMachine(RuleBasedStateMachine):
+    @initialize(slots=st.integers(1, 6))
+    def start(self, slots):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "arena"
+        self.spec = Spec(slots, 64, b"\x01" * 32)
+        self.contents = 0
+        self.held = {}  # key → content
+        self.filling = {}  # slot → (key, content)
+        self.reading = []  # (entry, content)
+        self.open()
+
+    def open(self):
+        self.shelf = Shelf(attach(self.spec, self.path))
+
+    def teardown(self):
+        if hasattr(self, "shelf"):
+            self.shelf.arena.close()
+            self.folder.cleanup()
+
+    def content(self, slot):
+        return int.from_bytes(self.shelf.arena.payload(slot)[:8].tobytes(), "little")
+
+    @rule(number=picks)
+    def fill(self, number):
+        busy = {e.slot for e, _ in self.reading} | set(self.filling)
+        slot = self.shelf.fill()
+        if slot is None:
+            held = {self.shelf._held[k].slot for k in self.held}
+            assert len(busy | held) == self.spec.slots, "a free slot was withheld"
+            return
+        assert slot not in busy
+        self.contents += 1
+        self.filling[slot] = KEYS[number % len(KEYS)], self.contents
+        raw = self.contents.to_bytes(8, "little")
+        self.shelf.arena.payload(slot)[:8] = list(raw)
+
+    @precondition(lambda self: self.filling)
+    @rule(number=picks, well=st.booleans())
+    def end_filling(self, number, well):
+        slot = list(self.filling)[number % len(self.filling)]
+        key, content = self.filling.pop(slot)
+        if well:
+            entry = self.shelf.commit(slot, key, 0, 1, 8, content)
+            assert (entry.slot, entry.key, entry.digest) == (slot, key, content)
+            self.held.pop(key, None)
+            self.held[key] = content
+        else:
+            self.shelf.abandon(slot)
+
+    @rule(number=picks)
+    def use(self, number):
+        key = KEYS[number % len(KEYS)]
+        entry = self.shelf.use(key)
+        assert (entry is None) == (key not in self.held)
+        if entry is not None:
+            self.reading.append((entry, self.held[key]))
+
+    @precondition(lambda self: self.reading)
+    @rule(number=picks)
+    def done(self, number):
+        entry, _ = self.reading.pop(number % len(self.reading))
+        self.shelf.done(entry)
+
+    @rule(number=picks)
+    def drop(self, number):
+        key = KEYS[number % len(KEYS)]
+        self.shelf.drop(key)
+        self.held.pop(key, None)
+
+    @rule()
+    def crash_and_start_again(self):
+        self.shelf.arena.close()
+        unfinished = len(self.filling)
+        self.filling.clear()
+        self.reading.clear()
+        self.open()
+        assert self.shelf.discarded == unfinished
+
+    @invariant()
+    def every_payload_is_what_it_has_to_be(self):
+        if not hasattr(self, "shelf"):
+            return
+        for entry, content in self.reading:
+            assert self.content(entry.slot) == content, "it changed under a reader"
+        assert self.shelf.keys() == list(self.held)
+        reader = look(self.path, self.spec.fingerprint)
+        seen = {e.key: e.digest for e in reader.scan().entries}
+        reader.close()
+        assert seen == self.held
+        for key, content in self.held.items():
+            entry = self.shelf.use(key)
+            assert self.content(entry.slot) == entry.digest == content
+            self.shelf.done(entry)
+        slots = {e.slot for e, _ in self.reading} | set(self.filling)
+        slots |= {self.shelf._held[k].slot for k in self.held}
+        assert self.shelf.free == self.spec.slots - len(slots)
+
+
+TestShelf = pytest.mark.slow(ShelfMachine.TestCase)
+TestShelf.settings = settings(
+    max_examples=max(20, settings.default.max_examples // 3), stateful_step_count=40
+)
