@@ -6,6 +6,8 @@ Both sides map the same runs onto their own blocks (`segments`), so block sizes,
 and dtypes of the two never meet.
 
 * A piece crosses in the smaller of the two dtypes; whichever side has the other converts.
+* A packed layout, recurrent state among them, moves whole blocks between equals: its runs count
+  the rows that its parts have, not tokens.
 * Knows no peers, slots or transports. `kvconnect.ops` moves the bytes.
 """
 
@@ -17,7 +19,7 @@ import numpy as np
 from kvconnect.blocks import DENSE, BlockView, Part
 from kvconnect.errors import GeometryError
 from kvconnect.ops import Copy, Type, chunk_bytes
-from kvconnect.plan import FLOATS, NO_BLOCK, Rect, part_pairs
+from kvconnect.plan import FLOATS, NO_BLOCK, Rect, joined, part_pairs
 from kvconnect.wire import MAX_RUNS, Piece
 
 TYPES = {
@@ -37,9 +39,27 @@ class Bundle(NamedTuple):
 
     first: int
     num_pieces: int
+    kind: "Kind"
+    tokens: int
+
+
+class Kind(NamedTuple):
+    """What pieces must share to cross together."""
+
     src_group: int
     dst_group: int
-    tokens: int
+    block_tokens: int
+    """Of our side."""
+    whole: bool
+    """Whether blocks move whole, and "tokens" are rows of a packed part."""
+
+
+class Held(NamedTuple):
+    """A piece as the source has it; see `Kind`."""
+
+    copy: Copy
+    group: int
+    whole: bool
 
 
 class Chunk(NamedTuple):
@@ -54,33 +74,32 @@ class Chunk(NamedTuple):
 class Course:
     """How the rectangles from one source shard to our shard cross, in slots of ``slot_bytes``."""
 
-    def __init__(self, rects: Sequence[Rect], slot_bytes: int) -> None:
+    def __init__(self, rects: Sequence[Rect], slot_bytes: int, *, join: bool = True) -> None:
+        """``join``: K and V cross as one piece where both sides have them side by side."""
         self.pieces: list[Piece] = []
         self.copies: list[Copy] = []  # of our side
-        groups: list[tuple[int, int, int]] = []  # source's group, ours, our block's tokens
+        kinds: list[Kind] = []
         for rect in sorted(rects, key=lambda r: (r.src.group, r.dst.group)):
-            for src, dst in part_pairs(rect):
+            for src, dst in _pairs(rect, slot_bytes if join else 0):
                 piece, factor = _piece(rect, src, dst)
                 self.pieces.append(piece)
-                self.copies.append(copy_of(rect.dst, dst, piece, factor))
-                groups.append((rect.src.group, rect.dst.group, rect.dst.block_tokens))
-        if any(rect.src.layout != DENSE for rect in rects):
-            raise GeometryError(
-                "a packed layout moves whole blocks only, which the staged path cannot; "
-                'set "transfer_mode": "direct" or "auto" on both engines'
-            )
-        self.bundles = list(_bundles(self.copies, groups, slot_bytes))
+                copy = copy_of(rect.dst, dst, piece, factor)
+                self.copies.append(copy)
+                whole = rect.dst.layout != DENSE
+                kinds.append(Kind(rect.src.group, rect.dst.group, copy.block_tokens, whole))
+        self.bundles = list(_bundles(self.copies, kinds, slot_bytes))
 
     def chunks(self, blocks: Sequence[Sequence[tuple[int, int]]], tokens: int) -> Iterator[Chunk]:
         """Chunks that fill ``blocks`` (`order.Fetch`) with the first ``tokens`` tokens."""
         for bundle in self.bundles:
-            block_tokens = self.copies[bundle.first].block_tokens
-            table = np.full(max((p for p, _ in blocks[bundle.dst_group]), default=-1) + 1, NO_BLOCK)
-            for place, block in blocks[bundle.dst_group]:
+            _, group, block_tokens, whole = bundle.kind
+            table = np.full(max((p for p, _ in blocks[group]), default=-1) + 1, NO_BLOCK)
+            for place, block in blocks[group]:
                 table[place] = block
+            end = len(table) * block_tokens if whole else tokens
             wanted = (
-                (place * block_tokens, min(block_tokens, tokens - place * block_tokens))
-                for place, _ in blocks[bundle.dst_group]
+                (place * block_tokens, min(block_tokens, end - place * block_tokens))
+                for place, _ in blocks[group]
             )
             copies = self.copies[bundle.first : bundle.first + bundle.num_pieces]
             for runs in _packed(wanted, bundle.tokens):
@@ -121,7 +140,8 @@ def segments(runs: Runs, table: Sequence[int] | np.ndarray, block_tokens: int) -
 def copy_of(view: BlockView, part: Part, piece: Piece, factor: float) -> Copy:
     """One side's half of a piece: the part's cells of its heads."""
     token, content = part.tiles
-    raw = Type.raw(part.itemsize) if view.dtype not in FLOATS else None
+    numbers = view.layout == DENSE and view.dtype in FLOATS
+    raw = None if numbers else Type.raw(part.itemsize)
     return Copy(
         base=part.base + (piece.first - view.heads.first) * part.strides[1],
         block_stride=part.strides[0],
@@ -142,14 +162,14 @@ def copy_of(view: BlockView, part: Part, piece: Piece, factor: float) -> Copy:
     )
 
 
-def source_copy(views: dict[str, BlockView], piece: Piece) -> tuple[Copy, int]:
-    """The source's half of a piece that a reader asked for, and its group.
+def source_copy(views: dict[str, BlockView], piece: Piece) -> Held:
+    """The source's half of a piece that a reader asked for.
 
     Raises GeometryError if our caches do not hold it, or not so.
     """
     view = views.get(piece.layer)
-    part = next((p for p in view.parts if p.name == piece.part), None) if view else None
-    if view is None or part is None or view.layout != DENSE:
+    part = _part(view, piece.part) if view else None
+    if view is None or part is None:
         raise GeometryError(f"layer {piece.layer} part {piece.part} is not held here")
     held = view.heads
     if piece.first < held.first or piece.first + piece.count > held.first + held.count:
@@ -162,11 +182,28 @@ def source_copy(views: dict[str, BlockView], piece: Piece) -> tuple[Copy, int]:
             f"layer {piece.layer}: {piece.content} elements a token are wanted of "
             f"{piece.part}, {part.shape[2]} are held here"
         )
-    if piece.dtype != view.dtype and not {piece.dtype, view.dtype} <= FLOATS.keys():
+    whole = view.layout != DENSE
+    convertible = not whole and {piece.dtype, view.dtype} <= FLOATS.keys()
+    if piece.dtype != view.dtype and not convertible:
         raise GeometryError(
             f"layer {piece.layer}: {view.dtype} cannot be converted to {piece.dtype}"
         )
-    return copy_of(view, part, piece, piece.factor), view.group
+    return Held(copy_of(view, part, piece, piece.factor), view.group, whole)
+
+
+def _pairs(rect: Rect, most_bytes: int) -> list[tuple[Part, Part]]:
+    """Parts that cross as a piece each: one, if a token of K and V has at most ``most_bytes``."""
+    src, dst = joined(rect.src), joined(rect.dst)
+    if src is None or dst is None:
+        return part_pairs(rect)
+    token_bytes = rect.num_heads * dst.shape[2] * min(src.itemsize, dst.itemsize)
+    return [(src, dst)] if token_bytes <= most_bytes else part_pairs(rect)
+
+
+def _part(view: BlockView, name: str) -> Part | None:
+    return next((part for part in view.parts if part.name == name), None) or (
+        joined(view) if name == "kv" else None
+    )
 
 
 def _piece(rect: Rect, src: Part, dst: Part) -> tuple[Piece, float]:
@@ -185,18 +222,16 @@ def _piece(rect: Rect, src: Part, dst: Part) -> tuple[Piece, float]:
     return piece, 1.0 if at_source else scale
 
 
-def _bundles(
-    copies: Sequence[Copy], groups: Sequence[tuple[int, int, int]], slot_bytes: int
-) -> Iterator[Bundle]:
-    """Neighbouring pieces of one pair of groups, as many as fit with a whole block of ours."""
+def _bundles(copies: Sequence[Copy], kinds: Sequence[Kind], slot_bytes: int) -> Iterator[Bundle]:
+    """Neighbouring pieces of one kind, as many as fit with a whole block of ours."""
     first = 0
     while first < len(copies):
         count = 1
-        block_tokens = groups[first][2]
+        kind = kinds[first]
         while (
             first + count < len(copies)
-            and groups[first + count] == groups[first]
-            and chunk_bytes(copies[first : first + count + 1], block_tokens) <= slot_bytes
+            and kinds[first + count] == kind
+            and chunk_bytes(copies[first : first + count + 1], kind.block_tokens) <= slot_bytes
         ):
             count += 1
         chosen = copies[first : first + count]
@@ -206,7 +241,7 @@ def _bundles(
                 f"one token of a layer is {chunk_bytes(chosen, 1)} bytes, a staging slot "
                 f"{slot_bytes}; raise staging_bytes"
             )
-        yield Bundle(first, count, groups[first][0], groups[first][1], tokens)
+        yield Bundle(first, count, kind, tokens)
         first += count
 
 
@@ -223,13 +258,16 @@ def _most_tokens(copies: Sequence[Copy], slot_bytes: int) -> int:
 
 
 def _packed(runs: Iterator[tuple[int, int]], most: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """``runs`` in lists of at most ``most`` tokens, cut where they must be; empty ones left out."""
+    """``runs`` in lists of at most ``most`` tokens, cut where they must be, neighbours joined."""
     packed: list[tuple[int, int]] = []
     free = most
     for start, count in runs:
         while count > 0:
             taken = min(count, free)
-            packed.append((start, taken))
+            if packed and sum(packed[-1]) == start:
+                packed[-1] = packed[-1][0], packed[-1][1] + taken
+            else:
+                packed.append((start, taken))
             start, count, free = start + taken, count - taken, free - taken
             if not free or len(packed) == MAX_RUNS:
                 yield tuple(packed)

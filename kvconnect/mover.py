@@ -299,4 +299,5 @@ class Mover:
             direct=self._settings.mode != "staged",
             staged=self._supplier is not None,
             versions=dict(self._settings.versions),
+            joins=True,
         )

@@ -13,6 +13,8 @@ of a canonical wire order (`kvconnect.course`, the staged path).
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from kvconnect.blocks import DENSE, BlockView, Part, Tile
 from kvconnect.errors import GeometryError
 
@@ -147,6 +149,23 @@ def part_pairs(rect: Rect) -> list[tuple[Part, Part]]:
     """(source's, destination's) of each part."""
     theirs = {part.name: part for part in rect.src.parts}
     return [(theirs[part.name], part) for part in rect.dst.parts]
+
+
+def joined(view: BlockView) -> Part | None:
+    """K and V as one part, where they lie side by side in every token and mean the same."""
+    parts = {part.name: part for part in view.parts}
+    if view.layout != DENSE or parts.keys() != {"k", "v"}:
+        return None
+    k, v = parts["k"], parts["v"]
+    beside = v.base == k.base + k.shape[2] * k.strides[3]
+    uncut = not (k.tiles[1].cells or v.tiles[1].cells)
+    equal = (k.strides, k.shape[:2], k.itemsize, k.scale, k.tiles[0]) == (
+        (v.strides, v.shape[:2], v.itemsize, v.scale, v.tiles[0])
+    )
+    if not (beside and uncut and equal):
+        return None
+    heads, tokens, content = k.shape
+    return replace(k, name="kv", shape=(heads, tokens, content + v.shape[2]))
 
 
 def tiles_of(a: Part, b: Part) -> "zip[tuple[Tile, Tile]]":

@@ -155,7 +155,7 @@ class Pull:
                 seq=seq,
                 generation=generation,
                 reader=reader,
-                group=chunk.bundle.src_group,
+                group=chunk.bundle.kind.src_group,
                 first=chunk.bundle.first,
                 count=chunk.bundle.num_pieces,
                 runs=chunk.runs,

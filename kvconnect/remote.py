@@ -168,7 +168,7 @@ class Remote:
         if not body.staged:
             return None, "it does not stage: its transfer_mode is direct, or it is older"
         try:
-            course = Course(wanted, means.slots.slot_bytes)
+            course = Course(wanted, means.slots.slot_bytes, join=body.joins)
         except GeometryError as e:
             return None, str(e)
         return Staged(means.dialler, peer, course, means.kernels, means.slots), ""

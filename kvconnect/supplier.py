@@ -18,7 +18,7 @@ import numpy as np
 from kvconnect import wire
 from kvconnect.blocks import Shard
 from kvconnect.channel import Link
-from kvconnect.course import segments, source_copy
+from kvconnect.course import Held, segments, source_copy
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.lender import Lender
 from kvconnect.listener import Incoming, Listener
@@ -39,8 +39,7 @@ class _Reader:
     name: str
     arena: wire.Granules
     table: RowTable
-    copies: list[Copy]
-    groups: list[int]
+    held: list[Held]
     prepared: dict[tuple[int, int], Prepared] = field(default_factory=dict)
 
 
@@ -137,7 +136,7 @@ class Supplier:
         self._names += 1
         name = f"reader {self._names}"
         try:
-            found = [source_copy(self._views, piece) for piece in stage.pieces]
+            held = [source_copy(self._views, piece) for piece in stage.pieces]
             if stage.arena.nbytes != GRANULE_BYTES:
                 raise GeometryError(
                     f"granules of {stage.arena.nbytes} bytes, expected {GRANULE_BYTES}"
@@ -151,8 +150,7 @@ class Supplier:
         table = granule_table(arena.address, arena.count, arena.kind, arena.device)
         if old := self._readers.pop(link, None):
             self._transport.drop_peer(old.name)
-        copies, groups = [c for c, _ in found], [g for _, g in found]
-        self._readers[link] = _Reader(name, arena, table, copies, groups)
+        self._readers[link] = _Reader(name, arena, table, held)
         if len(self._readers) > MAX_READERS:
             self._transport.drop_peer(self._readers.popitem(last=False)[1].name)
         self._answer(link, stage.seq, wire.Staged(seq=stage.seq))
@@ -164,15 +162,18 @@ class Supplier:
         if reader is None:
             raise GeometryError("no Stage came before this Want")
         self._readers.move_to_end(link)
-        copies = self._chosen(reader, want)
+        held = self._chosen(reader, want)
+        copies = [h.copy for h in held]
         terms = self._lender.opened(want.generation, (link, want.reader))
         if terms is None:
             self._refuse(link, want, "gone", "no such lease that you opened, or it is over")
             return
-        _check(want, copies, terms.tokens, reader.arena)
         if want.group >= len(terms.tables):
             raise GeometryError(f"group {want.group}, of {len(terms.tables)}")
-        found = segments(want.runs, terms.tables[want.group], copies[0].block_tokens)
+        table, block_tokens = terms.tables[want.group], copies[0].block_tokens
+        leased = len(table) * block_tokens if held[0].whole else terms.tokens
+        _check(want, copies, leased, reader.arena)
+        found = segments(want.runs, table, block_tokens)
         key = want.first, want.count
         if key not in reader.prepared:
             reader.prepared[key] = self._kernels.prepare(copies)
@@ -187,13 +188,16 @@ class Supplier:
             raise
         self._filling.append(_Filling(link, want, slot, launch))
 
-    def _chosen(self, reader: _Reader, want: wire.Want) -> Sequence[Copy]:
+    def _chosen(self, reader: _Reader, want: wire.Want) -> Sequence[Held]:
         end = want.first + want.count
-        if end > len(reader.copies):
-            raise GeometryError(f"pieces up to {end} are wanted, {len(reader.copies)} are staged")
-        if any(group != want.group for group in reader.groups[want.first : end]):
+        if end > len(reader.held):
+            raise GeometryError(f"pieces up to {end} are wanted, {len(reader.held)} are staged")
+        chosen = reader.held[want.first : end]
+        if any(held.group != want.group for held in chosen):
             raise GeometryError(f"pieces {want.first}..{end} are not all of group {want.group}")
-        return reader.copies[want.first : end]
+        if len({(held.whole, held.copy.block_tokens) for held in chosen}) > 1:
+            raise GeometryError(f"pieces {want.first}..{end} are not of blocks of one size")
+        return chosen
 
     def _write(self, filling: _Filling) -> None:
         link, want = filling.link, filling.want

@@ -13,9 +13,9 @@ import msgspec
 from kvconnect.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
 from kvconnect.errors import WireError
 
-VERSION = (2, 1)
+VERSION = (2, 2)
 """(major, minor). 1.0: direct reads. 2.0: parts are named and tiled; the staged path.
-2.1: a Body names the software's versions."""
+2.1: a Body names the software's versions. 2.2: K and V may cross as one piece (Body.joins)."""
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20
@@ -106,6 +106,8 @@ class Body(msgspec.Struct, frozen=True):
     """Whether it answers Stage and Want."""
     versions: Annotated[dict[Name, Name], msgspec.Meta(max_length=64)] = {}
     """Software → version, for people to read: nothing depends on them. Since 2.1."""
+    joins: bool = False
+    """Whether a Piece may be "kv" of a layer whose K and V lie side by side. Since 2.2."""
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):

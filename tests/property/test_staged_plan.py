@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvconnect import ops
+from kvconnect.blocks import BlockView, Heads, Part
 from kvconnect.course import Course, segments, source_copy
 from kvconnect.errors import GeometryError
 from kvconnect.ops.plain import PlainKernels
@@ -205,7 +206,8 @@ def converted(bits, source, target, part):
         scaled = scaled.clamp(torch.finfo(kind).min, torch.finfo(kind).max)
     found = as_bits(scaled.to(kind)).copy()
     # torch leaves open which NaN; ours is quiet and keeps the sign
-    nan, sign = given.isnan().numpy(), given.signbit().numpy()
+    nan = given.isnan().numpy()
+    sign = bits >> (8 * bits.itemsize - 1) != 0  # torch's half → float drops it now and then
     found[nan] = NAN[target.dtype]
     found[nan & sign] |= found.dtype.type(1 << 8 * found.itemsize - 1)
     return found
@@ -289,10 +291,10 @@ class Move(NamedTuple):
 def moves(transfer, cache, kernels):
     """All chunks for one destination rank."""
     for owner, rects in planned(transfer, cache):
-        course = Course(rects, transfer.slot_bytes)
+        course = Course(rects, transfer.slot_bytes, join=transfer.seed % 4 > 0)
         views = {view.layer: view for view in owner.shard.views}
         asked = msgspec.msgpack.decode(msgspec.msgpack.encode(course.pieces), type=list[Piece])
-        copies = [source_copy(views, piece)[0] for piece in asked]
+        copies = [source_copy(views, piece).copy for piece in asked]
         prepared = {}
         for chunk in course.chunks(transfer.blocks, transfer.tokens):
             bundle, runs = chunk.bundle, chunk.runs
@@ -300,7 +302,7 @@ def moves(transfer, cache, kernels):
             if bundle not in prepared:
                 prepared[bundle] = [kernels.prepare(x[pieces]) for x in (copies, course.copies)]
             theirs, ours = prepared[bundle]
-            table = transfer.tables[bundle.src_group]
+            table = transfer.tables[bundle.kind.src_group]
             held = segments(runs, table, transfer.source.model.block_tokens)
             assert chunk.nbytes <= transfer.slot_bytes
             assert sum(count for _, count in runs) <= bundle.tokens
@@ -521,11 +523,11 @@ def test_pieces_cross_in_the_smaller_dtype():
 
 
 HOSTILE = {
-    "layer": ({"layer": "x"}, "layer x part k is not held here"),
-    "part": ({"part": "kv"}, "part kv is not held"),
+    "layer": ({"layer": "x"}, "layer x part kv is not held here"),
+    "part": ({"part": "k", "content": 8}, "8 elements a token are wanted of k, 4 are held"),
     "heads": ({"count": 5}, r"heads \[0, 5\) are wanted, \[0, 4\) are held here"),
     "heads from": ({"first": 1}, r"heads \[1, 5\) are wanted"),
-    "content": ({"content": 8}, "8 elements a token are wanted of k, 4 are held"),
+    "content": ({"content": 4}, "4 elements a token are wanted of kv, 8 are held"),
     "dtype": ({"dtype": "int8"}, "bfloat16 cannot be converted to int8"),
 }
 
@@ -538,10 +540,88 @@ def test_a_piece_that_is_not_held_is_refused(change, message):
         source_copy(views, msgspec.structs.replace(course.pieces[0], **change))
 
 
-def test_packed_content_is_not_staged():
-    model = Model(layers=1)
-    (view,) = Cache(model, 2).shard.views
-    packed = msgspec.structs.replace(view, layout="cpu:rvv")
-    (rects,) = assign([packed], [[packed]], 0)
-    with pytest.raises(GeometryError, match=r'whole blocks only.*"transfer_mode": "direct"'):
-        Course(rects, 1 << 16)
+@pytest.mark.parametrize(
+    ("layout", "scales", "join", "parts"),
+    [
+        ("LBHNC", (2.0, 2.0), True, ["kv"]),
+        ("LBHNC", (2.0, 2.0), False, ["k", "v"]),  # the source is of wire version 2.1
+        ("LBHNC", (2.0, 1.0), True, ["k", "v"]),
+        ("vec", (2.0, 2.0), True, ["k", "v"]),
+    ],
+    ids=["side by side", "not understood", "other scales", "apart"],
+)
+def test_k_and_v_cross_as_one_piece_where_they_lie_side_by_side(layout, scales, join, parts):
+    model = Model(layers=1, dtype="fp8_e4m3", scales=scales)
+    mine, peer = Cache(model, 2, "BLHNC"), Cache(model, 2, layout)
+    for here, there in ((mine, peer), (peer, mine)):
+        (rects,) = assign(here.shard.views, [there.shard.views], 0)
+        course = Course(rects, 1 << 16, join=join)
+        assert [piece.part for piece in course.pieces] == parts
+    with pytest.raises(GeometryError, match="part kv is not held here"):
+        apart = Cache(replace(model, scales=(2.0, 1.0)), 2).shard.views
+        source_copy({view.layer: view for view in apart}, PART_KV)
+
+
+PART_KV = Piece("model.layers.0.attn", "kv", 0, 4, 8, "fp8_e4m3")
+
+
+class Packed(NamedTuple):
+    """Blocks ``[block, head, row, byte]`` of what only its owner understands."""
+
+    bytes: np.ndarray
+    view: BlockView
+
+
+def packed(rng, blocks, heads, rows, nbytes, block_tokens):
+    memory = rng.integers(0, 256, (blocks, heads, rows, nbytes), dtype=np.uint8)
+    part = Part(address(memory), memory.strides, (heads, rows, nbytes), 1)
+    whole = Heads(0, heads, heads)
+    return Packed(
+        memory, BlockView("l", 0, blocks, block_tokens, whole, "bfloat16", "cpu:rvv", (part,))
+    )
+
+
+@given(
+    st.integers(0, 1 << 32),
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 5, 16]),
+    st.sampled_from([3, 64, 700]),
+    st.sampled_from([16, 1 << 24]),
+    st.sampled_from([1 << 11, 1 << 16]),
+)
+def test_packed_blocks_cross_whole(seed, heads, rows, nbytes, block_tokens, slot_bytes):
+    """Whatever the number of tokens: the last block of a prompt too, and recurrent state."""
+    rng, kernels = np.random.default_rng(seed), KERNELS["compiled"]
+    shape = heads, rows, nbytes, block_tokens
+    theirs, ours = packed(rng, 7, *shape), packed(rng, 5, *shape)
+    (rects,) = assign([ours.view], [[theirs.view]], 0)
+    course = Course(rects, slot_bytes)
+    count = 1 if block_tokens > 100 else int(rng.integers(1, 5))
+    table, ids = rng.permutation(7)[:count], rng.permutation(5)[:count]
+    places = [place for place in range(count) if count == 1 or rng.random() < 0.7]
+    wanted = ours.bytes.copy()
+    for place in places:
+        wanted[ids[place]] = theirs.bytes[table[place]]
+    blocks = [[(place, int(ids[place])) for place in places]]
+    for chunk in course.chunks(blocks, tokens=(count - 1) * block_tokens + 1):
+        pieces = slice(chunk.bundle.first, chunk.bundle.first + chunk.bundle.num_pieces)
+        held = [source_copy({"l": theirs.view}, piece) for piece in course.pieces[pieces]]
+        assert all(h.whole for h in held) and chunk.bundle.kind.whole
+        wire = np.empty(chunk.nbytes, dtype=np.uint8)
+        found = segments(chunk.runs, table, held[0].copy.block_tokens)
+        sent = kernels.prepare([h.copy for h in held]).gather(
+            found, address(wire), chunk.nbytes, len(chunk.runs)
+        )
+        arrived = kernels.prepare(course.copies[pieces]).scatter(
+            chunk.segments, address(wire), chunk.nbytes, len(chunk.runs)
+        )
+        assert sent.done() and arrived.done() and np.array_equal(sent.sums, arrived.sums)
+    assert np.array_equal(ours.bytes, wanted)
+
+
+def test_packed_content_is_never_converted():
+    view = packed(np.random.default_rng(0), 2, 1, 1, 64, 16).view
+    (rects,) = assign([view], [[view]], 0)
+    piece = Course(rects, 1 << 16).pieces[0]
+    with pytest.raises(GeometryError, match="bfloat16 cannot be converted to float32"):
+        source_copy({"l": view}, msgspec.structs.replace(piece, dtype="float32"))
