@@ -3,6 +3,7 @@
 The model is what each slot's payload has to be; every invariant reads it back from memory.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvconnect.tier.store import places
 from kvconnect.tier.store.arena import attach, look
 from kvconnect.tier.store.header import Spec
 from kvconnect.tier.store.shelf import Shelf
@@ -20,6 +22,8 @@ KEYS = [bytes([n]) * 32 for n in range(8)]
 
 
 class ShelfMachine(RuleBasedStateMachine):
+    wrap = staticmethod(places.mapped)
+
     @initialize(slots=st.integers(1, 6))
     def start(self, slots):
         self.folder = tempfile.TemporaryDirectory()
@@ -32,7 +36,7 @@ class ShelfMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self):
-        self.shelf = Shelf(attach(self.spec, self.path))
+        self.shelf = Shelf(attach(self.spec, self.path, self.wrap))
 
     def teardown(self):
         if hasattr(self, "shelf"):
@@ -40,7 +44,17 @@ class ShelfMachine(RuleBasedStateMachine):
             self.folder.cleanup()
 
     def content(self, slot):
-        return int.from_bytes(self.shelf.arena.payload(slot)[:8].tobytes(), "little")
+        arena = self.shelf.arena
+        if isinstance(arena.place, places.Filed):
+            return int.from_bytes(os.pread(arena.place.fd, 8, arena.offset(slot)), "little")
+        return int.from_bytes(arena.payload(slot)[:8].tobytes(), "little")
+
+    def write(self, slot, raw):
+        arena = self.shelf.arena
+        if isinstance(arena.place, places.Filed):
+            os.pwrite(arena.place.fd, raw, arena.offset(slot))
+        else:
+            arena.payload(slot)[:8] = list(raw)
 
     @rule(number=picks)
     def fill(self, number):
@@ -53,8 +67,7 @@ class ShelfMachine(RuleBasedStateMachine):
         assert slot not in busy
         self.contents += 1
         self.filling[slot] = KEYS[number % len(KEYS)], self.contents
-        raw = self.contents.to_bytes(8, "little")
-        self.shelf.arena.payload(slot)[:8] = list(raw)
+        self.write(slot, self.contents.to_bytes(8, "little"))
 
     @precondition(lambda self: self.filling)
     @rule(number=picks, well=st.booleans())
@@ -105,7 +118,7 @@ class ShelfMachine(RuleBasedStateMachine):
         for entry, content in self.reading:
             assert self.content(entry.slot) == content, "it changed under a reader"
         assert self.shelf.keys() == list(self.held)
-        reader = look(self.path, self.spec.fingerprint)
+        reader = look(self.path, self.spec.fingerprint, self.wrap)
         seen = {e.key: e.digest for e in reader.scan().entries}
         reader.close()
         assert seen == self.held
@@ -118,7 +131,15 @@ class ShelfMachine(RuleBasedStateMachine):
         assert self.shelf.free == self.spec.slots - len(slots)
 
 
-TestShelf = pytest.mark.slow(ShelfMachine.TestCase)
-TestShelf.settings = settings(
-    max_examples=max(20, settings.default.max_examples // 3), stateful_step_count=40
-)
+class FiledShelfMachine(ShelfMachine):
+    wrap = places.Filed
+
+
+def case(machine):
+    examples = max(20, settings.default.max_examples // 5)
+    machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=40)
+    return pytest.mark.slow(machine.TestCase)
+
+
+TestShelf = case(ShelfMachine)
+TestFiledShelf = case(FiledShelfMachine)

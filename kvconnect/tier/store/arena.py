@@ -7,6 +7,8 @@
   reader that was too slow all find either what was committed, or nothing.
 * Stores of one thread reach other threads in program order on x86; elsewhere and after a power
   cut they may not, and then the payload's digest tells.
+* Headers are in memory or, of a file that is not mapped, written through; `begin` and `commit`
+  raise OSError if that fails, and then the slot is still being filled, or was not begun.
 * Not thread-safe. Knows no policy: who calls `begin` says which slot.
 """
 
@@ -17,13 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvconnect.tier.store import header, mapped
+from kvconnect.tier.store import header, places
 from kvconnect.tier.store.faults import Reason, StoreError
 from kvconnect.tier.store.header import (
     ARENA_MAGIC,
     FILLING,
     FORMAT,
     FREE,
+    HEAD_BYTES,
     HELD,
     SLOT,
     SLOT_MAGIC,
@@ -57,28 +60,29 @@ class Scan(NamedTuple):
 class Arena:
     """See the module's contract; made by `make`, `attach` or `look`."""
 
-    def __init__(self, spec: Spec, memory: mapped.Mapped, identity: bytes) -> None:
+    def __init__(self, spec: Spec, place: places.Place, identity: bytes) -> None:
         self.spec = spec
         self.identity = identity
-        self.new = memory.new
+        self.place = place
+        self.new = place.new
         """Whether it was made just now, empty."""
-        self._memory = memory
         self._seed = header.seed_of(spec.fingerprint)
-        start = header.HEAD_BYTES
-        table = memory.bytes[start : start + spec.slots * SLOT.itemsize]
+        if isinstance(place, places.Filed):
+            place.extend(spec.payload_offset)
+        table = place.bytes[HEAD_BYTES : HEAD_BYTES + spec.slots * SLOT.itemsize]
         self._table: np.ndarray = table.view(SLOT)
         rows, held = self._snapshot()
         self._order = int(rows["order"][held].max(initial=0))
 
     # -- the writer ----------------------------------------------------------------------------
 
-    def begin(self, slot: int) -> int:
-        """The slot's content is invalid from here on, and may be written; returns its address."""
+    def begin(self, slot: int) -> None:
+        """The slot's content is invalid from here on, and may be written."""
         row = self._table[slot : slot + 1]
         row["check"] = 0
         row["state"] = FILLING
         row["generation"] += 1
-        return self.address(slot)
+        self._flush(slot)
 
     def commit(
         self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
@@ -94,6 +98,11 @@ class Arena:
         row["key"] = np.frombuffer(key, np.uint8)
         live[:] = row  # its check is 0 still
         live["check"] = header.checks(row, np.array([slot]), self._seed)
+        try:
+            self._flush(slot)
+        except OSError:
+            live["check"], live["state"] = 0, FILLING
+            raise
         return Entry(
             slot, key, group, tokens, nbytes, digest, int(row["generation"][0]), self._order
         )
@@ -103,11 +112,14 @@ class Arena:
         row = self._table[slot : slot + 1]
         row["check"] = 0
         row["state"] = FREE
+        with contextlib.suppress(OSError):  # what it held is true still; `begin` will ask again
+            self._flush(slot)
 
     # -- readers, the writer among them --------------------------------------------------------
 
     def entry(self, slot: int) -> Entry | None:
         """What the slot holds now; None if that is nothing valid."""
+        self.place.reload(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
         row = self._table[slot : slot + 1].copy()  # once: another process may write to it
         if not header.are_held(row, np.array([slot]), self._seed, self.spec.slot_bytes)[0]:
             return None
@@ -124,95 +136,102 @@ class Arena:
         empty = ~held & (rows["state"] == FREE) & (rows["check"] == 0)
         return Scan(_entries(rows[found], found), np.flatnonzero(~held & ~empty).tolist())
 
+    def _flush(self, slot: int) -> None:
+        self.place.flush(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
+
     def _snapshot(self) -> tuple[np.ndarray, np.ndarray]:
         """All headers at about this moment, and which of them are held."""
+        self.refresh()
         rows = self._table.copy()
         slots = np.arange(len(rows))
         return rows, header.are_held(rows, slots, self._seed, self.spec.slot_bytes)
 
+    def refresh(self) -> None:
+        """See what other processes wrote."""
+        self.place.reload(HEAD_BYTES, self.spec.slots * SLOT.itemsize)
+
     def generations(self) -> np.ndarray:
-        """A number per slot that changes whenever its content does."""
+        """A number per slot that changes whenever its content does, as last seen."""
         held = (self._table["state"] == HELD).astype(np.uint64)
         found: np.ndarray = self._table["generation"] * np.uint64(2) + held
         return found
 
     def address(self, slot: int) -> int:
-        """Where the slot's payload is in memory."""
-        return self._memory.address + self.spec.payload_offset + slot * self.spec.stride
+        """Where the slot's payload is in memory; only of an arena that is in memory."""
+        return int(self.place.bytes.ctypes.data) + self.offset(slot)
+
+    def offset(self, slot: int) -> int:
+        """Where the slot's payload is in the arena."""
+        return self.spec.payload_offset + slot * self.spec.stride
 
     def payload(self, slot: int) -> np.ndarray:
-        """Bytes of the slot's payload, all of its pages; not to be kept."""
-        start = self.spec.payload_offset + slot * self.spec.stride
-        return self._memory.bytes[start : start + self.spec.stride]
+        """Bytes of the slot's payload in memory, all of its pages; not to be kept."""
+        start = self.offset(slot)
+        return self.place.bytes[start : start + self.spec.stride]
 
     def is_at(self, path: Path) -> bool:
         """Whether the file at ``path`` is still this arena, and has not been replaced."""
         try:
-            return path.stat().st_ino == self._memory.inode
+            return path.stat().st_ino == self.place.inode
         except OSError:
             return False
 
     def close(self) -> None:
         """Let go of memory and lock; a file keeps its content. Idempotent."""
         self._table = np.empty(0, SLOT)
-        self._memory.close()
+        self.place.close()
 
 
 def make(spec: Spec) -> Arena:
     """An arena in memory of our own, empty."""
-    return Arena(spec, mapped.anonymous(spec.nbytes), secrets.token_bytes(16))
+    return Arena(spec, places.anonymous(spec.nbytes), secrets.token_bytes(16))
 
 
-def attach(spec: Spec, path: Path) -> Arena:
+def attach(spec: Spec, path: Path, wrap: places.Wrap = places.mapped) -> Arena:
     """The arena in the file at ``path``, with its content, ourselves its writer.
 
     Made anew where there is none, or one that is not as ``spec`` says; a file that never was an
     arena is left alone. Raises StoreError.
     """
     for _ in range(ATTEMPTS):
-        found = mapped.open_to_write(path)
-        if found is not None:
-            memory, raw = found
+        place = places.open_to_write(path, wrap)
+        if place is not None:
+            raw = place.bytes[:HEAD_BYTES].tobytes()
             head = header.read_head(raw)
-            if not isinstance(head, str) and head[0] == spec and _is_whole(memory, spec):
-                return Arena(spec, memory, head[1])
-            if not ARENA_MAGIC.startswith(
-                raw[: len(ARENA_MAGIC)].rstrip(b"\0")
-            ):  # cut short, it is ours still
-                memory.close()
+            if not isinstance(head, str) and head[0] == spec and place.nbytes == spec.nbytes:
+                return Arena(spec, place, head[1])
+            start = raw[: len(ARENA_MAGIC)].rstrip(b"\0")  # cut short, it is ours still
+            if not ARENA_MAGIC.startswith(start):
+                place.close()
                 raise StoreError(Reason.FOREIGN, f"{path} is no arena of kvconnect; move it away")
             with contextlib.suppress(OSError):
                 path.unlink()
-            memory.close()
+            place.close()
         identity = secrets.token_bytes(16)
         try:
-            memory = mapped.create(path, spec.nbytes, header.arena_head(spec, identity))
+            place = places.create(path, spec, header.arena_head(spec, identity), wrap)
         except StoreError as e:
             if e.reason is Reason.TAKEN:  # another was faster: it is theirs, or left by now
                 continue
             raise
-        return Arena(spec, memory, identity)
+        return Arena(spec, place, identity)
     raise StoreError(Reason.TAKEN, f"{path} is used by another process")
 
 
-def look(path: Path, fingerprint: bytes) -> Arena:
+def look(path: Path, fingerprint: bytes, wrap: places.Wrap = places.mapped) -> Arena:
     """The arena in the file at ``path``, to read; its writer may be at work. Raises StoreError."""
-    memory, raw = mapped.open_to_read(path)
-    head = header.read_head(raw)
+    place = places.open_to_read(path, wrap)
+    head = header.read_head(place.bytes[:HEAD_BYTES].tobytes())
     if isinstance(head, str):
         problem = head
     elif head[0].fingerprint != fingerprint:
         problem = "is of another model, shard or format"
-    elif not _is_whole(memory, head[0]):
-        problem = f"is {memory.bytes.nbytes} bytes long, expected {head[0].nbytes}"
+    elif place.nbytes != head[0].nbytes:
+        problem = f"is {place.nbytes} bytes long, expected {head[0].nbytes}"
     else:
-        return Arena(head[0], memory, head[1])
-    memory.close()
+        return Arena(head[0], place, head[1])
+    place.close()
     raise StoreError(Reason.FOREIGN, f"{path} {problem}")
-
-
-def _is_whole(memory: mapped.Mapped, spec: Spec) -> bool:
-    return memory.bytes.nbytes == spec.nbytes
 
 
 def _entries(rows: np.ndarray, slots: np.ndarray) -> list[Entry]:

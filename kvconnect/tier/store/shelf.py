@@ -51,21 +51,28 @@ class Shelf:
         return list(self._held)
 
     def fill(self) -> int | None:
-        """A slot whose payload may be written from now on; None if there is none."""
+        """A slot whose payload may be written from now on; None if there is none.
+
+        Raises OSError, and nothing has changed, if its header cannot be written.
+        """
         if not self._free:
             return None
-        slot = self._free.pop()
+        slot = self._free[-1]
         self.arena.begin(slot)
+        self._free.pop()
         self._filling.add(slot)
         return slot
 
     def commit(
         self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
     ) -> Entry:
-        """The slot's payload is written: it holds ``key``, which nothing else does any more."""
+        """The slot's payload is written: it holds ``key``, which nothing else does any more.
+
+        Raises OSError, and the slot is still being filled, if its header cannot be written.
+        """
         self.drop(key)
-        self._filling.remove(slot)
         entry = self.arena.commit(slot, key, group, tokens, nbytes, digest)
+        self._filling.remove(slot)
         self._held[key] = entry
         return entry
 
