@@ -30,7 +30,7 @@ TYPES = {
     "fp8_e5m2": Type.E5M2,
 }
 
-Runs = Sequence[tuple[int, int]]
+Runs = tuple[tuple[int, int], ...]
 """(first token, count), of the prompt."""
 
 
@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
     """What one slot takes: a bundle, the runs, and where they go; see `segments`."""
 
     bundle: Bundle
-    runs: tuple[tuple[int, int], ...]
+    runs: Runs
     segments: np.ndarray
     nbytes: int
 
@@ -91,25 +91,34 @@ class Course:
 
     def chunks(self, blocks: Sequence[Sequence[tuple[int, int]]], tokens: int) -> Iterator[Chunk]:
         """Chunks that fill ``blocks`` (`order.Fetch`) with the first ``tokens`` tokens."""
+        packed: dict[tuple[Kind, int], list[tuple[Runs, np.ndarray]]] = {}
         for bundle in self.bundles:
-            _, group, block_tokens, whole = bundle.kind
-            table = np.full(max((p for p, _ in blocks[group]), default=-1) + 1, NO_BLOCK)
-            for place, block in blocks[group]:
-                table[place] = block
-            end = len(table) * block_tokens if whole else tokens
-            wanted = (
-                (place * block_tokens, min(block_tokens, end - place * block_tokens))
-                for place, _ in blocks[group]
-            )
             copies = self.copies[bundle.first : bundle.first + bundle.num_pieces]
-            for runs in _packed(wanted, bundle.tokens):
+            sizes: dict[int, int] = {}  # tokens → bytes: nearly all chunks have as many
+            known = packed.get((bundle.kind, bundle.tokens))
+            kept = packed.setdefault((bundle.kind, bundle.tokens), [])
+            for runs, found in known or self._runs(bundle, blocks[bundle.kind.dst_group], tokens):
+                if known is None:
+                    kept.append((runs, found))
                 total = sum(count for _, count in runs)
-                yield Chunk(
-                    bundle,
-                    runs,
-                    segments(runs, table, block_tokens),
-                    chunk_bytes(copies, total),
-                )
+                if total not in sizes:
+                    sizes[total] = chunk_bytes(copies, total)
+                yield Chunk(bundle, runs, found, sizes[total])
+
+    def _runs(
+        self, bundle: Bundle, blocks: Sequence[tuple[int, int]], tokens: int
+    ) -> Iterator[tuple[Runs, np.ndarray]]:
+        _, _, block_tokens, whole = bundle.kind
+        table = np.full(max((p for p, _ in blocks), default=-1) + 1, NO_BLOCK)
+        for place, block in blocks:
+            table[place] = block
+        end = len(table) * block_tokens if whole else tokens
+        wanted = (
+            (place * block_tokens, min(block_tokens, end - place * block_tokens))
+            for place, _ in blocks
+        )
+        for runs in _packed(wanted, bundle.tokens):
+            yield runs, segments(runs, table, block_tokens)
 
 
 def segments(runs: Runs, table: Sequence[int] | np.ndarray, block_tokens: int) -> np.ndarray:
@@ -257,7 +266,7 @@ def _most_tokens(copies: Sequence[Copy], slot_bytes: int) -> int:
     return low
 
 
-def _packed(runs: Iterator[tuple[int, int]], most: int) -> Iterator[tuple[tuple[int, int], ...]]:
+def _packed(runs: Iterator[tuple[int, int]], most: int) -> Iterator[Runs]:
     """``runs`` in lists of at most ``most`` tokens, cut where they must be, neighbours joined."""
     packed: list[tuple[int, int]] = []
     free = most

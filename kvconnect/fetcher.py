@@ -324,9 +324,9 @@ class Fetcher:
         for slot, call in list(self._late):
             if call.reply is not None:
                 slots.give(slot)
-            if call.reply is not None or call.error:  # without an answer: after the quarantine
-                self._late.remove((slot, call))
         slots.tick()
+        # answered, or quarantined for long enough: somebody else's by now
+        self._late = [(slot, call) for slot, call in self._late if slots.is_quarantined(slot)]
 
     def _close(self, fetch: _Fetch) -> None:
         """Tell every rank of the source that we are done with its blocks.

@@ -9,7 +9,6 @@ scattering here overlap, since several chunks are under way.
 * What was scattered counts only if the fetch as a whole ends well.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,9 +17,9 @@ import numpy as np
 from kvconnect import wire
 from kvconnect.course import Chunk, Course
 from kvconnect.dialler import Call, Dialler, Peer
-from kvconnect.errors import GeometryError
+from kvconnect.errors import GeometryError, TransportError
 from kvconnect.ops import Kernels, Launch, Prepared
-from kvconnect.slots import GRANULE_BYTES, Slots
+from kvconnect.slots import GRANULE_BYTES, QUARANTINE_S, Slots
 
 WINDOW = 8  # chunks that one pull has under way
 
@@ -100,17 +99,20 @@ class Pull:
     ) -> None:
         """Raises GeometryError."""
         self._staged = staged
-        self._chunks = deque(staged.course.chunks(blocks, tokens))
+        # made one by one while others are under way, of which the next is known
+        self._chunks = staged.course.chunks(blocks, tokens)
+        self._next = next(self._chunks, None)
         self._hello = hello
         self._deadline = deadline
         self._asked: list[_Asked] = []
-        self.nbytes = sum(chunk.nbytes for chunk in self._chunks)
-        self.chunks = len(self._chunks)
+        self.nbytes = 0
+        """Of the chunks that were asked for."""
+        self.chunks = 0
 
     @property
     def done(self) -> bool:
         """Whether every chunk is in our blocks."""
-        return not self._chunks and not self._asked
+        return self._next is None and not self._asked
 
     @property
     def touches_blocks(self) -> bool:
@@ -122,12 +124,13 @@ class Pull:
         ready, error = self._staged.ready(self._hello, self._deadline)
         if error or not ready:
             return error
-        for asked in list(self._asked):
-            if error := self._take(asked):
-                return error
-        slots = self._staged.slots
-        while self._chunks and len(self._asked) < WINDOW and (slot := slots.take()) is not None:
-            self._ask(self._chunks.popleft(), slot, generation, reader)
+        try:
+            for asked in list(self._asked):
+                if error := self._take(asked):
+                    return error
+            self._ask_more(generation, reader)
+        except (GeometryError, TransportError) as e:
+            return str(e)
         return ""
 
     def abandon(self) -> list[tuple[int, Call]]:
@@ -144,8 +147,18 @@ class Pull:
             else:
                 slots.give(asked.slot)
         self._asked.clear()
-        self._chunks.clear()
+        self._next = None
         return late
+
+    def _ask_more(self, generation: str, reader: int) -> None:
+        slots = self._staged.slots
+        while (chunk := self._next) is not None and len(self._asked) < WINDOW:
+            if (slot := slots.take()) is None:
+                return
+            self._ask(chunk, slot, generation, reader)
+            self.nbytes += chunk.nbytes
+            self.chunks += 1
+            self._next = next(self._chunks, None)
 
     def _ask(self, chunk: Chunk, slot: int, generation: str, reader: int) -> None:
         granule = self._staged.slots.granule(slot)
@@ -163,7 +176,8 @@ class Pull:
                 nbytes=chunk.nbytes,
             ),
             (wire.Filled, wire.Refused),
-            self._deadline,
+            # beyond the fetch's own end: a late answer ends its slot's quarantine
+            self._deadline + QUARANTINE_S,
         )
         self._asked.append(_Asked(chunk, slot, call))
 
@@ -182,15 +196,12 @@ class Pull:
                     f"{asked.chunk.nbytes}"
                 )
             asked.sums = reply.sums
-            try:
-                asked.launch = self._staged.prepared(asked.chunk).scatter(
-                    asked.chunk.segments,
-                    self._staged.slots.address(asked.slot),
-                    self._staged.slots.slot_bytes,
-                    len(asked.chunk.runs),
-                )
-            except GeometryError as e:
-                return str(e)
+            asked.launch = self._staged.prepared(asked.chunk).scatter(
+                asked.chunk.segments,
+                self._staged.slots.address(asked.slot),
+                self._staged.slots.slot_bytes,
+                len(asked.chunk.runs),
+            )
         if not asked.launch.done():
             return ""
         wanted = np.frombuffer(asked.sums, dtype="<u8")

@@ -81,6 +81,10 @@ class Slots:
         """A taken slot whose user gave up while a remote may still write to it."""
         self._quarantined[slot] = self._clock() + QUARANTINE_S
 
+    def is_quarantined(self, slot: int) -> bool:
+        """Whether nobody may use it yet."""
+        return slot in self._quarantined
+
     def tick(self) -> None:
         """Free what was in quarantine for long enough."""
         now = self._clock()

@@ -10,7 +10,6 @@ Refused. Only who opened a lease gets its chunks, and only as long as it stands.
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,12 +34,23 @@ REMEMBERED = 4096
 
 
 @dataclass
+class _Bundle:
+    """Pieces that cross together, checked once."""
+
+    copies: list[Copy]
+    group: int
+    whole: bool
+    prepared: Prepared
+    sized: tuple[int, int] = (0, 0)  # tokens of the last chunk, and its bytes
+
+
+@dataclass
 class _Reader:
     name: str
     arena: wire.Granules
     table: RowTable
     held: list[Held]
-    prepared: dict[tuple[int, int], Prepared] = field(default_factory=dict)
+    bundles: dict[tuple[int, int], _Bundle] = field(default_factory=dict)
 
 
 @dataclass
@@ -118,9 +128,17 @@ class Supplier:
                 self._refuse(filling.link, want, "write", f"the write to you: {done.error}")
             return
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next `tick` will gather a chunk."""
+        return bool(self._waiting and self._slots.free)
+
     def tick(self) -> None:
-        """Gather for who waits, as slots are free; write what is gathered."""
-        while self._waiting and self._slots.free:
+        """Gather a chunk for who waits, if a slot is free; write what is gathered.
+
+        One chunk a tick: gathered all at once, the first would wait here for the last.
+        """
+        if self.ready:
             link, want = self._waiting.popleft()
             try:
                 self._gather(link, want)
@@ -162,25 +180,21 @@ class Supplier:
         if reader is None:
             raise GeometryError("no Stage came before this Want")
         self._readers.move_to_end(link)
-        held = self._chosen(reader, want)
-        copies = [h.copy for h in held]
+        bundle = self._bundle(reader, want)
         terms = self._lender.opened(want.generation, (link, want.reader))
         if terms is None:
             self._refuse(link, want, "gone", "no such lease that you opened, or it is over")
             return
         if want.group >= len(terms.tables):
             raise GeometryError(f"group {want.group}, of {len(terms.tables)}")
-        table, block_tokens = terms.tables[want.group], copies[0].block_tokens
-        leased = len(table) * block_tokens if held[0].whole else terms.tokens
-        _check(want, copies, leased, reader.arena)
+        table, block_tokens = terms.tables[want.group], bundle.copies[0].block_tokens
+        leased = len(table) * block_tokens if bundle.whole else terms.tokens
+        _check(want, bundle, leased, reader.arena)
         found = segments(want.runs, table, block_tokens)
-        key = want.first, want.count
-        if key not in reader.prepared:
-            reader.prepared[key] = self._kernels.prepare(copies)
         slot = self._slots.take()
         assert slot is not None
         try:
-            launch = reader.prepared[key].gather(
+            launch = bundle.prepared.gather(
                 found, self._slots.address(slot), self._slots.slot_bytes, len(want.runs)
             )
         except GeometryError:
@@ -188,16 +202,26 @@ class Supplier:
             raise
         self._filling.append(_Filling(link, want, slot, launch))
 
-    def _chosen(self, reader: _Reader, want: wire.Want) -> Sequence[Held]:
-        end = want.first + want.count
-        if end > len(reader.held):
-            raise GeometryError(f"pieces up to {end} are wanted, {len(reader.held)} are staged")
-        chosen = reader.held[want.first : end]
-        if any(held.group != want.group for held in chosen):
-            raise GeometryError(f"pieces {want.first}..{end} are not all of group {want.group}")
-        if len({(held.whole, held.copy.block_tokens) for held in chosen}) > 1:
-            raise GeometryError(f"pieces {want.first}..{end} are not of blocks of one size")
-        return chosen
+    def _bundle(self, reader: _Reader, want: wire.Want) -> _Bundle:
+        key = first, count = want.first, want.count
+        if key not in reader.bundles:
+            end = first + count
+            if end > len(reader.held):
+                raise GeometryError(f"pieces up to {end} are wanted, {len(reader.held)} are staged")
+            chosen = reader.held[first:end]
+            kinds = {(held.group, held.whole, held.copy.block_tokens) for held in chosen}
+            if len(kinds) > 1:
+                raise GeometryError(
+                    f"pieces {first}..{end} are not all of one group and block size"
+                )
+            if len(reader.bundles) >= wire.MAX_PIECES:  # no honest reader has as many
+                reader.bundles.clear()
+            copies = [held.copy for held in chosen]
+            made = _Bundle(copies, chosen[0].group, chosen[0].whole, self._kernels.prepare(copies))
+            reader.bundles[key] = made
+        if reader.bundles[key].group != want.group:
+            raise GeometryError(f"pieces {first}..{first + count} are not of group {want.group}")
+        return reader.bundles[key]
 
     def _write(self, filling: _Filling) -> None:
         link, want = filling.link, filling.want
@@ -231,16 +255,17 @@ class Supplier:
         )
 
 
-def _check(
-    want: wire.Want, copies: Sequence[Copy], leased_tokens: int, arena: wire.Granules
-) -> None:
+def _check(want: wire.Want, bundle: _Bundle, leased_tokens: int, arena: wire.Granules) -> None:
     """Raise GeometryError for a chunk that is not what was leased, or does not fit its room."""
     runs = np.array(want.runs, dtype=np.int64)
     if (runs[:, 1] < 1).any() or runs.sum(axis=1).max() > leased_tokens:
         raise GeometryError(
             f"runs up to token {runs.sum(axis=1).max()} are wanted, {leased_tokens} are leased"
         )
-    nbytes = chunk_bytes(copies, int(runs[:, 1].sum()))
+    tokens = int(runs[:, 1].sum())
+    if bundle.sized[0] != tokens:
+        bundle.sized = tokens, chunk_bytes(bundle.copies, tokens)
+    nbytes = bundle.sized[1]
     if nbytes != want.nbytes:
         raise GeometryError(f"a chunk of {want.nbytes} bytes is wanted, its runs have {nbytes}")
     end = want.granule + -(-nbytes // GRANULE_BYTES)

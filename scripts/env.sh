@@ -27,6 +27,7 @@ export DO_NOT_TRACK="${DO_NOT_TRACK:-1}"
 export KVCONNECT_MODEL="${KVCONNECT_MODEL:-$_kvconnect_root/.cache/models/smollm2}"
 export KVCONNECT_TP_MODEL="${KVCONNECT_TP_MODEL:-$_kvconnect_root/.cache/models/tiny-tp}"
 export KVCONNECT_HMA_MODEL="${KVCONNECT_HMA_MODEL:-$_kvconnect_root/.cache/models/tiny-hybrid}"
+export KVCONNECT_STATE_MODEL="${KVCONNECT_STATE_MODEL:-$_kvconnect_root/.cache/models/tiny-state}"
 export KVCONNECT_VLLM_SRC="${KVCONNECT_VLLM_SRC:-$_kvconnect_root/.cache/vllm-src}" # holds tests/
 
 unset _kvconnect_root

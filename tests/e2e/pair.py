@@ -23,6 +23,8 @@ PREFILL = {
     "remote_host": None,
     "remote_port": None,
 }
+SPOIL_FILE = "KVCONNECT_TEST_SPOIL_FILE"
+"""Variable that names a file: what it holds, the prefill engine's `spoiling` does to chunks."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Setup:
     policy: str = "fail"
     names: Mapping[str, str] = field(default_factory=dict)
     """Overrides of kv_connector and kv_connector_module_path."""
+    prefill_names: Mapping[str, str] = field(default_factory=dict)
+    """The same, of the prefill engine alone."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """More of the environment of both engines."""
 
 
 class Client:
@@ -100,11 +106,14 @@ class Pair:
         """Another engine of a role; not waited for."""
         setup = self.setup
         config = transfer_config("nixl", role) | dict(setup.names)
+        if role == "prefill":
+            config |= setup.prefill_names
         config |= {"kv_connector_extra_config": dict(setup.extra)}
         config["kv_load_failure_policy"] = setup.policy
         options = [*setup.both, *(setup.prefill if role == "prefill" else setup.decode)]
         name = f"{role} {len(self.fleet.servers)}"
-        return self.fleet.start(name, Engine(setup.model, config, options).command, engine_env())
+        command = Engine(setup.model, config, options).command
+        return self.fleet.start(name, command, engine_env(**setup.env))
 
     def prefilled(self, prompt: Any, **options: Any) -> dict[str, Any]:
         """Params that hand the prompt over."""
@@ -117,6 +126,10 @@ class Pair:
         """Prefill here, decode there."""
         params = self.prefilled(prompt)
         return self.decode.tokens(prompt, max_tokens, kv_transfer_params=params)
+
+    def spoil(self, kind: str) -> None:
+        """Have chunks spoiled on their way from prefill; "" ends it."""
+        Path(self.setup.env[SPOIL_FILE]).write_text(kind)
 
     def computed_at_decode(self) -> float:
         """Prompt tokens that the decode engine computed itself, since it was started.

@@ -200,3 +200,25 @@ def test_a_killed_prefill_engine_costs_its_requests_nothing_but_time(pair: Pair)
     fresh = words(500, seed=23)
     assert pair.tokens(fresh) == pair.prefill.tokens(fresh)
     assert pair.computed_at_decode() == before
+
+
+SPOILED = ["flipped", "swapped", "out of range", "truncated", "late"]
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_chunk_is_noticed_and_its_request_recomputed(large_blocks_pair: Pair, kind: str):
+    pair, failed = large_blocks_pair, "vllm:nixl_num_failed_transfers_total"
+    prompt, after = (words(n, seed=100 * SPOILED.index(kind) + n) for n in (700, 701))
+    right = pair.prefill.tokens(prompt), pair.prefill.tokens(after)
+    computed, failures = pair.computed_at_decode(), pair.decode.metric(failed)
+    pair.spoil(kind)
+    try:
+        params = pair.prefilled(prompt)
+        assert pair.decode.tokens(prompt, 12, kv_transfer_params=params) == right[0]
+        assert pair.decode.metric(failed) == failures + 1
+        assert pair.computed_at_decode() - computed >= 600
+    finally:
+        pair.spoil("")
+    computed = pair.computed_at_decode()
+    assert pair.tokens(after) == right[1]
+    assert pair.computed_at_decode() == computed, "the next one is transferred as ever"

@@ -197,6 +197,38 @@ def test_an_answer_ends_the_quarantine(staged):
     assert slots.free == 4
 
 
+def test_an_answer_after_the_fetch_has_timed_out_ends_the_quarantine_too(staged):
+    """Else one slow chunk would keep its slot from all others for a minute."""
+    world, p, d = staged
+    until_filled(world, p, d)
+    slots = d.movers[0]._fetcher._remotes.means.slots
+    world.clock.advance(13.0)  # load_timeout_s is 12
+    d.step()
+    d.step()
+    assert "not loaded within 12 s" in d.ended["d"][0]
+    assert slots.free < 4
+    world.network.held = False
+    world.network.flush()
+    world.go_on(3)
+    assert slots.free == 4
+
+
+def test_an_answer_after_the_quarantine_frees_nobody_elses_slot(staged):
+    world, p, d = staged
+    until_filled(world, p, d)
+    slots = d.movers[0]._fetcher._remotes.means.slots
+    d.put(Cancel("d"))
+    d.step()
+    world.clock.advance(QUARANTINE_S)
+    d.step()
+    assert slots.free == 4
+    taken = [slots.take() for _ in range(4)]
+    world.network.held = False
+    world.network.flush()
+    world.go_on(3)
+    assert None not in taken and slots.free == 0
+
+
 def test_a_lease_that_ended_is_not_gathered():
     world = World()
     p, d = make(world, mode="staged"), make(world, mode="staged")

@@ -12,7 +12,8 @@ from vllm.v1 import kv_cache_interface as kvi
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvconnect.blocks import DENSE, UNTILED, Heads, Part, Tile, check_views, part_extent
-from kvconnect.errors import ConfigError
+from kvconnect.errors import ConfigError, GeometryError
+from kvconnect.plan import assign
 from kvconnect.vllm import probe
 from kvconnect.vllm.layout import Place, describe
 
@@ -227,9 +228,68 @@ def test_packed_tokens_between_which_other_heads_lie_are_all_moved():
         assert torch.equal(held(part, cache)[..., 0], in_blocks(cache).view(torch.uint8))
 
 
-def test_state_that_is_no_attention_is_refused():
-    spec = kvi.MambaSpec(block_size=16, shapes=((4,),), dtypes=(torch.float32,))
-    with pytest.raises(ConfigError, match="MambaSpec state, which KVConnectNixl cannot"):
+# -- recurrent state --------------------------------------------------------------------------
+
+
+def state(mode="none", conv=(3, 1024), page=None, **options):
+    """Spec and caches."""
+    shapes, dtypes = (conv, (16, 32)), (torch.float16, torch.float32)
+    spec = kvi.MambaSpec(
+        block_size=2048,
+        shapes=shapes,
+        dtypes=dtypes,
+        page_size_padded=page,
+        mamba_cache_mode=mode,
+        **options,
+    )
+    return spec, caches(spec)
+
+
+def of_state(place=ALONE, **options):
+    spec, tensors = state(**options)
+    return views_of(tensors, spec, place=place)
+
+
+@pytest.mark.parametrize("page", [None, 12_288, 3 << 20, (3 << 20) + 192])
+def test_recurrent_state_moves_whole(page):
+    spec, tensors = state(page=page)
+    for view in views_of(tensors, spec):
+        (part,) = view.parts
+        assert view.layout == "state float16[3, 1024], float32[16, 32]"
+        assert view.heads == Heads(0, 1, 1)
+        assert part.shape[2] <= 1 << 16, "a row has to fit a staging slot"
+        cells = held(part, tensors[view.layer]).reshape(BLOCKS, -1)
+        assert torch.equal(cells, tensors[view.layer].reshape(BLOCKS, -1).view(torch.uint8))
+
+
+def test_recurrent_state_is_cut_by_tp_unless_replicated():
+    (view, _) = of_state(place=Place(1, 2))
+    assert view.heads == Heads(1, 1, 2)
+    (view, _) = of_state(tp_replicated=True, place=Place(1, 2))
+    assert view.heads == Heads(0, 1, 1)
+
+
+def test_another_shape_of_the_state_is_refused():
+    (ours, *_), (theirs, *_) = of_state(), of_state(conv=(1024, 3))
+    assert assign([ours], [[ours]], 0)
+    with pytest.raises(GeometryError, match=r"layout state float16\[1024, 3\].*we have state"):
+        assign([ours], [[theirs]], 0)
+
+
+def test_state_of_several_blocks_a_request_is_refused():
+    with pytest.raises(ConfigError, match=r"mode 'align'.*set --no-enable-prefix-caching"):
+        of_state(mode="align")
+
+
+def test_state_of_another_shape_is_refused():
+    spec, tensors = state()
+    with pytest.raises(ConfigError, match=r"state of shape \[3, 8192\], expected \[B, 1, 1"):
+        views_of({name: cache[:, 0, 0] for name, cache in tensors.items()}, spec)
+
+
+def test_content_that_is_neither_attention_nor_state_is_refused():
+    spec = kvi.KVCacheSpec(block_size=16)
+    with pytest.raises(ConfigError, match="KVCacheSpec state, which KVConnectNixl cannot"):
         views_of(caches(FULL), spec)
 
 
