@@ -117,7 +117,7 @@ class Pull:
     @property
     def touches_blocks(self) -> bool:
         """Whether a scatter is under way, which nothing can stop."""
-        return any(a.launch is not None and not a.launch.done() for a in self._asked)
+        return any(asked.launch is not None and _runs(asked.launch) for asked in self._asked)
 
     def advance(self, generation: str, reader: int) -> str:
         """Go on as far as it goes; returns why it failed, or nothing."""
@@ -210,3 +210,11 @@ class Pull:
         self._asked.remove(asked)
         self._staged.slots.give(asked.slot)
         return ""
+
+
+def _runs(launch: Launch) -> bool:
+    """Whether it may still write; on a device that failed nothing does."""
+    try:
+        return not launch.done()
+    except TransportError:
+        return False

@@ -84,8 +84,9 @@ class Supplier:
         self._names = 0
         self._waiting: deque[tuple[Link, wire.Want]] = deque()
         self._filling: list[_Filling] = []
-        # (link, seq) → its answer; None while it is carried out
-        self._answers: OrderedDict[tuple[Link, int], wire.Message | None] = OrderedDict()
+        # (link, seq): carried out now, and answered
+        self._under_way: set[tuple[Link, int]] = set()
+        self._answers: OrderedDict[tuple[Link, int], wire.Message] = OrderedDict()
 
     @property
     def busy(self) -> bool:
@@ -98,13 +99,12 @@ class Supplier:
         if not isinstance(message, wire.Stage | wire.Want):
             return
         key = link, message.seq
-        if key in self._answers:
-            if (answer := self._answers[key]) is not None:
-                self._listener.answer(link, answer)
+        if key in self._under_way:
             return
-        self._answers[key] = None
-        if len(self._answers) > REMEMBERED:
-            self._answers.popitem(last=False)
+        if (answer := self._answers.get(key)) is not None:
+            self._listener.answer(link, answer)
+            return
+        self._under_way.add(key)
         if isinstance(message, wire.Stage):
             self._stage(link, message)
         elif len(self._waiting) >= MAX_WAITING:
@@ -145,8 +145,11 @@ class Supplier:
             except (GeometryError, TransportError) as e:
                 self._refuse(link, want, "unusable", str(e))
         for filling in list(self._filling):
-            if filling.ticket is None and filling.launch.done():
-                self._write(filling)
+            try:
+                if filling.ticket is None and filling.launch.done():
+                    self._write(filling)
+            except TransportError as e:
+                self._drop(filling, "device", str(e))
 
     # -- one reader -----------------------------------------------------------------------
 
@@ -229,9 +232,7 @@ class Supplier:
         # the blocks were leased all the while they were read, or their content means nothing
         stood = self._lender.opened(want.generation, (link, want.reader)) is not None
         if reader is None or not stood:
-            self._filling.remove(filling)
-            self._slots.give(filling.slot)
-            self._refuse(link, want, "gone", "the lease was over before the chunk was gathered")
+            self._drop(filling, "gone", "the lease was over before the chunk was gathered")
             return
         filling.ticket = self._transport.submit(
             Work(
@@ -245,8 +246,16 @@ class Supplier:
             )
         )
 
+    def _drop(self, filling: _Filling, cause: str, detail: str) -> None:
+        self._filling.remove(filling)
+        self._slots.give(filling.slot)
+        self._refuse(filling.link, filling.want, cause, detail)
+
     def _answer(self, link: Link, seq: int, answer: wire.Message) -> None:
+        self._under_way.discard((link, seq))
         self._answers[link, seq] = answer
+        if len(self._answers) > REMEMBERED:
+            self._answers.popitem(last=False)
         self._listener.answer(link, answer)
 
     def _refuse(self, link: Link, message: wire.Stage | wire.Want, cause: str, detail: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from kvconnect.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover, Settings
-from kvconnect.ops import load
+from kvconnect.ops import Kernels, load
 from kvconnect.order import Directory, Grant, Order, Outcome, Shard, Source
 from kvconnect.remote import Mode
 from kvconnect.slots import GRANULE_BYTES, Staging
@@ -67,9 +67,14 @@ class Engine:
         mode: Mode = "auto",
         staging: tuple[int, int] | None = None,
         allow_lossy: bool = False,
+        kernels: Kernels | None = None,
     ) -> None:
-        """``staging``: slots, and granules in each; None for an engine that cannot stage."""
+        """``staging``: slots, and granules in each; None for an engine that cannot stage.
+
+        ``kernels`` other than this machine's, as those that take their time.
+        """
         self.world = world
+        self.kernels = kernels or load("cpu")
         self.staging = staging
         self.caches: list[Cache] = engine(model, num_blocks, layout, tp_size, pp_size)
         self.addresses: list[Address] = []
@@ -113,7 +118,7 @@ class Engine:
                 channel,
                 self.world.clock,
                 staging=staging,
-                kernels=load("cpu") if staging else None,
+                kernels=self.kernels if staging else None,
             )
             self.movers.append(mover)
             self.transports.append(transport)

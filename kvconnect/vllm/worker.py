@@ -24,6 +24,8 @@ from kvconnect.vllm.layout import Place, describe
 
 logger = logging.getLogger("vllm.kvconnect")
 
+STAGING_CTAS = 8  # of a launch: more than a NIC takes, and most of the GPU stays with the model
+
 
 @dataclass
 class RankMetadata(KVConnectorHandshakeMetadata):
@@ -118,18 +120,24 @@ class Worker:
     def _staging(self, memory: Shard) -> tuple[Staging | None, Any, Kernels | None]:
         """Staging memory, its owner, and the kernels for the caches' device; none if not staged."""
         mode = self._config.transfer_mode
+        device = self._device
+        assert device is not None
         if mode == "direct":
             return None, None, None
-        if any(region.kind != "DRAM" for region in memory.regions):
+        try:
+            kernels = _kernels(device)
+        except ConfigError as e:
             if mode == "staged":
                 raise ConfigError(
-                    "transfer_mode is staged, but staging is not yet available for KV caches in "
-                    'device memory; set "transfer_mode": "direct"'
-                )
+                    f'transfer_mode is staged, but {e}; or set "transfer_mode": "direct"'
+                ) from e
+            logger.warning("kvconnect: only equal geometries can be transferred: %s", e)
             return None, None, None
         slot_bytes = staging_slot_bytes(self._config.staging_bytes)
-        arena = torch.empty(self._config.staging_bytes, dtype=torch.uint8)
-        return Staging(Region(arena.data_ptr(), arena.nbytes), slot_bytes), arena, load("cpu")
+        arena = torch.empty(self._config.staging_bytes, dtype=torch.uint8, device=device)
+        region = memory.regions[0]
+        staging = Region(arena.data_ptr(), arena.nbytes, region.kind, region.device)
+        return Staging(staging, slot_bytes), arena, kernels
 
     def handshake_metadata(self) -> RankMetadata | None:
         """Where this rank is; None before `register`."""
@@ -176,6 +184,15 @@ class Worker:
         event.record(torch.cuda.current_stream(self._device))
         computed: Fence = event.query
         return computed
+
+
+def _kernels(device: torch.device) -> Kernels:
+    """For caches on ``device``; raises ConfigError where there are none."""
+    if device.type == "cuda":
+        return load("cuda", index=device.index or 0, max_ctas=STAGING_CTAS)
+    if device.type == "cpu":
+        return load("cpu")
+    raise ConfigError(f"there are no gather kernels for {device.type} devices")
 
 
 def side_channel(vllm_config: Any, rank: Rank) -> tuple[str, int]:

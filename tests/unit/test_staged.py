@@ -8,10 +8,12 @@ import pytest
 
 from kvconnect import wire
 from kvconnect.lease import Terms
+from kvconnect.ops import load
 from kvconnect.order import Cancel, Fetch, Grant
 from kvconnect.slots import GRANULE_BYTES, QUARANTINE_S
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.geometry import Model
+from kvconnect.testing.late import LateKernels
 
 MODEL = Model(layers=3, heads=4, block_tokens=4, content=8, itemsize=2)
 STAGING = (8, 1)
@@ -108,6 +110,36 @@ def test_where_nobody_stages_the_difference_is_named():
     (reason,) = d.ended["d"]
     assert "blocks of 4 and 8 tokens" in reason
     assert "does not stage" in reason
+
+
+@pytest.mark.parametrize("late", ["", "p", "d", "pd"])
+def test_kernels_of_a_device_move_bytes_when_they_come_to_it(late):
+    world, kernels = World(), {}
+    for side in late:
+        kernels[side] = LateKernels(load("cpu"))
+        kernels[side].asked = 4
+    p = make(world, mode="staged", staging=(4, 1), kernels=kernels.get("p"))
+    d = make(world, mode="staged", staging=(4, 1), kernels=kernels.get("d"))
+    terms = lend(p, "r", (7, 8, 9), 9, seed=6)
+    fetch(p, d, terms, (4, 5, 1))
+    world.go_on(60)
+    assert d.ended == {"d": [None]}
+    assert holds(d, (4, 5, 1), 6, 9)
+
+
+@pytest.mark.parametrize("side", ["p", "d"])
+def test_a_device_that_fails_fails_the_fetch_and_nothing_else(side):
+    world = World()
+    broken = LateKernels(load("cpu"))
+    broken.fails = True
+    p = make(world, mode="staged", kernels=broken if side == "p" else None)
+    d = make(world, mode="staged", kernels=broken if side == "d" else None)
+    terms = lend(p, "r", (7, 8, 9), 9, seed=6)
+    fetch(p, d, terms, (4, 5, 1))
+    world.go_on(60)
+    assert "the device failed" in d.ended["d"][0]
+    slots = [p.movers[0]._supplier._slots, d.movers[0]._fetcher._remotes.means.slots]
+    assert [s.free for s in slots] == [4, 4]
 
 
 @pytest.fixture

@@ -1,0 +1,94 @@
+"""Kernels that take their time: bytes move when a launch has been asked often enough.
+
+A decorator over real kernels, as a device that works on its own: until a launch says that it is
+done, it may read and write at any moment. Whoever reuses its memory earlier gets caught.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kvconnect.errors import TransportError
+from kvconnect.ops import Copy, Kernels, Launch, Prepared
+
+
+class LateLaunch:
+    """Moves its bytes at the ``asked``-th call of `done`; ``fails`` instead if told so."""
+
+    def __init__(self, move: Callable[[], Launch], asked: int, fails: bool) -> None:
+        self._move = move
+        self._left = asked
+        self._fails = fails
+        self._launch: Launch | None = None
+
+    def done(self) -> bool:
+        self._left -= 1
+        if self._left > 0:
+            return False
+        if self._fails:
+            raise TransportError("planned fault: the device failed")
+        if self._launch is None:
+            self._launch = self._move()
+        return self._launch.done()
+
+    @property
+    def sums(self) -> np.ndarray:
+        assert self._launch is not None, "sums are valid once done"
+        return self._launch.sums
+
+
+class LatePrepared:
+    """See `kvconnect.ops.Prepared`."""
+
+    def __init__(self, kernels: "LateKernels", prepared: Prepared) -> None:
+        self._kernels = kernels
+        self._prepared = prepared
+
+    def gather(
+        self,
+        segments: np.ndarray,
+        wire: int,
+        wire_bytes: int,
+        units: int,
+        *,
+        checksum: bool = True,
+        after: int | None = None,
+    ) -> LateLaunch:
+        return self._later(
+            lambda: self._prepared.gather(
+                segments, wire, wire_bytes, units, checksum=checksum, after=after
+            )
+        )
+
+    def scatter(
+        self,
+        segments: np.ndarray,
+        wire: int,
+        wire_bytes: int,
+        units: int,
+        *,
+        checksum: bool = True,
+        after: int | None = None,
+    ) -> LateLaunch:
+        return self._later(
+            lambda: self._prepared.scatter(
+                segments, wire, wire_bytes, units, checksum=checksum, after=after
+            )
+        )
+
+    def _later(self, move: Callable[[], Launch]) -> LateLaunch:
+        return LateLaunch(move, self._kernels.asked, self._kernels.fails)
+
+
+class LateKernels:
+    """``asked`` and ``fails``: of launches from now on."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.name = f"late {kernels.name}"
+        self.asked = 1
+        self.fails = False
+        self._kernels = kernels
+
+    def prepare(self, copies: Sequence[Copy]) -> LatePrepared:
+        """Check ``copies`` and make them ready."""
+        return LatePrepared(self, self._kernels.prepare(copies))
