@@ -1,13 +1,15 @@
 // libkvc_cuda: gather and scatter as one kernel per path on a stream of its own, and batched
 // memcpy. Loads without a driver: kvc_cuda_device_count says what there is.
 //
-// A context has one stream (greatest priority, never the default one) and slots, each a pinned
-// buffer, its twin in device memory and an event. A launch takes a slot: tables and zeroed sums go
-// up in one copy, kernels run, sums come back, the event is recorded. The slot is free again once
-// the launch was released and its event has passed.
+// A context has one stream (the caller's, or its own of the greatest priority) and slots, each a
+// pinned buffer, its twin in device memory and an event. A launch takes a slot: tables and zeroed
+// sums go up in one copy, kernels run, sums come back, the event is recorded. The slot is free again
+// once the launch was released and its event has passed. Every call leaves the thread's current
+// device as it was.
 #include <cuda_runtime.h>
 #include <string.h>
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -22,6 +24,16 @@ using kvc::Part;
 
 constexpr uint32_t THREADS = 512;
 
+// Adds all lanes' sums. On a CPU (tests) lanes run one after the other.
+__device__ inline void add_sum(unsigned long long* to, uint64_t sum, [[maybe_unused]] uint32_t lane) {
+#ifdef __CUDA_ARCH__
+  for (int step = LANES / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (lane == 0) atomicAdd(to, (unsigned long long)sum);
+#else
+  *to += sum;
+#endif
+}
+
 template <Path PATH, bool GATHER>
 __global__ void __launch_bounds__(THREADS)
     kvc_kernel(const GridPart* __restrict__ parts, const Piece* __restrict__ pieces,
@@ -31,15 +43,21 @@ __global__ void __launch_bounds__(THREADS)
   Cursor cursor = {parts, pieces};
   for (uint32_t i = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES; i < items; i += warps) {
     const Item item = cursor.decode(i);
-    uint64_t sum = work<PATH, GATHER>(parts[cursor.part], item, lane, sums != nullptr);
-    if (sums) {
-      for (int step = LANES / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (lane == 0) atomicAdd(sums + item.unit, (unsigned long long)sum);
-    }
+    const uint64_t sum = work<PATH, GATHER>(parts[cursor.part], item, lane, sums != nullptr);
+    if (sums) add_sum(sums + item.unit, sum, lane);
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    kvc_runs_kernel(const Run* __restrict__ pieces, uint32_t items) {
+  const uint32_t warps = gridDim.x * (THREADS / LANES);
+  for (uint32_t i = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES; i < items; i += warps)
+    copy_run<T>(pieces[i], threadIdx.x % LANES);
+}
+
 using Kernel = void (*)(const GridPart*, const Piece*, uint32_t, unsigned long long*);
+using RunsKernel = void (*)(const Run*, uint32_t);
 
 template <bool GATHER>
 Kernel kernel_of(Path path) {
@@ -53,6 +71,15 @@ Kernel kernel_of(Path path) {
     case Path::CONVERT_4_1: return kvc_kernel<Path::CONVERT_4_1, GATHER>;
     case Path::CONVERT_4_2: return kvc_kernel<Path::CONVERT_4_2, GATHER>;
     default: return kvc_kernel<Path::CELLS, GATHER>;
+  }
+}
+
+RunsKernel runs_kernel_of(uint32_t width) {
+  switch (width) {
+    case 16: return kvc_runs_kernel<Words16>;
+    case 8: return kvc_runs_kernel<uint64_t>;
+    case 4: return kvc_runs_kernel<uint32_t>;
+    default: return kvc_runs_kernel<uint8_t>;
   }
 }
 
@@ -75,26 +102,59 @@ struct Slot {
   cudaEvent_t end = nullptr;
   bool taken = false;
 
+  void drop() {
+    cudaFreeHost(host), cudaFree(device);
+    host = device = nullptr, bytes = 0;
+  }
+
   bool reserve(size_t needed) {
     if (needed <= bytes) return true;
     needed = (needed + needed / 2 + 4095) / 4096 * 4096;
-    cudaFreeHost(host), cudaFree(device);
-    host = device = nullptr, bytes = 0;
-    if (cudaMallocHost(&host, needed) != cudaSuccess) return false;
-    if (cudaMalloc(&device, needed) != cudaSuccess) return false;
+    drop();
+    if (cudaMallocHost((void**)&host, needed) != cudaSuccess) return false;
+    if (cudaMalloc((void**)&device, needed) != cudaSuccess) return false;
     bytes = needed;
     return true;
   }
 };
 
+// Makes a device the thread's current one until it goes out of scope.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    ok_ = cudaGetDevice(&before_) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() {
+    if (ok_) cudaSetDevice(before_);
+  }
+  bool ok() const { return ok_; }
+
+ private:
+  int before_ = 0;
+  bool ok_ = false;
+};
+
 struct Context {
   int device = 0, max_ctas = 0, multiprocessors = 0;
+  bool own_stream = true;
   cudaStream_t stream = nullptr;
   cudaEvent_t after = nullptr;
   BatchV1 batch_v1 = nullptr;
   BatchV2 batch_v2 = nullptr;
   std::mutex mutex;
   std::vector<std::unique_ptr<Slot>> slots;
+  std::map<const void*, uint32_t> ctas;  // of a kernel that fills the device
+
+  ~Context() {
+    for (auto& slot : slots) {
+      slot->drop();
+      if (slot->end) cudaEventDestroy(slot->end);
+    }
+    if (after) cudaEventDestroy(after);
+    if (stream && own_stream) cudaStreamDestroy(stream);
+  }
 
   Slot* take() {
     for (auto& slot : slots)
@@ -111,10 +171,31 @@ struct Context {
     return cudaEventRecord(after, (cudaStream_t)*stream_handle) == cudaSuccess &&
            cudaStreamWaitEvent(stream, after, 0) == cudaSuccess;
   }
+
+  // As many CTAs as fit, as are allowed, and as have work.
+  template <class... A, class... B>
+  bool launch(void (*kernel)(A...), uint32_t items, B... arguments) {
+    uint32_t& most = ctas[(const void*)kernel];
+    if (most == 0) {
+      int fit = 0;
+      if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, THREADS, 0) != cudaSuccess)
+        return false;
+      most = multiprocessors * (fit > 0 ? fit : 1);
+      if (max_ctas > 0 && uint32_t(max_ctas) < most) most = max_ctas;
+    }
+    const uint32_t useful = (items + THREADS / LANES - 1) / (THREADS / LANES);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(most < useful ? most : useful);
+    config.blockDim = dim3(THREADS);
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, A(arguments)...) == cudaSuccess;
+  }
 };
 
 void find_batch(Context* context) {
 #if CUDART_VERSION >= 12050
+  // the driver refuses the default streams
+  if ((uint64_t)context->stream <= 2) return;
   cudaDriverEntryPointQueryResult found;
   void* entry = nullptr;
   const char* name = "cuMemcpyBatchAsync";
@@ -131,31 +212,22 @@ void find_batch(Context* context) {
 #endif
 }
 
-int open_context(Context* context) {
+int open_context(Context* context, const uint64_t* stream) {
   int least, greatest;
-  if (cudaSetDevice(context->device) != cudaSuccess) return KVC_NO_DEVICE;
-  if (cudaDeviceGetStreamPriorityRange(&least, &greatest) != cudaSuccess ||
-      cudaStreamCreateWithPriority(&context->stream, cudaStreamNonBlocking, greatest) !=
-          cudaSuccess ||
-      cudaEventCreateWithFlags(&context->after, cudaEventDisableTiming) != cudaSuccess ||
+  if (stream) {
+    context->stream = (cudaStream_t)*stream;
+    context->own_stream = false;
+  } else if (cudaDeviceGetStreamPriorityRange(&least, &greatest) != cudaSuccess ||
+             cudaStreamCreateWithPriority(&context->stream, cudaStreamNonBlocking, greatest) !=
+                 cudaSuccess) {
+    return KVC_DEVICE_FAILED;
+  }
+  if (cudaEventCreateWithFlags(&context->after, cudaEventDisableTiming) != cudaSuccess ||
       cudaDeviceGetAttribute(&context->multiprocessors, cudaDevAttrMultiProcessorCount,
                              context->device) != cudaSuccess)
     return KVC_DEVICE_FAILED;
   find_batch(context);
   return KVC_OK;
-}
-
-bool launch_group(const Context* context, const Group& group, const GridPart* parts,
-                  const Piece* pieces, uint64_t* sums, bool gather) {
-  const Kernel kernel = gather ? kernel_of<true>(group.path) : kernel_of<false>(group.path);
-  int per_multiprocessor = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, THREADS, 0);
-  uint32_t ctas = context->multiprocessors * (per_multiprocessor > 0 ? per_multiprocessor : 1);
-  if (context->max_ctas > 0 && uint32_t(context->max_ctas) < ctas) ctas = context->max_ctas;
-  const uint32_t useful = (group.items + THREADS / LANES - 1) / (THREADS / LANES);
-  kernel<<<ctas < useful ? ctas : useful, THREADS, 0, context->stream>>>(
-      parts + group.first_part, pieces, group.items, (unsigned long long*)sums);
-  return cudaGetLastError() == cudaSuccess;
 }
 
 // Tables, then sums; both rounded up to 16 bytes.
@@ -170,15 +242,18 @@ int launch_plan(Context* context, const Plan& plan, uint32_t units, bool checksu
   memcpy(slot->host + parts, plan.pieces.data(), plan.pieces.size() * sizeof(Piece));
   memset(slot->host + parts + pieces, 0, sums);
   slot->sums = (uint64_t*)(slot->host + parts + pieces);
-  uint64_t* device_sums = checksum ? (uint64_t*)(slot->device + parts + pieces) : nullptr;
+  auto* device_sums =
+      checksum ? (unsigned long long*)(slot->device + parts + pieces) : nullptr;
   if (plan.groups.empty()) return KVC_OK;
   if (cudaMemcpyAsync(slot->device, slot->host, parts + pieces + sums, cudaMemcpyHostToDevice,
                       context->stream) != cudaSuccess)
     return KVC_DEVICE_FAILED;
-  for (const Group& group : plan.groups)
-    if (!launch_group(context, group, (const GridPart*)slot->device,
-                      (const Piece*)(slot->device + parts), device_sums, gather))
+  for (const Group& group : plan.groups) {
+    const Kernel kernel = gather ? kernel_of<true>(group.path) : kernel_of<false>(group.path);
+    if (!context->launch(kernel, group.items, (const GridPart*)slot->device + group.first_part,
+                         (const Piece*)(slot->device + parts), group.items, device_sums))
       return KVC_DEVICE_FAILED;
+  }
   if (sums && cudaMemcpyAsync(slot->sums, device_sums, sums, cudaMemcpyDeviceToHost,
                               context->stream) != cudaSuccess)
     return KVC_DEVICE_FAILED;
@@ -190,6 +265,7 @@ int finish(Context* context, Slot* slot, int error, void** launch) {
   if (cudaEventRecord(slot->end, context->stream) != cudaSuccess && !error)
     error = KVC_DEVICE_FAILED;
   if (error) {
+    cudaGetLastError();  // or the next call would find it
     slot->taken = false;
     return error;
   }
@@ -197,32 +273,64 @@ int finish(Context* context, Slot* slot, int error, void** launch) {
   return KVC_OK;
 }
 
-struct Run {
-  uint64_t dst, src;
-  size_t bytes;
-};
-
-int copy_runs(Context* context, std::vector<Run>& runs) {
-  const size_t n = runs.size();
-  if (n == 0) return KVC_OK;
-  if (context->batch_v1 || context->batch_v2) {
-    std::vector<uint64_t> dst(n), src(n);
-    std::vector<size_t> bytes(n);
-    for (size_t i = 0; i < n; ++i) dst[i] = runs[i].dst, src[i] = runs[i].src, bytes[i] = runs[i].bytes;
-    CopyAttributes attributes = {1, {0, 0}, {0, 0}, 0};
-    size_t first = 0, failed = 0;
-    const int error = context->batch_v2
-                          ? context->batch_v2(dst.data(), src.data(), bytes.data(), n, &attributes,
-                                              &first, 1, context->stream)
-                          : context->batch_v1(dst.data(), src.data(), bytes.data(), n, &attributes,
-                                              &first, 1, &failed, context->stream);
-    return error ? KVC_DEVICE_FAILED : KVC_OK;
-  }
+int copy_by_loop(Context* context, const std::vector<Run>& runs) {
   for (const Run& run : runs)
     if (cudaMemcpyAsync((void*)run.dst, (const void*)run.src, run.bytes, cudaMemcpyDefault,
                         context->stream) != cudaSuccess)
       return KVC_DEVICE_FAILED;
   return KVC_OK;
+}
+
+int copy_by_batch(Context* context, const std::vector<Run>& runs) {
+  const size_t n = runs.size();
+  std::vector<uint64_t> dst(n), src(n);
+  std::vector<size_t> bytes(n);
+  for (size_t i = 0; i < n; ++i) dst[i] = runs[i].dst, src[i] = runs[i].src, bytes[i] = runs[i].bytes;
+  CopyAttributes attributes = {1, {0, 0}, {0, 0}, 0};
+  size_t first = 0, failed = 0;
+  const int error = context->batch_v2
+                        ? context->batch_v2(dst.data(), src.data(), bytes.data(), n, &attributes,
+                                            &first, 1, context->stream)
+                        : context->batch_v1(dst.data(), src.data(), bytes.data(), n, &attributes,
+                                            &first, 1, &failed, context->stream);
+  return error ? KVC_DEVICE_FAILED : KVC_OK;
+}
+
+int copy_by_kernel(Context* context, const std::vector<Run>& runs, Slot* slot) {
+  std::vector<Run> pieces;
+  const uint32_t width = cut_runs(runs, &pieces);
+  const size_t bytes = pieces.size() * sizeof(Run);
+  if (pieces.size() >= (1u << 31)) return KVC_BAD_SHAPE;
+  if (!slot->reserve(bytes)) return KVC_NO_MEMORY;
+  memcpy(slot->host, pieces.data(), bytes);
+  if (cudaMemcpyAsync(slot->device, slot->host, bytes, cudaMemcpyHostToDevice, context->stream) !=
+      cudaSuccess)
+    return KVC_DEVICE_FAILED;
+  const uint32_t items = uint32_t(pieces.size());
+  return context->launch(runs_kernel_of(width), items, (const Run*)slot->device, items)
+             ? KVC_OK
+             : KVC_DEVICE_FAILED;
+}
+
+int copy_runs(Context* context, int way, const std::vector<Run>& runs, Slot* slot) {
+  if (runs.empty()) return KVC_OK;
+  if (way == KVC_KERNEL) return copy_by_kernel(context, runs, slot);
+  if (way == KVC_BATCH && (context->batch_v1 || context->batch_v2))
+    return copy_by_batch(context, runs);
+  return copy_by_loop(context, runs);
+}
+
+// Takes a slot, lets `work` use it and gives the launch to the caller.
+template <class Work>
+int in_slot(Context* context, const uint64_t* after, void** launch, Work work) {
+  const std::lock_guard<std::mutex> lock(context->mutex);
+  const OnDevice on(context->device);
+  if (!on.ok()) return KVC_DEVICE_FAILED;
+  Slot* slot = context->take();
+  if (!slot) return KVC_NO_MEMORY;
+  int error = context->wait_for(after) ? KVC_OK : KVC_DEVICE_FAILED;
+  if (!error) error = work(slot);
+  return finish(context, slot, error, launch);
 }
 
 }  // namespace
@@ -240,31 +348,53 @@ KVC_EXPORT int kvc_cuda_device_count(void) {
   return count;
 }
 
-// `max_ctas` bounds every launch; 0 is as many as fit.
-KVC_EXPORT int kvc_cuda_open(int device, int max_ctas, void** context) {
+// `max_ctas` bounds every launch; 0 is as many as fit. `stream`, if not null, points to the handle
+// of the stream to use, which must outlive the context.
+KVC_EXPORT int kvc_cuda_open(int device, int max_ctas, const uint64_t* stream, void** context) {
   if (device < 0 || device >= kvc_cuda_device_count()) return KVC_NO_DEVICE;
-  std::unique_ptr<Context> made(new (std::nothrow) Context);
-  if (!made) return KVC_NO_MEMORY;
-  made->device = device, made->max_ctas = max_ctas;
-  if (int error = open_context(made.get())) return error;
-  *context = made.release();
-  return KVC_OK;
+  try {
+    const OnDevice on(device);
+    if (!on.ok()) return KVC_NO_DEVICE;
+    std::unique_ptr<Context> made(new Context);
+    made->device = device, made->max_ctas = max_ctas;
+    if (int error = open_context(made.get(), stream)) return error;
+    *context = made.release();
+    return KVC_OK;
+  } catch (const std::bad_alloc&) {
+    return KVC_NO_MEMORY;
+  }
 }
 
 // Waits for all launches.
 KVC_EXPORT void kvc_cuda_close(void* handle) {
   std::unique_ptr<Context> context((Context*)handle);
-  if (!context || cudaSetDevice(context->device) != cudaSuccess) return;
+  if (!context) return;
+  const OnDevice on(context->device);
   cudaStreamSynchronize(context->stream);
-  for (auto& slot : context->slots) {
-    cudaFreeHost(slot->host), cudaFree(slot->device);
-    cudaEventDestroy(slot->end);
-  }
-  cudaEventDestroy(context->after);
-  cudaStreamDestroy(context->stream);
+  context.reset();
 }
 
 KVC_EXPORT uint64_t kvc_cuda_stream(void* context) { return (uint64_t)((Context*)context)->stream; }
+
+// Pinned host memory if `pinned`, else device memory; null if there is none.
+KVC_EXPORT void* kvc_cuda_alloc(void* context, int pinned, uint64_t bytes) {
+  const OnDevice on(((Context*)context)->device);
+  void* found = nullptr;
+  if (!on.ok()) return nullptr;
+  if ((pinned ? cudaMallocHost(&found, bytes) : cudaMalloc(&found, bytes)) == cudaSuccess)
+    return found;
+  cudaGetLastError();
+  return nullptr;
+}
+
+KVC_EXPORT void kvc_cuda_free(void* context, int pinned, void* memory) {
+  const OnDevice on(((Context*)context)->device);
+  if (!on.ok()) return;
+  if (pinned)
+    cudaFreeHost(memory);
+  else
+    cudaFree(memory);
+}
 
 // Cache -> wire if `gather`, else wire -> cache. `after`, if not null, points to the handle of a
 // stream whose work so far comes first. *launch is for kvc_cuda_done, _sums and _release.
@@ -283,41 +413,26 @@ KVC_EXPORT int kvc_cuda_launch(void* handle, int gather, const kvc_copy* copies,
     if (tokens && n_copies)
       if (int error = make_grid(parts, segments, n_segments, tokens, (uint64_t)wire, &plan))
         return error;
-    const std::lock_guard<std::mutex> lock(context->mutex);
-    if (cudaSetDevice(context->device) != cudaSuccess) return KVC_DEVICE_FAILED;
-    Slot* slot = context->take();
-    if (!slot) return KVC_NO_MEMORY;
-    int error = context->wait_for(after) ? KVC_OK : KVC_DEVICE_FAILED;
-    if (!error) error = launch_plan(context, plan, units, checksum != 0, gather != 0, slot);
-    return finish(context, slot, error, launch);
+    return in_slot(context, after, launch, [&](Slot* slot) {
+      return launch_plan(context, plan, units, checksum != 0, gather != 0, slot);
+    });
   } catch (const std::bad_alloc&) {
     return KVC_NO_MEMORY;
   }
 }
 
-// n copies of sizes[i] bytes between any device and pinned memory, by the copy engines where the
-// driver has cuMemcpyBatchAsync. Neighbours on both sides become one.
-KVC_EXPORT int kvc_cuda_copy_batch(void* handle, const uint64_t* dst, const uint64_t* src,
-                                   const uint64_t* sizes, uint64_t n, const uint64_t* after,
-                                   void** launch) {
+// n copies of sizes[i] bytes between any device and pinned memory, in one of the ways of kvc_way; a
+// batch is a loop where the driver has none. Neighbours on both sides become one copy.
+KVC_EXPORT int kvc_cuda_copy_runs(void* handle, int way, const uint64_t* dst, const uint64_t* src,
+                                  const uint64_t* sizes, uint64_t n, const uint64_t* after,
+                                  void** launch) {
   Context* context = (Context*)handle;
+  if (way < KVC_LOOP || way > KVC_KERNEL) return KVC_BAD_TYPE;
   try {
     std::vector<Run> runs;
-    for (uint64_t i = 0; i < n; ++i) {
-      if (sizes[i] == 0) continue;
-      if (!runs.empty() && runs.back().dst + runs.back().bytes == dst[i] &&
-          runs.back().src + runs.back().bytes == src[i])
-        runs.back().bytes += sizes[i];
-      else
-        runs.push_back({dst[i], src[i], size_t(sizes[i])});
-    }
-    const std::lock_guard<std::mutex> lock(context->mutex);
-    if (cudaSetDevice(context->device) != cudaSuccess) return KVC_DEVICE_FAILED;
-    Slot* slot = context->take();
-    if (!slot) return KVC_NO_MEMORY;
-    int error = context->wait_for(after) ? KVC_OK : KVC_DEVICE_FAILED;
-    if (!error) error = copy_runs(context, runs);
-    return finish(context, slot, error, launch);
+    for (uint64_t i = 0; i < n; ++i) add_run(runs, dst[i], src[i], sizes[i]);
+    return in_slot(context, after, launch,
+                   [&](Slot* slot) { return copy_runs(context, way, runs, slot); });
   } catch (const std::bad_alloc&) {
     return KVC_NO_MEMORY;
   }

@@ -431,6 +431,27 @@ KVC_HD uint64_t cells(const GridPart& p, const Item& item, uint32_t lane, bool s
   return found;
 }
 
+// ---- plain runs, of any addresses
+
+struct Run {
+  uint64_t dst, src, bytes;
+};
+
+// Bytes of a run, which are a multiple of sizeof(T), as are its addresses.
+template <class T>
+KVC_HD void copy_run(const Run& run, uint32_t lane) {
+  constexpr uint32_t BYTES = sizeof(T), FLIGHT = 8;
+  for (uint64_t at = lane * BYTES; at < run.bytes; at += LANES * FLIGHT * BYTES) {
+    T v[FLIGHT];
+    KVC_UNROLL
+    for (uint32_t j = 0; j < FLIGHT; ++j)
+      if (at + j * LANES * BYTES < run.bytes) v[j] = load<T>(run.src + at + j * LANES * BYTES);
+    KVC_UNROLL
+    for (uint32_t j = 0; j < FLIGHT; ++j)
+      if (at + j * LANES * BYTES < run.bytes) store(run.dst + at + j * LANES * BYTES, v[j]);
+  }
+}
+
 template <Path PATH, bool GATHER>
 KVC_HD uint64_t work(const GridPart& p, const Item& item, uint32_t lane, bool sum) {
   if constexpr (PATH == Path::PLAIN16) return plain<Words16, GATHER>(p, item, lane, sum);

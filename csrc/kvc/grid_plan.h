@@ -130,6 +130,32 @@ inline int make_grid(std::vector<Part>& parts, const kvc_segment* segments, uint
   return KVC_OK;
 }
 
+// Appends a run of bytes; neighbours on both sides become one.
+inline void add_run(std::vector<Run>& runs, uint64_t dst, uint64_t src, uint64_t bytes) {
+  if (bytes == 0) return;
+  if (!runs.empty()) {
+    Run& last = runs.back();
+    if (last.dst + last.bytes == dst && last.src + last.bytes == src) {
+      last.bytes += bytes;
+      return;
+    }
+  }
+  runs.push_back({dst, src, bytes});
+}
+
+// Pieces for a warp each, and how wide all of them can be read and written.
+inline uint32_t cut_runs(const std::vector<Run>& runs, std::vector<Run>* pieces) {
+  uint64_t all = 16;
+  for (const Run& run : runs) {
+    all |= run.dst | run.src | run.bytes;
+    for (uint64_t at = 0; at < run.bytes; at += ITEM_BYTES) {
+      const uint64_t rest = run.bytes - at;
+      pieces->push_back({run.dst + at, run.src + at, rest < ITEM_BYTES ? rest : ITEM_BYTES});
+    }
+  }
+  return uint32_t(all & -all);
+}
+
 }  // namespace grid
 }  // namespace kvc
 

@@ -1,10 +1,12 @@
 """The kernels of libkvc_cuda (csrc/kvc_cuda.cu) behind the interface of `copies`.
 
-A `CudaKernels` has a stream of its own, of the greatest priority; calls return at once. A launch
-holds buffers until `CudaLaunch.done` was seen to be true, so each launch must be polled until then.
+A `CudaKernels` works on the stream that it is given, or one of its own of the greatest priority;
+calls return at once. A launch holds buffers until `CudaLaunch.done` was seen to be true, so each
+launch must be polled until then.
 """
 
 import ctypes
+import enum
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -15,6 +17,17 @@ from kvconnect.ops.copies import Copy, as_segments, check_segments, checked
 from kvconnect.ops.native import copy_table, open_library
 
 NO_DEVICE, DEVICE_FAILED, NO_MEMORY = -9, -10, -8  # csrc/kvc/abi.h
+
+
+class Way(enum.IntEnum):
+    """How plain runs are copied; kvc_way of csrc/kvc/abi.h."""
+
+    LOOP = 0
+    """A cudaMemcpyAsync for each."""
+    BATCH = 1
+    """One cuMemcpyBatchAsync for all, by the copy engines."""
+    KERNEL = 2
+    """A kernel, which reads and writes pinned host memory too."""
 
 
 class CudaLaunch:
@@ -99,8 +112,11 @@ class CudaPrepared:
 class CudaKernels:
     """The kernels of libkvc_cuda on one device; see `kvconnect.ops.Kernels`."""
 
-    def __init__(self, device: int = 0, max_ctas: int = 0) -> None:
-        """``max_ctas`` bounds every launch, so that compute goes on beside it; 0: no bound."""
+    def __init__(self, device: int = 0, max_ctas: int = 0, stream: int | None = None) -> None:
+        """``max_ctas`` bounds every launch, so that compute goes on beside it; 0: no bound.
+
+        ``stream`` is a handle, as torch's ``cuda_stream``, of a stream that outlives this.
+        """
         try:
             self._library = open_library("kvc_cuda")
         except OSError as error:
@@ -109,7 +125,9 @@ class CudaKernels:
             ) from error
         self._declare()
         self._context = ctypes.c_void_p()
-        failed = self._library.kvc_cuda_open(device, max_ctas, ctypes.byref(self._context))
+        given = None if stream is None else ctypes.byref(ctypes.c_uint64(stream))
+        opened = ctypes.byref(self._context)
+        failed = self._library.kvc_cuda_open(device, max_ctas, given, opened)
         if failed:
             count = self._library.kvc_cuda_device_count()
             raise ConfigError(f"CUDA device {device} of {count}: {self._explain(failed)}")
@@ -119,24 +137,40 @@ class CudaKernels:
         """Check ``copies`` and put them in a table."""
         return CudaPrepared(self, copies)
 
-    def copy_batch(
+    def copy_runs(
         self,
+        way: Way,
         dst: np.ndarray,
         src: np.ndarray,
         nbytes: np.ndarray,
         *,
         after: int | None = None,
     ) -> CudaLaunch:
-        """Copy plain runs, uint64 ``[n]`` each, by the copy engines; has no sums."""
+        """Copy plain runs, uint64 ``[n]`` each, device or pinned memory; has no sums.
+
+        `kvconnect.ops.ways.CopyWays` knows the way that is the fastest for a direction.
+        """
         arrays = [np.ascontiguousarray(a, dtype=np.uint64) for a in (dst, src, nbytes)]
         if len({a.shape for a in arrays}) != 1 or arrays[0].ndim != 1:
-            raise GeometryError(f"batch of {[a.shape for a in arrays]}, expected three equal [n]")
-        return self._begin(
-            self._library.kvc_cuda_copy_batch,
-            (*(a.ctypes.data for a in arrays), len(arrays[0])),
-            0,
-            after,
-        )
+            raise GeometryError(f"runs of {[a.shape for a in arrays]}, expected three equal [n]")
+        call = (way, *(a.ctypes.data for a in arrays), len(arrays[0]))
+        return self._begin(self._library.kvc_cuda_copy_runs, call, 0, after)
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream on which everything runs."""
+        return int(self._library.kvc_cuda_stream(self._context))
+
+    def alloc(self, nbytes: int, *, pinned: bool) -> int:
+        """Address of new host memory that is pinned, or of device memory; raises TransportError."""
+        address = self._library.kvc_cuda_alloc(self._context, pinned, nbytes)
+        if address is None:
+            raise TransportError(f"no {nbytes} bytes of {'pinned' if pinned else 'device'} memory")
+        return int(address)
+
+    def free(self, address: int, *, pinned: bool) -> None:
+        """Give back what `alloc` gave."""
+        self._library.kvc_cuda_free(self._context, pinned, address)
 
     @property
     def has_batch(self) -> bool:
@@ -189,13 +223,18 @@ class CudaKernels:
     def _declare(self) -> None:
         pointer, u32, u64, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int
         library, after = self._library, ctypes.POINTER(ctypes.c_uint64)
-        library.kvc_cuda_open.argtypes = (flag, flag, ctypes.POINTER(pointer))
+        library.kvc_cuda_open.argtypes = (flag, flag, after, ctypes.POINTER(pointer))
+        library.kvc_cuda_stream.argtypes = (pointer,)
+        library.kvc_cuda_stream.restype = u64
+        library.kvc_cuda_alloc.argtypes = (pointer, flag, u64)
+        library.kvc_cuda_alloc.restype = pointer
+        library.kvc_cuda_free.argtypes = (pointer, flag, pointer)
         library.kvc_cuda_close.argtypes = (pointer,)
         library.kvc_cuda_has_batch.argtypes = (pointer,)
         table = (pointer, u32, pointer, u32)
         ends = (after, ctypes.POINTER(pointer))
         library.kvc_cuda_launch.argtypes = (pointer, flag, *table, pointer, u64, u32, flag, *ends)
-        library.kvc_cuda_copy_batch.argtypes = (pointer, pointer, pointer, pointer, u64, *ends)
+        library.kvc_cuda_copy_runs.argtypes = (pointer, flag, *(pointer,) * 3, u64, *ends)
         library.kvc_cuda_done.argtypes = (pointer,)
         library.kvc_cuda_sums.argtypes = (pointer,)
         library.kvc_cuda_sums.restype = ctypes.POINTER(ctypes.c_uint64)

@@ -23,7 +23,7 @@ from kvconnect.ops.plain import PlainKernels, PlainLaunch
 logger = logging.getLogger(__name__)
 
 LIB = Path(__file__).parents[1] / "lib"
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 # kvc_copy of csrc/kvc/abi.h
 COPY = np.dtype(
@@ -43,16 +43,18 @@ def load(
     index: int = 0,
     threads: int = 1,
     max_ctas: int = 0,
+    stream: int | None = None,
 ) -> Kernels:
     """The best kernels for memory of ``device``: compiled ones, else numpy and torch for CPU.
 
     ``threads`` are those of a CPU call; ``index`` is that of the CUDA device, whose launches
-    take at most ``max_ctas`` CTAs (0: as many as fit). Raises ConfigError if it cannot be used.
+    take at most ``max_ctas`` CTAs (0: as many as fit) and go to ``stream``, or one of their own.
+    Raises ConfigError if it cannot be used.
     """
     if device == "cuda":
         from kvconnect.ops.cuda import CudaKernels
 
-        return CudaKernels(index, max_ctas)
+        return CudaKernels(index, max_ctas, stream)
     try:
         return CpuKernels(threads)
     except OSError as error:

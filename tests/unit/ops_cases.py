@@ -8,14 +8,17 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from kvconnect.ops import Copy, Type, chunk_bytes
 from kvconnect.ops.copies import checked, span
+from kvconnect.ops.plain import TORCH_NAME, PlainKernels
 
 FLOATS = (Type.BF16, Type.FP16, Type.FP32, Type.E4M3, Type.E5M2)
 RAWS = (Type.RAW1, Type.RAW2, Type.RAW4, Type.RAW8, Type.RAW16)
 LAYOUTS = ("BHNC", "BNHC", "HBNC", "BHCN", "HNBC", "NBHC", "amx K", "amx V")
 GUARD = 64
+LARGEST = {Type.E4M3: 448.0, Type.E5M2: 57344.0}
 
 
 @dataclass
@@ -141,3 +144,64 @@ def distinct(case, rng):
     first = case.copies[0]
     segments = make_segments(rng, first.num_blocks, first.block_tokens, case.units, repeat=False)
     return Case(case.seed, case.copies, case.nbytes, segments, case.units)
+
+
+class HostMemory:
+    """Buffers where the CPU's kernels want them."""
+
+    def __init__(self, array):
+        self.array = array.copy()
+        self.address = self.array.ctypes.data
+
+    def read(self):
+        """What is there now."""
+        return self.array
+
+
+def check_equal(kernels, case, verb, memory=HostMemory):
+    """``kernels`` do what the oracle does, and write nothing else."""
+    rng = np.random.default_rng(case.seed)
+    cache = rng.integers(0, 256, case.nbytes, dtype=np.uint8)
+    wire = rng.integers(0, 256, GUARD + case.wire_bytes + GUARD, dtype=np.uint8)
+    mine = memory(cache), memory(wire)
+    theirs = HostMemory(cache), HostMemory(wire)
+    found = _run(kernels, case, verb, *mine)
+    expected = _run(PlainKernels(), case, verb, *theirs)
+    for ours, oracle, what in zip(mine, theirs, ("cache", "wire"), strict=True):
+        np.testing.assert_array_equal(ours.read(), oracle.read(), f"{case!r}: {what}")
+    np.testing.assert_array_equal(found, expected, f"{case!r}: sums")
+
+
+def _run(kernels, case, verb, cache, wire):
+    call = getattr(kernels.prepare(case.at(cache.address)), verb)
+    launch = call(case.segments, wire.address + GUARD, case.wire_bytes, case.units)
+    while not launch.done():
+        pass
+    return launch.sums
+
+
+def every_value(kind):
+    """All bit patterns of a type, or many of a wide one, the special ones too."""
+    if kind is not Type.FP32:
+        return np.arange(1 << (8 * kind.itemsize), dtype=f"u{kind.itemsize}")
+    rng = np.random.default_rng(0)
+    special = np.array([0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7F800001])
+    # around every tie and limit of the small types: the upper half with lower halves near a tie
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    near = [upper | np.uint32(low) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
+    some = rng.integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    found = np.concatenate([special.astype(np.uint32), special.astype(np.uint32) | 1 << 31, *near])
+    found = np.concatenate([found, some])
+    return found[: len(found) // 8 * 8].astype(np.uint32)
+
+
+def by_torch(bits, src, dst, factor):
+    """(bits, isnan) as the issue defines a conversion."""
+    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[src.itemsize]
+    value = torch.from_numpy(bits.view(signed)).view(getattr(torch, TORCH_NAME[src])).float()
+    value = value * torch.tensor(factor, dtype=torch.float32)
+    if dst in LARGEST:
+        value = value.clamp(-LARGEST[dst], LARGEST[dst])
+    into = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dst.itemsize]
+    made = value.to(getattr(torch, TORCH_NAME[dst])).view(into).numpy().view(f"u{dst.itemsize}")
+    return made, value.isnan().numpy()

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ops_cases import FLOATS, LARGEST, by_torch, every_value
 
 from kvconnect.errors import ConfigError, GeometryError
 from kvconnect.ops import Copy, Type, chunk_bytes, load, native, wire_offsets
 from kvconnect.ops.native import CpuKernels, GridKernels, copy_table
 from kvconnect.ops.plain import TORCH_NAME, PlainKernels
 
-FLOATS = tuple(TORCH_NAME)
-LARGEST = {Type.E4M3: 448.0, Type.E5M2: 57344.0}
 MAKERS = {
     "torch": PlainKernels,
     "base": lambda: CpuKernels(isa="base"),
@@ -50,33 +49,6 @@ def gathered(kernels, copies, segments, units=1):
     wire = np.zeros(chunk_bytes(copies, int(segments[:, 2].sum())), dtype=np.uint8)
     launch = kernels.prepare(copies).gather(segments, wire.ctypes.data, wire.nbytes, units)
     return wire, launch.sums
-
-
-def every_value(kind):
-    """All bit patterns of a type, or many of a wide one, the special ones too."""
-    if kind is not Type.FP32:
-        return np.arange(1 << (8 * kind.itemsize), dtype=f"u{kind.itemsize}")
-    rng = np.random.default_rng(0)
-    special = np.array([0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7F800001])
-    # around every tie and limit of the small types: the upper half with lower halves near a tie
-    upper = np.arange(1 << 16, dtype=np.uint32) << 16
-    near = [upper | np.uint32(low) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
-    some = rng.integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
-    found = np.concatenate([special.astype(np.uint32), special.astype(np.uint32) | 1 << 31, *near])
-    found = np.concatenate([found, some])
-    return found[: len(found) // 8 * 8].astype(np.uint32)
-
-
-def by_torch(bits, src, dst, factor):
-    """(bits, isnan) as the issue defines a conversion."""
-    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[src.itemsize]
-    value = torch.from_numpy(bits.view(signed)).view(getattr(torch, TORCH_NAME[src])).float()
-    value = value * torch.tensor(factor, dtype=torch.float32)
-    if dst in LARGEST:
-        value = value.clamp(-LARGEST[dst], LARGEST[dst])
-    into = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dst.itemsize]
-    made = value.to(getattr(torch, TORCH_NAME[dst])).view(into).numpy().view(f"u{dst.itemsize}")
-    return made, value.isnan().numpy()
 
 
 @pytest.mark.slow

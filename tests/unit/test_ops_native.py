@@ -2,12 +2,10 @@
 
 import random
 
-import numpy as np
 import pytest
-from ops_cases import GUARD, distinct, make_case
+from ops_cases import check_equal, distinct, make_case
 
 from kvconnect.ops.native import LIB, CpuKernels, GridKernels
-from kvconnect.ops.plain import PlainKernels
 
 pytestmark = pytest.mark.skipif(
     not (LIB / "libkvc_cpu.so").exists(), reason="built without a C++ compiler"
@@ -22,32 +20,6 @@ def kernels(request):
     except OSError as error:
         pytest.skip(str(error))
     CpuKernels(isa="base")
-
-
-def buffers(case, seed):
-    rng = np.random.default_rng(seed)
-    cache = rng.integers(0, 256, case.nbytes, dtype=np.uint8)
-    wire = rng.integers(0, 256, GUARD + case.wire_bytes + GUARD, dtype=np.uint8)
-    return cache, wire
-
-
-def run(kernels, case, verb, cache, wire):
-    """Sums; ``cache`` and ``wire`` are changed in place."""
-    prepared = kernels.prepare(case.at(cache.ctypes.data))
-    call = getattr(prepared, verb)
-    launch = call(case.segments, wire.ctypes.data + GUARD, case.wire_bytes, case.units)
-    assert launch.done()
-    return launch.sums
-
-
-def check_equal(kernels, case, verb):
-    cache, wire = buffers(case, case.seed)
-    expected_cache, expected_wire = cache.copy(), wire.copy()
-    expected = run(PlainKernels(), case, verb, expected_cache, expected_wire)
-    sums = run(kernels, case, verb, cache, wire)
-    np.testing.assert_array_equal(wire, expected_wire)
-    np.testing.assert_array_equal(cache, expected_cache)
-    np.testing.assert_array_equal(sums, expected)
 
 
 @pytest.mark.slow

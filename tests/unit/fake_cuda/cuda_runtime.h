@@ -1,0 +1,233 @@
+// As much of CUDA's runtime as csrc/kvc_cuda.cu uses, on a CPU, so that a C++ compiler can build the
+// whole library and the tests can run it where there is no GPU.
+//
+// Kernels run thread after thread. A stream is a queue that nothing works off by itself: work is
+// done late, when an event is asked for the second time, so that memory which is reused or freed
+// too early shows. Device memory starts as garbage. kvc_fake_fail(n) makes the n-th call fail.
+#ifndef KVC_FAKE_CUDA_RUNTIME_H
+#define KVC_FAKE_CUDA_RUNTIME_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <deque>
+#include <functional>
+#include <set>
+
+#define CUDART_VERSION 13000
+#define __global__
+#define __device__
+#define __launch_bounds__(threads)
+
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2, cudaErrorNotReady = 600 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDefault };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaEnableDefault = 0 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDriverEntryPointQueryResult {
+  cudaDriverEntryPointSuccess,
+  cudaDriverEntryPointSymbolNotFound
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct FakeStream {
+  std::deque<std::function<void()>> work;
+  void run_one() {
+    const auto first = work.front();
+    work.pop_front();
+    first();
+  }
+};
+
+struct FakeEvent {
+  FakeStream* stream = nullptr;
+  uint64_t recorded = 0, passed = 0;
+  bool asked = true;
+  void finish() {
+    while (passed < recorded && !stream->work.empty()) stream->run_one();
+  }
+};
+
+using cudaStream_t = FakeStream*;
+using cudaEvent_t = FakeEvent*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+struct Fake {
+  int fail_in = 0;      // calls from now; 0: never
+  int version = 13000;  // of the driver
+  unsigned most_ctas = 0, launches = 0, batches = 0, copies = 0;
+  int device = 0;
+  FakeStream caller;  // stands for a stream of the caller's
+  std::set<void*> memory;
+};
+
+inline Fake& fake() {
+  static Fake one;
+  return one;
+}
+
+inline dim3 threadIdx, blockIdx, gridDim;
+
+inline bool fake_fails() { return fake().fail_in && --fake().fail_in == 0; }
+#define KVC_FAKE_CALL \
+  if (fake_fails()) return cudaErrorMemoryAllocation
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 2, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  KVC_FAKE_CALL;
+  return *device = fake().device, cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {  // never fails: also puts the last one back
+  return fake().device = device, cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  KVC_FAKE_CALL;
+  return *value = 3, cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  KVC_FAKE_CALL;
+  return *least = 0, *greatest = -5, cudaSuccess;
+}
+
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+  KVC_FAKE_CALL;
+  return *stream = new FakeStream, cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  while (!stream->work.empty()) stream->run_one();
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  KVC_FAKE_CALL;
+  return *event = new FakeEvent, cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  KVC_FAKE_CALL;
+  const uint64_t mine = ++event->recorded;
+  event->stream = stream, event->asked = false;
+  stream->work.push_back([event, mine] { event->passed = mine; });
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+  KVC_FAKE_CALL;
+  if (event->passed == event->recorded) return cudaSuccess;
+  if (!event->asked) return event->asked = true, cudaErrorNotReady;
+  event->finish();
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  KVC_FAKE_CALL;
+  FakeStream* other = event->stream;
+  const size_t until = other->work.size();  // what is there now, the event included
+  stream->work.push_back([other, until] {
+    for (size_t i = 0; i < until && !other->work.empty(); ++i) other->run_one();
+  });
+  return cudaSuccess;
+}
+
+inline cudaError_t fake_allocate(void** memory, size_t bytes) {
+  KVC_FAKE_CALL;
+  *memory = malloc(bytes);
+  memset(*memory, 0xCD, bytes);
+  fake().memory.insert(*memory);
+  return cudaSuccess;
+}
+inline cudaError_t fake_free(void* memory) {
+  if (memory) fake().memory.erase(memory), free(memory);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) { return fake_allocate(memory, bytes); }
+inline cudaError_t cudaMallocHost(void** memory, size_t bytes) {
+  return fake_allocate(memory, bytes);
+}
+inline cudaError_t cudaFree(void* memory) { return fake_free(memory); }
+inline cudaError_t cudaFreeHost(void* memory) { return fake_free(memory); }
+inline cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t stream) {
+  KVC_FAKE_CALL;
+  ++fake().copies;
+  stream->work.push_back([=] { memcpy(dst, src, bytes); });
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* fit, Kernel, int, size_t) {
+  KVC_FAKE_CALL;
+  return *fit = 2, cudaSuccess;
+}
+
+template <class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(A...), A... a) {
+  KVC_FAKE_CALL;
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  ++fake().launches;
+  if (grid.x > fake().most_ctas) fake().most_ctas = grid.x;
+  config->stream->work.push_back([=] {
+    gridDim = grid;
+    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+      for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(a...);
+  });
+  return cudaSuccess;
+}
+
+inline int fake_batch(uint64_t* dst, uint64_t* src, size_t* bytes, size_t n, cudaStream_t stream) {
+  KVC_FAKE_CALL;
+  ++fake().batches;
+  for (size_t i = 0; i < n; ++i) {
+    void *to = (void*)dst[i], *from = (void*)src[i];
+    const size_t size = bytes[i];
+    stream->work.push_back([=] { memcpy(to, from, size); });
+  }
+  return 0;
+}
+inline int fake_batch_v1(uint64_t* dst, uint64_t* src, size_t* bytes, size_t n, void*, size_t*,
+                         size_t, size_t*, cudaStream_t stream) {
+  return fake_batch(dst, src, bytes, n, stream);
+}
+inline int fake_batch_v2(uint64_t* dst, uint64_t* src, size_t* bytes, size_t n, void*, size_t*,
+                         size_t, cudaStream_t stream) {
+  return fake_batch(dst, src, bytes, n, stream);
+}
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned version,
+                                                    unsigned, cudaDriverEntryPointQueryResult* how) {
+  const bool there = !strcmp(name, "cuMemcpyBatchAsync") && int(version) <= fake().version;
+  *how = there ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  *entry = version >= 13000 ? (void*)fake_batch_v2 : (void*)fake_batch_v1;
+  return cudaSuccess;
+}
+
+// What tests turn and read.
+#define KVC_FAKE_EXPORT extern "C" __attribute__((visibility("default"), used))
+KVC_FAKE_EXPORT inline void kvc_fake_reset() {
+  fake().fail_in = 0, fake().version = 13000;
+  fake().most_ctas = fake().launches = fake().batches = fake().copies = 0;
+}
+KVC_FAKE_EXPORT inline void kvc_fake_fail(int calls) { fake().fail_in = calls; }
+KVC_FAKE_EXPORT inline void kvc_fake_version(int version) { fake().version = version; }
+KVC_FAKE_EXPORT inline uint64_t kvc_fake_stream() { return (uint64_t)&fake().caller; }
+KVC_FAKE_EXPORT inline void kvc_fake_later(void* dst, const void* src, size_t bytes) {
+  fake().caller.work.push_back([=] { memcpy(dst, src, bytes); });
+}
+KVC_FAKE_EXPORT inline unsigned kvc_fake_count(const char* what) {
+  if (!strcmp(what, "most_ctas")) return fake().most_ctas;
+  if (!strcmp(what, "launches")) return fake().launches;
+  if (!strcmp(what, "batches")) return fake().batches;
+  if (!strcmp(what, "copies")) return fake().copies;
+  if (!strcmp(what, "device")) return fake().device;
+  return unsigned(fake().memory.size());
+}
+
+#endif
