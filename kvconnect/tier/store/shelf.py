@@ -110,3 +110,10 @@ class Shelf:
         else:
             del self._users[entry.slot]
             self._free.append(entry.slot)
+
+    def drop_entry(self, entry: Entry) -> bool:
+        """Forget a key if it is this slot that still holds it; says whether it was."""
+        if self._held.get(entry.key) != entry:
+            return False
+        self.drop(entry.key)
+        return True
