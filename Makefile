@@ -8,7 +8,13 @@ RUN = cd "$(ROOT)" && . scripts/env.sh &&
 export VLLM PYTHON TORCH_CPU_INDEX
 ARGS ?=
 
-.PHONY: help setup demo test test-unit check bench clean
+# A GPU machine needs python3 with torch, numpy, typer, rich, pytest and hypothesis, and nvcc: no vLLM,
+# no network, no `make setup`. GPU_PYTHON is that python3.
+GPU_PYTHON ?= python3
+GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
+  PYTHONPATH=. "$(GPU_PYTHON)" -P -m
+
+.PHONY: help setup demo test test-unit test-gpu check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -28,11 +34,18 @@ test: setup ## all tests, those with real engines included
 test-unit: setup ## the tests that start no engine
 	@$(RUN) python -m pytest -q --timeout=60 tests/unit tests/property tests/contract $(ARGS)
 
+test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, no setup
+	@$(GPU_RUN) pytest -q --timeout=600 tests/gpu $(ARGS)
+
 check: setup ## lint, formatting, types
 	@$(RUN) ruff check . && ruff format --check . && mypy kvconnect
 
 bench: setup ## prefill -> decode transfer benchmark
 	@$(RUN) kvconnect bench pd $(ARGS)
+
+bench-gpu: ## the kernels' figures on this machine's GPU, into benchmarks/results
+	@$(GPU_RUN) kvconnect.cli bench kernels --device cuda \
+	    --json "benchmarks/results/kernels-cuda-$$(date +%F).json" $(ARGS)
 
 clean: ## build and tool leftovers (keeps .venv and .cache; rm -rf those to start over)
 	@cd "$(ROOT)" && rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -123,18 +123,11 @@ kernels() {
   found="$PWD $PY ${CXX:-} ${NVCC:-} ${CUDA_HOME:-} ${KVCONNECT_BUILD_CUDA:-}"
   for compiler in c++ g++ clang++ nvcc; do found+=" $(command -v "$compiler" || true)"; done
   step "building the kernels of csrc/ (half a minute)" kvconnect/lib/.stamp \
-    "$found $(cat setup.py; find csrc -type f -exec sha256sum {} + | sort)" || return 0
+    "$found $(find csrc -type f ! -path '*/__pycache__/*' -exec sha256sum {} + | sort)" || return 0
+  # what `pip install` does too, but shows what compilers say; build/ keeps what did not change
+  "$PY" csrc/build_kernels.py
   mkdir -p kvconnect/lib
-  # setup.py runs in here; an existing environment need not have a setuptools that is new enough
-  local isolation=--no-build-isolation
-  [ "${VLLM:-}" != existing ] || isolation=
-  # shellcheck disable=SC2086  # empty is no argument
-  retry "$PY" -m pip install -qq --no-deps $isolation -e .
-  if [ -f kvconnect/lib/libkvc_cpu.so ]; then
-    "$PY" -c 'from kvconnect.ops import load; print("==> kernels:", load().name)' >&2
-  else
-    say "no kernels (no C++ compiler? \`python setup.py build_ext --inplace\` tells): numpy does it"
-  fi
+  "$PY" -c 'from kvconnect.ops import load; print("==> kernels:", load().name)' >&2
   [ ! -f kvconnect/lib/libkvc_cuda.so ] || say "kernels: cuda"
   done_step
 }

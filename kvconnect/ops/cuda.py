@@ -102,11 +102,13 @@ class CudaPrepared:
         checksum: bool,
         after: int | None,
     ) -> CudaLaunch:
-        # refuses what the library would, and says it better
-        check_segments(self._copies, segments, wire_bytes, units)
         table = (self._table.ctypes.data, len(self._table), segments.ctypes.data, len(segments))
         call = (gather, *table, wire, wire_bytes, units, checksum)
-        return self._kernels.launch(call, units if checksum else 0, after)
+        try:
+            return self._kernels.launch(call, units if checksum else 0, after)
+        except GeometryError:
+            check_segments(self._copies, segments, wire_bytes, units)  # says what was wrong
+            raise
 
 
 class CudaKernels:

@@ -54,6 +54,12 @@ def test_another_device_is_refused():
     assert found.exit_code == 2 and "neither cpu nor cuda" in found.output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_in_a_line():
+    found = bench("--device", "cuda")
+    assert found.exit_code == 2 and "CUDA" in found.output and "Traceback" not in found.output
+
+
 def test_bits_that_are_not_torchs_end_the_run(monkeypatch):
     arena = Arena(load(), "cpu", 1 << 20, 1 << 16)
     arena.case("gather", runs(4, Type.BF16, Type.E4M3, 0.5)).check_torch()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kvconnect.ops import Copy, Kernels, Prepared, Type, chunk_bytes
+from kvconnect.ops.cuda import CudaKernels
 
 Verb = Literal["gather", "scatter"]
 TOKENS, HEADS, WIDTH = 16, 8, 128  # of a block; bf16, as of Llama-3 8B
@@ -94,13 +95,53 @@ def shapes() -> list[tuple[Verb, Shape]]:
     ]
 
 
+class HostClock:
+    """Times calls that are done when they return."""
+
+    def time(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Seconds until it is done, and until it has returned."""
+        started = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - started
+        return seconds, seconds
+
+
+class CudaClock:
+    """Times what calls put on a stream, on the device: the host is ahead, as in an engine."""
+
+    SLEEP_CYCLES = 40_000_000  # some 20 ms, in which the host puts everything on the stream
+
+    def __init__(self, stream: int) -> None:
+        self._stream = torch.cuda.ExternalStream(stream)
+
+    def time(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Seconds on the device, and until the call has returned."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            torch.cuda._sleep(self.SLEEP_CYCLES)
+            start.record()
+            started = time.perf_counter()
+            made = call()
+            submitted = time.perf_counter() - started
+            end.record()
+        done = getattr(made, "done", None)  # launches have it, torch's calls do not
+        while done is not None and not done():
+            pass
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, submitted
+
+
 class Arena:
     """Pool, ring and clock of one device."""
 
     def __init__(self, kernels: Kernels, device: str, pool_bytes: int, call_bytes: int) -> None:
         self.call_bytes = call_bytes
         self._kernels = kernels
-        self._device = device
+        self.on_gpu = isinstance(kernels, CudaKernels)
+        self._clock: HostClock | CudaClock = HostClock()
+        if isinstance(kernels, CudaKernels):
+            self._clock = CudaClock(kernels.stream)
         self._rng = np.random.default_rng(0)
         # values of bf16 in the range of fp8, so that torch, which does not saturate, agrees
         some = torch.randn(min(pool_bytes, 1 << 26) // 2, dtype=torch.bfloat16, device=device)
@@ -136,28 +177,18 @@ class Arena:
         spare = (self._pool.nbytes - nbytes) // 4096
         at = int(self._rng.integers(0, spare + 1)) * 4096
         into = self.window()
-        if self._device == "cpu":  # libc's; torch's goes through its iterator
+        if not self.on_gpu:  # libc's; torch's goes through its iterator
             source, target = self._pool.data_ptr() + at, into.data_ptr()
             return self.timed(lambda: ctypes.memmove(target, source, nbytes))
         return self.timed(lambda: into[:nbytes].copy_(self._pool[at : at + nbytes]))
 
     def timed(self, call: Callable[[], object]) -> float:
         """Seconds until ``call``, and what it started, is done."""
-        self.wait()
-        started = time.perf_counter()
-        made = call()
-        done = getattr(made, "done", None)
-        if done is None:
-            self.wait()
-        else:
-            while not done():
-                pass
-        return time.perf_counter() - started
+        return self._clock.time(call)[0]
 
-    def wait(self) -> None:
-        """Until the device has done everything."""
-        if self._device != "cpu":
-            torch.cuda.synchronize()
+    def submitted(self, call: Callable[[], object]) -> float:
+        """Seconds until ``call`` has returned."""
+        return self._clock.time(call)[1]
 
 
 class Case:
@@ -197,6 +228,10 @@ class Case:
     def time(self, checksum: bool) -> float:
         """Seconds of one call on other blocks than the last."""
         return self._arena.timed(self._call(self.next_blocks(), self._arena.window(), checksum))
+
+    def time_submit(self) -> float:
+        """Seconds of the host for one call."""
+        return self._arena.submitted(self._call(self.next_blocks(), self._arena.window(), True))
 
     def time_torch(self) -> float:
         """Seconds of torch's index_select, conversion and copy to the same place."""

@@ -46,6 +46,8 @@ class Row:
     """Time that the checksum adds, as a part of the time without; median of the rounds' costs."""
     torch_ratio: float | None
     """Times as fast as torch's gather, then convert; only where torch's bits are equal to ours."""
+    submit_us: float | None = None
+    """On a GPU, whose figures are the device's time: the host's time for a call with checksum."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Times:
     plain: list[float]
     checksum: list[float]
     torch: list[float]
+    submit: list[float]
 
 
 def kernels(
@@ -72,12 +75,16 @@ def kernels(
     from rich.console import Console
 
     from kvconnect.cli.bench.kernel_cases import Arena, shapes
+    from kvconnect.errors import ConfigError
     from kvconnect.ops import load
 
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
     torch.set_num_threads(1)
-    found = load("cuda" if device == "cuda" else "cpu", max_ctas=max_ctas)
+    try:
+        found = load("cuda" if device == "cuda" else "cpu", max_ctas=max_ctas)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
     pool, call = (8192, 512) if device == "cuda" else (1024, 64)
     console = Console()
     with console.status("filling memory"):
@@ -98,7 +105,7 @@ def kernels(
 def _measure(arena: "Arena", cases: Sequence["Case"], rounds: int, console: Any) -> list[Row]:
     from rich.progress import track
 
-    times = [Times([], [], [], []) for _ in cases]
+    times = [Times([], [], [], [], []) for _ in cases]
     for turn in track(range(rounds + 1), "measuring", console=console, transient=True):
         for case, t in zip(cases, times, strict=True):
             against_torch = case.verb == "gather" and case.shape.compare_torch
@@ -113,6 +120,8 @@ def _measure(arena: "Arena", cases: Sequence["Case"], rounds: int, console: Any)
             t.checksum.append(found[1])
             if against_torch:
                 t.torch.append(case.time_torch())
+            if arena.on_gpu:
+                t.submit.append(case.time_submit())
     return [_row(case, t) for case, t in zip(cases, times, strict=True)]
 
 
@@ -135,6 +144,7 @@ def _row(case: "Case", t: Times) -> Row:
         checksum_fraction=ratio(t.memcpy, t.checksum),
         checksum_cost=round(ratio(t.checksum, t.plain) - 1, 3),
         torch_ratio=ratio(t.torch, t.plain) if t.torch else None,
+        submit_us=round(statistics.median(t.submit) * 1e6, 1) if t.submit else None,
     )
 
 
