@@ -194,6 +194,8 @@ class HostMachine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             assert set(self.store.shelf.keys()) <= self.held.keys()
             assert self.store.busy == bool(self.busy)
+            if not self.busy:
+                assert self.store.shelf.free == self.spec.slots - len(self.store.shelf)
 
 
 TestHost = pytest.mark.slow(HostMachine.TestCase)

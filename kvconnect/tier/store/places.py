@@ -102,7 +102,7 @@ class Filed:
         self.fd = fd
         """For payloads; -1 once closed."""
         self.new = new
-        self._to_write = to_write
+        self.to_write = to_write
         found = os.fstat(fd)
         self.nbytes, self.inode = found.st_size, found.st_ino
         self.bytes = np.zeros(min(HEAD_BYTES, self.nbytes), np.uint8)
@@ -114,13 +114,13 @@ class Filed:
         self._read(0, nbytes)
 
     def flush(self, offset: int, nbytes: int) -> None:
-        if not self._to_write:
+        if not self.to_write:
             raise ValueError("the file is read-only")
         if os.pwrite(self.fd, self.bytes[offset : offset + nbytes].tobytes(), offset) != nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def reload(self, offset: int, nbytes: int) -> None:
-        if not self._to_write:  # a writer knows best, whatever became of the file
+        if not self.to_write:  # a writer knows best, whatever became of the file
             self._read(offset, nbytes)
 
     def _read(self, offset: int, nbytes: int) -> None:

@@ -1,0 +1,183 @@
+"""Host memory with a disk behind it, as one rank moves KV between them and its paged cache.
+
+* `save` and `load` are between paged blocks and memory, `spill` from memory to disk. What is on
+  disk only is promoted on its way: read into a slot in memory, which then holds it as any other.
+* A load falls back within itself: what is damaged in memory is taken from disk if it is there.
+* Decides nothing about who stays: slots must have been freed by `forget`. Where there is none,
+  the save is skipped, or the load is a miss.
+* Each ticket that was started ends once in `poll`. Not thread-safe: the mover's thread owns it.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvconnect.tier.store.arena import Entry
+from kvconnect.tier.store.disk import DiskStore
+from kvconnect.tier.store.host import Ended, HostStore, Ticket
+
+
+class _Wanted(NamedTuple):
+    """A load, as it was asked for."""
+
+    ticket: Ticket
+    key: bytes
+    group: int
+    blocks: tuple[int, ...]
+    after: int | None
+
+
+@dataclass
+class _Fetch:
+    """A promotion under way."""
+
+    key: bytes
+    slot: int
+    entry: Entry  # on disk
+    waiting: list[_Wanted]
+
+
+class Vault:
+    """See the module's contract. Without ``disk`` it is memory only."""
+
+    def __init__(self, host: HostStore, disk: DiskStore | None = None) -> None:
+        self.host = host
+        self.disk = disk
+        self._numbers = itertools.count(1)  # tickets of our own
+        self._saves: dict[int, Ticket] = {}
+        self._loads: dict[int, tuple[_Wanted, Entry | None]] = {}  # → what on disk it came from
+        self._spills: dict[int, tuple[Ticket, Entry]] = {}
+        self._fetches: dict[int, _Fetch] = {}
+        self._fetching: dict[bytes, _Fetch] = {}
+        self._ended: list[Ended] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether `poll` has something to wait for."""
+        return bool(self._saves or self._loads or self._spills or self._fetches or self._ended)
+
+    def save(
+        self,
+        ticket: Ticket,
+        key: bytes,
+        group: int,
+        blocks: Sequence[int],
+        after: int | None = None,
+    ) -> bool:
+        """Start to copy blocks into memory; False: skipped."""
+        number = next(self._numbers)
+        if not self.host.store(number, key, group, blocks, after):
+            return False
+        self._saves[number] = ticket
+        return True
+
+    def load(
+        self,
+        ticket: Ticket,
+        key: bytes,
+        group: int,
+        blocks: Sequence[int],
+        after: int | None = None,
+    ) -> bool:
+        """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
+        return self._load(_Wanted(ticket, key, group, tuple(blocks), after))
+
+    def spill(self, ticket: Ticket, key: bytes) -> bool:
+        """Start to write what memory holds to disk, where it may be forgotten meanwhile.
+
+        False: dropped, or not needed.
+        """
+        if self.disk is None or key in self.disk.shelf:
+            return False
+        entry = self.host.shelf.use(key)
+        if entry is None:
+            return False
+        number = next(self._numbers)
+        if not self.disk.write(number, entry, self.host.shelf.arena.payload(entry.slot)):
+            self.host.shelf.done(entry)
+            return False
+        self._spills[number] = ticket, entry
+        return True
+
+    def forget(self, key: bytes) -> None:
+        """Memory holds it no more; its slot is free once nothing reads it."""
+        self.host.drop(key)
+
+    def forget_on_disk(self, key: bytes) -> None:
+        """The same of the disk."""
+        if self.disk is not None:
+            self.disk.drop(key)
+
+    def poll(self) -> list[Ended]:
+        """What ended since the last call."""
+        for done in self.disk.poll() if self.disk else ():
+            if done.ticket in self._spills:
+                ticket, entry = self._spills.pop(done.ticket)
+                self.host.shelf.done(entry)
+                self._ended.append(done._replace(ticket=ticket))
+            else:
+                self._fetched(self._fetches.pop(done.ticket), done)
+        for done in self.host.poll():
+            if done.ticket in self._saves:
+                self._ended.append(done._replace(ticket=self._saves.pop(done.ticket)))
+            else:
+                self._loaded(*self._loads.pop(done.ticket), done)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _load(self, wanted: _Wanted, promoted: Entry | None = None) -> bool:
+        number = next(self._numbers)
+        if self.host.load(number, *wanted[1:]):
+            self._loads[number] = wanted, promoted
+            return True
+        return promoted is None and self._fetch(wanted)
+
+    def _fetch(self, wanted: _Wanted) -> bool:
+        """Promote what is wanted, or wait for whoever does already."""
+        if self.disk is None:
+            return False
+        if fetch := self._fetching.get(wanted.key):
+            fetch.waiting.append(wanted)
+            return True
+        shelf = self.host.shelf
+        slot = shelf.fill()
+        if slot is None:
+            self.host.counts["promotions_without_slot"] += 1
+            return False
+        number = next(self._numbers)
+        entry = self.disk.read(number, wanted.key, shelf.arena.payload(slot))
+        if entry is None:
+            shelf.abandon(slot)
+            return False
+        fetch = _Fetch(wanted.key, slot, entry, [wanted])
+        self._fetches[number] = self._fetching[wanted.key] = fetch
+        return True
+
+    def _fetched(self, fetch: _Fetch, done: Ended) -> None:
+        del self._fetching[fetch.key]
+        shelf, entry = self.host.shelf, fetch.entry
+        if done.error:
+            shelf.abandon(fetch.slot)
+            for wanted in fetch.waiting:
+                self._ended.append(done._replace(ticket=wanted.ticket))
+            return
+        shelf.commit(
+            fetch.slot, *(entry.key, entry.group, entry.tokens, entry.nbytes, entry.digest)
+        )
+        self.host.counts["promoted"] += 1
+        for wanted in fetch.waiting:
+            if not self._load(wanted, entry):
+                self._spoilt(entry)
+                self._ended.append(Ended(wanted.ticket, wanted.key, "damaged on disk", 0))
+
+    def _loaded(self, wanted: _Wanted, promoted: Entry | None, done: Ended) -> None:
+        if done.error and promoted is not None:
+            self._spoilt(promoted)
+        if done.error and promoted is None and self._fetch(wanted):
+            return
+        self._ended.append(done._replace(ticket=wanted.ticket))
+
+    def _spoilt(self, entry: Entry) -> None:
+        if self.disk is not None:
+            self.disk.damaged(entry)

@@ -1,0 +1,402 @@
+"""Memory, disk, and faults of both: a load gives what was saved, or is a miss that is counted."""
+
+import os
+
+import numpy as np
+import pytest
+from vaults import BLOCKS, CHUNK, Bench, key_of
+
+from kvconnect.blocks import BlockView
+from kvconnect.errors import GeometryError
+from kvconnect.ops import load
+from kvconnect.plan import NO_BLOCK
+from kvconnect.testing.files import DiskFault
+from kvconnect.testing.geometry import LAYOUTS, Cache, Model
+from kvconnect.testing.late import LateKernels
+from kvconnect.tier.store.disk import MOST_FAILURES
+from kvconnect.tier.store.packing import Packing
+
+
+@pytest.fixture
+def make(tmp_path):
+    made = []
+
+    def bench(**options):
+        made.append(Bench(tmp_path, **options))
+        return made[-1]
+
+    yield bench
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def bench(make):
+    return make()
+
+
+# -- packing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_one_layout_stored_another_loads(make, layout):
+    bench = make(disk_slots=0)
+    assert bench.save(1)
+    bench.host.shelf.arena.close()
+    other = make(disk_slots=0, layout=layout)
+    assert other.packing.format == bench.packing.format
+    assert other.load(1)
+
+
+def changed(**fields):
+    return Model(**({"layers": 2, "heads": 2, "block_tokens": 4, "content": 32} | fields))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        changed(layers=3),
+        changed(heads=4),
+        changed(block_tokens=8),
+        changed(content=64),
+        changed(values=8),
+        changed(itemsize=4),
+        changed(dtype="float16"),
+        changed(scales=(1.0, 2.0)),
+    ],
+    ids=str,
+)
+def test_what_makes_other_bytes_is_another_format(bench, model):
+    packing = Packing(Cache(model, BLOCKS).shard, 0, CHUNK, load("cpu"))
+    assert packing.format != bench.packing.format
+
+
+def test_another_shard_or_chunk_is_another_format(bench):
+    shards = [Cache(changed(), BLOCKS, tp_rank=rank, tp_size=2).shard for rank in (0, 1)]
+    packings = [Packing(shard, 0, CHUNK, load("cpu")) for shard in shards]
+    packings.append(Packing(bench.cache.shard, 0, CHUNK + 1, load("cpu")))
+    assert len({p.format for p in packings} | {bench.packing.format}) == 4
+
+
+def test_a_packed_layout_moves_whole_and_is_a_format_of_its_own(bench):
+    """As `kvconnect.vllm.layout` describes what no spec explains: bytes of heads."""
+    cache = bench.cache
+    cells = cache.cells(cache.layers[0]).shape[0]
+    raw = np.arange(cells * 64, dtype=np.uint8)
+    part = cache.shard.views[0].parts[0]
+    one = BlockView(
+        layer="packed",
+        group=0,
+        num_blocks=cells,
+        block_tokens=4,
+        heads=cache.heads,
+        dtype="bfloat16",
+        layout="packed by X",
+        parts=(
+            type(part)(
+                base=int(raw.ctypes.data), strides=(64, 32, 32, 1), shape=(2, 1, 32), itemsize=1
+            ),
+        ),
+    )
+    shard = type(cache.shard)((*cache.shard.views, one), cache.shard.regions, (cache.memory, raw))
+    packing = Packing(shard, 0, CHUNK, load("cpu"))
+    assert packing.format != bench.packing.format
+    payload = np.zeros(packing.nbytes, np.uint8)
+    before = raw.copy()
+    packed = packing.gather((3, 4), payload.ctypes.data)
+    assert packed.done()
+    digest = packing.put_sums(payload, packed.sums())
+    raw[:] = 0
+    found = packing.scatter((3, NO_BLOCK), payload.ctypes.data)
+    assert found[0].sums()[0] == packing.sums(payload, digest)[0]
+    assert np.array_equal(raw[3 * 64 : 4 * 64], before[3 * 64 : 4 * 64])
+    assert not raw[4 * 64 :].any()
+
+
+@pytest.mark.parametrize("blocks", [(0,), (0, 1, 2), (0, BLOCKS), (-1, 0)])
+def test_blocks_that_are_none_are_refused(bench, blocks):
+    with pytest.raises(GeometryError):
+        bench.packing.gather(blocks, 0)
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [(10, 11), (11, 10), (NO_BLOCK, 10), (10, NO_BLOCK)])
+def test_any_blocks_of_a_chunk_can_be_loaded_alone(bench, blocks):
+    assert bench.save(1)
+    spared = [b for b in range(BLOCKS) if b not in blocks]
+    parts = [(layer, p) for layer in bench.cache.layers for p in range(bench.cache.parts)]
+    before = [bench.cache.cells(*part)[spared].copy() for part in parts]
+    assert bench.load(1, blocks)
+    assert bench.host.counts["loaded"] == 1
+    for part, cells in zip(parts, before, strict=True):
+        assert np.array_equal(bench.cache.cells(*part)[spared], cells)
+
+
+def test_no_free_slot_is_a_store_that_is_skipped(make):
+    bench = make(slots=2, disk_slots=0)
+    assert [bench.save(seed) for seed in (1, 2, 3)] == [True, True, False]
+    assert bench.host.counts["stores_without_slot"] == 1
+    bench.vault.forget(key_of(1))
+    assert bench.save(3)
+    assert [bench.load(seed) for seed in (1, 2, 3)] == [False, True, True]
+    assert bench.host.counts["loads_missed"] == 1
+
+
+@pytest.mark.parametrize("where", ["first block", "second block", "sums"])
+def test_a_flipped_bit_in_memory_is_a_miss_once(make, where):
+    bench = make(disk_slots=0)
+    assert bench.save(1)
+    at = {"first block": 0, "second block": bench.packing.block_bytes, "sums": -8}[where]
+    bench.flip(bench.host.shelf.arena, 1, at % bench.packing.nbytes)
+    assert not bench.load(1)
+    assert bench.host.counts["digest_mismatches"] == 1
+    assert bench.host.take_lost() == [key_of(1)]
+    assert bench.host.take_lost() == []
+    assert not bench.load(1)
+    assert bench.host.counts["digest_mismatches"] == 1
+    assert bench.host.shelf.free == 4
+
+
+def test_damage_in_a_block_that_is_not_wanted_does_not_matter(make):
+    bench = make(disk_slots=0)
+    assert bench.save(1)
+    bench.flip(bench.host.shelf.arena, 1, bench.packing.block_bytes)
+    assert bench.load(1, (10, NO_BLOCK))
+
+
+def test_a_whole_payload_of_another_slot_is_not_taken_for_this_one(make):
+    """Its blocks fit its own sums; only the header knows better."""
+    bench = make(disk_slots=0)
+    assert bench.save(1)
+    assert bench.save(2)
+    arena = bench.host.shelf.arena
+    one, two = (arena.payload(bench.host.shelf._held[key_of(seed)].slot) for seed in (1, 2))
+    one[:] = two
+    assert not bench.load(1)
+    assert bench.load(2)
+
+
+def test_a_device_that_fails_is_a_skipped_store_and_a_failed_load(make):
+    kernels = LateKernels(load("cpu"))
+    bench = make(disk_slots=0, kernels=kernels)
+    kernels.fails = True
+    assert not bench.save(1)
+    kernels.fails = False
+    assert bench.save(2)
+    kernels.fails = True
+    assert not bench.load(2)
+    kernels.fails = False
+    assert bench.load(2), "nothing is wrong with what is stored"
+    assert bench.host.counts["stores_failed"] == bench.host.counts["loads_failed"] == 1
+    assert bench.host.shelf.free == 3
+
+
+# -- disk --------------------------------------------------------------------------------------
+
+
+def on_disk_only(bench, seed):
+    assert bench.save(seed)
+    assert bench.spill(seed)
+    bench.vault.forget(key_of(seed))
+
+
+def test_what_is_on_disk_is_promoted_and_then_in_memory(bench):
+    on_disk_only(bench, 1)
+    assert bench.load(1)
+    assert bench.load(1)
+    assert bench.host.counts["promoted"] == 1
+    assert bench.disk.counts["read"] == bench.disk.counts["written"] == 1
+    assert bench.host.shelf.free == 3
+
+
+def test_both_tiers_are_found_again_by_another_process(make):
+    bench = make()
+    on_disk_only(bench, 1)
+    assert bench.save(2)
+    bench.close()
+    again = make()
+    assert again.host.shelf.keys() == [key_of(2)]
+    assert again.disk.shelf.keys() == [key_of(1)]
+    assert again.load(1)
+    assert again.load(2)
+
+
+def test_loads_that_want_the_same_at_once_read_it_once(bench):
+    on_disk_only(bench, 1)
+    tickets = [bench.ticket() for _ in range(3)]
+    for number, ticket in enumerate(tickets):
+        assert bench.vault.load(ticket, key_of(1), 0, (10 + 2 * number, 11 + 2 * number))
+    assert set(bench.settle().values()) == {""}
+    assert bench.disk.counts["read"] == 1
+    assert all(bench.holds(1, (10 + 2 * n, 11 + 2 * n)) for n in range(3))
+
+
+def test_nothing_is_written_to_disk_twice(bench):
+    on_disk_only(bench, 1)
+    assert bench.load(1)
+    assert not bench.spill(1)
+    assert not bench.spill(2)
+    assert bench.disk.counts["written"] == 1
+
+
+def test_memory_may_forget_while_the_disk_still_writes(make):
+    bench = make(slots=1)
+    assert bench.save(1)
+    bench.file.hold()
+    ticket = bench.ticket()
+    assert bench.vault.spill(ticket, key_of(1))
+    bench.vault.forget(key_of(1))
+    assert not bench.save(2), "its slot is still read from"
+    bench.file.let_go()
+    assert bench.settle()[ticket] == ""
+    assert bench.save(2)
+    bench.vault.forget(key_of(2))
+    assert bench.load(1)
+
+
+def test_a_slow_disk_drops_writes_and_refuses_reads_rather_than_wait(make):
+    bench = make(slots=6, most_jobs=2)
+    on_disk_only(bench, 9)
+    for seed in range(4):
+        assert bench.save(seed)
+    bench.file.hold()
+    started = [bench.vault.spill(bench.ticket(), key_of(seed)) for seed in range(4)]
+    assert started == [True, True, False, False]
+    assert not bench.vault.load(bench.ticket(), key_of(9), 0, (10, 11))
+    assert bench.disk.counts["writes_dropped_queue_full"] == 2
+    assert bench.disk.counts["reads_refused"] == 1
+    bench.file.let_go()
+    bench.settle()
+    assert bench.load(9)
+
+
+def test_a_full_disk_tier_drops_writes(make):
+    bench = make(slots=4, disk_slots=2)
+    for seed in range(3):
+        assert bench.save(seed)
+    assert [bench.spill(seed) for seed in range(3)] == [True, True, False]
+    assert bench.disk.counts["writes_without_slot"] == 1
+    bench.vault.forget_on_disk(key_of(0))
+    assert bench.spill(2)
+
+
+def test_no_slot_to_promote_to_is_a_miss(make):
+    bench = make(slots=1)
+    on_disk_only(bench, 1)
+    assert bench.save(2)
+    assert not bench.load(1)
+    assert bench.host.counts["promotions_without_slot"] == 1
+    bench.vault.forget(key_of(2))
+    assert bench.load(1)
+
+
+@pytest.mark.parametrize("fault", [DiskFault.IO_ERROR, DiskFault.FULL, DiskFault.SHORT])
+def test_a_write_that_fails_is_dropped(bench, fault):
+    assert bench.save(1)
+    bench.file.plan(fault)
+    assert not bench.spill(1)
+    assert bench.disk.counts["writes_failed"] == 1
+    assert key_of(1) not in bench.disk.shelf
+    assert bench.disk.shelf.free == 8
+    assert bench.spill(1)
+    bench.vault.forget(key_of(1))
+    assert bench.load(1)
+
+
+@pytest.mark.parametrize("fault", [DiskFault.IO_ERROR, DiskFault.SHORT])
+def test_a_read_that_fails_is_a_miss_and_is_given_up(bench, fault):
+    on_disk_only(bench, 1)
+    bench.file.plan(fault)
+    assert not bench.load(1)
+    assert bench.disk.counts["reads_failed"] == 1
+    assert bench.disk.take_lost() == [key_of(1)]
+    assert bench.host.shelf.free == 4
+    assert bench.disk.shelf.free == 8
+
+
+@pytest.mark.parametrize("fault", [DiskFault.LOST, DiskFault.FLIPPED])
+@pytest.mark.parametrize("verb", ["write", "read"])
+def test_a_disk_that_lies_is_found_out(bench, fault, verb):
+    assert bench.save(1)
+    if verb == "write":
+        bench.file.plan(fault)
+    assert bench.spill(1)
+    bench.vault.forget(key_of(1))
+    # the slot that it is read to must not happen to hold the right bytes
+    for seed in range(2, 6):
+        bench.save(seed)
+    for seed in range(2, 6):
+        bench.vault.forget(key_of(seed))
+    if verb == "read":
+        bench.file.plan(fault)
+    assert not bench.load(1)
+    assert bench.host.counts["digest_mismatches"] == bench.disk.counts["digest_mismatches"] == 1
+    assert bench.disk.take_lost() == [key_of(1)]
+    assert (bench.host.shelf.free, bench.disk.shelf.free) == (4, 8)
+    assert not bench.vault.busy
+
+
+def test_what_is_damaged_in_memory_is_loaded_from_disk_within_the_load(bench):
+    assert bench.save(1)
+    assert bench.spill(1)
+    bench.flip(bench.host.shelf.arena, 1)
+    assert bench.load(1)
+    assert bench.host.counts["digest_mismatches"] == 1
+    assert bench.host.counts["promoted"] == 1
+
+
+def test_a_disk_that_only_fails_is_left_alone(bench):
+    assert bench.save(1)
+    bench.file.usual = DiskFault.FULL
+    for _ in range(MOST_FAILURES):
+        assert not bench.spill(1)
+    seen = bench.file.operations
+    assert not bench.spill(1)
+    assert bench.file.operations == seen
+    assert bench.disk.counts["writes_dropped_disk_off"] == 1
+
+
+@pytest.mark.parametrize("at", ["payload", "sums"])
+def test_a_bit_flipped_in_the_file_is_a_miss(bench, at):
+    on_disk_only(bench, 1)
+    bench.flip(bench.disk.shelf.arena, 1, 0 if at == "payload" else bench.packing.nbytes - 8)
+    assert not bench.load(1)
+    assert bench.disk.counts["digest_mismatches"] == 1
+    assert not bench.load(1)
+
+
+def test_a_file_cut_short_under_a_running_engine_is_misses_and_failed_writes(bench, tmp_path):
+    for seed in range(3):
+        on_disk_only(bench, seed)
+    (path,) = (tmp_path / "disk").iterdir()
+    first = bench.disk.shelf._held[key_of(0)].slot
+    os.truncate(path, bench.disk.shelf.arena.offset(first) + 100)
+    assert [bench.load(seed) for seed in range(3)].count(True) <= 1
+    assert bench.disk.counts["reads_failed"] >= 2
+    assert bench.save(7)
+    bench.close()
+
+
+@pytest.mark.parametrize("kind", ["header", "every header", "cut"])
+def test_damage_done_while_no_engine_ran_is_misses(make, tmp_path, kind):
+    bench = make()
+    for seed in range(3):
+        on_disk_only(bench, seed)
+    bench.close()
+    (path,) = (tmp_path / "disk").iterdir()
+    with path.open("r+b") as file:
+        if kind == "header":
+            file.seek(4096 + 50)
+            file.write(b"\xff\xff\xff\xff")
+        elif kind == "every header":
+            file.seek(4096)
+            file.write(os.urandom(128 * 8))
+        else:
+            file.truncate(9000)
+    again = make()
+    found = [again.load(seed) for seed in range(3)]
+    assert found.count(True) == {"header": 2, "every header": 0, "cut": 0}[kind]
+    assert again.save(5)
+    assert again.spill(5)

@@ -1,0 +1,127 @@
+"""A vault over a real cache, folder and disk threads, as tests want one."""
+
+import time
+
+import numpy as np
+
+from kvconnect.ops import load
+from kvconnect.testing.files import FaultyFile
+from kvconnect.testing.geometry import Cache, Model
+from kvconnect.tier.store.disk import DiskStore, system_file
+from kvconnect.tier.store.header import Spec
+from kvconnect.tier.store.host import HostStore
+from kvconnect.tier.store.lanes import Lanes
+from kvconnect.tier.store.neighbours import Neighbours, claim
+from kvconnect.tier.store.packing import Packing, slot_bytes
+from kvconnect.tier.store.places import Filed
+from kvconnect.tier.store.shelf import Shelf
+from kvconnect.tier.store.vault import Vault
+
+FINGERPRINT = b"\x05" * 32
+MODEL = Model(layers=2, heads=2, block_tokens=4, content=32)
+CHUNK, BLOCKS = 2, 24
+
+
+def key_of(seed):
+    return seed.to_bytes(32, "big")
+
+
+class Bench:
+    """One rank: ``vault`` over ``cache``; its arenas are in two folders of ``folder``."""
+
+    def __init__(
+        self,
+        folder,
+        slots=4,
+        disk_slots=8,
+        layout="LBHNC",
+        faulty=True,
+        share=False,
+        most_jobs=8,
+        model=MODEL,
+        kernels=None,
+    ):
+        self.cache = Cache(model, BLOCKS, layout)
+        self.packing = Packing(self.cache.shard, 0, CHUNK, kernels or load("cpu"))
+        nbytes = slot_bytes([self.packing])
+        host, path = claim(folder / "host", Spec(slots, nbytes, FINGERPRINT))
+        beside = Neighbours(folder / "host", FINGERPRINT, path) if share else None
+        self.host = HostStore(Shelf(host), [self.packing], beside)
+        self.neighbours = [beside] if share else []
+        self.disk = self.file = None
+        if disk_slots:
+            spec = Spec(disk_slots, nbytes, FINGERPRINT)
+            disk, path = claim(folder / "disk", spec, Filed)
+            beside = Neighbours(folder / "disk", FINGERPRINT, path, Filed) if share else None
+            self.neighbours += [beside] if share else []
+            self.disk = DiskStore(Shelf(disk), Lanes(2, most_jobs), beside, self.open_file)
+        self.vault = Vault(self.host, self.disk)
+        self.tickets = 0
+
+    def open_file(self, arena):
+        file = FaultyFile(system_file(arena))
+        self.file = self.file or file
+        return file
+
+    def ticket(self):
+        self.tickets += 1
+        return self.tickets
+
+    def settle(self):
+        """All that ends now: ticket → error."""
+        found = {}
+        for _ in range(10_000):
+            found |= {ended.ticket: ended.error for ended in self.vault.poll()}
+            if not self.vault.busy:
+                return found
+            time.sleep(0.0005)  # threads of the disk
+        raise AssertionError("it does not end")
+
+    def save(self, seed, blocks=(0, 1)):
+        """Whether KV of ``seed`` is held afterwards."""
+        self.cache.fill(blocks, seed)
+        ticket = self.ticket()
+        return self.vault.save(ticket, key_of(seed), 0, blocks) and not self.settle()[ticket]
+
+    def spill(self, seed):
+        ticket = self.ticket()
+        return self.vault.spill(ticket, key_of(seed)) and not self.settle()[ticket]
+
+    def load(self, seed, blocks=(10, 11)):
+        """Whether it was loaded; wrong content is an error."""
+        self.cache.fill([b for b in blocks if b >= 0], 999)
+        ticket = self.ticket()
+        if not self.vault.load(ticket, key_of(seed), 0, blocks):
+            return False
+        if self.settle()[ticket]:
+            return False
+        assert self.holds(seed, blocks), f"{seed}: wrong KV"
+        return True
+
+    def holds(self, seed, blocks):
+        return self.cache.holds_fill([(i, b) for i, b in enumerate(blocks) if b >= 0], seed)
+
+    def flip(self, arena, seed, at=0):
+        """Damage the payload of ``seed``, in memory or on disk."""
+        shelf = (self.disk if isinstance(arena.place, Filed) else self.host).shelf
+        entry = shelf.use(key_of(seed))
+        shelf.done(entry)
+        if isinstance(arena.place, Filed):
+            file = system_file(arena)
+            page = np.zeros(4096, np.uint8)
+            place = arena.offset(entry.slot) + at // 4096 * 4096
+            file.read(page.data, place)
+            page[at % 4096] ^= 1
+            file.write(page.data, place)
+            file.close()
+        else:
+            arena.payload(entry.slot)[at] ^= 1
+
+    def close(self):
+        if self.disk:
+            if self.file:
+                self.file.let_go()
+            self.disk.close()
+        for neighbours in self.neighbours:
+            neighbours.close()
+        self.host.shelf.arena.close()
