@@ -5,9 +5,9 @@ so that a prefill of 300 ms never delays a pull. The engine's thread only calls 
 `take_stats` and `close`. The thread's body is `step`, which tests call without a thread and
 with a fake clock.
 
-* Busy (something is being read, by us or from us): steps follow each other closely. Idle: the
-  thread sleeps in the channel until a frame, an order or a deadline; it looks after the
-  transport once a second.
+* Busy (something is being read, by us or from us): steps follow each other, after a short pause
+  where nothing happened. Idle: the thread sleeps in the channel until a frame, an order or a
+  deadline; it looks after the transport once a second.
 * A programming fault in the thread is raised in the engine's thread by the next `take`.
 """
 
@@ -17,9 +17,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from kvconnect import wire
 from kvconnect.blocks import Shard
@@ -42,7 +41,8 @@ from kvconnect.order import (
     Watch,
     Withdraw,
 )
-from kvconnect.remote import Means, Mode, Remotes
+from kvconnect.remote import Means, Remotes
+from kvconnect.settings import Settings
 from kvconnect.slots import Slots, Staging
 from kvconnect.stats import Stats
 from kvconnect.supplier import Supplier
@@ -57,22 +57,6 @@ SILENT_S, SILENT_PAUSE_S = 1.0, 2e-3
 
 Fence = Callable[[], bool]
 """True once the device has finished what was submitted before the orders were given."""
-
-
-class Settings(NamedTuple):
-    """What a mover needs to know of its engine. ``rank`` counts over TP × PP."""
-
-    rank: int
-    ranks: int
-    fingerprint: Mapping[str, str]
-    transport_name: str
-    secret: bytes | None = None
-    handshake_timeout_s: float = 5.0
-    load_timeout_s: float = 60.0
-    lease_max_s: float = 3600.0
-    mode: Mode = "auto"
-    allow_lossy: bool = False
-    versions: Mapping[str, str] = {}
 
 
 class Mover:
@@ -180,8 +164,8 @@ class Mover:
 
     # -- the mover's thread -----------------------------------------------------------
 
-    def step(self, wait_s: float = 0.0) -> None:
-        """Do everything there is to do now, waiting at most ``wait_s`` for a frame."""
+    def step(self, wait_s: float = 0.0) -> bool:
+        """Do what there is to do now, waiting at most ``wait_s`` for a frame; was there any?"""
         frames = self._channel.poll(wait_s)
         self._obey()
         for frame in frames:
@@ -196,7 +180,8 @@ class Mover:
             self._fetcher.done(done)
             if self._supplier:
                 self._supplier.done(done)
-        if frames or ended:
+        active = bool(frames or ended or (self._supplier and self._supplier.ready))
+        if active:
             self._active_at = self._clock()
         self._dialler.tick()
         self._lender.tick()
@@ -204,6 +189,7 @@ class Mover:
             self._supplier.tick()
         self._fetcher.tick()
         self._publish()
+        return active
 
     def wait_s(self) -> float:
         """How long the next step may wait for a frame."""
@@ -230,8 +216,7 @@ class Mover:
             Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(THREAD_NAME)
         try:
             while not self._stopping.is_set():
-                self.step(self.wait_s())
-                if self._busy:
+                if not self.step(self.wait_s()) and self._busy:
                     time.sleep(self._pause_s())
         except BaseException as e:
             logger.exception("the mover stopped; the engine will be told")

@@ -9,7 +9,6 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from kvconnect.blocks import Region
 from kvconnect.blocks import Shard as Memory
@@ -23,11 +22,11 @@ from kvconnect.plan import Rect, assign, why_not_direct
 from kvconnect.puller import Staged
 from kvconnect.rows import Memory as MemoryKind
 from kvconnect.rows import Route
+from kvconnect.settings import Mode
 from kvconnect.slots import Slots
 from kvconnect.transport.base import Transport
 from kvconnect.wire import Address, Body
 
-Mode = Literal["auto", "direct", "staged"]
 logger = logging.getLogger(__name__)
 
 

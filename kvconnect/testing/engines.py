@@ -15,10 +15,10 @@ import numpy as np
 
 from kvconnect.blocks import Region
 from kvconnect.lease import Terms
-from kvconnect.mover import Mover, Settings
+from kvconnect.mover import Mover
 from kvconnect.ops import Kernels, load
 from kvconnect.order import Directory, Grant, Order, Outcome, Shard, Source
-from kvconnect.remote import Mode
+from kvconnect.settings import Mode, Settings
 from kvconnect.slots import GRANULE_BYTES, Staging
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Faulty

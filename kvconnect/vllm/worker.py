@@ -15,9 +15,10 @@ from kvconnect.blocks import Region, Shard
 from kvconnect.channel import ZmqChannel
 from kvconnect.config import NixlConfig, read_secret
 from kvconnect.errors import ConfigError
-from kvconnect.mover import Fence, Mover, Settings
+from kvconnect.mover import Fence, Mover
 from kvconnect.ops import Kernels, load
 from kvconnect.order import Fetch, Order, Outcome
+from kvconnect.settings import Settings
 from kvconnect.slots import Staging, staging_slot_bytes
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import Place, describe

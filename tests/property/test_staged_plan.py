@@ -557,8 +557,8 @@ def test_k_and_v_cross_as_one_piece_where_they_lie_side_by_side(layout, scales, 
         (rects,) = assign(here.shard.views, [there.shard.views], 0)
         course = Course(rects, 1 << 16, join=join)
         assert [piece.part for piece in course.pieces] == parts
+    apart = Cache(replace(model, scales=(2.0, 1.0)), 2).shard.views
     with pytest.raises(GeometryError, match="part kv is not held here"):
-        apart = Cache(replace(model, scales=(2.0, 1.0)), 2).shard.views
         source_copy({view.layer: view for view in apart}, PART_KV)
 
 

@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
-    {"blocks", "config", "lease", "costs"},
+    {"blocks", "config", "lease", "costs", "settings"},
     {"plan", "wire", "ops"},
     {"rows", "course"},
     {"slots", "order", "session", "channel", "transport"},

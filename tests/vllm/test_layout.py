@@ -228,6 +228,13 @@ def test_packed_tokens_between_which_other_heads_lie_are_all_moved():
         assert torch.equal(held(part, cache)[..., 0], in_blocks(cache).view(torch.uint8))
 
 
+def test_packed_fp8_of_other_scales_is_another_layout():
+    spec = replace(FP8, num_head_slots=2)
+    layer = module("OWN", kv_cache_dtype="fp8", _k_scale_float=0.5, _v_scale_float=0.25)
+    view, _ = views_of(caches(spec), spec, layer)
+    assert view.layout == "packed by OWN, scales 0.5 0.25, TP 1"
+
+
 # -- recurrent state --------------------------------------------------------------------------
 
 

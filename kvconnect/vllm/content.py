@@ -1,0 +1,192 @@
+"""What a layer's blocks hold: K and V cell by cell, or packed content that moves whole.
+
+Dense C of a view ``[B, H, N, C]`` is K and V side by side, or MLA's one vector. The CPU backend
+reads the same bytes as ``[B, H, 2N, D]``, K before V, packed for the ISA
+(``v1/attention/backends/cpu_attn.py`` forward): `kvconnect.vllm.probe` looks how.
+
+* Content that no spec explains gets a layout of its own name.
+* A dtype that cannot be converted keeps vLLM's name.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from msgspec.structs import replace
+
+from kvconnect.blocks import DENSE, UNTILED, Part, Tile
+from kvconnect.vllm.probe import Axis, Kernel, Packing, packings
+
+# vLLM stores fp8 as bytes; of which format, the layer's kv_cache_dtype tells ("fp8" is e4m3 on
+# CUDA and CPU). Other names are of packings or, fp8_inc, of Gaudi's own format.
+FP8 = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+STORED = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+MOST_ROW_BYTES = 1 << 16
+
+_PartName = Literal["k", "v", "kv"]
+
+
+class Cells(NamedTuple):
+    """A layer's cache, strides in elements. A block is ``pieces`` kernel blocks of equal stride."""
+
+    base: int
+    item: int
+    pieces: int
+    heads: int
+    tokens: int
+    """Of a piece."""
+    content: int
+    piece_stride: int
+    head_stride: int
+    token_stride: int
+    element_stride: int
+
+
+class Dtype(NamedTuple):
+    """Of KV, by our name, or vLLM's where an element is no number by itself."""
+
+    name: str
+    numbers: bool
+    scaled: bool = False
+
+
+def cells_of(cache: torch.Tensor, num_blocks: int) -> Cells:
+    """Of a layer's cache ``[B, H, N, C]``."""
+    _, heads, tokens, content = cache.shape
+    pieces = cache.shape[0] // num_blocks
+    item = cache.element_size()
+    return Cells(cache.data_ptr(), item, pieces, heads, tokens, content, *cache.stride())
+
+
+def has_slots(spec: Any) -> bool:
+    """Whether H of the tensor is not one KV head each: nvfp4, b12x, ROCm."""
+    return getattr(spec, "num_head_slots", None) is not None or spec.num_heads != spec.num_kv_heads
+
+
+def dtype_of(spec: Any, module: Any) -> Dtype:
+    """Of a layer: some keep the model's in an engine whose others are fp8."""
+    if spec.dtype in FLOATS:
+        return Dtype(name_of(spec.dtype), True)
+    named = getattr(module, "kv_cache_dtype", None)  # the DeepSeek indexer's cache has none
+    if named not in FP8:
+        return Dtype(str(named or name_of(spec.dtype)), False)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_fp8_fnuz():
+        return Dtype(f"{FP8[named]}fnuz", True)
+    scales = [getattr(module, name, None) for name in ("_k_scale", "_v_scale")]
+    if any(isinstance(s, torch.Tensor) and s.numel() > 1 for s in scales):
+        return Dtype(f"{FP8[named]} with a scale per head", True)
+    return Dtype(FP8[named], True, scaled=True)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype's name without torch's."""
+    return str(dtype).removeprefix("torch.")
+
+
+def content_of(
+    cells: Cells, spec: Any, module: Any, dtype: Dtype, vllm_config: Any
+) -> tuple[str, tuple[Part, ...]]:
+    """Layout and parts of a layer."""
+    k, v = spec.head_size, spec.head_size_v
+    explained = (
+        dtype.numbers
+        and not has_slots(spec)
+        and getattr(spec, "state_content_bytes", None) is None
+        and k + v == cells.content
+        and cells.pieces * cells.tokens == spec.block_size
+    )
+    backend = _backend(module)
+    if backend == "CPU_ATTN":
+        kernel = _kernel(cells, spec, module, dtype, vllm_config)
+        layout = f"cpu:{kernel.isa}"
+        found = packings(kernel, cells.tokens, k) if explained and k == v else None
+    else:
+        layout = f"packed by {backend}"
+        row = Axis(cells.token_stride, UNTILED), Axis(cells.element_stride, UNTILED)
+        found = (Packing(0, *row), Packing(k * cells.element_stride, *row)) if explained else None
+    if dtype.scaled and (scales := (_scale(module, "k"), _scale(module, "v"))) != (1, 1):
+        layout += f", scales {scales[0]:g} {scales[1]:g}"  # packed content is not rescaled
+    if found is None:
+        return layout, (packed(cells),)
+    names: tuple[tuple[_PartName, int], ...] = (("k", k), ("v", v)) if v else (("kv", k),)
+    parts = []
+    for (name, size), packing in zip(names, found, strict=False):
+        part = _part(cells, packing, name, size)
+        if part is None:
+            return layout, (packed(cells),)
+        parts.append(replace(part, scale=_scale(module, name)) if dtype.scaled else part)
+    return DENSE, tuple(parts)
+
+
+def _part(cells: Cells, packing: Packing, name: _PartName, size: int) -> Part | None:
+    """A part as ``packing`` has it in each piece; None where pieces need a tile of tiles."""
+    tile = packing.token.tile
+    if cells.pieces > 1:
+        # tokens of the next piece: on in the same step, or in a tile of their own
+        if tile.cells:
+            if cells.tokens // tile.cells * tile.stride != cells.piece_stride:
+                return None
+        elif cells.tokens * packing.token.stride != cells.piece_stride:
+            tile = Tile(cells.tokens, cells.piece_stride)
+    block_stride = cells.pieces * cells.piece_stride
+    strides = (block_stride, cells.head_stride, packing.token.stride, packing.content.stride)
+    block, head, token, content = (s * cells.item for s in strides)
+    return Part(
+        base=cells.base + packing.start * cells.item,
+        strides=(block, head, token, content),
+        shape=(cells.heads, cells.pieces * cells.tokens, size),
+        itemsize=cells.item,
+        name=name,
+        tiles=(_in_bytes(tile, cells.item), _in_bytes(packing.content.tile, cells.item)),
+    )
+
+
+def _in_bytes(tile: Tile, item: int) -> Tile:
+    return Tile(tile.cells, tile.stride * item)
+
+
+def packed(cells: Cells) -> Part:
+    """All bytes of a head, or of its tokens where heads lie between them."""
+    row = cells.content * cells.item
+    pieces, tokens, nbytes = cells.pieces, cells.tokens, row
+    tile, step = UNTILED, cells.token_stride * cells.item
+    if cells.token_stride * cells.item == row or tokens == 1:
+        tokens, nbytes, step = 1, cells.tokens * row, cells.piece_stride * cells.item
+        if pieces == 1 and nbytes > MOST_ROW_BYTES:  # a row has to fit a staging slot
+            step = math.gcd(nbytes, MOST_ROW_BYTES)
+            tokens, nbytes = nbytes // step, step
+    elif pieces > 1:
+        tile = Tile(tokens, cells.piece_stride * cells.item)
+    return Part(
+        base=cells.base,
+        strides=(pieces * cells.piece_stride * cells.item, cells.head_stride * cells.item, step, 1),
+        shape=(cells.heads, pieces * tokens, nbytes),
+        itemsize=1,
+        tiles=(tile, UNTILED),
+    )
+
+
+def _scale(module: Any, name: _PartName) -> float:
+    """vLLM's static scale; set when weights were loaded, before caches are registered."""
+    side = "v" if name == "v" else "k"  # MLA's vector has K's
+    return float(getattr(module, f"_{side}_scale_float", None) or 1.0)
+
+
+def _backend(module: Any) -> str:
+    return str(module.get_attn_backend().get_name()) if hasattr(module, "get_attn_backend") else ""
+
+
+def _kernel(cells: Cells, spec: Any, module: Any, dtype: Dtype, vllm_config: Any) -> Kernel:
+    """How the CPU backend was told to store this layer."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model_dtype = vllm_config.model_config.dtype
+    cache_dtype = module.kv_cache_dtype
+    # the backend's own metadata builder leaves it there
+    isa = getattr(module, "isa", None) or _get_attn_isa(
+        model_dtype, cells.tokens, spec.head_size, vllm_config.cache_config.cache_dtype
+    )
+    return Kernel(isa, model_dtype, cache_dtype, STORED.get(dtype.name, spec.dtype))
