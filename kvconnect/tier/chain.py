@@ -1,0 +1,141 @@
+"""A load from several sources: who gives which chunks, and who else when one fails.
+
+A chain covers what its sources cover together: of a peer that has the first ten chunks and host
+memory that has the next six, a load is sixteen chunks long. Among sources that have a chunk, the
+cheapest gives it, by rates that were measured.
+
+* `plan` minimises the time that all hops take together: each hop costs its source's start, and
+  each chunk its source's time per chunk.
+* `Load` follows one load to its end. A chunk is in one hop at a time, and at any source once; a
+  chunk of a failed hop goes to the next source that has it, after that hop has ended. What
+  nobody could deliver is failed.
+* Pure: knows chunk numbers and names of sources, no keys, tiers, tickets or clocks.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+WEIGHT = 0.2  # of the newest measurement
+WORTH_MEASURING_BYTES = 1 << 20  # a smaller load says little about a rate
+
+
+class Source(NamedTuple):
+    """Where chunks can be had: ``has`` are their numbers, in the request's order."""
+
+    name: str
+    has: Collection[int]
+    start_s: float
+    chunk_s: float
+
+
+class Hop(NamedTuple):
+    """Chunks, ascending, from one source."""
+
+    source: str
+    chunks: tuple[int, ...]
+
+
+class Rates:
+    """Seconds per byte of each source, as measured; a guess until then."""
+
+    def __init__(self, guesses: Mapping[str, float]) -> None:
+        self._seconds_per_byte = dict(guesses)
+        self._measured: set[str] = set()
+
+    def measured(self, source: str, nbytes: int, seconds: float) -> None:
+        """A load from ``source`` ended well."""
+        if nbytes < WORTH_MEASURING_BYTES:
+            return
+        now = seconds / nbytes
+        old = self._seconds_per_byte[source] if source in self._measured else now
+        self._measured.add(source)
+        self._seconds_per_byte[source] = old + WEIGHT * (now - old)
+
+    def seconds(self, source: str, nbytes: int) -> float:
+        """What ``nbytes`` from ``source`` would take."""
+        return self._seconds_per_byte[source] * nbytes
+
+
+def reach(first: int, sources: Iterable[Source]) -> int:
+    """End of the longest run of chunks from ``first`` on that ``sources`` cover together."""
+    has: set[int] = set()
+    for source in sources:
+        has.update(source.has)
+    end = first
+    while end in has:
+        end += 1
+    return end
+
+
+def plan(chunks: Sequence[int], sources: Sequence[Source]) -> list[Hop]:
+    """Hops that bring ``chunks``, ascending, each covered by a source, in the least time.
+
+    A run is chunks that follow each other in ``chunks`` and come from one source; a source pays
+    its start once per run, and has one hop for all of its runs.
+    """
+    if not chunks:
+        return []
+    has = [frozenset(source.has) for source in sources]
+    never = float("inf")
+    spent = [never] * len(sources)  # least time so far, if the last chunk came from this source
+    came: list[list[int]] = []  # per chunk and its source: the source of the chunk before
+    for number in chunks:
+        cheapest = min(range(len(sources)), key=spent.__getitem__)
+        base = spent[cheapest] if came else 0.0
+        now, before = [never] * len(sources), [cheapest] * len(sources)
+        for index, source in enumerate(sources):
+            if number not in has[index]:
+                continue
+            now[index] = base + source.start_s
+            if spent[index] <= now[index]:  # goes on from itself
+                now[index], before[index] = spent[index], index
+            now[index] += source.chunk_s
+        spent = now
+        came.append(before)
+    at = min(range(len(sources)), key=spent.__getitem__)
+    by_source: dict[int, list[int]] = {}
+    for number, before in zip(reversed(chunks), reversed(came), strict=True):
+        by_source.setdefault(at, []).append(number)
+        at = before[at]
+    found = [Hop(sources[i].name, tuple(reversed(nums))) for i, nums in by_source.items()]
+    return sorted(found, key=lambda hop: hop.chunks)
+
+
+class Load:
+    """One load of ``chunks`` under way; see the module's contract."""
+
+    def __init__(self, chunks: Sequence[int], sources: Sequence[Source]) -> None:
+        self.failed: set[int] = set()
+        """Chunks that no source is left for."""
+        self.fell_back: list[tuple[Hop, Hop]] = []
+        """(hop with failures, hop that took over), for the log."""
+        self._sources = {source.name: source for source in sources}
+        self._has = {source.name: set(source.has) for source in sources}  # and has not failed
+        self._running: set[Hop] = set()
+        self._first = self._next(chunks)
+
+    def start(self) -> list[Hop]:
+        """Hops to begin with; once."""
+        hops, self._first = self._first, []
+        return hops
+
+    @property
+    def running(self) -> bool:
+        """Whether a hop has not ended."""
+        return bool(self._running)
+
+    def ended(self, hop: Hop, failed: Collection[int] = ()) -> list[Hop]:
+        """A hop has ended, and touches nothing any more; returns hops for what ``failed``."""
+        self._running.remove(hop)
+        self._has[hop.source] -= set(failed)
+        more = self._next(sorted(failed))
+        self.fell_back += [(hop, other) for other in more]
+        return more
+
+    def _next(self, chunks: Sequence[int]) -> list[Hop]:
+        sources = [s._replace(has=self._has[name]) for name, s in self._sources.items()]
+        left = [c for c in chunks if any(c in source.has for source in sources)]
+        self.failed.update(set(chunks) - set(left))
+        hops = plan(left, sources)
+        self._running.update(hops)
+        return hops
