@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvconnect.tier.chain import Hop, Load, Rates, Source, plan, reach
@@ -58,7 +58,6 @@ def test_the_reach_is_what_they_cover_together(sources, first):
     assert end not in everything
 
 
-@settings(max_examples=3 * settings.default.max_examples)
 @given(sources_of(), st.data())
 def test_a_load_ends_with_all_that_anybody_could_give(sources, data):
     chunks = sorted(data.draw(st.sets(st.integers(0, MOST - 1))))

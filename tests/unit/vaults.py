@@ -40,8 +40,9 @@ class Bench:
         most_jobs=8,
         model=MODEL,
         kernels=None,
+        cache=None,
     ):
-        self.cache = Cache(model, BLOCKS, layout)
+        self.cache = cache or Cache(model, BLOCKS, layout)
         self.packing = Packing(self.cache.shard, 0, CHUNK, kernels or load("cpu"))
         nbytes = slot_bytes([self.packing])
         host, path = claim(folder / "host", Spec(slots, nbytes, FINGERPRINT))
