@@ -1,0 +1,169 @@
+"""Engines that share: each writes its own arena, reads the others', and never believes too much."""
+
+import pytest
+from vaults import FINGERPRINT, Bench, key_of
+
+from kvconnect.tier.store import neighbours as module
+from kvconnect.tier.store.faults import Reason, StoreError
+from kvconnect.tier.store.header import Spec
+from kvconnect.tier.store.neighbours import Neighbours, claim
+from kvconnect.tier.store.places import Filed, mapped
+
+SPEC = Spec(8, 64, FINGERPRINT)
+
+
+@pytest.fixture(params=[mapped, Filed], ids=["mapped", "filed"])
+def wrap(request):
+    return request.param
+
+
+@pytest.fixture
+def pair(tmp_path):
+    benches = [Bench(tmp_path, share=True, disk_slots=4) for _ in range(2)]
+    yield benches
+    for bench in benches:
+        bench.close()
+
+
+def hold(arena, slot, number):
+    arena.begin(slot)
+    return arena.commit(slot, key_of(number), 0, 1, 8, number)
+
+
+def refresh(bench):
+    for neighbours in bench.neighbours:
+        neighbours.refresh()
+
+
+def test_each_engine_gets_an_arena_of_its_own_and_a_later_one_takes_over(tmp_path, wrap):
+    first, one = claim(tmp_path / "new" / "folder", SPEC, wrap)
+    second, two = claim(tmp_path / "new" / "folder", SPEC, wrap)
+    assert one != two
+    hold(first, 3, 30)
+    first.close()
+    third, path = claim(tmp_path / "new" / "folder", SPEC, wrap)
+    assert path == one
+    assert [e.key for e in third.scan().entries] == [key_of(30)]
+    second.close()
+    third.close()
+
+
+def test_there_is_an_end_to_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST", 2)
+    arenas = [claim(tmp_path, SPEC)[0] for _ in range(2)]
+    with pytest.raises(StoreError, match="2 engines") as refused:
+        claim(tmp_path, SPEC)
+    assert refused.value.reason is Reason.TAKEN
+    assert len(arenas) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_a_failure(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError) as refused:
+        claim(tmp_path / "file" / "folder", SPEC)
+    assert refused.value.reason is Reason.FAILED
+
+
+def test_it_tells_what_came_and_what_went(tmp_path, wrap):
+    own, path = claim(tmp_path, SPEC, wrap)
+    others = [claim(tmp_path, SPEC, wrap)[0] for _ in range(2)]
+    seen = Neighbours(tmp_path, FINGERPRINT, path, wrap)
+    hold(own, 0, 9)
+    assert seen.refresh() == ([], []), "our own is no news"
+    for slot in range(5):
+        hold(others[0], slot, slot)
+    hold(others[1], 7, 4)
+    assert seen.refresh() == ([key_of(n) for n in range(5)], [])
+    assert seen.refresh() == ([], [])
+    others[0].drop(4)
+    assert seen.refresh() == ([], []), "the other has it still"
+    assert seen.find(key_of(4)).entry.slot == 7
+    others[0].begin(3)
+    hold(others[0], 2, 22)
+    assert seen.refresh() == ([key_of(22)], [key_of(2), key_of(3)])
+    others[1].drop(7)
+    assert seen.find(key_of(4)) is None, "it is looked at again before it is used"
+    assert sorted(seen.keys()) == [key_of(n) for n in (0, 1, 4, 22)]
+    seen.close()
+    assert seen.keys() == []
+
+
+def test_an_arena_that_was_replaced_is_looked_at_anew(tmp_path, wrap):
+    other, path = claim(tmp_path, SPEC, wrap)
+    seen = Neighbours(tmp_path, FINGERPRINT, None, wrap)
+    hold(other, 0, 1)
+    assert seen.refresh() == ([key_of(1)], [])
+    other.close()
+    again, same = claim(tmp_path, SPEC._replace(slots=4), wrap)
+    assert same == path
+    hold(again, 0, 2)
+    assert seen.refresh() == ([key_of(2)], [key_of(1)])
+    path.unlink()
+    assert seen.refresh() == ([], [key_of(2)])
+    seen.close()
+
+
+def test_what_one_stored_the_other_loads_from_memory_and_from_disk(pair):
+    mine, other = pair
+    assert other.save(1)
+    assert other.save(2)
+    assert other.spill(2)
+    other.vault.forget(key_of(2))
+    refresh(mine)
+    assert mine.load(1)
+    assert mine.host.counts["promoted"] == 0
+    assert mine.load(2)
+    assert mine.host.counts["promoted"] == 1
+    assert mine.load(2), "it is in our own memory now"
+    assert key_of(1) not in mine.host.shelf
+
+
+def test_a_slot_that_changes_while_it_is_read_is_a_miss(pair, monkeypatch):
+    mine, other = pair
+    assert other.save(1)
+    refresh(mine)
+    payload = other.host.shelf.arena.payload
+    slot = other.host.shelf._held[key_of(1)].slot
+    started = mine.packing.scatter
+
+    def overwritten(*arguments):
+        payload(slot)[:100] ^= 1
+        return started(*arguments)
+
+    monkeypatch.setattr(mine.packing, "scatter", overwritten)
+    assert not mine.load(1)
+    assert mine.host.counts["neighbour_reads_spoilt"] == 1
+    assert mine.host.counts["digest_mismatches"] == 0, "nothing of ours is damaged"
+    assert mine.host.take_lost() == []
+
+
+def test_a_slot_on_disk_that_changes_while_it_is_read_is_a_miss(pair):
+    mine, other = pair
+    for seed in (1, 2):
+        assert other.save(seed)
+    assert other.spill(1)
+    other.vault.forget(key_of(1))
+    refresh(mine)
+    files = []
+    opened = mine.disk._open_file
+    mine.disk._open_file = lambda arena: files.append(opened(arena)) or files[-1]
+    assert mine.load(1)
+    mine.vault.forget(key_of(1))
+    files[0].hold()
+    ticket = mine.ticket()
+    assert mine.vault.load(ticket, key_of(1), 0, (10, 11))
+    other.vault.forget_on_disk(key_of(1))
+    assert other.spill(2), "it is written where the other was"
+    files[0].let_go()
+    assert mine.settle()[ticket] == "its writer overwrote it"
+    assert mine.disk.counts["neighbour_reads_spoilt"] == 1
+
+
+def test_neighbours_do_not_stand_in_the_way_of_stores(pair):
+    mine, other = pair
+    for seed in range(4):
+        assert other.save(seed)
+        assert mine.save(seed + 10)
+    assert not mine.save(20)
+    refresh(mine)
+    assert all(mine.load(seed) for seed in range(4))
