@@ -64,7 +64,9 @@ class CacheTier:
         self._offers: OrderedDict[Key, int] = OrderedDict()
         self._changes: list[Change] = []
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """How many keys are held or FILLING."""
         return len(self._known)
 
     def standing(self, key: Key) -> Standing:

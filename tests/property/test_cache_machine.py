@@ -46,7 +46,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert [k for k in wanted if k in admission.admitted] == admission.admitted
         if len(admission.admitted) < len(wanted):
             assert self.filling | self.pinned() >= self.filling | self.held
-            assert len(self.tier) == self.capacity, "it was skipped although there was room"
+            assert self.tier.size == self.capacity, "it was skipped although there was room"
 
     @rule(keys=some_keys)
     def offer(self, keys):
@@ -120,7 +120,7 @@ class CacheMachine(RuleBasedStateMachine):
             standing = self.tier.standing(key)
             assert (standing is Standing.HELD) == (key in self.held) == self.tier.holds(key)
             assert (standing is Standing.FILLING) == (key in self.filling)
-        assert len(self.tier) == len(self.held) + len(self.filling) <= self.capacity
+        assert self.tier.size == len(self.held) + len(self.filling) <= self.capacity
         for change in self.tier.take_changes():
             assert (change.key in self.events) != change.held
             (self.events.add if change.held else self.events.discard)(change.key)

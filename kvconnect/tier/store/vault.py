@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvconnect.tier.jobs import Loss
 from kvconnect.tier.store.arena import Entry
 from kvconnect.tier.store.disk import DiskStore
 from kvconnect.tier.store.host import Ended, HostStore, Ticket
@@ -56,6 +57,23 @@ class Vault:
     def busy(self) -> bool:
         """Whether `poll` has something to wait for."""
         return bool(self._saves or self._loads or self._spills or self._fetches or self._ended)
+
+    def keys(self, on_disk: bool) -> list[bytes]:
+        """What the disk, or memory, holds, oldest first."""
+        if on_disk:
+            return self.disk.shelf.keys() if self.disk else []
+        return self.host.shelf.keys()
+
+    def holds(self, key: bytes, on_disk: bool) -> bool:
+        """Whether the disk, or memory, holds a key."""
+        if on_disk:
+            return self.disk is not None and key in self.disk.shelf
+        return key in self.host.shelf
+
+    def take_lost(self) -> list[Loss]:
+        """What turned out to be damaged since the last call, and is gone."""
+        lost = [Loss(key, False) for key in self.host.take_lost()]
+        return lost + [Loss(key, True) for key in (self.disk.take_lost() if self.disk else ())]
 
     def save(
         self,

@@ -1,0 +1,219 @@
+"""OffloadTier and its ranks: whatever fails, a load brings what was stored; no slot is lost.
+
+Ranks carry out jobs when they get to it, fail one by one, lose what they held, and are killed all
+together. At rest, every rank holds exactly what the scheduler thinks: no slot is lost for good.
+"""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvconnect.plan import NO_BLOCK
+from kvconnect.testing.vault import FakeVault, VaultFault
+from kvconnect.tier.cache import CacheTier
+from kvconnect.tier.eviction import POLICIES, make
+from kvconnect.tier.jobs import Forget
+from kvconnect.tier.offload import Chunk, OffloadTier, Writes
+from kvconnect.tier.store.hand import Hand, common
+
+picks = st.integers(0, 1 << 16)
+KEYS = [bytes([n]) * 4 for n in range(7)]
+BLOCKS = 24
+FREE = -7
+
+
+def content(key, rank, place):
+    return 100 * key[0] + 10 * rank + place
+
+
+class OffloadMachine(RuleBasedStateMachine):
+    @initialize(
+        ranks=st.integers(1, 2),
+        capacity=st.integers(1, 4),
+        reserve=st.integers(0, 2),
+        disk=st.integers(0, 4),
+        policy=st.sampled_from(sorted(POLICIES)),
+        writes=st.sampled_from(Writes),
+        threshold=st.integers(1, 2),
+    )
+    def start(self, ranks, capacity, reserve, disk, policy, writes, threshold):
+        self.sizes = capacity, disk
+        self.made = policy, writes, threshold
+        self.cells = [[FREE] * BLOCKS for _ in range(ranks)]
+        self.vaults = [FakeVault(cells, capacity + reserve, disk) for cells in self.cells]
+        self.requests = 0
+        self.begin()
+
+    def begin(self):
+        capacity, disk = self.sizes
+        policy, writes, threshold = self.made
+        host = CacheTier("host", make(policy, capacity), threshold)
+        under = CacheTier("disk", make(policy, disk)) if disk else None
+        self.tier = OffloadTier(host, under, writes, len(self.vaults))
+        self.hands = [Hand(vault) for vault in self.vaults]
+        self.queues = [[] for _ in self.vaults]
+        self.answers = {}  # number → {rank: well}
+        self.saving = {}  # number → blocks
+        self.loading = {}  # request → chunks
+        self.unnoticed = False
+        self.free = set(range(BLOCKS))
+        for cells in self.cells:
+            cells[:] = [FREE] * BLOCKS
+
+    def follow(self, result):
+        for queue in self.queues:
+            queue.extend(result.jobs)
+        for number in result.saved:
+            self.give(self.saving.pop(number))
+        for request, failed in result.loaded.items():
+            for chunk in self.loading.pop(request):
+                if chunk.key not in failed:
+                    self.check(chunk)
+                self.give(chunk.blocks)
+
+    def check(self, chunk):
+        for rank, cells in enumerate(self.cells):
+            for place, block in enumerate(chunk.blocks):
+                if block != NO_BLOCK:
+                    assert cells[block] == content(chunk.key, rank, place), "wrong KV"
+
+    def take(self):
+        blocks = tuple(sorted(self.free)[:2])
+        self.free -= set(blocks)
+        return blocks
+
+    def give(self, blocks):
+        for block in set(blocks) - {NO_BLOCK}:
+            self.free.add(block)
+            for cells in self.cells:
+                cells[block] = FREE
+
+    @rule(first=st.integers(0, 6), count=st.integers(1, 4), known=st.booleans())
+    def store(self, first, count, known):
+        chunks = []
+        for key in KEYS[first : first + count]:
+            if len(self.free) < 2:
+                break
+            blocks = self.take()
+            for rank, cells in enumerate(self.cells):
+                for place, block in enumerate(blocks):
+                    cells[block] = content(key, rank, place)
+            chunks.append(Chunk(key, 0, blocks))
+        result = self.tier.store(chunks)
+        saved = [
+            job for job in result.jobs if not isinstance(job, Forget) and hasattr(job, "blocks")
+        ]
+        self.saving |= {job.number: job.blocks for job in saved}
+        for chunk in chunks:
+            if chunk.blocks not in self.saving.values():
+                self.give(chunk.blocks)
+        self.follow(result)
+
+    @rule(first=st.integers(0, 6), skip=st.booleans())
+    def load(self, first, skip):
+        reach = self.tier.reach(KEYS[first:])
+        chunks = []
+        for key in KEYS[first : first + reach]:
+            if len(self.free) < 2:
+                break
+            blocks = self.take()
+            if skip and not chunks:
+                self.give(blocks[:1])
+                blocks = (NO_BLOCK, blocks[1])
+            chunks.append(Chunk(key, 0, blocks))
+        self.requests += 1
+        self.loading[f"r{self.requests}"] = chunks
+        self.follow(self.tier.load(f"r{self.requests}", chunks))
+
+    @rule(first=st.integers(0, 6))
+    def touch(self, first):
+        self.tier.touch(KEYS[first:])
+
+    @rule(
+        rank=picks,
+        late=st.sampled_from([1, 1, 2, 4]),
+        faults=st.lists(st.sampled_from(VaultFault), max_size=3),
+    )
+    def deliver(self, rank, late, faults):
+        rank %= len(self.vaults)
+        self.vaults[rank].late = late
+        self.vaults[rank].plan(*faults)
+        jobs, self.queues[rank] = self.queues[rank], []
+        self.hands[rank].put(jobs)
+
+    @rule(rank=picks)
+    def answer(self, rank):
+        rank %= len(self.vaults)
+        answers, lost = self.hands[rank].take()
+        for number, error in answers:
+            given = self.answers.setdefault(number, {})
+            assert rank not in given, "a job was answered twice"
+            given[rank] = not error
+            if len(given) == len(self.vaults):
+                del self.answers[number]
+                self.follow(self.tier.answered(number, all(given.values())))
+        for key, on_disk in lost:
+            self.follow(self.tier.lost(key, on_disk))
+
+    @rule(rank=picks, number=picks, on_disk=st.booleans())
+    def a_rank_loses_something(self, rank, number, on_disk):
+        """Without noticing."""
+        vault = self.vaults[rank % len(self.vaults)]
+        if keys := vault.keys(on_disk):
+            (vault.forget_on_disk if on_disk else vault.forget)(keys[number % len(keys)])
+            self.unnoticed = True
+
+    @rule()
+    def clear(self):
+        self.follow(self.tier.clear())
+
+    @rule()
+    def killed_and_started_again(self):
+        for vault in self.vaults:
+            vault.restart()
+        self.begin()
+        media = []
+        for on_disk in (False, True):
+            kept, extra = common([hand.found()[on_disk] for hand in self.hands])
+            media.append(kept)
+            for queue, keys in zip(self.queues, extra, strict=True):
+                queue.extend(Forget(key, on_disk) for key in sorted(keys))
+        self.follow(self.tier.recovered(*media))
+
+    @rule()
+    def rest(self):
+        for _ in range(200):
+            for rank in range(len(self.vaults)):
+                jobs, self.queues[rank] = self.queues[rank], []
+                self.vaults[rank].late = 1
+                self.hands[rank].put(jobs)
+                self.answer(rank)
+            if not any(self.queues) and not any(hand.busy for hand in self.hands):
+                break
+        else:
+            raise AssertionError("it never comes to rest")
+        assert not self.tier.busy
+        assert not self.loading
+        assert not self.saving
+        assert not self.answers
+        assert len(self.free) == BLOCKS
+        for vault in self.vaults:
+            for on_disk, cache in ((False, self.tier.host), (True, self.tier.disk)):
+                held = {key for key in KEYS if cache and cache.holds(key)}
+                assert set(vault.keys(on_disk)) <= held, "a slot is lost for good"
+                assert self.unnoticed or set(vault.keys(on_disk)) == held
+                assert vault.free(on_disk) + len(vault.keys(on_disk)) == vault._slots[on_disk]
+
+    @precondition(lambda self: hasattr(self, "tier"))
+    @invariant()
+    def only_so_much_is_known(self):
+        capacity, disk = self.sizes
+        assert self.tier.host.size <= capacity
+        assert self.tier.disk is None or self.tier.disk.size <= disk
+
+
+TestOffload = pytest.mark.slow(OffloadMachine.TestCase)
+TestOffload.settings = settings(
+    max_examples=max(40, settings.default.max_examples // 2), stateful_step_count=50
+)
