@@ -94,15 +94,14 @@ class OffloadTier:
         """Whether some job has not been answered."""
         return bool(self._saves or self._spills or self._fills)
 
+    def has(self, key: Key) -> bool:
+        """Whether a chunk can be loaded; no effect. See `kvconnect.tier.hits`."""
+        here = self.host.holds(key) or (self.disk is not None and self.disk.holds(key))
+        return here or self._beside[key] >= self._ranks
+
     def reach(self, keys: Iterable[Key]) -> int:
-        """How many of ``keys``, from the first on, can be loaded."""
-        count = 0
-        for key in keys:
-            here = self.host.holds(key) or (self.disk is not None and self.disk.holds(key))
-            if not here and self._beside[key] < self._ranks:
-                break
-            count += 1
-        return count
+        """How many of ``keys``, from the first on, can be loaded; no effect."""
+        return sum(1 for _ in itertools.takewhile(self.has, keys))
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Keys are of use, though nothing is loaded: the engine has them in its own cache."""

@@ -89,8 +89,8 @@ class OffloadMachine(RuleBasedStateMachine):
             for cells in self.cells:
                 cells[block] = FREE
 
-    @rule(first=st.integers(0, 6), count=st.integers(1, 4), known=st.booleans())
-    def store(self, first, count, known):
+    @rule(first=st.integers(0, 6), count=st.integers(1, 4))
+    def store(self, first, count):
         chunks = []
         for key in KEYS[first : first + count]:
             if len(self.free) < 2:
@@ -110,8 +110,11 @@ class OffloadMachine(RuleBasedStateMachine):
                 self.give(chunk.blocks)
         self.follow(result)
 
-    @rule(first=st.integers(0, 6), skip=st.booleans())
-    def load(self, first, skip):
+    @precondition(lambda self: any(map(self.tier.has, KEYS)))
+    @rule(number=picks, skip=st.booleans())
+    def load(self, number, skip):
+        there = [n for n, key in enumerate(KEYS) if self.tier.has(key)]
+        first = there[number % len(there)]
         reach = self.tier.reach(KEYS[first:])
         chunks = []
         for key in KEYS[first : first + reach]:
@@ -126,9 +129,15 @@ class OffloadMachine(RuleBasedStateMachine):
         self.loading[f"r{self.requests}"] = chunks
         self.follow(self.tier.load(f"r{self.requests}", chunks))
 
-    @rule(first=st.integers(0, 6))
-    def touch(self, first):
-        self.tier.touch(KEYS[first:])
+    @rule(first=st.integers(0, 6), count=st.integers(1, 4))
+    def store_and_rest(self, first, count):
+        self.store(first, count)
+        self.rest()
+
+    @rule()
+    def answers(self):
+        for rank in range(len(self.vaults)):
+            self.answer(rank)
 
     @rule(
         rank=picks,
@@ -156,20 +165,24 @@ class OffloadMachine(RuleBasedStateMachine):
         for key, on_disk in lost:
             self.follow(self.tier.lost(key, on_disk))
 
-    @rule(rank=picks, number=picks, on_disk=st.booleans())
-    def a_rank_loses_something(self, rank, number, on_disk):
-        """Without noticing."""
+    @rule(kind=st.integers(0, 11), rank=picks, number=picks, on_disk=st.booleans())
+    def something_rare(self, kind, rank, number, on_disk):
+        if kind == 8:
+            self.tier.touch(KEYS[number % len(KEYS) :])
+        elif kind == 9:
+            self.follow(self.tier.clear())
+        elif kind == 10:
+            self.kill_and_start_again()
+        elif kind == 11:
+            self.lose_unnoticed(rank, number, on_disk)
+
+    def lose_unnoticed(self, rank, number, on_disk):
         vault = self.vaults[rank % len(self.vaults)]
         if keys := vault.keys(on_disk):
             (vault.forget_on_disk if on_disk else vault.forget)(keys[number % len(keys)])
             self.unnoticed = True
 
-    @rule()
-    def clear(self):
-        self.follow(self.tier.clear())
-
-    @rule()
-    def killed_and_started_again(self):
+    def kill_and_start_again(self):
         for vault in self.vaults:
             vault.restart()
         self.begin()
