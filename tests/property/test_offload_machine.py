@@ -170,7 +170,10 @@ class OffloadMachine(RuleBasedStateMachine):
         if kind == 8:
             self.tier.touch(KEYS[number % len(KEYS) :])
         elif kind == 9:
+            self.rest()
             self.follow(self.tier.clear())
+            assert self.tier.host.size == 0, "something is pinned by nobody"
+            assert self.tier.disk is None or self.tier.disk.size == 0
         elif kind == 10:
             self.kill_and_start_again()
         elif kind == 11:

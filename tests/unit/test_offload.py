@@ -47,6 +47,16 @@ def test_a_save_is_spilled_when_it_has_ended_well_and_its_blocks_are_free_then()
     assert one.store(chunks(A)).jobs == []
 
 
+def test_what_is_being_spilled_is_not_evicted_before_that():
+    one = tier(capacity=1)
+    one.store(chunks(A))
+    (spill,) = one.answered(1, True).jobs
+    assert one.store(chunks(B)).jobs == []
+    assert one.host.counts["skipped_all_pinned"] == 1
+    one.answered(spill.number, True)
+    assert one.store(chunks(B)).jobs == [Forget(A, False), Save(3, B, 0, (0, 1))]
+
+
 def test_a_save_that_a_rank_skipped_is_forgotten_by_the_others():
     one = tier()
     one.store(chunks(A))
