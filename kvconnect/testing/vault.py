@@ -88,6 +88,9 @@ class FakeVault:
     def holds(self, key: bytes, on_disk: bool) -> bool:
         return key in self._held[on_disk]
 
+    def look_around(self) -> tuple[set[bytes], set[bytes]]:
+        return set(), set()
+
     def take_lost(self) -> list[Loss]:
         lost, self._lost = self._lost, []
         return lost

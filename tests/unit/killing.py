@@ -143,7 +143,7 @@ def beside(folder, cache, stop, report):
     while not stop.exists():
         for neighbours in bench.neighbours:
             neighbours.refresh()
-        keys = set().union(*(n.keys() for n in bench.neighbours)) - {key_of(s) for s in mine}
+        keys = set().union(*(n.found() for n in bench.neighbours)) - {key_of(s) for s in mine}
         for key in [key_of(rng.choice(mine)), *sorted(keys)]:
             seed = int.from_bytes(key, "big")
             try:

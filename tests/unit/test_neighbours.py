@@ -83,9 +83,9 @@ def test_it_tells_what_came_and_what_went(tmp_path, wrap):
     assert seen.refresh() == ([key_of(22)], [key_of(2), key_of(3)])
     others[1].drop(7)
     assert seen.find(key_of(4)) is None, "it is looked at again before it is used"
-    assert sorted(seen.keys()) == [key_of(n) for n in (0, 1, 4, 22)]
+    assert sorted(seen.found()) == [key_of(n) for n in (0, 1, 4, 22)]
     seen.close()
-    assert seen.keys() == []
+    assert seen.found() == []
 
 
 def test_an_arena_that_was_replaced_is_looked_at_anew(tmp_path, wrap):
@@ -116,6 +116,20 @@ def test_what_one_stored_the_other_loads_from_memory_and_from_disk(pair):
     assert mine.host.counts["promoted"] == 1
     assert mine.load(2), "it is in our own memory now"
     assert key_of(1) not in mine.host.shelf
+
+
+def test_a_vault_tells_what_came_and_what_went_of_either_kind(pair):
+    mine, other = pair
+    assert mine.vault.look_around() == (set(), set())
+    for seed in (1, 2):
+        assert other.save(seed)
+        assert other.spill(seed)
+    other.vault.forget(key_of(2))
+    assert mine.vault.look_around() == ({key_of(1), key_of(2)}, set())
+    other.vault.forget(key_of(1))
+    assert mine.vault.look_around() == (set(), set()), "the disk has both"
+    other.vault.forget_on_disk(key_of(2))
+    assert mine.vault.look_around() == (set(), {key_of(2)})
 
 
 def test_a_slot_that_changes_while_it_is_read_is_a_miss(pair, monkeypatch):

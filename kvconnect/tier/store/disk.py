@@ -67,7 +67,7 @@ class DiskStore:
         """Spent on what went well; with `nbytes`, the measured rates."""
         self.nbytes = {"read": 0, "write": 0}
         self._lanes = lanes
-        self._neighbours = neighbours
+        self.neighbours = neighbours
         self._open_file = open_file
         self._files: dict[bytes, File] = {shelf.arena.identity: open_file(shelf.arena)}
         self._jobs: dict[int, _Write | _Read] = {}
@@ -104,7 +104,7 @@ class DiskStore:
     def read(self, ticket: Ticket, key: bytes, into: np.ndarray) -> Entry | None:
         """Start to read a payload; returns what it will be. None: a miss."""
         entry, arena, own = self.shelf.use(key), self.shelf.arena, True
-        if entry is None and self._neighbours and (found := self._neighbours.find(key)):
+        if entry is None and self.neighbours and (found := self.neighbours.find(key)):
             arena, entry, own = *found, False
         if entry is None or not self._lanes.room or pages(entry.nbytes) > into.nbytes:
             self.counts["reads_missed" if entry is None else "reads_refused"] += 1
@@ -157,8 +157,8 @@ class DiskStore:
         for file in self._files.values():
             file.close()
         self.shelf.arena.close()
-        if self._neighbours:
-            self._neighbours.close()
+        if self.neighbours:
+            self.neighbours.close()
 
     def _end_write(self, job: _Write, error: OSError | None) -> Ended:
         memory = job.entry

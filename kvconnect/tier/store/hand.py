@@ -45,6 +45,9 @@ class Vault(Protocol):
     def keys(self, on_disk: bool) -> list[bytes]:
         """What the disk, or memory, holds, oldest first."""
 
+    def look_around(self) -> tuple[set[bytes], set[bytes]]:
+        """What other engines hold: keys that came, and keys that went, since the last call."""
+
     def poll(self) -> list[Ended]:
         """Tickets that ended since the last call, each once."""
 
@@ -68,6 +71,10 @@ class Hand:
     def found(self) -> tuple[list[bytes], list[bytes]]:
         """Keys in memory and on disk, oldest first: what is there when the engine starts."""
         return self._vault.keys(on_disk=False), self._vault.keys(on_disk=True)
+
+    def look_around(self) -> tuple[set[bytes], set[bytes]]:
+        """For `OffloadTier.beside`; reads headers, so not at every step."""
+        return self._vault.look_around()
 
     def put(self, jobs: Iterable[Job], after: int | None = None) -> None:
         """Start jobs; ``after``: see `kvconnect.ops.Prepared`."""

@@ -64,7 +64,7 @@ class HostStore:
         self.shelf = shelf
         self.counts: Counter[str] = Counter()
         self._packings = packings
-        self._neighbours = neighbours
+        self.neighbours = neighbours
         self._lost: list[bytes] = []
         self._stores: dict[Ticket, _Store] = {}
         self._loads: dict[Ticket, _Load] = {}
@@ -100,7 +100,7 @@ class HostStore:
         """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
         packing = self._packings[group]
         entry, arena, own = self.shelf.use(key), self.shelf.arena, True
-        if entry is None and self._neighbours and (found := self._neighbours.find(key)):
+        if entry is None and self.neighbours and (found := self.neighbours.find(key)):
             arena, entry, own = *found, False
         if entry is None:
             self.counts["loads_missed"] += 1

@@ -89,7 +89,7 @@ class Neighbours:
                 return Find(self._arenas[path], entry)
         return None
 
-    def keys(self) -> list[bytes]:
+    def found(self) -> list[bytes]:
         """All that can be had, as last seen."""
         return list(self._found)
 

@@ -104,7 +104,8 @@ class Filed:
         self.new = new
         self.to_write = to_write
         found = os.fstat(fd)
-        self.nbytes, self.inode = found.st_size, found.st_ino
+        self.nbytes = found.st_size
+        self.inode: int | None = found.st_ino
         self.bytes = np.zeros(min(HEAD_BYTES, self.nbytes), np.uint8)
         self._read(0, len(self.bytes))
 

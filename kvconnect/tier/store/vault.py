@@ -52,6 +52,7 @@ class Vault:
         self._fetches: dict[int, _Fetch] = {}
         self._fetching: dict[bytes, _Fetch] = {}
         self._ended: list[Ended] = []
+        self._beside: set[bytes] = set()
 
     @property
     def busy(self) -> bool:
@@ -69,6 +70,18 @@ class Vault:
         if on_disk:
             return self.disk is not None and key in self.disk.shelf
         return key in self.host.shelf
+
+    def look_around(self) -> tuple[set[bytes], set[bytes]]:
+        """See what other engines hold: keys that can be had now and could not, and the reverse.
+
+        Reads headers; worth doing every second or so, not at every step.
+        """
+        neighbours = [s.neighbours for s in (self.host, self.disk) if s and s.neighbours]
+        for one in neighbours:
+            one.refresh()
+        now = {key for one in neighbours for key in one.found()}
+        before, self._beside = self._beside, now
+        return now - before, before - now
 
     def take_lost(self) -> list[Loss]:
         """What turned out to be damaged since the last call, and is gone."""
