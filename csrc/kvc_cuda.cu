@@ -52,8 +52,10 @@ template <class T>
 __global__ void __launch_bounds__(THREADS)
     kvc_runs_kernel(const Run* __restrict__ pieces, uint32_t items) {
   const uint32_t warps = gridDim.x * (THREADS / LANES);
-  for (uint32_t i = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES; i < items; i += warps)
-    copy_run<T>(pieces[i], threadIdx.x % LANES);
+  for (uint32_t i = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES; i < items; i += warps) {
+    const Run run = pieces[i];  // once: the compiler cannot know that no store changes it
+    copy_run<T>(run, threadIdx.x % LANES);
+  }
 }
 
 using Kernel = void (*)(const GridPart*, const Piece*, uint32_t, unsigned long long*);

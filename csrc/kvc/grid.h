@@ -77,19 +77,11 @@ struct alignas(16) Words16 {
 
 // ---- memory
 
+// Through the cache: neighbours of an element are read soon.
 template <class T>
-KVC_HD T load(uint64_t address) {
+KVC_HD T load_near(uint64_t address) {
 #ifdef __CUDA_ARCH__
-  static_assert(sizeof(T) <= 16, "");
-  if constexpr (sizeof(T) == 16) {
-    T v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u64 {%0, %1}, [%2];"
-                 : "=l"(v.w[0]), "=l"(v.w[1])
-                 : "l"(address));
-    return v;
-  } else {
-    return __ldg((const T*)address);
-  }
+  return __ldg((const T*)__cvta_global_to_generic(address));
 #else
   T v;
   memcpy(&v, (const void*)address, sizeof v);
@@ -97,10 +89,30 @@ KVC_HD T load(uint64_t address) {
 #endif
 }
 
+// Of what nobody reads again.
+template <class T>
+KVC_HD T load(uint64_t address) {
+#ifdef __CUDA_ARCH__
+  static_assert(sizeof(T) <= 16, "");
+  T v;
+  if constexpr (sizeof(T) == 16)
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(v.w[0]), "=l"(v.w[1])
+                 : "l"(address));
+  else if constexpr (sizeof(T) == 8)
+    asm volatile("ld.global.nc.L1::no_allocate.u64 %0, [%1];" : "=l"(v) : "l"(address));
+  else
+    v = load_near<T>(address);
+  return v;
+#else
+  return load_near<T>(address);
+#endif
+}
+
 template <class T>
 KVC_HD void store(uint64_t address, const T& v) {
 #ifdef __CUDA_ARCH__
-  *(T*)address = v;
+  *(T*)__cvta_global_to_generic(address) = v;  // says that it is no shared or local memory
 #else
   memcpy((void*)address, &v, sizeof v);
 #endif
@@ -168,56 +180,77 @@ KVC_HD void store_eight(uint64_t address, const Eight<ITEM>& v) {
   }
 }
 
-KVC_HD uint32_t e4m3_pair([[maybe_unused]] float low, [[maybe_unused]] float high) {
-  uint16_t pair = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-#endif
-  return pair;
+// Elements as floats' bits. Types are template parameters here and in encode_eight, so that a branch
+// over them is taken once for eight elements.
+template <uint32_t TYPE, int ITEM>
+KVC_HD void decode_eight(const Eight<ITEM>& v, uint32_t* source) {
+  KVC_UNROLL
+  for (int i = 0; i < 8; ++i) source[i] = decode<TYPE>(v.get(i));
 }
 
-KVC_HD uint32_t e5m2_pair([[maybe_unused]] float low, [[maybe_unused]] float high) {
-  uint16_t pair = 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-#endif
+#define KVC_FP8_HARDWARE 1
+template <uint32_t TYPE>
+KVC_HD uint32_t fp8_pair(float low, float high) {
+  uint16_t pair;
+  if constexpr (TYPE == KVC_E4M3)
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   return pair;
+}
+#else
+#define KVC_FP8_HARDWARE 0
+#endif
+
+template <uint32_t TYPE, int ITEM>
+KVC_HD void encode_eight(const uint32_t* source, float factor, Eight<ITEM>* found) {
+#if KVC_FP8_HARDWARE  // NaN and sign as in types.h
+  if constexpr (ITEM == 1) {
+    KVC_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+      const float low = as_float(source[i]) * factor, high = as_float(source[i + 1]) * factor;
+      const uint32_t signs = ((source[i] >> 24) & 0x80) | ((source[i + 1] >> 16) & 0x8000);
+      found->w[0] |= uint64_t((fp8_pair<TYPE>(low, high) & 0x7F7Fu) | signs) << (8 * i);
+    }
+  } else
+#endif
+  {
+    KVC_UNROLL
+    for (int i = 0; i < 8; ++i)
+      found->put(i, encode<TYPE>(as_bits(as_float(source[i]) * factor) & 0x7FFFFFFFu, source[i]));
+  }
 }
 
 template <int FROM, int TO>
 KVC_HD Eight<TO> convert_eight(const Eight<FROM>& v, uint32_t from, uint32_t to, float factor) {
   uint32_t source[8];
-  KVC_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t bits = v.get(i);
-    if (FROM == 4) source[i] = bits;
-    if (FROM == 2) source[i] = from == KVC_BF16 ? decode<KVC_BF16>(bits) : decode<KVC_FP16>(bits);
-    if (FROM == 1) source[i] = from == KVC_E4M3 ? decode<KVC_E4M3>(bits) : decode<KVC_E5M2>(bits);
+  if constexpr (FROM == 4) decode_eight<KVC_FP32>(v, source);
+  if constexpr (FROM == 2) {
+    if (from == KVC_BF16)
+      decode_eight<KVC_BF16>(v, source);
+    else
+      decode_eight<KVC_FP16>(v, source);
+  }
+  if constexpr (FROM == 1) {
+    if (from == KVC_E4M3)
+      decode_eight<KVC_E4M3>(v, source);
+    else
+      decode_eight<KVC_E5M2>(v, source);
   }
   Eight<TO> found = {};
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890  // by the hardware; NaN and sign as in types.h
-  constexpr bool HARDWARE = TO == 1;
-#else
-  constexpr bool HARDWARE = false;
-#endif
-  if constexpr (HARDWARE) {
-    KVC_UNROLL
-    for (int i = 0; i < 8; i += 2) {
-      const float low = as_float(source[i]) * factor, high = as_float(source[i + 1]) * factor;
-      const uint32_t signs = ((source[i] >> 24) & 0x80) | ((source[i + 1] >> 16) & 0x8000);
-      const uint32_t pair = to == KVC_E4M3 ? e4m3_pair(low, high) : e5m2_pair(low, high);
-      found.w[0] |= uint64_t((pair & 0x7F7Fu) | signs) << (8 * i);
-    }
-  } else {
-    KVC_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t s = source[i], abs = as_bits(as_float(s) * factor) & 0x7FFFFFFFu;
-      uint32_t bits = 0;
-      if (TO == 4) bits = encode<KVC_FP32>(abs, s);
-      if (TO == 2) bits = to == KVC_BF16 ? encode<KVC_BF16>(abs, s) : encode<KVC_FP16>(abs, s);
-      if (TO == 1) bits = to == KVC_E4M3 ? encode<KVC_E4M3>(abs, s) : encode<KVC_E5M2>(abs, s);
-      found.put(i, bits);
-    }
+  if constexpr (TO == 4) encode_eight<KVC_FP32>(source, factor, &found);
+  if constexpr (TO == 2) {
+    if (to == KVC_BF16)
+      encode_eight<KVC_BF16>(source, factor, &found);
+    else
+      encode_eight<KVC_FP16>(source, factor, &found);
+  }
+  if constexpr (TO == 1) {
+    if (to == KVC_E4M3)
+      encode_eight<KVC_E4M3>(source, factor, &found);
+    else
+      encode_eight<KVC_E5M2>(source, factor, &found);
   }
   return found;
 }
@@ -375,10 +408,10 @@ KVC_HD uint64_t converted(const GridPart& p, const Item& item, uint32_t lane, bo
 }
 
 KVC_HD uint64_t load_item(uint64_t address, uint32_t item) {
-  if (item == 1) return load<uint8_t>(address);
-  if (item == 2) return load<uint16_t>(address);
-  if (item == 4) return load<uint32_t>(address);
-  return load<uint64_t>(address);
+  if (item == 1) return load_near<uint8_t>(address);
+  if (item == 2) return load_near<uint16_t>(address);
+  if (item == 4) return load_near<uint32_t>(address);
+  return load_near<uint64_t>(address);
 }
 
 KVC_HD void store_item(uint64_t address, uint32_t item, uint64_t value) {
