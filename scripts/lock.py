@@ -28,6 +28,15 @@ UNWANTED = {
     "triton",
     # `nixl` depends on both CUDA builds; one is enough.
     "nixl-cu13",
+    # ucxx-cu12 names them for device memory, which transport/ucx.py does not move. Without RMM
+    # ucxx does not look for libucx: transport/ucx.py loads it first.
+    "cuda-bindings",
+    "cuda-core",
+    "cuda-pathfinder",
+    "librmm-cu12",
+    "nvidia-ml-py",
+    "rapids-logger",
+    "rmm-cu12",
 }
 X86_ONLY = {"intel-openmp", "intel-cmplr-lib-ur"}
 

@@ -28,6 +28,7 @@ REGION_BYTES = 4096
 ROW_BYTES = 24
 STRIDE = 64
 BLOCKS = REGION_BYTES // STRIDE
+LARGE_ROW_BYTES, LARGE_STRIDE = 70_001, 150_000  # 18 MB in all: no library sends that at once
 ROWS_PER_REGION = 2
 REGIONS = 2
 
@@ -45,22 +46,23 @@ def check_transport(make_rig: MakeRig, writes: bool = True) -> None:
 class _Side:
     """One rank's memory: two regions, and a table of rows that lie between other bytes.
 
-    Two rows a block and region, the rest of the block's 64 bytes belongs to somebody else.
+    Two rows a block and region, the rest of the block's bytes belongs to somebody else.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, row_bytes: int = ROW_BYTES, stride: int = STRIDE) -> None:
         rng = np.random.default_rng(seed)
+        self.row_bytes, self.stride, self.region_bytes = row_bytes, stride, BLOCKS * stride
         # one allocation with gaps: what lies between the regions is guarded, too
-        self.memory = rng.integers(0, 256, REGION_BYTES * 5, dtype=np.uint8)
+        self.memory = rng.integers(0, 256, self.region_bytes * 5, dtype=np.uint8)
         self.base = int(self.memory.ctypes.data)
-        self.offsets = [REGION_BYTES, 3 * REGION_BYTES]
-        self.regions = [Region(self.base + o, REGION_BYTES) for o in self.offsets]
+        self.offsets = [self.region_bytes, 3 * self.region_bytes]
+        self.regions = [Region(self.base + o, self.region_bytes) for o in self.offsets]
         self.table = self.make_table(
-            [o + r * (ROW_BYTES + 3) for o in self.offsets for r in range(ROWS_PER_REGION)]
+            [o + r * (row_bytes + 3) for o in self.offsets for r in range(ROWS_PER_REGION)]
         )
 
     def make_table(self, offsets: Sequence[int], blocks: int = BLOCKS) -> RowTable:
-        rows = [(self.base + o, ROW_BYTES, STRIDE, blocks) for o in offsets]
+        rows = [(self.base + o, self.row_bytes, self.stride, blocks) for o in offsets]
         starts = np.arange(len(rows), dtype=np.int64) * blocks
         return RowTable(np.array(rows, dtype=np.int64), starts, "DRAM", 0)
 
@@ -68,8 +70,8 @@ class _Side:
         """The live bytes of a row, by the suite's own arithmetic."""
         row, block = divmod(int(index), BLOCKS)
         region, place = divmod(row, ROWS_PER_REGION)
-        at = self.offsets[region] + place * (ROW_BYTES + 3) + block * STRIDE
-        return self.memory[at : at + ROW_BYTES]
+        at = self.offsets[region] + place * (self.row_bytes + 3) + block * self.stride
+        return self.memory[at : at + self.row_bytes]
 
 
 class Rig(NamedTuple):
@@ -90,7 +92,7 @@ class Rig(NamedTuple):
     ) -> Work:
         """Move rows by index between the two tables."""
         local, remote = np.array(ours, dtype=np.int32), np.array(theirs, dtype=np.int32)
-        nbytes = ROW_BYTES * len(ours)
+        nbytes = self.mine.row_bytes * len(ours)
         return Work(op, peer, self.mine.table, local, self.other.table, remote, nbytes)
 
     def finish(self, tickets: Sequence[Ticket]) -> dict[Ticket, Done]:
@@ -115,8 +117,9 @@ class Rig(NamedTuple):
 
 
 @contextmanager
-def _rig(make_rig: MakeRig, meet: bool = True) -> Iterator[Rig]:
-    mine, other = _Side(1), _Side(2)
+def _rig(make_rig: MakeRig, meet: bool = True, large: bool = False) -> Iterator[Rig]:
+    shape = (LARGE_ROW_BYTES, LARGE_STRIDE) if large else (ROW_BYTES, STRIDE)
+    mine, other = _Side(1, *shape), _Side(2, *shape)
     rig = Rig(*make_rig(mine.regions, other.regions), mine, other)
     try:
         if meet:
@@ -137,7 +140,7 @@ def _moves_exactly(rig: Rig, ours: Sequence[int], theirs: Sequence[int], op: Op)
     target.memory = live
     done = rig.finish_one(rig.work(ours, theirs, op))
     assert done.error is None, done.error
-    assert done.nbytes == ROW_BYTES * len(ours)
+    assert done.nbytes == rig.mine.row_bytes * len(ours)
     assert np.array_equal(target.memory, wanted), "other bytes changed than those named"
     assert np.array_equal(source.memory, untouched), "the source changed"
 
@@ -210,6 +213,32 @@ def a_dropped_peer_may_come_back(make_rig: MakeRig) -> None:
         rig.ours.add_peer("peer under another name", rig.theirs.hello())
         done = rig.finish_one(rig.work([3], [4], peer="peer under another name"))
         assert done.error is None, done.error
+
+
+def many_large_rows_arrive(make_rig: MakeRig) -> None:
+    with _rig(make_rig, large=True) as rig:
+        _moves_exactly(rig, SHUFFLED, SHUFFLED[::-1], Op.READ)
+
+
+def many_large_rows_are_written(make_rig: MakeRig) -> None:
+    with _rig(make_rig, large=True) as rig:
+        _moves_exactly(rig, SHUFFLED, SHUFFLED[::-1], Op.WRITE)
+
+
+def a_peer_dropped_amid_large_rows_may_come_back(make_rig: MakeRig) -> None:
+    with _rig(make_rig, large=True) as rig:
+        _moves_exactly(rig, [1], [2], Op.READ)
+        for polls in (0, 1, 10):
+            ticket = rig.ours.submit(rig.work(SHUFFLED, SHUFFLED))
+            early = []  # it may have ended already
+            for _ in range(polls):
+                early += rig.ours.poll()
+                rig.theirs.poll()
+            rig.ours.drop_peer("peer")
+            if not early:
+                rig.finish([ticket])
+            rig.ours.add_peer("peer", rig.theirs.hello())
+            _moves_exactly(rig, SHUFFLED, SHUFFLED[::-1], Op.READ)
 
 
 def a_peer_under_two_names_survives_the_loss_of_one(make_rig: MakeRig) -> None:
@@ -304,6 +333,9 @@ CHECKS: dict[str, Check] = {
         an_unknown_peer_is_a_failed_ticket,
         a_dropped_peer_ends_its_tickets_and_lets_memory_be,
         a_dropped_peer_may_come_back,
+        many_large_rows_arrive,
+        many_large_rows_are_written,
+        a_peer_dropped_amid_large_rows_may_come_back,
         a_peer_under_two_names_survives_the_loss_of_one,
         a_cancelled_ticket_still_ends,
         rows_outside_the_peers_regions_fail,
@@ -313,4 +345,6 @@ CHECKS: dict[str, Check] = {
         close_is_idempotent,
     )
 }
-WRITING = frozenset({a_write_moves_exactly_the_rows_named.__name__})
+WRITING = frozenset(
+    {a_write_moves_exactly_the_rows_named.__name__, many_large_rows_are_written.__name__}
+)

@@ -11,22 +11,21 @@
   making the engine anew. Its own threads serve peers: a passive side need not poll.
 """
 
-import contextlib
 import gc
 import logging
-import os
 import threading
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from kvconnect.blocks import Region
-from kvconnect.errors import ConfigError, TransportError
+from kvconnect.config import parse
+from kvconnect.errors import TransportError
 from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.mooncake_engine import MooncakeOptions, import_mooncake, start
 from kvconnect.transport.reach import Reach, join, pair
 
 logger = logging.getLogger(__name__)
@@ -34,20 +33,7 @@ logger = logging.getLogger(__name__)
 WINDOW = 128
 FENCE_S = 20.0  # that a dropped peer's transfers get to end by themselves
 CLOSE_S = 2.0  # that all get when the transport is closed
-HANDSHAKE = "P2PHANDSHAKE"  # Mooncake's word for: no metadata server
 UNENDED = (0, -2)  # of transfer_check_status: waiting; late, yet not ended
-
-
-class MooncakeOptions(msgspec.Struct, frozen=True):
-    """How to start the engine. ``host`` must be reachable for peers."""
-
-    host: str = "127.0.0.1"
-    protocol: str = "tcp"
-    """``tcp`` or ``rdma``."""
-    device_name: str = ""
-    """RDMA devices to use, with commas between; all if empty."""
-    metadata_server: str = HANDSHAKE
-    """Or ``etcd://host:port``, ``http://host:port/metadata``: where engines find each other."""
 
 
 class _Hello(msgspec.Struct):
@@ -82,7 +68,7 @@ class MooncakeTransport:
 
     def __init__(self, regions: Sequence[Region], options: MooncakeOptions | None = None) -> None:
         self._regions, self._options = tuple(regions), options or MooncakeOptions()
-        self._make = _import_mooncake()
+        self._make = import_mooncake()
         self._reach = Reach(regions)
         self._peers: dict[str, _Peer] = {}
         self._known: dict[str, str] = {}  # segment → incarnation, of all that we ever met
@@ -222,29 +208,9 @@ class MooncakeTransport:
     # -- the engine ---------------------------------------------------------------------
 
     def _make_engine(self) -> None:
-        options, engine = self._options, self._make()
-        self._incarnation = uuid.uuid4().hex
-        name = options.host
-        if options.metadata_server != HANDSHAKE:
-            name = f"{options.host}-{self._incarnation}"  # must be nobody else's there
-        with _steered(options):
-            failed = engine.initialize(
-                name, options.metadata_server, options.protocol, options.device_name
-            )
-        if failed:
-            raise ConfigError(
-                f"Mooncake cannot start at {options.host} with metadata_server "
-                f"{options.metadata_server!r}; its log says why. Is the server up?"
-            )
-        for region in self._regions:
-            if engine.register_memory(region.address, region.nbytes):
-                raise ConfigError(
-                    f"Mooncake cannot register {region.nbytes} bytes of {region.kind} memory; its "
-                    "log says why. Is the memlock limit (`ulimit -l`) high enough?"
-                )
-        if options.metadata_server == HANDSHAKE:
-            name = f"{options.host}:{engine.get_rpc_port()}"
-        self._engine, self._segment = engine, name
+        self._engine, self._segment, self._incarnation = start(
+            self._make, self._regions, self._options
+        )
 
     def _is_meeting(self) -> bool:
         """Whether a thread has the engine, which then cannot be destroyed."""
@@ -269,18 +235,6 @@ class MooncakeTransport:
         gc.collect()  # it ends with the last who knows it; see that that is now
 
 
-def _import_mooncake() -> Any:
-    try:
-        from mooncake.engine import TransferEngine
-    except ImportError as e:
-        raise ConfigError(
-            f"the mooncake transport needs Mooncake, which cannot be imported ({e}); run `pip "
-            "install mooncake-transfer-engine` (-non-cuda, -cuda13: other builds), and install "
-            "libibverbs1 if that is what is missing"
-        ) from e
-    return TransferEngine
-
-
 def _meet(engine: Any, peer: _Peer) -> None:
     """Make contact. The probe first: what follows keeps all others waiting while it lasts."""
     segment, region = peer.hello.segment, peer.hello.regions[0] if peer.hello.regions else None
@@ -291,19 +245,7 @@ def _meet(engine: Any, peer: _Peer) -> None:
     peer.met = bool(nothing) and engine.transfer_check_status(nothing) == 1
 
 
-@contextlib.contextmanager
-def _steered(options: MooncakeOptions) -> Iterator[None]:
-    """Mooncake's environment while it starts: whatever ``protocol`` says, it takes RDMA if there
-    is a device and TCP if not, without a word; and TCP without its pool opens a connection a span.
-    """
-    if options.protocol not in ("tcp", "rdma"):
-        raise ConfigError(f"mooncake_protocol is {options.protocol!r}, expected tcp or rdma")
-    wanted = {"MC_FORCE_TCP": "1"} if options.protocol == "tcp" else {}
-    wanted["MC_TCP_ENABLE_CONNECTION_POOL"] = "1"
-    wanted = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name in wanted:
-            del os.environ[name]
+def make(regions: Sequence[Region], host: str, options: Mapping[str, Any]) -> MooncakeTransport:
+    """For `registry`; options are those of `MooncakeOptions`."""
+    wanted = parse({"host": host, **options}, MooncakeOptions, "mooncake")
+    return MooncakeTransport(regions, wanted)

@@ -10,7 +10,7 @@ for hosts without NIXL; shared memory, TCP and RDMA as UCX finds them (UCX_TLS, 
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,21 @@ from kvconnect.transport.messages import MessageTransport
 from kvconnect.transport.post import Handle
 
 MAX_ASKERS = 1024
+CONFIG = {
+    # Rendezvous crashes in UCX 1.21 when its peer dies and UCX has no registration cache, which it
+    # has not beside another UCX (NIXL's). Messages are copied at both ends here as it is.
+    "RNDV_THRESH": "inf",
+    # TCP moves twice as much with segments larger than UCX's 8 KiB
+    "TCP_TX_SEG_SIZE": "256k",
+    "TCP_RX_SEG_SIZE": "256k",
+}
 
 
 def _import_ucxx() -> tuple[Any, Any]:
     # ucxx sets variables that would steer the UCX that NIXL brings, too
     before = set(os.environ)
     try:
-        import libucx  # type: ignore[import-not-found]
+        import libucx
 
         # ucxx asks its own loader to do this, which does nothing unless RMM (CUDA) is installed
         libucx.load_library()
@@ -49,7 +57,7 @@ class _Ucxx:
     def __init__(self) -> None:
         self.ucx, self.array = _import_ucxx()
         try:
-            self._context = self.ucx.UCXContext({}, feature_flags=(self.ucx.Feature.TAG,))
+            self._context = self.ucx.UCXContext(CONFIG, feature_flags=(self.ucx.Feature.TAG,))
         except self.ucx.UCXError as e:
             raise ConfigError(
                 f"UCX cannot start: {e}; if UCX_TLS or UCX_NET_DEVICES is set, does it name what "
@@ -165,3 +173,10 @@ class UcxTransport(MessageTransport):
         if any(r.kind != "DRAM" for r in regions):
             raise ConfigError("the ucx transport moves host memory only; use nixl for a GPU's")
         super().__init__(regions, _Ucx())
+
+
+def make(regions: Sequence[Region], _host: str, options: Mapping[str, Any]) -> UcxTransport:
+    """For `registry`. UCX advertises every interface by itself."""
+    if options:
+        raise ConfigError(f"the ucx transport has no options, got {', '.join(options)}")
+    return UcxTransport(regions)

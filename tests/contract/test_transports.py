@@ -1,15 +1,49 @@
 """Every transport keeps the same contract, the fakes included."""
 
-import importlib.util
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from passive_rank import contents
 
+from kvconnect.blocks import Region
 from kvconnect.errors import ConfigError
+from kvconnect.rows import RowTable
 from kvconnect.testing import Faulty, check_transport
 from kvconnect.testing.transport import CHECKS
+from kvconnect.transport import mooncake, registry
+from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
+from kvconnect.transport.registry import make_transport
+
+LIBRARY = {"nixl": "nixl", "mooncake": "mooncake.engine", "ucx": "ucxx"}
+RANK = Path(__file__).with_name("passive_rank.py")
+ROW, ROWS = 1 << 16, 512
 
 every_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+
+
+def real(name):
+    """A transport's name as a parameter; skipped, with the reason, where its library is not."""
+    try:
+        if name == "ucx":
+            importlib.import_module("libucx").load_library()
+        importlib.import_module(LIBRARY[name])
+        why_not = ""
+    except ImportError as e:
+        why_not = f"{name}: {e}"
+    return pytest.param(
+        name, marks=[pytest.mark.slow, pytest.mark.skipif(bool(why_not), reason=why_not)]
+    )
+
+
+each_real = pytest.mark.parametrize("name", [real(name) for name in LIBRARY])
 
 
 def loopback(ours, theirs):
@@ -22,12 +56,6 @@ def faulty_loopback(ours, theirs):
     return Faulty(acting), Faulty(passive)
 
 
-def nixl(ours, theirs):
-    from kvconnect.transport.nixl import NixlTransport
-
-    return NixlTransport(ours), NixlTransport(theirs)
-
-
 @every_check
 def test_loopback_keeps_the_contract(check):
     check(loopback)
@@ -38,11 +66,10 @@ def test_faulty_without_faults_keeps_the_contract(check):
     check(faulty_loopback)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("nixl"), reason="nixl is not installed")
+@each_real
 @every_check
-def test_nixl_keeps_the_contract(check):
-    check(nixl)
+def test_it_keeps_the_contract(name, check):
+    check(lambda *sides: [make_transport(name, regions, "127.0.0.1", {}) for regions in sides])
 
 
 def test_the_whole_suite_is_one_call():
@@ -62,10 +89,149 @@ def test_the_suite_notices_a_transport_that_moves_nothing():
         check_transport(idle)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("nixl"), reason="nixl is not installed")
-def test_a_nixl_backend_that_is_absent_is_a_startup_error():
-    from kvconnect.transport.nixl import NixlTransport
+class Reader:
+    """A transport of ours, and one that it reads from in another process."""
 
+    def __init__(self, name):
+        self.memory = np.zeros(ROW * ROWS, np.uint8)
+        region = Region(int(self.memory.ctypes.data), self.memory.nbytes)
+        self.transport = make_transport(name, [region], "127.0.0.1", {})
+        self.process = subprocess.Popen(
+            [sys.executable, RANK, name, str(self.memory.nbytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for line in self.process.stdout:  # libraries print things, too
+            if line.startswith("rank "):
+                break
+        _, address, hello = line.split()
+        self.address, self.hello = int(address), bytes.fromhex(hello)
+        self.transport.add_peer("peer", self.hello)
+
+    def close(self):
+        self.transport.close()
+        self.process.kill()
+        self.process.communicate()
+
+    def submit(self, shift=0):
+        """Ticket to read every row of theirs into the one ``shift`` places later of ours."""
+        index = np.arange(ROWS, dtype=np.int32)
+        ours, theirs = (
+            RowTable(np.array([[at, ROW, ROW, ROWS]]), np.zeros(1, np.int64), "DRAM", 0)
+            for at in (int(self.memory.ctypes.data), self.address)
+        )
+        shifted = np.roll(index, -shift)
+        return self.transport.submit(
+            Work(Op.READ, "peer", ours, shifted, theirs, index, self.memory.nbytes)
+        )
+
+    def poll(self, until, seconds=20.0):
+        """Poll until so many tickets have ended; those that have."""
+        ended, deadline = [], time.monotonic() + seconds
+        while len(ended) < until and time.monotonic() < deadline:
+            ended += self.transport.poll()
+            time.sleep(100e-6)
+        return ended
+
+    def read_all(self):
+        self.submit()
+        (done,) = self.poll(1)
+        assert done.error is None, done.error
+        assert np.array_equal(self.memory, contents(self.memory.nbytes))
+
+
+@pytest.fixture
+def reader(name):
+    reader = Reader(name)
+    yield reader
+    reader.close()
+
+
+@each_real
+def test_a_peer_that_is_killed_ends_its_tickets(name, reader):
+    reader.read_all()
+    tickets = [reader.submit(shift) for shift in range(1, 4)]
+    early = reader.poll(1, seconds=0.002)  # so that it is amid them
+    reader.process.kill()
+    ended = [*early, *reader.poll(3 - len(early), seconds=5)]
+    if len(ended) < 3:  # silence is allowed; being told is not to be ignored
+        reader.transport.drop_peer("peer")
+        ended += reader.poll(3 - len(ended))
+    assert sorted(done.ticket for done in ended) == tickets
+    assert ended[-1].error
+    before = reader.memory.copy()
+    assert reader.poll(1, seconds=0.3) == []
+    assert np.array_equal(reader.memory, before), "memory changed after the tickets' end"
+
+
+@pytest.mark.parametrize("name", [real("mooncake"), real("ucx")])
+def test_a_peer_that_is_stopped_is_fenced_off_and_may_come_back(name, reader, monkeypatch):
+    monkeypatch.setattr(mooncake, "FENCE_S", 0.5)
+    reader.read_all()
+    tickets = [reader.submit(shift) for shift in range(1, 4)]
+    early = reader.poll(1, seconds=0.002)
+    os.kill(reader.process.pid, signal.SIGSTOP)
+    early += reader.poll(3, seconds=0.2)
+    reader.transport.drop_peer("peer")
+    ended = [*early, *reader.poll(3 - len(early))]
+    assert sorted(done.ticket for done in ended) == tickets
+    assert ended[-1].error
+    before = reader.memory.copy()
+    os.kill(reader.process.pid, signal.SIGCONT)
+    assert reader.poll(1, seconds=0.5) == []
+    assert np.array_equal(reader.memory, before), "memory changed after the tickets' end"
+    reader.transport.add_peer("peer", reader.hello)
+    reader.read_all()
+
+
+@pytest.mark.parametrize("name", [real("nixl")])
+def test_a_nixl_backend_that_is_absent_is_a_startup_error(name):
     with pytest.raises(ConfigError, match="NOPE"):
-        NixlTransport([], backends=["NOPE"])
+        make_transport(name, [], "127.0.0.1", {"backends": ["NOPE"]})
+
+
+@pytest.mark.parametrize("name", [real("mooncake")])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"protocol": "rmda"}, "rmda"),
+        ({"devicename": "mlx5_0"}, "did you mean 'device_name'"),
+        ({"metadata_server": "http://127.0.0.1:1/metadata"}, "127.0.0.1:1"),
+    ],
+)
+def test_what_mooncake_cannot_do_is_a_startup_error(name, options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        make_transport(name, [], "127.0.0.1", options)
+
+
+@pytest.mark.parametrize("name", [real("mooncake")])
+@pytest.mark.skipif(os.path.isdir("/sys/class/infiniband"), reason="this host may have RDMA")
+def test_mooncake_does_not_take_tcp_for_rdma(name):
+    """It does so by itself, without a word."""
+    with pytest.raises(ConfigError, match="no RDMA device"):
+        make_transport(name, [], "127.0.0.1", {"protocol": "rdma"})
+
+
+def test_device_memory_is_refused_by_ucx_at_startup():
+    with pytest.raises(ConfigError, match="host memory only"):
+        make_transport("ucx", [Region(4096, 4096, "VRAM")], "127.0.0.1", {})
+
+
+def test_an_unknown_transport_is_a_startup_error_that_names_those_there_are():
+    with pytest.raises(ConfigError, match="mooncake, nixl, ucx"):
+        make_transport("nope", [], "127.0.0.1", {})
+
+
+def test_another_package_can_add_a_transport(tmp_path, monkeypatch):
+    metadata = tmp_path / "acme-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[{registry.GROUP}]\nacme = acme:make\nbroken = acme:absent\nnixl = acme:make\n"
+    )
+    (tmp_path / "acme.py").write_text("def make(*given): return given\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert make_transport("acme", [], "a-host", {"x": 1}) == ([], "a-host", {"x": 1})
+    with pytest.raises(ConfigError, match="absent"):
+        make_transport("broken", [], "a-host", {})
