@@ -55,6 +55,7 @@ class _Fetch:
     tickets: dict[Ticket, int] = field(default_factory=dict)  # running → index of the rank
     pulls: dict[int, Pull] = field(default_factory=dict)  # index of the rank → running
     pulled_from: float = 0.0  # when the pulls began
+    expected: dict[int, int] = field(default_factory=dict)  # index of the rank → descriptors
 
     def generation_at(self, index: int) -> str | None:
         """As that rank said when it was opened, else as any other did, else as the ticket says."""
@@ -129,8 +130,7 @@ class Fetcher:
                 continue
             if done.error is None:
                 self._stats.transfer(done)
-                if path := fetch.remote.paths[index]:
-                    path.costs.measured(False, done.nbytes, done.wire_s)
+                self._measured(fetch, index, False, done.nbytes, done.wire_s)
             elif fetch.phase is Phase.READING:
                 self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {done.error}")
                 # its transport may have been made anew: learn of that by greeting it again
@@ -255,22 +255,21 @@ class Fetcher:
         fetch.phase = Phase.OPENING
 
     def _read(self, fetch: _Fetch) -> None:
+        assert isinstance(fetch.order, Fetch)
         fetch.phase, fetch.pulled_from = Phase.READING, self._clock()
         for index, call in fetch.opens.items():
             path = fetch.remote.paths[index]
             assert path is not None and isinstance(call.reply, wire.Opened)
             try:
-                if path.choose_staged(self._nbytes(fetch, path)):
+                found = path.choose_staged(call.reply.tables, fetch.order.blocks)
+                fetch.expected[index] = found.descriptors
+                if found.staged:
                     self._start_pull(fetch, index, path)
                 else:
                     self._submit(fetch, index, path, call.reply)
             except (GeometryError, IndexError) as e:
                 self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
                 return
-
-    def _nbytes(self, fetch: _Fetch, path: Path) -> int:
-        assert isinstance(fetch.order, Fetch)
-        return path.route.nbytes(fetch.order.blocks) if path.route else 0
 
     def _submit(self, fetch: _Fetch, index: int, path: Path, opened: wire.Opened) -> None:
         route = path.route
@@ -313,8 +312,13 @@ class Fetcher:
                 del fetch.pulls[index]
                 seconds = self._clock() - fetch.pulled_from
                 self._stats.transfer(Done(0, None, pull.nbytes, pull.chunks, 0.0, seconds))
-                if path := fetch.remote.paths[index]:
-                    path.costs.measured(True, pull.nbytes, seconds)
+                self._measured(fetch, index, True, pull.nbytes, seconds)
+
+    def _measured(self, fetch: _Fetch, at: int, staged: bool, nbytes: int, seconds: float) -> None:
+        """For the next choice, and for people to see."""
+        if path := fetch.remote.paths[at]:
+            path.costs.measured(staged, fetch.expected.get(at, 0), nbytes, seconds)
+            self._stats.path(staged, path.costs)
 
     def _look_after_slots(self) -> None:
         """Slots of pulls that were given up are free once their source has answered."""

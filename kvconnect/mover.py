@@ -271,7 +271,15 @@ class Mover:
         if gathered is None or kernels is None or self._settings.mode == "direct":
             return None
         slots = Slots(gathered, self._clock)
-        return Supplier(self._listener, self._lender, self._transport, kernels, self._memory, slots)
+        return Supplier(
+            self._listener,
+            self._lender,
+            self._transport,
+            kernels,
+            self._memory,
+            slots,
+            self._stats,
+        )
 
     def _body(self) -> wire.Body:
         return wire.Body(
@@ -285,4 +293,5 @@ class Mover:
             staged=self._supplier is not None,
             versions=dict(self._settings.versions),
             joins=True,
+            slot_bytes=self._supplier.slot_bytes if self._supplier else 0,
         )

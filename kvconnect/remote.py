@@ -9,6 +9,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvconnect.blocks import Region
 from kvconnect.blocks import Shard as Memory
@@ -46,6 +47,13 @@ class Means:
     names: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
 
+class Choice(NamedTuple):
+    """Of a path; ``descriptors`` is what the direct one takes or would take."""
+
+    staged: bool
+    descriptors: int
+
+
 @dataclass(frozen=True)
 class Path:
     """How one rank is read: by ``route``, ``staged``, or by the faster of the two."""
@@ -54,11 +62,15 @@ class Path:
     staged: Staged | None
     costs: Costs = field(default_factory=Costs)
 
-    def choose_staged(self, nbytes: int) -> bool:
-        """Whether a transfer of about ``nbytes`` goes the staged way."""
+    def choose_staged(
+        self, tables: Sequence[Sequence[int]], blocks: Sequence[Sequence[tuple[int, int]]]
+    ) -> Choice:
+        """How a transfer (see `Route.select`) is to be made."""
         if self.route is None or self.staged is None:
-            return self.route is None
-        return self.staged.fast and self.costs.choose_staged(nbytes)
+            return Choice(self.route is None, 0)
+        found = self.route.descriptors(tables, blocks)
+        staged = self.costs.choose_staged(found, self.route.nbytes(blocks))
+        return Choice(self.staged.fast and staged, found)
 
 
 class Remote:
@@ -167,7 +179,8 @@ class Remote:
         if not body.staged:
             return None, "it does not stage: its transfer_mode is direct, or it is older"
         try:
-            course = Course(wanted, means.slots.slot_bytes, join=body.joins)
+            slot_bytes = min(means.slots.slot_bytes, body.slot_bytes or means.slots.slot_bytes)
+            course = Course(wanted, slot_bytes, join=body.joins)
         except GeometryError as e:
             return None, str(e)
         return Staged(means.dialler, peer, course, means.kernels, means.slots), ""

@@ -134,6 +134,25 @@ class Route:
             for (_, group), rows in self.rows_by_group.items()
         )
 
+    def descriptors(
+        self, src_tables: Sequence[Sequence[int]], dst_blocks: Sequence[Sequence[tuple[int, int]]]
+    ) -> int:
+        """Runs of bytes that a selection has once neighbours are joined, as in `select`.
+
+        Costs no more than the block tables are long.
+        """
+        total = 0
+        for (src_group, dst_group), rows in self.rows_by_group.items():
+            pairs = np.array(dst_blocks[dst_group], dtype=np.int64).reshape(-1, 2)
+            table = np.array(src_tables[src_group], dtype=np.int64)
+            if not len(pairs) or pairs[:, 0].max() >= len(table):
+                continue
+            follows = (np.diff(table[pairs[:, 0]]) == 1) & (np.diff(pairs[:, 1]) == 1)
+            src, dst = self.src.rows[rows], self.dst.rows[rows]
+            joins = (src[:, 1] == src[:, 2]) & (dst[:, 1] == dst[:, 2])
+            total += len(rows) * len(pairs) - int(joins.sum()) * int(follows.sum())
+        return total
+
     def select(
         self, src_tables: Sequence[Sequence[int]], dst_blocks: Sequence[Sequence[tuple[int, int]]]
     ) -> Selection:

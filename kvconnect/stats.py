@@ -1,13 +1,23 @@
 """What a mover measured since it was last asked, under vLLM's own names where they exist.
 
 Names and units follow vLLM ``kv_connector/v1/nixl/stats.py``: lists of observations, seconds
-and bytes, so that dashboards made for the in-tree connector go on working.
+and bytes, so that dashboards made for the in-tree connector go on working. AVERAGES are ours: at
+each transfer, the running averages of the peer that it was with (`kvconnect.costs`).
 """
 
+from kvconnect.costs import Costs
 from kvconnect.transport.base import Done
 
 OBSERVED = ("transfer_duration", "post_duration", "bytes_transferred", "num_descriptors")
+AVERAGES = (
+    "descriptor_seconds",  # of direct reads, aside from their bytes
+    "direct_seconds_per_byte",  # aside from descriptors
+    "staged_seconds_per_byte",  # from the first chunk asked for to the last one scattered
+    "gather_seconds_per_byte",  # by the supplier
+    "write_seconds_per_byte",  # by the supplier
+)
 COUNTED = (
+    "num_staged_transfers",
     "num_failed_transfers",
     "num_failed_notifications",
     "num_failed_handshakes",
@@ -20,7 +30,7 @@ COUNTED = (
 
 def empty() -> dict[str, list[float]]:
     """All names, nothing observed."""
-    return {name: [] for name in OBSERVED + COUNTED}
+    return {name: [] for name in OBSERVED + AVERAGES + COUNTED}
 
 
 class Stats:
@@ -35,6 +45,20 @@ class Stats:
         self._data["post_duration"].append(done.post_s)
         self._data["bytes_transferred"].append(done.nbytes)
         self._data["num_descriptors"].append(done.descriptors)
+
+    def path(self, staged: bool, costs: Costs) -> None:
+        """A transfer from a peer ended, whose costs are these by now."""
+        if staged:
+            self.count("num_staged_transfers")
+        if staged and costs.staged.measured:
+            self.average("staged_seconds_per_byte", costs.staged.per_byte)
+        if not staged and costs.direct.measured:
+            self.average("descriptor_seconds", costs.direct.each)
+            self.average("direct_seconds_per_byte", costs.direct.per_byte)
+
+    def average(self, name: str, value: float) -> None:
+        """One of AVERAGES is now ``value``, of some peer."""
+        self._data[name].append(value)
 
     def count(self, name: str, times: int = 1) -> None:
         """Something of COUNTED happened."""

@@ -9,21 +9,25 @@ Refused. Only who opened a lease gets its chunks, and only as long as it stands.
 """
 
 import logging
+import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from kvconnect import wire
-from kvconnect.blocks import Shard
+from kvconnect.blocks import MAX_ADDRESS, Shard
 from kvconnect.channel import Link
-from kvconnect.course import Held, segments, source_copy
+from kvconnect.course import segments, source_copy
 from kvconnect.errors import GeometryError, TransportError
+from kvconnect.lease import Terms
 from kvconnect.lender import Lender
 from kvconnect.listener import Incoming, Listener
-from kvconnect.ops import Copy, Kernels, Launch, Prepared, chunk_bytes
-from kvconnect.rows import RowTable
+from kvconnect.ops import Kernels, Launch
+from kvconnect.reader import Reader, check
 from kvconnect.slots import GRANULE_BYTES, Slots, granule_table, granules
+from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
 
 logger = logging.getLogger(__name__)
@@ -34,31 +38,12 @@ REMEMBERED = 4096
 
 
 @dataclass
-class _Bundle:
-    """Pieces that cross together, checked once."""
-
-    copies: list[Copy]
-    group: int
-    whole: bool
-    prepared: Prepared
-    sized: tuple[int, int] = (0, 0)  # tokens of the last chunk, and its bytes
-
-
-@dataclass
-class _Reader:
-    name: str
-    arena: wire.Granules
-    table: RowTable
-    held: list[Held]
-    bundles: dict[tuple[int, int], _Bundle] = field(default_factory=dict)
-
-
-@dataclass
 class _Filling:
     link: Link
     want: wire.Want
     slot: int
     launch: Launch
+    started_at: float
     ticket: Ticket | None = None
 
 
@@ -73,15 +58,18 @@ class Supplier:
         kernels: Kernels,
         memory: Shard,
         slots: Slots,
+        stats: Stats,
     ) -> None:
+        self._stats = stats
         self._listener = listener
         self._lender = lender
         self._transport = transport
         self._kernels = kernels
         self._views = {view.layer: view for view in memory.views}
         self._slots = slots
-        self._readers: OrderedDict[Link, _Reader] = OrderedDict()
+        self._readers: OrderedDict[Link, Reader] = OrderedDict()
         self._names = 0
+        self._tables: tuple[str, list[np.ndarray]] = "", []  # generation, of the last chunk's lease
         self._waiting: deque[tuple[Link, wire.Want]] = deque()
         self._filling: list[_Filling] = []
         # (link, seq): carried out now, and answered
@@ -121,12 +109,18 @@ class Supplier:
             self._slots.give(filling.slot)
             want = filling.want
             if done.error is None:
+                self._measured(filling.link, "write", done.wire_s / max(want.nbytes, 1))
                 sums = filling.launch.sums.astype("<u8").tobytes()
                 answer = wire.Filled(seq=want.seq, nbytes=want.nbytes, sums=sums)
                 self._answer(filling.link, want.seq, answer)
             else:
                 self._refuse(filling.link, want, "write", f"the write to you: {done.error}")
             return
+
+    @property
+    def slot_bytes(self) -> int:
+        """The largest chunk that can be asked for."""
+        return self._slots.slot_bytes
 
     @property
     def ready(self) -> bool:
@@ -162,6 +156,8 @@ class Supplier:
                 raise GeometryError(
                     f"granules of {stage.arena.nbytes} bytes, expected {GRANULE_BYTES}"
                 )
+            if stage.arena.address + stage.arena.count * GRANULE_BYTES > MAX_ADDRESS:
+                raise GeometryError("an arena reaches beyond 63-bit addresses")
             self._transport.add_peer(name, stage.hello)
         except (GeometryError, TransportError) as e:
             logger.warning("a reader cannot be staged for: %s", e)
@@ -171,7 +167,7 @@ class Supplier:
         table = granule_table(arena.address, arena.count, arena.kind, arena.device)
         if old := self._readers.pop(link, None):
             self._transport.drop_peer(old.name)
-        self._readers[link] = _Reader(name, arena, table, held)
+        self._readers[link] = Reader(name, arena, table, held)
         if len(self._readers) > MAX_READERS:
             self._transport.drop_peer(self._readers.popitem(last=False)[1].name)
         self._answer(link, stage.seq, wire.Staged(seq=stage.seq))
@@ -183,19 +179,20 @@ class Supplier:
         if reader is None:
             raise GeometryError("no Stage came before this Want")
         self._readers.move_to_end(link)
-        bundle = self._bundle(reader, want)
+        bundle = reader.bundle(want, self._kernels)
         terms = self._lender.opened(want.generation, (link, want.reader))
         if terms is None:
             self._refuse(link, want, "gone", "no such lease that you opened, or it is over")
             return
         if want.group >= len(terms.tables):
             raise GeometryError(f"group {want.group}, of {len(terms.tables)}")
-        table, block_tokens = terms.tables[want.group], bundle.copies[0].block_tokens
+        table, block_tokens = self._table(terms, want.group), bundle.copies[0].block_tokens
         leased = len(table) * block_tokens if bundle.whole else terms.tokens
-        _check(want, bundle, leased, reader.arena)
+        check(want, bundle, leased, reader.arena)
         found = segments(want.runs, table, block_tokens)
         slot = self._slots.take()
         assert slot is not None
+        started_at = time.perf_counter()
         try:
             launch = bundle.prepared.gather(
                 found, self._slots.address(slot), self._slots.slot_bytes, len(want.runs)
@@ -203,28 +200,15 @@ class Supplier:
         except GeometryError:
             self._slots.give(slot)
             raise
-        self._filling.append(_Filling(link, want, slot, launch))
+        self._filling.append(_Filling(link, want, slot, launch, started_at))
 
-    def _bundle(self, reader: _Reader, want: wire.Want) -> _Bundle:
-        key = first, count = want.first, want.count
-        if key not in reader.bundles:
-            end = first + count
-            if end > len(reader.held):
-                raise GeometryError(f"pieces up to {end} are wanted, {len(reader.held)} are staged")
-            chosen = reader.held[first:end]
-            kinds = {(held.group, held.whole, held.copy.block_tokens) for held in chosen}
-            if len(kinds) > 1:
-                raise GeometryError(
-                    f"pieces {first}..{end} are not all of one group and block size"
-                )
-            if len(reader.bundles) >= wire.MAX_PIECES:  # no honest reader has as many
-                reader.bundles.clear()
-            copies = [held.copy for held in chosen]
-            made = _Bundle(copies, chosen[0].group, chosen[0].whole, self._kernels.prepare(copies))
-            reader.bundles[key] = made
-        if reader.bundles[key].group != want.group:
-            raise GeometryError(f"pieces {first}..{first + count} are not of group {want.group}")
-        return reader.bundles[key]
+    def _table(self, terms: Terms, group: int) -> np.ndarray:
+        """A lease's table as an array, made anew for the first of many chunks."""
+        of, tables = self._tables
+        if of != terms.generation:
+            tables = [np.array(table, dtype=np.int64) for table in terms.tables]
+            self._tables = terms.generation, tables
+        return tables[group]
 
     def _write(self, filling: _Filling) -> None:
         link, want = filling.link, filling.want
@@ -234,6 +218,8 @@ class Supplier:
         if reader is None or not stood:
             self._drop(filling, "gone", "the lease was over before the chunk was gathered")
             return
+        gathered_s = time.perf_counter() - filling.started_at
+        self._measured(link, "gather", gathered_s / max(want.nbytes, 1))
         filling.ticket = self._transport.submit(
             Work(
                 op=Op.WRITE,
@@ -251,6 +237,11 @@ class Supplier:
         self._slots.give(filling.slot)
         self._refuse(filling.link, filling.want, cause, detail)
 
+    def _measured(self, link: Link, what: Literal["gather", "write"], per_byte: float) -> None:
+        if reader := self._readers.get(link):
+            average = reader.gathered if what == "gather" else reader.written
+            self._stats.average(f"{what}_seconds_per_byte", average.add(per_byte))
+
     def _answer(self, link: Link, seq: int, answer: wire.Message) -> None:
         self._under_way.discard((link, seq))
         self._answers[link, seq] = answer
@@ -262,21 +253,3 @@ class Supplier:
         self._answer(
             link, message.seq, wire.Refused(seq=message.seq, cause=cause, detail=detail[:4096])
         )
-
-
-def _check(want: wire.Want, bundle: _Bundle, leased_tokens: int, arena: wire.Granules) -> None:
-    """Raise GeometryError for a chunk that is not what was leased, or does not fit its room."""
-    runs = np.array(want.runs, dtype=np.int64)
-    if (runs[:, 1] < 1).any() or runs.sum(axis=1).max() > leased_tokens:
-        raise GeometryError(
-            f"runs up to token {runs.sum(axis=1).max()} are wanted, {leased_tokens} are leased"
-        )
-    tokens = int(runs[:, 1].sum())
-    if bundle.sized[0] != tokens:
-        bundle.sized = tokens, chunk_bytes(bundle.copies, tokens)
-    nbytes = bundle.sized[1]
-    if nbytes != want.nbytes:
-        raise GeometryError(f"a chunk of {want.nbytes} bytes is wanted, its runs have {nbytes}")
-    end = want.granule + -(-nbytes // GRANULE_BYTES)
-    if end > arena.count:
-        raise GeometryError(f"granules up to {end} are offered, the arena has {arena.count}")

@@ -2,6 +2,9 @@
 
 Source of names, buckets and units: vLLM ``kv_connector/v1/nixl/stats.py`` (0.32). Nothing here
 raises on odd data: an exception in stats would end the API server's output loop.
+
+Peers come and go, and Prometheus never forgets a label's value: so no metric has a peer's name.
+GAUGES are of whichever peers the transfers since the last report were with.
 """
 
 from typing import Any
@@ -38,6 +41,28 @@ HISTOGRAMS = {
         [10, 20, 30, 50, 75, 100, 200, 400, 1000, 2000, 4000, 10000, 20000, 50000],
     ),
 }
+GAUGES = {
+    "descriptor_seconds": (
+        "vllm:kvconnect_descriptor_seconds",
+        "What a descriptor of a direct read costs, aside from its bytes.",
+    ),
+    "direct_seconds_per_byte": (
+        "vllm:kvconnect_direct_bytes_per_second",
+        "Rate of direct reads, aside from what their descriptors cost.",
+    ),
+    "staged_seconds_per_byte": (
+        "vllm:kvconnect_staged_bytes_per_second",
+        "Rate of staged reads: gather, write and scatter together.",
+    ),
+    "gather_seconds_per_byte": (
+        "vllm:kvconnect_gather_bytes_per_second",
+        "Rate at which KV is gathered for staged readers; by the producer.",
+    ),
+    "write_seconds_per_byte": (
+        "vllm:kvconnect_write_bytes_per_second",
+        "Rate at which a gathered chunk is written to its reader; by the producer.",
+    ),
+}
 FAILURES = ("num_failed_transfers", "num_failed_handshakes", "num_failed_notifications")
 COUNTERS = {
     "vllm:nixl_num_failed_transfers": (
@@ -55,6 +80,10 @@ COUNTERS = {
     "vllm:nixl_num_notifications_after_expiry": (
         ("num_notifications_after_expiry",),
         "Readers that ended after their lease was over; counted by the producer.",
+    ),
+    "vllm:kvconnect_num_staged_transfers": (
+        ("num_staged_transfers",),
+        "KV cache transfers that were staged; the others were direct.",
     ),
     "vllm:kvconnect_num_late_reads": (
         ("num_late_reads",),
@@ -102,6 +131,7 @@ class KvConnectStats(KVConnectorStats):
             "Avg MB per transfer": round(float(mb.mean()), 3),
             "Throughput (MB/s)": round(float(mb.sum() / total_s), 3) if total_s else 0,
             "Avg number of descriptors": round(float(descriptors.mean()), 1),
+            "Num staged transfers": counts["num_staged_transfers"],
             "Num failed transfers": sum(counts[name] for name in FAILURES),
             "Num KV expired reqs": counts["num_kv_expired_reqs"],
             "Num notifs after expiry": counts["num_notifications_after_expiry"],
@@ -130,6 +160,18 @@ class KvConnectPromMetrics(KVConnectorPromMetrics):
             )
             for key, (name, text, buckets) in HISTOGRAMS.items()
         }
+        self._gauges = {
+            key: create_metric_per_engine(
+                self._gauge_cls(
+                    name=name,
+                    documentation=text,
+                    multiprocess_mode="mostrecent",
+                    labelnames=labelnames,
+                ),
+                per_engine_labelvalues,
+            )
+            for key, (name, text) in GAUGES.items()
+        }
         self._counters = [
             (
                 keys,
@@ -145,6 +187,15 @@ class KvConnectPromMetrics(KVConnectorPromMetrics):
         for key, metrics in self._histograms.items():
             for value in transfer_stats_data.get(key, ()):
                 metrics[engine_idx].observe(value)
+        for key, metrics in self._gauges.items():
+            values = transfer_stats_data.get(key)
+            if not values:
+                continue
+            mean = sum(values) / len(values)
+            if key == "descriptor_seconds":
+                metrics[engine_idx].set(mean)
+            elif mean > 0:  # 0: so fast that only descriptors could be measured
+                metrics[engine_idx].set(1 / mean)
         for keys, metrics in self._counters:
             if times := sum(len(transfer_stats_data.get(key, ())) for key in keys):
                 metrics[engine_idx].inc(times)
