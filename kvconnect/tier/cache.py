@@ -95,12 +95,10 @@ class CacheTier:
         return self.admit(worth)
 
     def admit(self, keys: Sequence[Key]) -> Admission:
-        """The same, whatever the threshold; of keys that are absent."""
+        """The same, whatever the threshold. A key that leaves by it does not come back by it."""
         admitted: list[Key] = []
         evicted: list[Key] = []
-        for key in keys:
-            if key in self._known:
-                continue
+        for key in [key for key in dict.fromkeys(keys) if key not in self._known]:
             insertion = self._policy.insert(key)
             if not insertion.ok:
                 self.counts["skipped_all_pinned"] += 1

@@ -134,7 +134,9 @@ class OffloadTier:
     def store(self, chunks: Sequence[Chunk]) -> Result:
         """KV of ``chunks``, in the order of their prefix, is computed: save what is worth it."""
         result = Result()
-        admission = self.host.offer([chunk.key for chunk in chunks])
+        keys = [chunk.key for chunk in chunks]
+        self.host.touch(keys)  # those that are there: the last to make room for the others
+        admission = self.host.offer(keys)
         self._leave(admission.evicted, result)
         wanted = set(admission.admitted)
         for chunk in chunks:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvconnect.plan import NO_BLOCK
-from kvconnect.testing.vault import FakeVault, VaultFault, check_vault
+from kvconnect.testing.vault import FakeVault, VaultFault
+from kvconnect.testing.vault_contract import check_vault
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from vaults import Bench

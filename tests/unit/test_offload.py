@@ -47,6 +47,13 @@ def test_a_save_is_spilled_when_it_has_ended_well_and_its_blocks_are_free_then()
     assert one.store(chunks(A)).jobs == []
 
 
+def test_a_prefix_does_not_make_room_for_its_end_while_others_could():
+    one = tier(capacity=3, disk=0)
+    saved(one, A, B)
+    saved(one, C)
+    assert one.store(chunks(A, B, D)).jobs[0] == Forget(C, False)
+
+
 def test_what_is_being_spilled_is_not_evicted_before_that():
     one = tier(capacity=1)
     one.store(chunks(A))

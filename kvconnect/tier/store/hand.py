@@ -13,7 +13,7 @@ from kvconnect.tier.store.host import Ended
 
 
 class Vault(Protocol):
-    """What a hand needs; `kvconnect.testing.check_vault` holds `store.vault.Vault` and the fake
+    """What a hand needs; `kvconnect.testing.vault_contract` holds `store.vault.Vault` and the fake
     to it."""
 
     @property
