@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -203,6 +204,38 @@ def test_a_nixl_backend_that_is_absent_is_a_startup_error(name):
 def test_what_mooncake_cannot_do_is_a_startup_error(name, options, reason):
     with pytest.raises(ConfigError, match=reason):
         make_transport(name, [], "127.0.0.1", options)
+
+
+@pytest.mark.parametrize("name", [real("mooncake")])
+def test_mooncake_engines_find_each_other_through_a_metadata_server(name):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mooncake.http_metadata_server", "--port", str(port)],
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}/metadata"
+    deadline = time.monotonic() + 20
+
+    def make_rig(*sides):
+        while True:  # until the server is up
+            try:
+                made = [
+                    make_transport(name, regions, "127.0.0.1", {"metadata_server": url})
+                    for regions in sides
+                ]
+            except ConfigError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+                continue
+            return made
+
+    try:
+        CHECKS["a_read_moves_exactly_the_rows_named"](make_rig)
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.mark.parametrize("name", [real("mooncake")])

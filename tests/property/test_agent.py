@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvconnect.blocks import Region
@@ -13,13 +13,14 @@ from kvconnect.transport.agent import Agent, Piece
 from kvconnect.transport.base import Op, Work
 
 SIZE = 1 << 14
+CONTENTS = np.random.default_rng(1).integers(0, 256, (3, SIZE), dtype=np.uint8)
 
 
 class Side:
     """Memory of which the middle half is registered, as two regions that touch."""
 
     def __init__(self, seed):
-        self.memory = np.random.default_rng(seed).integers(0, 256, SIZE, dtype=np.uint8)
+        self.memory = CONTENTS[seed].copy()
         self.first = int(self.memory.ctypes.data)
         quarter = SIZE // 4
         self.regions = [Region(self.first + quarter * i, quarter) for i in (1, 2)]
@@ -70,7 +71,8 @@ def spans(draw):
     return [sizes[i] for i in order], [places[i] for i in order], [sources[i] for i in order]
 
 
-@given(op=st.sampled_from(Op), drawn=spans(), most=st.integers(1, 2000), few=st.integers(1, 4))
+@settings(max_examples=100)  # many messages each
+@given(op=st.sampled_from(Op), drawn=spans(), most=st.integers(50, 2000), few=st.integers(1, 4))
 def test_every_byte_named_is_moved_and_no_other(op, drawn, most, few):
     ours, theirs = Side(1), Side(2)
     sizes, targets, sources = drawn
