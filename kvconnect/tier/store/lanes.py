@@ -175,7 +175,7 @@ def _work(shared: _Shared) -> None:
             if done != len(job.memory):
                 error = OSError(errno.EIO, f"{done} of {len(job.memory)} bytes")
         except OSError as e:
-            error = e
+            error = e.with_traceback(None)  # whose frames would keep the memory
         seconds = time.perf_counter() - start
         number, job = job.number, None  # the memory is its owner's again before they are told
         shared.finished.put(Finished(number, error, done, seconds))

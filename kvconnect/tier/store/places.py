@@ -74,7 +74,7 @@ class Mapped:
         with contextlib.suppress(BufferError):  # somebody still looks: unmapped when they end
             self._memory.close()
         if self._fd is not None:
-            os.close(self._fd)
+            _let_go(self._fd)
             self._fd = None
 
 
@@ -134,8 +134,14 @@ class Filed:
     def close(self) -> None:
         self.bytes = np.empty(0, np.uint8)
         if self.fd >= 0:
-            os.close(self.fd)
+            _let_go(self.fd)
             self.fd = -1
+
+
+def _let_go(fd: int) -> None:
+    """Unlock as well as close: a mapping that somebody still looks at has a duplicate of it."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def create(path: Path, spec: Spec, head: bytes, wrap: Wrap) -> Place:
