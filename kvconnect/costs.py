@@ -58,14 +58,13 @@ class Line:
         self.measured += 1
         cc, c, one, cy, y = self._sums
         rest = cc * one - c * c
+        best: Literal["each", "per_byte"] = self.alike if cc else "per_byte"
         if rest > INDEPENDENT * cc * one:
             self.each, self.per_byte = (cy * one - y * c) / rest, (y * cc - cy * c) / rest
             if min(self.each, self.per_byte) >= 0:
                 return
             # noise: what the other one explains better alone
             best = "each" if cy * cy * one > y * y * cc else "per_byte"
-        else:
-            best = self.alike
         self.each, self.per_byte = (cy / cc, 0.0) if best == "each" else (0.0, y / one)
 
     def seconds(self, count: int, nbytes: int) -> float:

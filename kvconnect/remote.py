@@ -66,9 +66,11 @@ class Path:
         self, tables: Sequence[Sequence[int]], blocks: Sequence[Sequence[tuple[int, int]]]
     ) -> Choice:
         """How a transfer (see `Route.select`) is to be made."""
-        if self.route is None or self.staged is None:
-            return Choice(self.route is None, 0)
+        if self.route is None:
+            return Choice(True, 0)
         found = self.route.descriptors(tables, blocks)
+        if self.staged is None:
+            return Choice(False, found)
         staged = self.costs.choose_staged(found, self.route.nbytes(blocks))
         return Choice(self.staged.fast and staged, found)
 

@@ -97,6 +97,13 @@ def test_transfers_that_are_all_alike_are_explained_by_one_cost(alike, found):
     assert line.seconds(100, 100) == pytest.approx(0.1)
 
 
+def test_transfers_without_descriptors_cost_by_the_byte():
+    """Counts that are all 0 once ended the mover with a ZeroDivisionError."""
+    line = Line("each")
+    line.add(0, 100, 0.1)
+    assert (line.each, line.per_byte) == pytest.approx((0.0, 1e-3))
+
+
 def test_no_cost_is_negative():
     line = Line("each")
     for count, nbytes, seconds in ((1000, MIB, 1.0), (10, MIB, 2.0), (1000, MIB, 1.0)):

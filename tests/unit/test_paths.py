@@ -1,0 +1,83 @@
+"""Which path whole movers take, over loopback, and what they learn from it."""
+
+from dataclasses import replace
+
+import pytest
+
+from kvconnect.lease import Terms
+from kvconnect.order import Fetch, Grant
+from kvconnect.stats import AVERAGES
+from kvconnect.testing.engines import Engine, World
+from kvconnect.testing.geometry import Model
+
+# 12 blocks of it are 1.5 MiB, which is enough to learn from
+MODEL = Model(layers=2, heads=4, block_tokens=16, content=512, itemsize=2)
+TABLE = tuple(range(11, -1, -1))
+
+
+def made(mode, staging=(8, 4)):
+    """A prefill and a decode engine; the latter in this mode."""
+    world = World()
+    p, d = (Engine(world, MODEL, 12, mode=m, staging=staging) for m in ("auto", mode))
+    return world, p, d
+
+
+def fetched(world, p, d, number):
+    """Names and values that decode's mover counts for one fetch."""
+    name = f"request {number}"
+    for cache in p.caches:
+        cache.fill(TABLE, number)
+    terms = Terms(name, name, (TABLE,), 192, b"d", 9.0)
+    p.put(Grant(terms))
+    d.put(Fetch(name, p.source(terms), (tuple(enumerate(range(12))),), 192, terms.digest))
+    # loopback takes no time; what is learnt must be above 0 all the same
+    world.go_on(30, seconds=0.001)
+    assert d.ended[name] == [None]
+    assert all(c.holds_fill(tuple(enumerate(range(12))), number) for c in d.caches)
+    return {k: v for k, v in d.movers[0].take_stats().items() if v}
+
+
+def test_auto_tries_both_paths_and_tells_which():
+    world, p, d = made("auto")
+    staged = [fetched(world, p, d, i).get("num_staged_transfers", []) for i in range(4)]
+    assert staged == [[], [1], [], [1]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "staging"), [("direct", (8, 4)), ("staged", (8, 4)), ("auto", None)], ids=str
+)
+def test_one_path_alone_is_measured_too(mode, staging):
+    """Direct reads alone once ended the mover: their descriptors were not counted."""
+    world, p, d = made(mode, staging)
+    told = [fetched(world, p, d, i) for i in range(3)]
+    own = (
+        {"staged_seconds_per_byte"}
+        if mode == "staged"
+        else {
+            "descriptor_seconds",
+            "direct_seconds_per_byte",
+        }
+    )
+    assert told[0].keys().isdisjoint(AVERAGES), "the first transfer does not count"
+    assert told[2].keys() & set(AVERAGES) == own
+    supplied = p.movers[0].take_stats() or {}
+    rates = [supplied.get(f"{what}_seconds_per_byte") for what in ("gather", "write")]
+    chunks = sum(sum(t["num_descriptors"]) for t in told) if mode == "staged" else 0
+    assert [len(rate or ()) for rate in rates] == [chunks, chunks]
+
+
+def test_descriptors_are_those_left_when_neighbours_are_joined():
+    world, p, d = made("auto")
+    fetched(world, p, d, 0)
+    (remote,) = d.movers[0]._fetcher._remotes._by_addresses.values()
+    route = remote.paths[0].route
+    apart, together = (4, 9, 2, 7), (3, 4, 5, 9)
+    assert route.descriptors((apart,), (tuple(enumerate(together)),)) == 2 * 4
+    assert route.descriptors((together,), (tuple(enumerate(together)),)) == 2 * 2
+    other = Engine(world, replace(MODEL, layers=2), 12, "BLHNC", staging=None)
+    terms = Terms("x", "x", (TABLE,), 192, b"d", 9.0)
+    p.put(Grant(terms))
+    other.put(Fetch("x", p.source(terms), (tuple(enumerate(range(12))),), 192, b"d"))
+    world.go_on(30)
+    (remote,) = other.movers[0]._fetcher._remotes._by_addresses.values()
+    assert remote.paths[0].route.descriptors((together,), (tuple(enumerate(together)),)) == 2 * 4
