@@ -52,8 +52,17 @@ class VaultMachine(RuleBasedStateMachine):
         if room:
             self.memory[seed] = False
 
-    @rule(seed=seeds, fault=faults)
-    def spill(self, seed, fault):
+    def pick(self, number):
+        """Mostly what is somewhere."""
+        return sorted([*self.memory, *self.disk] * 3 + [1, 2, 3])[number % (3 * self.known + 3)]
+
+    @property
+    def known(self):
+        return len(self.memory) + len(self.disk)
+
+    @rule(number=picks, fault=faults)
+    def spill(self, number, fault):
+        seed = self.pick(number)
         self.bench.file.plan(fault)
         wanted = seed in self.memory and seed not in self.disk
         able = wanted and self.bench.disk.shelf.free > 0 and self.bench.disk._failures < 8
@@ -62,9 +71,10 @@ class VaultMachine(RuleBasedStateMachine):
             self.disk[seed] = self.memory[seed] or fault in WRITES_BADLY
         self.bench.file.forget_plans()
 
-    @rule(seed=seeds, fault=faults, skip=st.integers(0, 4))
-    def load(self, seed, fault, skip):
+    @rule(number=picks, fault=faults, skip=st.integers(0, 4))
+    def load(self, number, fault, skip):
         """Whether it goes well is foretold; `Bench.load` compares the content."""
+        seed = self.pick(number)
         blocks = [10, 11]
         if skip < 2:
             blocks[skip] = NO_BLOCK
