@@ -15,6 +15,7 @@ import torch
 
 from kvconnect.ops import Copy, Kernels, Prepared, Type, chunk_bytes
 from kvconnect.ops.cuda import CudaKernels
+from kvconnect.ops.pages import use_huge_pages
 
 Verb = Literal["gather", "scatter"]
 TOKENS, HEADS, WIDTH = 16, 8, 128  # of a block; bf16, as of Llama-3 8B
@@ -135,7 +136,15 @@ class CudaClock:
 class Arena:
     """Pool, ring and clock of one device."""
 
-    def __init__(self, kernels: Kernels, device: str, pool_bytes: int, call_bytes: int) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        device: str,
+        pool_bytes: int,
+        call_bytes: int,
+        *,
+        huge_pages: bool = False,
+    ) -> None:
         self.call_bytes = call_bytes
         self._kernels = kernels
         self.on_gpu = isinstance(kernels, CudaKernels)
@@ -146,11 +155,16 @@ class Arena:
         # values of bf16 in the range of fp8, so that torch, which does not saturate, agrees
         some = torch.randn(min(pool_bytes, 1 << 26) // 2, dtype=torch.bfloat16, device=device)
         self._pool = torch.empty(pool_bytes, dtype=torch.uint8, device=device)
+        if huge_pages:
+            use_huge_pages(self._pool.data_ptr(), self._pool.nbytes)
         for piece in self._pool.split(some.nbytes):
             piece.copy_(some.view(torch.uint8)[: len(piece)])
         self._windows = max(pool_bytes // 2 // (2 * call_bytes), 1)
         # twice the bytes of a call, since a wire type may be wider
-        self._ring = torch.zeros(self._windows * 2 * call_bytes, dtype=torch.uint8, device=device)
+        self._ring = torch.empty(self._windows * 2 * call_bytes, dtype=torch.uint8, device=device)
+        if huge_pages:
+            use_huge_pages(self._ring.data_ptr(), self._ring.nbytes)
+        self._ring.zero_()
         self._turn = 0
 
     def case(self, verb: Verb, shape: Shape) -> "Case":

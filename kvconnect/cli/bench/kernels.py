@@ -67,6 +67,7 @@ def kernels(
     call_mib: Annotated[int, typer.Option(help="MiB a call; 0: 64, on a GPU 512.")] = 0,
     pool_mib: Annotated[int, typer.Option(help="MiB to choose from; 0: 1024, GPU 8192.")] = 0,
     max_ctas: Annotated[int, typer.Option(help="CTAs of a launch at most; 0: all that fit.")] = 0,
+    huge_pages: Annotated[bool, typer.Option(help="For cache and wire, on a CPU.")] = False,
     only: Annotated[str, typer.Option(help="Shapes whose names contain this.")] = "",
     out: options.Json = None,
 ) -> None:
@@ -88,13 +89,14 @@ def kernels(
     pool, call = (8192, 512) if device == "cuda" else (1024, 64)
     console = Console()
     with console.status("filling memory"):
-        arena = Arena(found, device, (pool_mib or pool) * MIB, (call_mib or call) * MIB)
+        sizes = ((pool_mib or pool) * MIB, (call_mib or call) * MIB)
+        arena = Arena(found, device, *sizes, huge_pages=huge_pages and device == "cpu")
         cases = [arena.case(verb, shape) for verb, shape in shapes() if only in shape.name]
         for case in cases:
             if case.verb == "gather" and case.shape.compare_torch:
                 case.check_torch()
     rows = _measure(arena, cases, rounds, console)
-    machine = _machine(found.name, rounds)
+    machine = _machine(found.name, rounds) | {"huge_pages": huge_pages}
     console.print(_table(rows, machine))
     if out is not None:
         out.write_text(
