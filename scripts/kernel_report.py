@@ -148,7 +148,8 @@ def main() -> None:
     """Rewrite the table."""
     with tempfile.TemporaryDirectory() as folder:
         found = {a: report(a, Path(folder)) for a in ARCHITECTURES}
-    sources = b"".join((ROOT / p).read_bytes() for p in (*SOURCES["kvc_cuda"], *HEADERS))
+    read = [p for p in HEADERS if "/cpu_" not in p]
+    sources = b"".join((ROOT / p).read_bytes() for p in (*SOURCES["kvc_cuda"], *read))
     release = re.search(
         r"release [\d.]+, V([\d.]+)", run(compiler_of("kvc_cuda") or "", "--version")
     )
