@@ -69,6 +69,8 @@ class Peer:
         self.state = State.GREETING
         self.error = ""
         self.body: wire.Body | None = None
+        self.version: tuple[int, int] | None = None
+        self.fingerprint: Mapping[str, str] = {}
         self.gone: set[str] = set()
         """Generations that the peer said are over."""
         self.nonce = secrets.token_bytes(NONCE_BYTES)
@@ -88,13 +90,14 @@ class Dialler:
         self,
         channel: Channel,
         clock: Clock,
-        fingerprint: Mapping[str, str],
+        fingerprint: Mapping[str, str] | None,
         secret: bytes,
         handshake_timeout_s: float,
     ) -> None:
+        """``fingerprint`` None: of whatever model the peers are; only for looking at them."""
         self._channel = channel
         self._clock = clock
-        self._fingerprint = dict(fingerprint)
+        self._fingerprint = fingerprint
         self._secret = secret
         self._handshake_timeout_s = handshake_timeout_s
         self._peers: dict[Address, Peer] = {}
@@ -240,6 +243,7 @@ class Dialler:
             peer.gone.update(message.generations)
 
     def _prove(self, peer: Peer, challenge: wire.Challenge) -> None:
+        peer.version = challenge.version
         if challenge.version[0] != wire.VERSION[0]:
             self.fail(peer, f"speaks wire version {challenge.version}, ours is {wire.VERSION}")
             return
@@ -252,7 +256,8 @@ class Dialler:
         self._send_greeting(peer)
 
     def _welcomed(self, peer: Peer, welcome: wire.Welcome) -> None:
-        ours, theirs = self._fingerprint, welcome.fingerprint
+        peer.fingerprint = theirs = welcome.fingerprint
+        ours = theirs if self._fingerprint is None else self._fingerprint
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 self.fail(

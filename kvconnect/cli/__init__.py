@@ -11,6 +11,7 @@ import typer
 from kvconnect import __version__
 from kvconnect.cli.bench import bench
 from kvconnect.cli.demo import demo
+from kvconnect.cli.inspect import inspect
 from kvconnect.cli.proxy import proxy
 
 main = typer.Typer(
@@ -20,6 +21,7 @@ main = typer.Typer(
     pretty_exceptions_show_locals=False,  # an API key may be among them
 )
 main.command()(demo)
+main.command()(inspect)
 main.command()(proxy)
 main.add_typer(bench, name="bench")
 

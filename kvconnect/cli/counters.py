@@ -9,6 +9,8 @@ from typing import Self
 
 _SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)", re.MULTILINE)
 
+_ENGINE = re.compile(r'(?:^|,)engine="([^"]*)"')
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counters:
@@ -39,6 +41,18 @@ class Counters:
         return type(self)(
             **{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
         )
+
+
+def read_named(text: str, prefixes: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Samples whose names start so, as ``{engine: {name: value}}``; buckets are left out."""
+    found: dict[str, dict[str, float]] = {}
+    for match in _SAMPLE.finditer(text):
+        labels = match["labels"] or ""
+        if match["name"].startswith(prefixes) and 'le="' not in labels:
+            engine = _ENGINE.search(labels)
+            of = found.setdefault(engine[1] if engine else "", {})
+            of[match["name"]] = float(match["value"])
+    return found
 
 
 def read_counters(text: str, transfer_metrics: str) -> Counters:
