@@ -12,8 +12,6 @@ scattering here overlap, since several chunks are under way.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvconnect import wire
 from kvconnect.course import Chunk, Course
 from kvconnect.dialler import Call, Dialler, Peer
@@ -64,8 +62,9 @@ class Staged:
                 (wire.Staged, wire.Refused),
                 deadline,
             )
-        if isinstance(self._call.reply, wire.Refused):
-            return False, f"peer {self.peer} refused to stage: {self._call.reply.detail}"
+        if isinstance(refused := self._call.reply, wire.Refused):
+            self._call = None  # what it lacked it may have for the next pull
+            return False, f"peer {self.peer} refused to stage: {refused.detail}"
         return self._call.reply is not None, self._call.error
 
     def prepared(self, chunk: Chunk) -> Prepared:
@@ -204,8 +203,7 @@ class Pull:
             )
         if not asked.launch.done():
             return ""
-        wanted = np.frombuffer(asked.sums, dtype="<u8")
-        if not np.array_equal(asked.launch.sums, wanted):
+        if asked.launch.sums.astype("<u8").tobytes() != asked.sums:
             return f"a chunk of peer {self._staged.peer} arrived with another checksum"
         self._asked.remove(asked)
         self._staged.slots.give(asked.slot)

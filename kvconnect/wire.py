@@ -15,7 +15,8 @@ from kvconnect.errors import WireError
 
 VERSION = (2, 2)
 """(major, minor). 1.0: direct reads. 2.0: parts are named and tiled; the staged path.
-2.1: a Body names the software's versions. 2.2: K and V may cross as one piece (Body.joins)."""
+2.1: a Body names the software's versions. 2.2: K and V may cross as one piece
+(Body.joins); slots need not be of one size (Body.slot_bytes)."""
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20
@@ -108,6 +109,8 @@ class Body(msgspec.Struct, frozen=True):
     """Software → version, for people to read: nothing depends on them. Since 2.1."""
     joins: bool = False
     """Whether a Piece may be "kv" of a layer whose K and V lie side by side. Since 2.2."""
+    slot_bytes: Size = 0
+    """Of the slots that it gathers into: no chunk may be larger. 0: as the reader's. Since 2.2."""
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):

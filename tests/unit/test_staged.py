@@ -65,6 +65,20 @@ def test_any_block_size_layout_and_tp(sizes, tp, layouts):
     assert set(p.sent) == {"r"}
 
 
+@pytest.mark.parametrize("granules", [(1, 4), (4, 1)], ids=str)
+def test_slots_of_other_sizes(granules):
+    """staging_bytes may differ: a chunk has to fit the smaller of both sides' slots."""
+    world, model = World(), replace(MODEL, content=64)
+    p = make(world, model, mode="staged", staging=(8, granules[0]))
+    d = make(world, model, mode="staged", staging=(8, granules[1]))
+    table = (3, 1, 9, 2, 7, 5, 4, 0, 8, 6, 11)
+    terms = lend(p, "r", table, 43, seed=5)
+    fetch(p, d, terms, table)
+    world.go_on(60)
+    assert d.ended == {"d": [None]}
+    assert holds(d, table, 5, 43)
+
+
 def test_more_chunks_than_slots():
     world = World()
     model = replace(MODEL, content=2048)  # a token of a layer: 16 KiB, a slot 64 KiB
@@ -198,6 +212,31 @@ def test_a_truncated_chunk_fails_the_fetch(staged):
     world.network.flush()
     world.go_on(30)
     assert "checksum" in d.ended["d"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"sums": b""}, "checksum"),
+        ({"sums": b"seven b"}, "checksum"),
+        ({"sums": bytes(8 * 50)}, "checksum"),
+        ({"nbytes": 1}, "wrote 1 bytes"),
+    ],
+    ids=["no sums", "half a sum", "more sums", "bytes"],
+)
+def test_a_hostile_answer_fails_the_fetch_and_nothing_else(staged, change, why):
+    world, p, d = staged
+    listener = p.movers[0]._supplier._listener
+    answer = listener.answer
+
+    def altered(link, message):
+        if isinstance(message, wire.Filled):
+            message = msgspec.structs.replace(message, **change)
+        answer(link, message)
+
+    listener.answer = altered
+    world.go_on(30)
+    assert why in d.ended["d"][0]
 
 
 def test_a_slot_that_may_still_be_written_is_quarantined(staged):
