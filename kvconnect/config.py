@@ -9,7 +9,7 @@ import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
@@ -31,11 +31,22 @@ INERT_OPTIONS = {
 MIN_SECRET_BYTES = 16
 
 
-class NixlConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of ``KVConnectNixl``."""
+# The same for options of the in-tree Mooncake connector.
+INERT_MOONCAKE_OPTIONS = {
+    "num_workers": "transfers do not block, so there are no threads to send from",
+    "bootstrap_server_address": "engines find each other by kv_transfer_params alone",
+}
 
-    backends: tuple[str, ...] = ("UCX",)
-    """NIXL plugins to load, e.g. ``["UCX"]`` or ``["LIBFABRIC"]``."""
+
+class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of every prefill → decode connector."""
+
+    inert: ClassVar[Mapping[str, str]] = {}
+
+    transport: str | None = None
+    """Name of another transport than the connector's own; see docs/transports.md."""
+    transport_options: dict[str, Any] = {}
+    """Options of that transport."""
     kv_lease_duration: Seconds = 30
     """Seconds that prefilled blocks are kept for a decode engine that does not renew."""
     kv_lease_max_duration: Seconds = 3600
@@ -60,8 +71,6 @@ class NixlConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """In-tree's decode → prefill transfers; not available here."""
 
     def __post_init__(self) -> None:
-        if not self.backends:
-            raise ValueError("backends is empty, expected at least one NIXL plugin, e.g. ['UCX']")
         if self.bidirectional_kv_xfer:
             raise ValueError(
                 "bidirectional_kv_xfer is true, but decode → prefill transfers are not "
@@ -72,6 +81,53 @@ class NixlConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 f"kv_lease_max_duration is {self.kv_lease_max_duration:g} s, expected at least "
                 f"kv_lease_duration ({self.kv_lease_duration:g} s)"
             )
+        if self.transport_options and self.transport is None:
+            raise ValueError("transport_options are given without transport, which they are for")
+
+    def chosen_transport(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the transport to use."""
+        if self.transport is None:
+            return self._own_transport()
+        return self.transport, self.transport_options
+
+    def _own_transport(self) -> tuple[str, dict[str, Any]]:
+        raise NotImplementedError
+
+
+class NixlConfig(PeerConfig, frozen=True, kw_only=True):
+    """Options of ``KVConnectNixl``."""
+
+    inert: ClassVar[Mapping[str, str]] = INERT_OPTIONS
+
+    backends: tuple[str, ...] = ("UCX",)
+    """NIXL plugins to load, e.g. ``["UCX"]`` or ``["LIBFABRIC"]``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.backends:
+            raise ValueError("backends is empty, expected at least one NIXL plugin, e.g. ['UCX']")
+
+    def _own_transport(self) -> tuple[str, dict[str, Any]]:
+        return "nixl", {"backends": self.backends}
+
+
+class MooncakeConfig(PeerConfig, frozen=True, kw_only=True):
+    """Options of ``KVConnectMooncake``."""
+
+    inert: ClassVar[Mapping[str, str]] = INERT_MOONCAKE_OPTIONS
+
+    mooncake_protocol: Literal["rdma", "tcp"] = "rdma"
+    device_name: str = ""
+    """RDMA devices to use, with commas between; all if empty."""
+    metadata_server: str = "P2PHANDSHAKE"
+    """``P2PHANDSHAKE``: none; or ``http://host:port/metadata``, ``etcd://host:port``."""
+
+    def _own_transport(self) -> tuple[str, dict[str, Any]]:
+        return "mooncake", {
+            "protocol": self.mooncake_protocol,
+            "device_name": self.device_name,
+            "metadata_server": self.metadata_server,
+        }
 
 
 Config = TypeVar("Config", bound=msgspec.Struct)
@@ -80,10 +136,11 @@ Config = TypeVar("Config", bound=msgspec.Struct)
 def parse(options: Mapping[str, Any], schema: type[Config], connector: str) -> Config:
     """``options`` as a ``schema``; raises ConfigError that names the option and a remedy."""
     known = [f.encode_name for f in msgspec.structs.fields(schema)]
+    inert: Mapping[str, str] = getattr(schema, "inert", {})
     wanted = {}
     for key, value in options.items():
-        if key in INERT_OPTIONS and key not in known:
-            logger.warning("%s: %s has no effect: %s", connector, key, INERT_OPTIONS[key])
+        if key in inert and key not in known:
+            logger.warning("%s: %s has no effect: %s", connector, key, inert[key])
         elif key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"

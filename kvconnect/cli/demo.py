@@ -18,6 +18,8 @@ class ConnectorName(enum.StrEnum):
     """Keys of ``engines.CONNECTORS``; a test holds that."""
 
     NIXL = "nixl"
+    MOONCAKE = "mooncake"
+    UCX = "ucx"
 
 
 def demo(

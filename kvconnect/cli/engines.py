@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,29 @@ class Connector:
     """What must be importable beside vLLM."""
     metrics: str
     """How the names of its transfer metrics start."""
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
-CONNECTORS = {"nixl": Connector("KVConnectNixl", module="nixl", metrics="vllm:nixl")}
+CONNECTORS = {
+    "nixl": Connector("KVConnectNixl", module="nixl", metrics="vllm:nixl"),
+    "mooncake": Connector(
+        "KVConnectMooncake",
+        module="mooncake",
+        metrics="vllm:nixl",
+        options={"mooncake_protocol": "tcp"},
+    ),
+    "ucx": Connector(
+        "KVConnectNixl", module="ucxx", metrics="vllm:nixl", options={"transport": "ucx"}
+    ),
+}
 ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
 
 def transfer_config(connector: str, role: str) -> dict[str, Any]:
     """``--kv-transfer-config`` for a role of ROLES and a connector of CONNECTORS."""
-    return {"kv_connector": CONNECTORS[connector].kv_connector, "kv_role": ROLES[role]}
+    chosen = CONNECTORS[connector]
+    config: dict[str, Any] = {"kv_connector": chosen.kv_connector, "kv_role": ROLES[role]}
+    return config | ({"kv_connector_extra_config": chosen.options} if chosen.options else {})
 
 
 @dataclass(frozen=True)

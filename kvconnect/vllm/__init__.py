@@ -6,6 +6,7 @@
 from typing import Any
 
 CONNECTORS = {
+    "KVConnectMooncake": "kvconnect.vllm.connector",
     "KVConnectNixl": "kvconnect.vllm.connector",
     "NixlConnector": "kvconnect.vllm.connector",
 }

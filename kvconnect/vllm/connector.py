@@ -1,4 +1,4 @@
-"""``KVConnectNixl``: vLLM's connector interface, translated to our scheduler and worker halves.
+"""``KVConnectNixl``, ``KVConnectMooncake``: vLLM's interface, as our scheduler and worker halves.
 
 The lifecycle is vLLM's (``kv_connector/v1/base.py``, 0.32). Loads are asynchronous and start
 when the step's metadata is bound, which is before the step's forward: a pull never waits for
@@ -6,7 +6,7 @@ the engine's own computation.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvconnect.config import NixlConfig, parse
+from kvconnect.config import MooncakeConfig, NixlConfig, PeerConfig, parse
 from kvconnect.errors import ConfigError
 from kvconnect.order import Order
 from kvconnect.vllm import _compat
@@ -47,6 +47,7 @@ class Orders(KVConnectorMetadata):
 class KVConnectNixl(KVConnectorBase_V1, SupportsHMA):
     """Prefill → decode over NIXL: the decode engine reads leased blocks of the prefill engine."""
 
+    config_type: ClassVar[type[PeerConfig]] = NixlConfig
     _cache_hit_source = _compat.CACHE_HIT_SOURCE
 
     def __init__(
@@ -54,7 +55,7 @@ class KVConnectNixl(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         options = self._kv_transfer_config.kv_connector_extra_config or {}
-        config = parse(options, NixlConfig, type(self).__name__)
+        config = parse(options, self.config_type, type(self).__name__)
         _check_parallelism(vllm_config.parallel_config)
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
@@ -213,3 +214,9 @@ class NixlConnector(KVConnectNixl):
 
     ``{"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"}``
     """
+
+
+class KVConnectMooncake(KVConnectNixl):
+    """The same over Mooncake's TransferEngine, with kv_transfer_params of the NIXL form."""
+
+    config_type = MooncakeConfig

@@ -8,7 +8,10 @@ import logging
 
 logger = logging.getLogger("vllm.kvconnect")
 
-REGISTERED = {"KVConnectNixl": "kvconnect.vllm.connector"}
+REGISTERED = {
+    "KVConnectMooncake": "kvconnect.vllm.connector",
+    "KVConnectNixl": "kvconnect.vllm.connector",
+}
 
 
 def register() -> None:

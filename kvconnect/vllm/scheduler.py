@@ -10,7 +10,7 @@ from typing import Any
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
-from kvconnect.config import NixlConfig, read_secret
+from kvconnect.config import PeerConfig, read_secret
 from kvconnect.errors import OfferError
 from kvconnect.order import Order
 from kvconnect.plan import NO_BLOCK
@@ -41,7 +41,7 @@ NOWHERE = (Address("localhost", 1), "unnamed")  # until the workers have said wh
 class Scheduler:
     """One per engine. Not thread-safe: vLLM's scheduler calls it."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: NixlConfig) -> None:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: PeerConfig) -> None:
         self._engine_id = vllm_config.kv_transfer_config.engine_id
         self._groups = _compat.transfer_group_ids(kv_cache_config)
         self._group_sizes = [

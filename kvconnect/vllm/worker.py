@@ -13,13 +13,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from kvconnect import __version__
 from kvconnect.blocks import Region, Shard
 from kvconnect.channel import ZmqChannel
-from kvconnect.config import NixlConfig, read_secret
+from kvconnect.config import PeerConfig, read_secret
 from kvconnect.errors import ConfigError
 from kvconnect.mover import Fence, Mover
 from kvconnect.ops import Kernels, load
 from kvconnect.order import Fetch, Order, Outcome
 from kvconnect.settings import Settings
 from kvconnect.slots import Staging, staging_slot_bytes
+from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import Place, describe
 
@@ -66,7 +67,7 @@ def this_rank() -> Rank:
 class Worker:
     """Made at construction of the connector; works from `register` on."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: NixlConfig) -> None:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: PeerConfig) -> None:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._config = config
@@ -78,8 +79,6 @@ class Worker:
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe and register the caches, open the control channel, start the mover."""
-        from kvconnect.transport.nixl import NixlTransport
-
         rank = this_rank()
         memory = describe(
             kv_caches, self._kv_cache_config, self._vllm_config, Place(rank.tp_rank, rank.tp_size)
@@ -90,13 +89,14 @@ class Worker:
         if staging is not None:
             registered = (*registered, staging.region)
         self._arena = owner
-        transport = NixlTransport(registered, self._config.backends)
         host, port = side_channel(self._vllm_config, rank)
+        name, options = self._config.chosen_transport()
+        transport = make_transport(name, registered, host, options)
         settings = Settings(
             rank=rank.index,
             ranks=rank.count,
             fingerprint=fingerprint(self._vllm_config, self._config.model_id),
-            transport_name="nixl:" + ",".join(self._config.backends),
+            transport_name=name,
             secret=self._secret,
             handshake_timeout_s=self._config.handshake_timeout,
             load_timeout_s=self._config.load_timeout,

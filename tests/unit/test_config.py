@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kvconnect.config import INERT_OPTIONS, NixlConfig, parse, read_secret
+from kvconnect.config import INERT_OPTIONS, MooncakeConfig, NixlConfig, parse, read_secret
 from kvconnect.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def test_an_unknown_option_names_the_nearest_one():
 
 
 def test_an_unknown_option_that_is_like_nothing_lists_all():
-    with pytest.raises(ConfigError, match=r"'zzz'.*known options: backends, kv_lease_duration"):
+    with pytest.raises(ConfigError, match=r"'zzz'.*known options: .*kv_lease_duration.*backends"):
         parsed(zzz=1)
 
 
@@ -86,3 +86,28 @@ def test_a_secret_file_that_is_not_there_is_refused_with_the_remedy(tmp_path):
 def test_a_directory_is_no_secret_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_secret(str(tmp_path))
+
+
+def test_a_configuration_of_the_in_tree_mooncake_connector_starts():
+    options = {"mooncake_protocol": "tcp", "device_name": "mlx5_0", "num_workers": 10}
+    options["bootstrap_server_address"] = "10.0.0.1:8998"
+    config = parse(options, MooncakeConfig, "KVConnectMooncake")
+    assert config.chosen_transport() == (
+        "mooncake",
+        {"protocol": "tcp", "device_name": "mlx5_0", "metadata_server": "P2PHANDSHAKE"},
+    )
+
+
+def test_options_of_one_transport_are_unknown_to_the_other():
+    with pytest.raises(ConfigError, match="unknown option 'backends'"):
+        parse({"backends": ["UCX"]}, MooncakeConfig, "KVConnectMooncake")
+    with pytest.raises(ConfigError, match="unknown option 'num_workers'"):
+        parsed(num_workers=10)
+
+
+def test_another_transport_can_be_named_with_options_of_its_own():
+    assert parsed().chosen_transport() == ("nixl", {"backends": ("UCX",)})
+    acme = parsed(transport="acme", transport_options={"x": 1})
+    assert acme.chosen_transport() == ("acme", {"x": 1})
+    with pytest.raises(ConfigError, match="without transport"):
+        parsed(transport_options={"x": 1})
