@@ -151,6 +151,7 @@ class Process:
 
 
 def _run(side: "type[Supplier] | type[Reader]", case: Case, pipe: Connection) -> None:
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     os.environ.update(WIRES[case.transport][case.wire])  # before its library loads
     made = side(case, pipe)
     try:
@@ -202,9 +203,8 @@ class _Side:
 
     def close(self) -> None:
         """End all threads and transports."""
-        for mover in self.movers.values():
-            mover.close()
-        self._raw.close()
+        for user in (*self.movers.values(), self._raw):
+            user.close()
 
 
 class Supplier(_Side):

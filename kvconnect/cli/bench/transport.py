@@ -208,19 +208,23 @@ def _machine(rounds: int) -> dict[str, Any]:
 def _table(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"two processes on {machine['cores']} cores of {machine['cpu']}")
-    for heading in ("transport", "mode"):
-        table.add_column(heading)
+    title = f"two processes on {machine['cores']} cores of {machine['cpu']}"
+    table = Table(title=title, caption="contig., memcpy: fractions of those, in the same run")
+    table.add_column("", no_wrap=True)
     for heading in (
-        *("row", "p50 ms", "p90 ms", "GB/s", "× direct"),
-        *("of contiguous", "of memcpy", "descriptors", "staged"),
+        "p50 ms",
+        "p90 ms",
+        "GB/s",
+        "× direct",
+        "contig.",
+        "memcpy",
+        "descr.",
+        "staged",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            f"{row.transport} {row.wire}",
-            row.mode,
-            f"{row.row_bytes >> 10} KiB",
+            f"{row.transport} {row.wire} {row.row_bytes >> 10}K {row.mode}",
             *(f"{row.ms_p50:.1f}", f"{row.ms_p90:.1f}", f"{row.gb_s:.2f}", f"{row.of_direct:.2f}"),
             *(f"{row.of_contiguous:.2f}", f"{row.of_memcpy:.2f}", f"{row.descriptors:,}"),
             f"{row.staged_rounds}/{row.rounds}",
