@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvconnect.cli import main
-from kvconnect.cli.bench.sides import LAYERS, MODES, Case, Fetched, Reader, Supplier
+from kvconnect.cli.bench.sides import MODES, Case, Fetched, Reader, Supplier
 
 MIB = 1 << 20
 CASE = Case("nixl", "tcp", 4096, 2 * MIB, MIB)

@@ -203,8 +203,9 @@ class _Side:
 
     def close(self) -> None:
         """End all threads and transports."""
-        for user in (*self.movers.values(), self._raw):
-            user.close()
+        for mover in self.movers.values():
+            mover.close()
+        self._raw.close()
 
 
 class Supplier(_Side):
@@ -243,7 +244,7 @@ class Supplier(_Side):
             self._raw.poll()
 
     def stop(self) -> None:
-        """End `serve`, by being a command."""
+        """What ends `serve`."""
 
 
 class Reader(_Side):
@@ -269,8 +270,7 @@ class Reader(_Side):
             if time.perf_counter() - started > timeout_s:
                 return Fetched(timeout_s, 0, False, f"no outcome within {timeout_s:g} s")
             time.sleep(LOOK_S)
-        seconds = time.perf_counter() - started
-        stats = mover.take_stats() or {}
+        seconds, stats = time.perf_counter() - started, mover.take_stats() or {}
         error = outcome.failed.get(name, "")
         if not error and not np.array_equal(self.cache.memory, self._right):
             error = "memory is not what the supplier's blocks make it"
