@@ -8,8 +8,8 @@ addresses and bytes, answered with a status. The side that is read or written do
   the key that our hello carried.
 * Bytes read lie in a buffer of ours until `settle`: a piece that is not wanted any more is
   simply not settled, whatever still arrives.
-* A request is hostile until checked. A refusal is an answer; what is not even a request raises
-  TransportError.
+* A request is hostile until checked. Spans outside are answered with a refusal; what is no
+  request, or has not the key, raises TransportError and is not to be answered.
 """
 
 import enum
@@ -43,14 +43,7 @@ class Status(enum.IntEnum):
     """First word of a reply."""
 
     DONE = 1
-    REFUSED_KEY = 2
-    REFUSED_SPAN = 3
-
-
-_WHY = {
-    Status.REFUSED_KEY: "the peer is not the one that greeted us",
-    Status.REFUSED_SPAN: "a row lies outside every region that the peer registered",
-}
+    REFUSED = 2
 
 
 class Piece(NamedTuple):
@@ -110,11 +103,13 @@ class Agent:
         shaped = op in _OPS.values() and len(request) == ends[-1] + data
         if magic != _MAGIC or not shaped or address_bytes > MAX_REPLY_TO or nbytes > PIECE_BYTES:
             raise TransportError(f"a request of {len(request)} bytes is malformed")
+        if not hmac.compare_digest(key, self.key):
+            raise TransportError("a request came from somebody who was not given our hello")
         reply_to, addresses, sizes, rest = np.split(request, ends)[1:]
         theirs = addresses.view("<i8"), sizes.view("<u4").astype(np.int64)
         if theirs[1].sum() != nbytes:
             raise TransportError(f"a request for {nbytes} bytes names {theirs[1].sum()}")
-        status = self._obey(op, key, theirs, rest, out[_STATUS.size : _STATUS.size + nbytes])
+        status = self._obey(op, theirs, rest, out[_STATUS.size : _STATUS.size + nbytes])
         out[: _STATUS.size] = np.frombuffer(_STATUS.pack(status), np.uint8)
         sent = nbytes if status is Status.DONE and op == _OPS[Op.READ] else 0
         return Answer(reply_to.tobytes(), tag, _STATUS.size + sent)
@@ -123,7 +118,7 @@ class Agent:
         """Take in the reply to ``piece``: None, or what went wrong."""
         (status,) = _STATUS.unpack(reply[: _STATUS.size].tobytes())
         if status != Status.DONE:
-            return _WHY.get(status, "the peer's reply is malformed")
+            return "a row lies outside every region that the peer registered"
         if piece.op is Op.READ:
             ours, _, nbytes = piece.spans
             self._reach.scatter(ours, nbytes, reply[_STATUS.size : piece.reply_bytes])
@@ -132,17 +127,14 @@ class Agent:
     def _obey(
         self,
         op: int,
-        key: bytes,
         spans: tuple[np.ndarray, np.ndarray],
         data: np.ndarray,
         out: np.ndarray,
     ) -> Status:
-        if not hmac.compare_digest(key, self.key):
-            return Status.REFUSED_KEY
         try:
             self._reach.check(*spans)
         except TransportError:
-            return Status.REFUSED_SPAN
+            return Status.REFUSED
         if op == _OPS[Op.READ]:
             self._reach.gather(*spans, out)
         else:

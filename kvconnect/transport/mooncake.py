@@ -86,14 +86,15 @@ class MooncakeTransport:
     def add_peer(self, name: str, hello: bytes) -> None:
         try:
             theirs = msgspec.msgpack.decode(hello, type=_Hello)
-        except msgspec.DecodeError as e:
+            peer = _Peer(theirs)
+        except (msgspec.DecodeError, OverflowError) as e:
             raise TransportError(f"peer {name}: its Mooncake segment is malformed: {e}") from e
         self.drop_peer(name)
         if self._known.get(theirs.segment, theirs.incarnation) != theirs.incarnation:
             # Mooncake keeps what it knows of a segment and cannot be told to forget it
             self._make_anew(f"another process is Mooncake segment {theirs.segment} now")
         self._known[theirs.segment] = theirs.incarnation
-        peer = self._peers[name] = _Peer(theirs)
+        self._peers[name] = peer
         meeting = threading.Thread(target=_meet, args=(self._engine, peer), daemon=True)
         self._meetings = [m for m in self._meetings if m.is_alive()] + [meeting]
         meeting.start()

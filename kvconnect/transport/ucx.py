@@ -6,6 +6,8 @@ for hosts without NIXL; shared memory, TCP and RDMA as UCX finds them (UCX_TLS, 
 * No thread of its own.
 * Endpoints have UCX's error handling, which tells when a peer's process is gone. On one host that
   means TCP: UCX's shared memory cannot tell.
+* UCX believes addresses: one that is forged can end the process. Greet only peers that have
+  proved themselves (``auth_secret_file``) where others could reach us.
 """
 
 import contextlib
@@ -80,7 +82,7 @@ class _Ucxx:
     def translated(self) -> Iterator[None]:
         try:
             yield
-        except (self.ucx.UCXError, ValueError) as e:
+        except (self.ucx.UCXError, ValueError, IndexError) as e:
             raise TransportError(f"UCX: {e}") from e
 
 

@@ -111,12 +111,14 @@ def test_a_span_outside_is_refused_and_nothing_is_touched(op, address):
     assert np.array_equal(theirs.memory, before[1])
 
 
-def test_who_has_not_our_key_is_refused():
+@pytest.mark.parametrize("op", Op)
+def test_who_has_not_our_key_is_not_even_answered(op):
     ours, theirs = Side(1), Side(2)
     one = np.array([ours.first + SIZE // 4]), np.array([theirs.first + SIZE // 4]), np.array([8])
-    before = ours.memory.copy()
-    assert "greeted" in ask(ours, theirs, Piece(Op.READ, one, 8), key=ours.agent.key)
-    assert np.array_equal(ours.memory, before)
+    before = theirs.memory.copy()
+    with pytest.raises(TransportError, match="hello"):
+        ask(ours, theirs, Piece(op, one, 8), key=ours.agent.key)
+    assert np.array_equal(theirs.memory, before)
 
 
 @given(
