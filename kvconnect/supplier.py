@@ -184,8 +184,6 @@ class Supplier:
         if terms is None:
             self._refuse(link, want, "gone", "no such lease that you opened, or it is over")
             return
-        if want.group >= len(terms.tables):
-            raise GeometryError(f"group {want.group}, of {len(terms.tables)}")
         table, block_tokens = self._table(terms, want.group), bundle.copies[0].block_tokens
         leased = len(table) * block_tokens if bundle.whole else terms.tokens
         check(want, bundle, leased, reader.arena)

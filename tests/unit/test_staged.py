@@ -156,6 +156,158 @@ def test_a_device_that_fails_fails_the_fetch_and_nothing_else(side):
     assert [s.free for s in slots] == [4, 4]
 
 
+def test_what_can_be_read_directly_is_staged_where_the_other_side_allows_nothing_else():
+    world = World()
+    p, d = make(world, mode="staged"), make(world, mode="auto")
+    terms = lend(p, "r", (7, 8, 9), 9, seed=6)
+    fetch(p, d, terms, (4, 5, 1))
+    world.go_on(40)
+    assert d.ended == {"d": [None]}
+    (remote,) = d.movers[0]._fetcher._remotes._by_addresses.values()
+    assert remote.paths[0].route is None and remote.paths[0].staged
+
+
+def test_one_lease_after_another():
+    """Each has tables of its own."""
+    world = World()
+    p, d = make(world, mode="staged"), make(world, mode="staged")
+    for number, (theirs, ours) in enumerate((((7, 8, 9), (1, 2, 3)), ((2, 0, 11), (4, 6, 5)))):
+        terms = lend(p, f"r{number}", theirs, 9, seed=number)
+        fetch(p, d, terms, ours, f"d{number}")
+        world.go_on(30)
+        assert d.ended[f"d{number}"] == [None]
+        assert holds(d, ours, number, 9)
+
+
+def test_a_refused_stage_is_asked_again():
+    world = World()
+    p, d = make(world, mode="staged"), make(world, mode="staged")
+    add = p.transports[0].add_peer
+    p.transports[0].add_peer = lambda name, hello: add(name, b"not yet")
+    fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
+    world.go_on(30)
+    assert "refused to stage" in d.ended["d"][0]
+    p.transports[0].add_peer = add
+    fetch(p, d, lend(p, "s", (7, 8, 9), 9, seed=7), (4, 5, 1), "e")
+    world.go_on(30)
+    assert d.ended["e"] == [None]
+    assert holds(d, (4, 5, 1), 7, 9)
+
+
+def test_blocks_that_a_device_still_writes_to_are_not_given_back():
+    """Aborted or not: they get a new owner as soon as the fetch is reported."""
+    world = World()
+    kernels = LateKernels(load("cpu"))
+    kernels.asked = 1000
+    p, d = make(world, mode="staged"), make(world, mode="staged", kernels=kernels)
+    fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
+    world.go_on(30)
+    d.put(Cancel("d"))
+    world.go_on(30)
+    assert d.ended == {}
+    world.go_on(1000)
+    assert d.ended == {"d": [None]}
+
+
+def test_a_lease_that_ends_while_its_blocks_are_gathered():
+    world = World()
+    kernels = LateKernels(load("cpu"))
+    kernels.asked = 40
+    p, d = make(world, mode="staged", kernels=kernels), make(world, mode="staged")
+    fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6, ttl_s=2.0), (4, 5, 1))
+    world.go_on(20)
+    assert p.movers[0]._supplier._filling
+    world.clock.advance(3.0)
+    world.go_on(60)
+    assert "before the chunk was gathered" in d.ended["d"][0]
+    assert not d.arenas[0].any()
+
+
+def test_a_repeated_want_is_gathered_once():
+    world, gathered = World(), []
+    kernels = LateKernels(load("cpu"))
+    kernels.asked = 30
+    prepare = kernels.prepare
+
+    def counting(copies):
+        prepared = prepare(copies)
+        gather = prepared.gather
+        prepared.gather = lambda *a, **k: gathered.append(1) or gather(*a, **k)
+        return prepared
+
+    kernels.prepare = counting
+    p, d = make(world, mode="staged", kernels=kernels), make(world, mode="staged")
+    fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
+    world.go_on(15)
+    once = len(gathered)
+    for _ in range(3):
+        world.clock.advance(1.0)  # D repeats what is not answered
+        world.go_on(3)
+    world.go_on(60)
+    assert d.ended == {"d": [None]}
+    assert 0 < once == len(gathered)
+
+
+def test_more_chunks_than_may_wait_are_refused(monkeypatch):
+    monkeypatch.setattr("kvconnect.supplier.MAX_WAITING", 1)
+    world, model = World(), replace(MODEL, content=64)
+    p = make(world, model, mode="staged", staging=(2, 1))
+    d = make(world, model, mode="staged", staging=(16, 1))
+    table = (3, 1, 9, 2, 7, 5, 4, 0, 8, 6, 11, 10)
+    fetch(p, d, lend(p, "r", table, 48, seed=5), table)
+    world.go_on(60)
+    assert "1 chunks already wait" in d.ended["d"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"arena": wire.Granules(1 << 40, 4096, 8)}, "granules of 4096 bytes"),
+        ({"arena": wire.Granules((1 << 63) - 1, GRANULE_BYTES, 8)}, "beyond 63-bit"),
+    ],
+    ids=["granules", "addresses"],
+)
+def test_a_hostile_stage_is_refused(change, why):
+    world = World()
+    p, d = make(world, mode="staged"), make(world, mode="staged")
+    fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
+    dialler = None
+    while dialler is None:
+        world.go_on(1)
+        dialler = d.movers[0]._dialler
+    tell = dialler.tell
+
+    def altered(peer, message):
+        stages = isinstance(message, wire.Stage)
+        tell(peer, msgspec.structs.replace(message, **change) if stages else message)
+
+    dialler.tell = altered
+    world.go_on(30)
+    assert "refused to stage" in d.ended["d"][0] and why in d.ended["d"][0]
+
+
+def test_pieces_of_two_groups_are_not_one_chunk():
+    world = World()
+    model = replace(MODEL, groups=2)
+    p, d = make(world, model, mode="staged"), make(world, model, mode="staged")
+    for cache in p.caches:
+        cache.fill((7, 8), 6)
+    p.put(Grant(Terms("r", "g", ((7, 8), (7, 8)), 8, b"d", 5.0)))
+    blocks = (((0, 1), (1, 2)), ((0, 1), (1, 2)))
+    source = p.source(Terms("r", "g", ((7, 8), (7, 8)), 8, b"d", 5.0))
+    d.put(Fetch("d", source, blocks, 8, b"d"))
+    tell = d.movers[0]._dialler.tell
+
+    def altered(peer, message):
+        if isinstance(message, wire.Want):
+            message = msgspec.structs.replace(message, first=0, count=3)
+        tell(peer, message)
+
+    d.movers[0]._dialler.tell = altered
+    world.go_on(30)
+    assert "not all of one group" in d.ended["d"][0]
+
+
 @pytest.fixture
 def staged():
     """A prefill and a decode engine with a fetch under way, their frames held."""
@@ -327,6 +479,7 @@ def test_a_lease_that_ended_is_not_gathered():
         ({"granule": 1 << 20}, "granules"),
         ({"runs": ((0, 1000),)}, "leased"),
         ({"runs": ((0, 0),)}, "wanted"),
+        ({"runs": ((0, 9), (0, 0))}, "wanted"),
         ({"group": 3}, "group"),
         ({"first": 5}, "pieces"),
         ({"nbytes": 1 << 30}, "bytes"),
