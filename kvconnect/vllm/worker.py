@@ -17,6 +17,7 @@ from kvconnect.config import PeerConfig, read_secret
 from kvconnect.errors import ConfigError
 from kvconnect.mover import Fence, Mover
 from kvconnect.ops import Kernels, load
+from kvconnect.ops.pages import use_huge_pages
 from kvconnect.order import Fetch, Order, Outcome
 from kvconnect.settings import Settings
 from kvconnect.slots import Staging, staging_slot_bytes
@@ -136,6 +137,8 @@ class Worker:
             return None, None, None
         slot_bytes = staging_slot_bytes(self._config.staging_bytes)
         arena = torch.empty(self._config.staging_bytes, dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            use_huge_pages(arena.data_ptr(), arena.nbytes)
         region = memory.regions[0]
         staging = Region(arena.data_ptr(), arena.nbytes, region.kind, region.device)
         return Staging(staging, slot_bytes), arena, kernels
