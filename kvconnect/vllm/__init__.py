@@ -8,7 +8,9 @@ from typing import Any
 CONNECTORS = {
     "KVConnectMooncake": "kvconnect.vllm.connector",
     "KVConnectNixl": "kvconnect.vllm.connector",
+    "KVConnectOffloading": "kvconnect.vllm.offload.connector",
     "NixlConnector": "kvconnect.vllm.connector",
+    "OffloadingConnector": "kvconnect.vllm.offload.connector",
 }
 
 

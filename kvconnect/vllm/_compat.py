@@ -31,6 +31,7 @@ TransferResults = _TransferResults or _OwnTransferResults
 # Since 0.32.
 _CacheHitSource = _find("vllm.v1.metrics.cache_hit_source", "CacheHitSource")
 CACHE_HIT_SOURCE = getattr(_CacheHitSource, "P2P", None)
+HOST_HIT_SOURCE = getattr(_CacheHitSource, "HOST", None)
 
 # Since 0.30 layouts are named over [L, B, H, N, C]; before, HND and NHD.
 HEAD_MAJOR_LAYOUT = "LBHNC" if _find("vllm.v1.kv_cache_layout", "KVCacheLayout") else "HND"

@@ -11,6 +11,7 @@ logger = logging.getLogger("vllm.kvconnect")
 REGISTERED = {
     "KVConnectMooncake": "kvconnect.vllm.connector",
     "KVConnectNixl": "kvconnect.vllm.connector",
+    "KVConnectOffloading": "kvconnect.vllm.offload.connector",
 }
 
 

@@ -1,0 +1,181 @@
+"""One rank's thread: jobs in, KV moved, answers out.
+
+The engine's thread calls `put`, `take` and `close`; the runner's thread alone owns the hand and
+what is under it. The thread's body is `step`, which tests call without a thread.
+
+* Saves wait behind everything else: a request waits for a fill, nobody for a save. Forgets keep
+  their place before whatever takes their room.
+* Looks around for other engines' KV once a second.
+* A programming fault in the thread is raised in the engine's thread by the next `take`.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvconnect.plan import NO_BLOCK
+from kvconnect.tier.jobs import Answer, Fill, Forget, Job, Loss, Save
+from kvconnect.tier.store.hand import Hand
+
+logger = logging.getLogger(__name__)
+
+THREAD_NAME = "kvconnect-offload"
+LOOK_AROUND_S = 1.0
+BUSY_PAUSE_S = 200e-6
+
+Fence = Callable[[], bool]
+"""True once the device has finished what was submitted before the jobs were given."""
+Clock = Callable[[], float]
+
+
+@dataclass
+class Report:
+    """What happened since the last one."""
+
+    answers: list[Answer] = field(default_factory=list)
+    lost: list[Loss] = field(default_factory=list)
+    gained: set[bytes] = field(default_factory=set)
+    """Keys that other engines hold now and did not; ``gone``: the reverse."""
+    gone: set[bytes] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class _Started(NamedTuple):
+    verb: str
+    nbytes: int
+    at_s: float
+
+
+class Runner:
+    """See the module's contract. ``block_bytes``: of a block of each group."""
+
+    def __init__(
+        self,
+        hand: Hand,
+        block_bytes: Sequence[int] = (),
+        counts: Callable[[], Counter[str]] = Counter,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """``counts``: what the vault has counted since it was made."""
+        self._hand = hand
+        self._block_bytes = block_bytes
+        self._counts = counts
+        self._counted: Counter[str] = Counter()
+        self._clock = clock
+        self._looked_at = clock() - LOOK_AROUND_S
+        self._started: dict[int, _Started] = {}
+        self._wake = threading.Event()
+        self._lock = threading.Lock()  # guards the four below
+        self._urgent: deque[tuple[Job, Fence | None]] = deque()
+        self._saves: deque[tuple[Job, Fence | None]] = deque()
+        self._report = Report()
+        self._fault: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    # -- the engine's thread ----------------------------------------------------------
+
+    def start(self) -> None:
+        """Run `step` on a thread until `close`."""
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+        self._thread.start()
+
+    def put(self, jobs: Sequence[Job], fence: Fence | None = None) -> None:
+        """Give jobs, which are carried out once ``fence`` says so."""
+        if not jobs:
+            return
+        with self._lock:
+            for job in jobs:
+                (self._saves if isinstance(job, Save) else self._urgent).append((job, fence))
+        self._wake.set()
+
+    def take(self) -> Report:
+        """What happened since the last call; raises what stopped the thread, if anything did."""
+        with self._lock:
+            if self._fault is not None:
+                raise self._fault
+            taken, self._report = self._report, Report()
+        return taken
+
+    def close(self) -> bool:
+        """Stop the thread; False if it would not. Idempotent."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+            if self._thread.is_alive():
+                logger.error("the offloading thread did not stop in 10 s")
+                return False
+        return True
+
+    # -- the runner's thread ----------------------------------------------------------
+
+    def step(self) -> bool:
+        """Start a job, and see what ended; says whether there was any."""
+        job = self._next()
+        if job is not None:
+            self._note(job)
+            self._hand.put([job])
+        answers, lost = self._hand.take()
+        gained: set[bytes] = set()
+        gone: set[bytes] = set()
+        if self._clock() - self._looked_at >= LOOK_AROUND_S:
+            self._looked_at = self._clock()
+            gained, gone = self._hand.look_around()
+        self._publish(answers, lost, gained, gone)
+        return bool(job or answers)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                if self.step():
+                    continue
+                with self._lock:
+                    waiting = bool(self._urgent or self._saves)
+                self._wake.wait(BUSY_PAUSE_S if waiting or self._hand.busy else LOOK_AROUND_S)
+        except BaseException as e:
+            with self._lock:
+                self._fault = e
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            for queue in (self._urgent, self._saves):
+                if queue and ((fence := queue[0][1]) is None or fence()):
+                    return queue.popleft()[0]
+        return None
+
+    def _note(self, job: Job) -> None:
+        if isinstance(job, Forget):
+            return
+        verb, blocks = "", 0
+        if isinstance(job, Save | Fill):
+            verb = "store" if isinstance(job, Save) else "load"
+            blocks = sum(block != NO_BLOCK for block in job.blocks)
+        each = self._block_bytes[job.group] if blocks and self._block_bytes else 0  # type: ignore[union-attr]
+        self._started[job.number] = _Started(verb, blocks * each, self._clock())
+
+    def _publish(
+        self, answers: list[Answer], lost: list[Loss], gained: set[bytes], gone: set[bytes]
+    ) -> None:
+        counts: Counter[str] = Counter()
+        for answer in answers:
+            verb, nbytes, at_s = self._started.pop(answer.number)
+            if verb and not answer.error:
+                counts[f"{verb}_bytes"] += nbytes
+                counts[f"{verb}_us"] += round(1e6 * (self._clock() - at_s))
+        now = self._counts()
+        counts += now - self._counted
+        self._counted = now
+        with self._lock:
+            report = self._report
+            report.answers += answers
+            report.lost += lost
+            report.counts += counts
+            came, went = report.gained, report.gone  # what came and went meanwhile, did neither
+            report.gained = (came - gone) | (gained - went)
+            report.gone = (went - gained) | (gone - came)

@@ -1,0 +1,1 @@
+"""``KVConnectOffloading``: vLLM's interface over `kvconnect.tier.offload`."""

@@ -1,0 +1,68 @@
+"""What crosses between the scheduler's and the workers' half of the offloading connector."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvconnect.tier.jobs import Job, Loss, Save
+
+
+@dataclass
+class Found(KVConnectorHandshakeMetadata):
+    """What a rank can hold, and what it held when the engine started."""
+
+    slots: int
+    disk_slots: int
+    host: list[bytes]
+    """Keys, oldest first."""
+    disk: list[bytes]
+    problem: str = ""
+    """Why it can hold nothing."""
+
+
+class Loading(NamedTuple):
+    """A request's load: numbers of its fills, and whether some chunk has failed already."""
+
+    fills: tuple[int, ...]
+    failed: bool
+
+
+@dataclass
+class Work(KVConnectorMetadata):
+    """A step's jobs, scheduler → every rank; a rank takes them once."""
+
+    jobs: list[Job] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    """Of KV that is there once the step has run."""
+    loads: dict[str, Loading] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.jobs or self.saves or self.loads)
+
+
+@dataclass
+class Done(KVConnectorWorkerMetadata):
+    """What ranks have done: each answer counts ranks, and those of them where it failed."""
+
+    answers: dict[int, tuple[int, int]] = field(default_factory=dict)
+    lost: list[Loss] = field(default_factory=list)
+    gained: Counter[bytes] = field(default_factory=Counter)
+    gone: Counter[bytes] = field(default_factory=Counter)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Done":
+        assert isinstance(other, Done)
+        answers = dict(self.answers)
+        for number, (ranks, failures) in other.answers.items():
+            before = answers.get(number, (0, 0))
+            answers[number] = before[0] + ranks, before[1] + failures
+        return Done(
+            answers, self.lost + other.lost, self.gained + other.gained, self.gone + other.gone
+        )

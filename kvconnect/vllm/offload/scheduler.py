@@ -1,0 +1,263 @@
+"""The scheduler's half of the offloading connector: vLLM's requests → `OffloadTier` → jobs.
+
+* No delayed frees: blocks that are being saved are referenced in the block pool until all ranks
+  have answered, whatever becomes of their request.
+* A load that fails, in whole or in part, is computed again and not tried again.
+* Without a tier (a rank has no room) it answers "nothing" to everything.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from kvconnect.plan import NO_BLOCK
+from kvconnect.tier.cache import CacheTier
+from kvconnect.tier.config import OffloadConfig
+from kvconnect.tier.eviction import make
+from kvconnect.tier.hits import hit_tokens, needed
+from kvconnect.tier.jobs import Fill, Forget, Save
+from kvconnect.tier.keys import Names
+from kvconnect.tier.offload import Chunk, OffloadTier, Result, Writes
+from kvconnect.tier.store.hand import common
+from kvconnect.vllm.offload.identity import cuts, identity
+from kvconnect.vllm.offload.messages import Done, Found, Loading, Work
+from kvconnect.vllm.offload.tracked import Tracked
+
+logger = logging.getLogger("vllm.kvconnect")
+
+
+class OffloadScheduler:
+    """One per engine. Not thread-safe: vLLM's scheduler calls it."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: OffloadConfig) -> None:
+        self._vllm_config = vllm_config
+        self._config = config
+        self._cuts = cuts(kv_cache_config, config)
+        self._groups = [cut.group for cut in self._cuts]
+        self._hash_tokens = _hash_tokens(vllm_config, kv_cache_config)
+        self._volatile = _volatile_tokens(vllm_config)
+        self._names: Names | None = None
+        self._tier: OffloadTier | None = None
+        self._ranks = 1
+        self._pool: Any = None
+        self._requests: dict[str, Tracked] = {}
+        self._held: dict[int, list[Any]] = {}  # number of a save → blocks of the pool
+        self._answers: dict[int, tuple[int, int]] = {}  # so far: ranks, failures
+        self._work = Work()
+        self._counts: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
+
+    def named(self, found: Mapping[tuple[int, int], Found]) -> None:
+        """All ranks are up, and have said what they can hold and what they held before."""
+        ranks = [one for _, one in sorted(found.items())]
+        self._ranks = len(ranks)
+        if problems := [one.problem for one in ranks if one.problem]:
+            logger.error("kvconnect: KV is not offloaded: %s", problems[0])
+            return
+        config = self._config
+        slots, disk_slots = min(r.slots for r in ranks), min(r.disk_slots for r in ranks)
+        policy = config.eviction_policy
+        host = CacheTier("host", make(policy, slots), config.store_threshold)
+        disk = CacheTier("disk", make(policy, disk_slots)) if disk_slots else None
+        self._tier = OffloadTier(host, disk, Writes(config.write_policy), self._ranks)
+        in_memory, extra = common([one.host for one in ranks])
+        on_disk, extra_on_disk = common([one.disk for one in ranks])
+        self._absorb(self._tier.recovered(in_memory, on_disk))
+        self._work.jobs += [Forget(key, False) for key in set().union(*extra)]
+        self._work.jobs += [Forget(key, True) for key in set().union(*extra_on_disk)]
+
+    def bind(self, pool: Any) -> None:
+        """The block pool whose blocks are referenced while they are saved."""
+        self._pool = pool
+
+    # -- as vLLM schedules ---------------------------------------------------------------
+
+    def match(self, request: Any, local_tokens: int) -> int | None:
+        """Tokens to load beyond those cached here; None: ask again after a step."""
+        if self._tier is None or request.skip_reading_prefix_cache:
+            return 0
+        tracked = self._track(request)
+        if tracked.no_loads:
+            return 0
+        if self._config.share and not tracked.looked:
+            tracked.looked = True  # an idle engine has not heard from its workers for long
+            return None
+        tracked.local_tokens = local_tokens
+        most = request.num_tokens - 1
+        tokens = hit_tokens(self._groups, tracked.keys(), self._tier.has, local_tokens, most)
+        return tokens - local_tokens
+
+    def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
+        """Blocks were allocated, of which ``tokens`` are to be loaded."""
+        if not tokens or self._tier is None:
+            return
+        tracked = self._track(request)
+        chunks = self._chunks_to_load(tracked, blocks, tracked.local_tokens + tokens)
+        self._counts.update(self._sources(chunks))
+        result = self._tier.load(request.request_id, chunks)
+        fills = tuple(job.number for job in result.jobs if isinstance(job, Fill))
+        failed = len(fills) < len(chunks)
+        tracked.no_loads = failed
+        self._work.loads[request.request_id] = Loading(fills, failed)
+        self._absorb(result)
+
+    def take_work(self, output: Any) -> Work:
+        """The step's jobs; ``output`` is vLLM's SchedulerOutput."""
+        if self._tier is not None:
+            state = output.kv_connector_block_state
+            for request_id, scheduled in output.num_scheduled_tokens.items():
+                tracked = self._requests.get(request_id)
+                tables = state.get_block_ids(request_id) if tracked else None
+                if tracked and tables:
+                    self._store(tracked, tables, scheduled)
+        work, self._work = self._work, Work()
+        return work
+
+    def received(self, done: Done) -> None:
+        """Ranks have answered, lost something, or seen what engines beside hold."""
+        if self._tier is None:
+            return
+        for number, (ranks, failures) in done.answers.items():
+            before = self._answers.pop(number, (0, 0))
+            ranks, failures = before[0] + ranks, before[1] + failures
+            if ranks < self._ranks:
+                self._answers[number] = ranks, failures
+                continue
+            self._absorb(self._tier.answered(number, not failures))
+        for loss in done.lost:
+            self._absorb(self._tier.lost(*loss))
+        self._tier.beside(done.gained.elements(), done.gone.elements())
+
+    def finished(self, request_id: str) -> None:
+        """The request ended; what is under way for it goes on."""
+        self._requests.pop(request_id, None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an idle engine must go on stepping."""
+        waiting = not self._work.empty
+        return waiting or (self._tier is not None and self._tier.busy)
+
+    def clear(self) -> None:
+        """Forget all that nothing is under way for."""
+        if self._tier is not None:
+            self._absorb(self._tier.clear())
+
+    def take_stats(self) -> dict[str, int] | None:
+        """What was counted here since the last call; None if nothing."""
+        now = Counter(self._counts)
+        if self._tier is not None:
+            now.update(self._tier.counts)
+            for cache in (self._tier.host, self._tier.disk):
+                if cache is not None:
+                    now.update({f"{cache.name}_keys_{k}": n for k, n in cache.counts.items()})
+        found, self._reported = now - self._reported, now
+        return dict(found) or None
+
+    # -- inside --------------------------------------------------------------------------
+
+    def _track(self, request: Any) -> Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.request is not request:
+            if self._names is None:  # late: vLLM draws its hash seed after we are made
+                self._names = Names(identity(self._vllm_config, self._cuts, _hash_seed()))
+            tracked = Tracked(request, self._names, self._cuts, self._hash_tokens)
+            self._requests[request.request_id] = tracked
+        return tracked
+
+    def _chunks_to_load(self, tracked: Tracked, blocks: Any, tokens: int) -> list[Chunk]:
+        found = []
+        for index, (cut, keys) in enumerate(zip(self._cuts, tracked.keys(), strict=True)):
+            table = blocks.blocks[cut.group_id]
+            need = needed(cut.group, tracked.local_tokens, tokens)
+            for number in range(need.first, need.end):
+                first = number * cut.chunk_blocks
+                places = range(first, first + cut.chunk_blocks)
+                wanted = tuple(
+                    table[place].block_id
+                    if place * cut.block_tokens < tokens and _is_empty(table, place)
+                    else NO_BLOCK
+                    for place in places
+                )
+                if any(block != NO_BLOCK for block in wanted):
+                    found.append(Chunk(keys[number], index, wanted))
+        return found
+
+    def _sources(self, chunks: list[Chunk]) -> Counter[str]:
+        """Tokens that are loaded from each tier; of the first group, which stands for all."""
+        assert self._tier is not None
+        found: Counter[str] = Counter()
+        for chunk in chunks:
+            if chunk.group == 0:
+                wanted = sum(block != NO_BLOCK for block in chunk.blocks)
+                on_host = self._tier.host.holds(chunk.key)
+                on_disk = self._tier.disk is not None and self._tier.disk.holds(chunk.key)
+                source = "host" if on_host else "disk" if on_disk else "beside"
+                found[f"tokens_from_{source}"] += wanted * self._cuts[0].block_tokens
+        return found
+
+    def _store(self, tracked: Tracked, tables: Any, scheduled: int) -> None:
+        """Offer chunks that this step completes."""
+        assert self._tier is not None
+        request = tracked.request
+        computed = request.num_computed_tokens - request.num_output_placeholders + scheduled
+        most = min(computed - self._volatile, tracked.most_tokens)
+        chunks: list[tuple[int, Chunk]] = []
+        for index, (cut, keys) in enumerate(zip(self._cuts, tracked.keys(), strict=True)):
+            table, size, tokens = tables[cut.group_id], cut.chunk_blocks, cut.group.chunk_tokens
+            end = min(most // tokens, len(keys), len(table) // size)
+            for number in range(tracked.offered[index], end):
+                blocks = tuple(table[number * size : (number + 1) * size])
+                if not any(self._pool.blocks[block].is_null for block in blocks):
+                    chunks.append(((number + 1) * tokens, Chunk(keys[number], index, blocks)))
+            tracked.offered[index] = max(end, tracked.offered[index])
+        if chunks:
+            chunks.sort(key=lambda one: (one[0], one[1].group))
+            self._absorb(self._tier.store([chunk for _, chunk in chunks]))
+
+    def _absorb(self, result: Result) -> None:
+        for job in result.jobs:
+            if isinstance(job, Save):
+                self._held[job.number] = [self._pool.blocks[block] for block in job.blocks]
+                self._pool.touch(self._held[job.number])
+                self._work.saves.append(job)
+            else:
+                self._work.jobs.append(job)
+        for number in result.saved:
+            self._pool.free_blocks(reversed(self._held.pop(number)))
+        for request_id, failed in result.loaded.items():
+            if failed and (tracked := self._requests.get(request_id)):
+                tracked.no_loads = True
+
+
+def _is_empty(table: Any, place: int) -> bool:
+    """Whether a block is the request's own, to be filled."""
+    if place >= len(table):
+        return False
+    block = table[place]
+    return block.block_hash is None and not block.is_null
+
+
+def _hash_seed() -> str:
+    from vllm.v1.core import kv_cache_utils
+
+    return str(getattr(kv_cache_utils, "_NONE_HASH_SEED", None) or "")
+
+
+def _hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
+    """How many tokens a hash of ``request.block_hashes`` stands for."""
+    from vllm.v1.core import kv_cache_utils
+
+    resolve = getattr(kv_cache_utils, "resolve_kv_cache_block_sizes", None)
+    if resolve is not None:
+        return int(resolve(kv_cache_config, vllm_config)[1])
+    sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+    return math.gcd(*sizes)
+
+
+def _volatile_tokens(vllm_config: Any) -> int:
+    """At the end of what was computed, tokens whose draft KV may be computed again."""
+    speculative = vllm_config.speculative_config
+    return speculative.num_speculative_tokens + 1 if speculative else 0

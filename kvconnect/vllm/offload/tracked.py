@@ -1,0 +1,78 @@
+"""A request, as the offloading scheduler follows it: keys of its chunks, and what was offered."""
+
+import logging
+from typing import Any
+
+from kvconnect.tier.eviction import Key
+from kvconnect.tier.keys import Context, Item, Names
+from kvconnect.vllm.offload.identity import Cut
+
+logger = logging.getLogger("vllm.kvconnect")
+
+NO_LIMIT = 1 << 62
+
+
+class Tracked:
+    """See above. ``hash_tokens``: of a block hash of the request."""
+
+    def __init__(self, request: Any, names: Names, cuts: list[Cut], hash_tokens: int) -> None:
+        self.request = request
+        self.local_tokens = 0
+        """Cached by the engine itself, as it said when it last asked."""
+        self.no_loads = False
+        """A load has failed; another would too, and the request must get on."""
+        self.looked = False
+        """Whether the workers were given a step to say what engines beside hold."""
+        self.offered = [0] * len(cuts)
+        """Per group, chunks from the first on that were offered to be stored."""
+        self.most_tokens = _limit(request)
+        self._names = names.of(_context(request))
+        self._cuts = cuts
+        self._hash_tokens = hash_tokens
+        self._keys: list[list[Key]] = [[] for _ in cuts]
+        self._hashes: list[bytes] = []  # of which keys were made, of the last chunk of each group
+
+    def keys(self) -> list[list[Key]]:
+        """Per group, of all chunks whose tokens are known."""
+        hashes = self.request.block_hashes
+        if hashes[: len(self._hashes)] != self._hashes:  # a session took back what it had said
+            self._keys = [[] for _ in self._cuts]
+            self._hashes = []
+        if len(hashes) > len(self._hashes):
+            self._hashes = list(hashes)
+            for index, (cut, keys) in enumerate(zip(self._cuts, self._keys, strict=True)):
+                tokens = cut.group.chunk_tokens
+                per_chunk = tokens // self._hash_tokens
+                for chunk in range(len(keys), len(hashes) // per_chunk):
+                    last = hashes[(chunk + 1) * per_chunk - 1]  # it chains all before it
+                    keys.append(self._names.key(last, index, (chunk + 1) * tokens))
+        return self._keys
+
+
+def _context(request: Any) -> Context:
+    lora = request.lora_request
+    items = tuple(
+        Item(str(feature.identifier), feature.mm_position.offset)
+        for feature in request.mm_features or ()
+    )
+    return Context(
+        cache_salt=request.cache_salt,
+        lora=f"{lora.lora_name} {lora.lora_path}" if lora else None,
+        items=items,
+    )
+
+
+def _limit(request: Any) -> int:
+    """The client's ``max_offload_tokens``: of the request's tokens, how many may be stored."""
+    params = request.kv_transfer_params
+    asked = params.get("max_offload_tokens") if isinstance(params, dict) else None
+    if asked is None:
+        return NO_LIMIT
+    if type(asked) is int and asked >= 0:
+        return asked
+    logger.warning(
+        "request %s: max_offload_tokens is %.100r, expected a whole number; it is ignored",
+        request.request_id,
+        asked,
+    )
+    return NO_LIMIT

@@ -1,0 +1,164 @@
+"""The worker's half of the offloading connector: jobs in, answers out, on a thread of its own.
+
+A place that cannot be opened turns the tier off: the scheduler is told, the engine goes on.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kvconnect.tier.config import OffloadConfig
+from kvconnect.tier.jobs import Save
+from kvconnect.tier.keys import arena_fingerprint
+from kvconnect.tier.store.faults import StoreError
+from kvconnect.tier.store.packing import Packing
+from kvconnect.tier.store.runner import Fence
+from kvconnect.vllm.layout import Place, describe
+from kvconnect.vllm.offload.identity import cuts, identity
+from kvconnect.vllm.offload.messages import Done, Found, Work
+from kvconnect.vllm.offload.place import Opened, open_place
+from kvconnect.vllm.worker import _kernels, this_rank
+
+logger = logging.getLogger("vllm.kvconnect")
+
+
+class OffloadWorker:
+    """Made at construction of the connector; works from `register` on."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: OffloadConfig) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._config = config
+        self._cuts = cuts(kv_cache_config, config)
+        self._device: torch.device | None = None
+        self._place: Opened | None = None
+        self._found: Found | None = None
+        self._obeyed: Work | None = None
+        self._saves: list[Save] = []  # of the step that runs
+        self._loads: dict[str, set[int]] = {}  # request → fills that have not been answered
+        self._request_of: dict[int, str] = {}
+        self._failed: set[str] = set()
+        self._ended: set[str] = set()
+        self._done = Done()
+        self._counts: Counter[str] = Counter()
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Describe the caches, open memory and disk, start the thread."""
+        rank = this_rank()
+        shard = describe(
+            kv_caches, self._kv_cache_config, self._vllm_config, Place(rank.tp_rank, rank.tp_size)
+        )
+        self._device = next(iter(kv_caches.values())).device
+        kernels = _kernels(self._device)
+        packings = [
+            Packing(shard, index, cut.chunk_blocks, kernels) for index, cut in enumerate(self._cuts)
+        ]
+        told = {"rank": f"{rank.index} of {rank.count}"}
+        told |= {f"format {index}": packing.format for index, packing in enumerate(packings)}
+        fingerprint = arena_fingerprint(identity(self._vllm_config, self._cuts), told)
+        try:
+            place = open_place(self._config, rank.count, fingerprint, packings)
+        except StoreError as e:
+            logger.error("kvconnect: rank %d stores no KV: %s", rank.index, e)
+            self._found = Found(0, 0, [], [], str(e))
+            return
+        place.runner.start()
+        self._place = place
+        slots = place.arena.spec.slots
+        disk_slots = place.disk.shelf.arena.spec.slots if place.disk else 0
+        self._found = Found(slots, disk_slots, *place.keys)
+        logger.info(
+            "kvconnect: rank %d of %d stores %d chunks (%.2f GB) in memory, %d on disk; found %d "
+            "and %d from before",
+            *(rank.index, rank.count, slots, slots * place.arena.spec.stride / 1e9, disk_slots),
+            *(len(keys) for keys in place.keys),
+        )
+
+    def handshake_metadata(self) -> Found | None:
+        """What this rank can hold; None before `register`."""
+        return self._found
+
+    def obey(self, work: Work) -> None:
+        """Start a step's jobs, before its forward; its saves wait for `forward_is_done`."""
+        if work is self._obeyed:
+            return
+        self._obeyed = work
+        self.forward_is_done()  # of the step before, where vLLM did not say so
+        for request_id, loading in work.loads.items():
+            self._loads[request_id] = set(loading.fills)
+            self._request_of |= dict.fromkeys(loading.fills, request_id)
+            if loading.failed:
+                self._failed.add(request_id)
+            if not loading.fills:
+                self._end(request_id)
+        if self._place is None:
+            for job in [*work.jobs, *work.saves]:
+                if (number := getattr(job, "number", None)) is not None:
+                    self._answer(number, True)
+            return
+        self._place.runner.put(work.jobs, self._fence())
+        self._saves += work.saves
+
+    def forward_is_done(self) -> None:
+        """The step's KV is computed, or will be by what the device has been given. Idempotent."""
+        if self._saves and self._place is not None:
+            self._place.runner.put(self._saves, self._fence())
+            self._saves = []
+
+    def collect(self) -> tuple[set[str], set[str]]:
+        """Requests whose loads have ended here, and those of them that failed."""
+        if self._place is not None:
+            report = self._place.runner.take()
+            for number, error in report.answers:
+                self._answer(number, bool(error))
+            self._done.lost += report.lost
+            self._done.gained.update(report.gained)
+            self._done.gone.update(report.gone)
+            self._counts.update(report.counts)
+        ended, self._ended = self._ended, set()
+        failed = self._failed & ended
+        self._failed -= ended
+        return ended, failed
+
+    def take_done(self) -> Done | None:
+        """For the scheduler: what was done since the last call; None if nothing."""
+        done, self._done = self._done, Done()
+        return done if done != Done() else None
+
+    def take_stats(self) -> dict[str, int] | None:
+        """What was counted since the last call; None if nothing."""
+        counts, self._counts = self._counts, Counter()
+        return {name: n for name, n in counts.items() if n} or None
+
+    def close(self) -> None:
+        """Stop the thread. Idempotent."""
+        if self._place is not None:
+            self._place.close()
+
+    def _answer(self, number: int, failed: bool) -> None:
+        self._done.answers[number] = 1, int(failed)
+        request_id = self._request_of.pop(number, None)
+        if request_id is None:
+            return
+        if failed:
+            self._failed.add(request_id)
+        self._loads[request_id].discard(number)
+        if not self._loads[request_id]:
+            self._end(request_id)
+
+    def _end(self, request_id: str) -> None:
+        del self._loads[request_id]
+        self._ended.add(request_id)
+
+    def _fence(self) -> Fence | None:
+        """On a device, steps may still run that write what is to be read, or the reverse."""
+        device = self._device
+        if device is None or device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        computed: Fence = event.query
+        return computed
