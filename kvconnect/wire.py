@@ -14,9 +14,7 @@ from kvconnect.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
 from kvconnect.errors import WireError
 
 VERSION = (2, 2)
-"""(major, minor). 1.0: direct reads. 2.0: parts are named and tiled; the staged path.
-2.1: a Body names the software's versions. 2.2: K and V may cross as one piece
-(Body.joins); slots need not be of one size (Body.slot_bytes)."""
+"""(major, minor); docs/wire.md says what each added."""
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20
