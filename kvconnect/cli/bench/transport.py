@@ -206,10 +206,12 @@ def _machine(rounds: int) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
+    from rich import box
     from rich.table import Table
 
     title = f"two processes on {machine['cores']} cores of {machine['cpu']}"
-    table = Table(title=title, caption="contig., memcpy: fractions of those, in the same run")
+    caption = "contig., memcpy: fractions of their rates in the same run"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
     for heading in (
         "p50 ms",
