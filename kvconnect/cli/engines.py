@@ -80,6 +80,12 @@ def transfer_config(connector: str, role: str) -> dict[str, Any]:
     return config | ({"kv_connector_extra_config": chosen.options} if chosen.options else {})
 
 
+def offload_config(**options: Any) -> dict[str, Any]:
+    """``--kv-transfer-config`` of an engine that offloads, with these options."""
+    config = {"kv_connector": "KVConnectOffloading", "kv_role": "kv_both"}
+    return config | {"kv_connector_extra_config": options}
+
+
 @dataclass(frozen=True)
 class Engine:
     """A ``vllm serve`` whose answers can be compared: float32, computed eagerly."""

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from pair import SPOIL_FILE, Pair, Setup
+from solo import Solo, SoloSetup
 
 from kvconnect.cli.processes import Fleet
 
 HERE = Path(__file__).parent
+SHORT = ("--max-model-len", "2048")
 
 
 def model(variable: str) -> Path:
@@ -119,6 +121,33 @@ def quantizing_pair(folder: Path) -> Setup:
     )
 
 
+def keeper(folder: Path) -> SoloSetup:
+    """SmolLM2 with little memory for KV and more of disk, both kept over a restart."""
+    return SoloSetup(
+        model("KVCONNECT_MODEL"),
+        {
+            "cpu_bytes_to_use": 64 << 20,  # 10 chunks
+            "disk_path": str(folder / "disk"),
+            "disk_bytes": 1 << 30,
+            "persist": True,
+            "memory_path": str(folder / "memory"),
+        },
+        names={
+            "kv_connector": "OffloadingConnector",
+            "kv_connector_module_path": "kvconnect.vllm",
+        },
+    )
+
+
+def crowded_keeper(folder: Path) -> SoloSetup:
+    """TP 2, sliding windows, few blocks, and memory for fewer chunks than there are."""
+    return SoloSetup(
+        model("KVCONNECT_HMA_MODEL"),
+        {"cpu_bytes_to_use": 24 << 20, "eviction_policy": "arc"},
+        ["--tensor-parallel-size", "2", "--num-gpu-blocks-override", "40", *SHORT],
+    )
+
+
 SETUPS = (
     pair,
     secret_pair,
@@ -129,6 +158,8 @@ SETUPS = (
     large_blocks_pair,
     recurrent_pair,
     quantizing_pair,
+    keeper,
+    crowded_keeper,
 )
 ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
 
@@ -146,26 +177,26 @@ def _place(fixture: str) -> int:
 
 
 @pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pair]]:
-    """Gives the pair of a setup; ends the one that ran before, if it was another."""
-    current: dict[Callable, Pair] = {}
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pair | Solo]]:
+    """Gives the engines of a setup; ends those that ran before, if they were others'."""
+    current: dict[Callable, Pair | Solo] = {}
     with ExitStack() as stack:
 
-        def get(setup: Callable[[Path], Setup]) -> Pair:
+        def get(setup: Callable[[Path], Setup | SoloSetup]) -> Pair | Solo:
             if setup not in current:
                 current.clear()
                 stack.close()
                 folder = tmp_path_factory.mktemp(setup.__name__)
                 fleet = stack.enter_context(Fleet(folder))
-                current[setup] = Pair(fleet, setup(folder))
+                current[setup] = setup(folder).start(fleet)
             return current[setup]
 
         yield get
 
 
-def _fixture(setup: Callable[[Path], Setup]) -> object:
+def _fixture(setup: Callable[[Path], Setup | SoloSetup]) -> object:
     @pytest.fixture(name=setup.__name__)
-    def fixture(running: Callable[..., Pair]) -> Pair:
+    def fixture(running: Callable[..., Pair | Solo]) -> Pair | Solo:
         return running(setup)
 
     return fixture
@@ -182,4 +213,6 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     large_blocks_fixture,
     recurrent_fixture,
     quantizing_fixture,
+    keeper_fixture,
+    crowded_keeper_fixture,
 ) = fixtures

@@ -44,6 +44,9 @@ class Setup:
     env: Mapping[str, str] = field(default_factory=dict)
     """More of the environment of both engines."""
 
+    def start(self, fleet: Fleet) -> "Pair":
+        return Pair(fleet, self)
+
 
 class Client:
     """One engine, as an HTTP client sees it."""

@@ -70,6 +70,11 @@ COUNTERS: dict[str, tuple[tuple[str, ...], float, str]] = {
         1,
         "Stored chunks that were found damaged, per rank.",
     ),
+    "vllm:kvconnect_offload_disk_writes": (
+        ("disk_written",),
+        1,
+        "Chunks written to disk, per rank.",
+    ),
     "vllm:kvconnect_offload_read_failures": (
         ("disk_reads_failed", "disk_reads_refused"),
         1,

@@ -13,7 +13,7 @@ import torch
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.jobs import Save
 from kvconnect.tier.keys import arena_fingerprint
-from kvconnect.tier.store.faults import StoreError
+from kvconnect.tier.store.faults import Reason, StoreError
 from kvconnect.tier.store.packing import Packing
 from kvconnect.tier.store.runner import Fence
 from kvconnect.vllm.layout import Place, describe
@@ -61,6 +61,8 @@ class OffloadWorker:
         fingerprint = arena_fingerprint(identity(self._vllm_config, self._cuts), told)
         try:
             place = open_place(self._config, rank.count, fingerprint, packings)
+            if self._device.type == "cuda":
+                _pin(place, self._config.share)
         except StoreError as e:
             logger.error("kvconnect: rank %d stores no KV: %s", rank.index, e)
             self._found = Found(0, 0, [], [], str(e))
@@ -162,3 +164,21 @@ class OffloadWorker:
         event.record(torch.cuda.current_stream(device))
         computed: Fence = event.query
         return computed
+
+
+def _pin(place: Opened, share: bool) -> None:
+    """Make host memory one that the device's kernels can read and write; raises StoreError."""
+    if share:
+        place.close()
+        raise StoreError(
+            Reason.FAILED, "share is for CPU engines: neighbours' memory is not pinned"
+        )
+    memory = place.arena.place.bytes
+    code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+    if int(code):
+        place.close()
+        raise StoreError(
+            Reason.FAILED,
+            f"{memory.nbytes} bytes of host memory cannot be pinned (CUDA error {int(code)}); "
+            "raise the limit on locked memory, or lower cpu_bytes_to_use",
+        )

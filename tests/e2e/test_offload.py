@@ -1,0 +1,123 @@
+"""Stored KV on real engines: host memory, disk, a restart, damage, tensor parallelism."""
+
+from pair import in_parallel, words
+from solo import Solo
+
+BLOCK = 128  # vLLM's default on CPU
+LENGTHS = [1, 127, 128, 129, 300, 641, 1025]
+
+
+def whole_blocks(prompts: list[list[int]]) -> int:
+    """Tokens that can be had: of whole blocks, and never the last one of a prompt."""
+    return sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
+
+
+def test_prompts_come_back_from_host_memory_and_are_answered_the_same(keeper: Solo):
+    prompts = [words(length, seed=length) for length in LENGTHS]
+    alone = [keeper.tokens(prompt) for prompt in prompts]
+    keeper.forget()
+    loaded, computed = (
+        keeper.tokens_from("external_kv_transfer"),
+        keeper.tokens_from("local_compute"),
+    )
+    assert [keeper.tokens(prompt) for prompt in prompts] == alone
+    most = whole_blocks(prompts)
+    assert keeper.tokens_from("external_kv_transfer") - loaded == most
+    rest = sum(map(len, prompts)) - most
+    assert keeper.tokens_from("local_compute") - computed == rest
+    assert keeper.offloaded("tokens_from_host") > 0
+    assert keeper.offloaded("failed_chunks") == 0
+
+
+def test_logprobs_equal_those_of_a_local_hit_of_the_same_length(keeper: Solo):
+    """Equal hit length, so equal chunks, so equal to the last bit in float32."""
+    for blocks in (1, 4):
+        prompt = words(blocks * BLOCK + 1, seed=blocks + 7000)
+        keeper.tokens(prompt, 1)
+        keeper.forget()
+        asked = {"max_tokens": 8, "logprobs": 3}
+        before = keeper.tokens_from("external_kv_transfer")
+        _, loaded = keeper.post(prompt, **asked)
+        assert keeper.tokens_from("external_kv_transfer") - before == blocks * BLOCK
+        _, local = keeper.post(prompt, **asked)
+        ours, theirs = (answer["choices"][0]["logprobs"] for answer in (loaded, local))
+        assert ours["token_logprobs"] == theirs["token_logprobs"]
+
+
+def test_only_what_the_engine_does_not_have_is_loaded(keeper: Solo):
+    first = words(2 * BLOCK, seed=71)
+    longer = first + words(2 * BLOCK + 1, seed=72)
+    alone = keeper.tokens(longer)
+    keeper.forget()
+    keeper.tokens([*first, 5])
+    before = keeper.tokens_from("external_kv_transfer")
+    assert keeper.tokens(longer) == alone
+    assert keeper.tokens_from("external_kv_transfer") - before == 2 * BLOCK
+
+
+def test_a_salt_sees_nothing_of_another(keeper: Solo):
+    prompt = words(3 * BLOCK + 1, seed=81)
+    alone = keeper.tokens(prompt, cache_salt="one")
+    keeper.forget()
+    before = keeper.tokens_from("external_kv_transfer")
+    assert keeper.tokens(prompt, cache_salt="two") == alone
+    assert keeper.tokens_from("external_kv_transfer") == before
+    keeper.forget()
+    assert keeper.tokens(prompt, cache_salt="one") == alone
+    assert keeper.tokens_from("external_kv_transfer") - before == 3 * BLOCK
+
+
+def test_a_client_limits_what_is_stored_and_cannot_do_harm(keeper: Solo):
+    prompt = words(3 * BLOCK + 1, seed=91)
+    limit = {"kv_transfer_params": {"max_offload_tokens": 2 * BLOCK}}
+    alone = keeper.tokens(prompt, 4, **limit)
+    keeper.forget()
+    before = keeper.tokens_from("external_kv_transfer")
+    assert keeper.tokens(prompt, 4, **limit) == alone
+    assert keeper.tokens_from("external_kv_transfer") - before == 2 * BLOCK
+    for odd in (-1, "many", [1], {"a": 1}, 1e300, True):
+        assert keeper.tokens(words(5, seed=92), 1, kv_transfer_params={"max_offload_tokens": odd})
+
+
+def test_after_kill_9_prompts_come_from_disk_and_damage_is_computed_again(keeper: Solo):
+    """Memory has room for 10 chunks: of 3 × 5 some are on disk alone."""
+    prompts = [words(5 * BLOCK + 1, seed=s) for s in (101, 102, 103)]
+    alone = [keeper.tokens(prompt) for prompt in prompts]
+    keeper.forget()  # which waits until all is saved; writing to disk follows
+    keeper.wait_written()
+    keeper.restart()
+    assert [keeper.tokens(prompt) for prompt in prompts] == alone
+    assert keeper.tokens_from("external_kv_transfer") == whole_blocks(prompts)
+    assert keeper.offloaded("tokens_from_disk") >= 5 * BLOCK
+    assert keeper.offloaded("failed_chunks") == 0
+    keeper.forget()
+    assert keeper.damage() == 2  # memory and disk
+    assert [keeper.tokens(prompt) for prompt in prompts] == alone
+    assert keeper.offloaded("digest_mismatches") > 0
+    assert keeper.offloaded("failed_chunks") > 0
+    keeper.forget()  # what was computed again was stored again
+    before = keeper.tokens_from("external_kv_transfer")
+    assert keeper.tokens(prompts[-1]) == alone[-1]
+    assert keeper.tokens_from("external_kv_transfer") - before == 5 * BLOCK
+
+
+def test_tp_2_with_sliding_windows_few_blocks_preemption_and_eviction(crowded_keeper: Solo):
+    """Under load, in parallel, twice; then one by one, all computed (another salt)."""
+    prompts = [words(200 + 70 * i, seed=900 + i) for i in range(10)]
+
+    def ask(prompt):
+        return crowded_keeper.tokens(prompt, 80)
+
+    first = in_parallel(ask, prompts, workers=10)
+    crowded_keeper.forget()
+    before = crowded_keeper.tokens_from("external_kv_transfer")
+    again = in_parallel(ask, prompts, workers=10)
+    loaded = crowded_keeper.tokens_from("external_kv_transfer") - before
+    alone = [crowded_keeper.tokens(p, 80, cache_salt="alone") for p in prompts]
+    assert first == alone
+    assert again == alone
+    assert loaded > 0
+    assert crowded_keeper.offloaded("evictions") > 0
+    assert crowded_keeper.offloaded("failed_chunks") == 0
+    preempted = crowded_keeper.metric("vllm:num_preemptions_total")
+    assert preempted > 0, "the engine had room for all: the test shows nothing"
