@@ -86,6 +86,7 @@ own_environment() {
   # (seen on Linux 6.18): give them the wait that vLLM has for Pythons before 3.11.1.
   echo 'import functools, os, time; os.sched_yield = functools.partial(time.sleep, 0)' \
     > "$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kvconnect_cpu.pth"
+  "$PY" scripts/link_ibverbs.py  # for Mooncake, on hosts without RDMA's libraries
   # with dependencies, so that one newly named in pyproject.toml is there before the lock knows it
   retry "$PY" -m pip install -qq --no-build-isolation -c scripts/requirements.lock -e '.[dev]'
   "$PY" -c 'import kvconnect, nixl, torch, vllm' > /dev/null

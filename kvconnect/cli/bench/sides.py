@@ -23,6 +23,7 @@ from kvconnect.errors import KvConnectError
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
+from kvconnect.ops.pages import use_huge_pages
 from kvconnect.order import Directory, Fetch, Grant, Shard, Source
 from kvconnect.rows import RowTable
 from kvconnect.settings import Mode, Settings
@@ -186,6 +187,7 @@ class _Side:
         """A mover over our cache, running."""
         size = self._case.staging_bytes
         arena = np.zeros(size, dtype=np.uint8)
+        use_huge_pages(int(arena.ctypes.data), size)  # as the connector's worker does
         self._arenas.append(arena)
         staging = Staging(Region(int(arena.ctypes.data), size), staging_slot_bytes(size))
         cached = () if mode == "staged" else self.cache.shard.regions
