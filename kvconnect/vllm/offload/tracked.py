@@ -30,16 +30,18 @@ class Tracked:
         self._cuts = cuts
         self._hash_tokens = hash_tokens
         self._keys: list[list[Key]] = [[] for _ in cuts]
-        self._hashes: list[bytes] = []  # of which keys were made, of the last chunk of each group
+        self._known = 0  # hashes of which keys were made, and the last of them
+        self._last = b""
 
     def keys(self) -> list[list[Key]]:
         """Per group, of all chunks whose tokens are known."""
         hashes = self.request.block_hashes
-        if hashes[: len(self._hashes)] != self._hashes:  # a session took back what it had said
-            self._keys = [[] for _ in self._cuts]
-            self._hashes = []
-        if len(hashes) > len(self._hashes):
-            self._hashes = list(hashes)
+        known = self._known
+        if known and (len(hashes) < known or hashes[known - 1] != self._last):
+            self._keys = [[] for _ in self._cuts]  # a session took back what it had said
+            self._known = known = 0
+        if len(hashes) > known:
+            self._known, self._last = len(hashes), hashes[-1]
             for index, (cut, keys) in enumerate(zip(self._cuts, self._keys, strict=True)):
                 tokens = cut.group.chunk_tokens
                 per_chunk = tokens // self._hash_tokens

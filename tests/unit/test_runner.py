@@ -1,0 +1,108 @@
+"""A rank's offloading thread, stepped by hand over a fake vault."""
+
+import time
+
+import pytest
+
+from kvconnect.testing.clock import FakeClock
+from kvconnect.testing.vault import FakeVault
+from kvconnect.tier.jobs import Answer, Fill, Forget, Save
+from kvconnect.tier.store.hand import Hand
+from kvconnect.tier.store.runner import LOOK_AROUND_S, Runner
+
+A, B = (bytes([n]) * 32 for n in range(2))
+
+
+def runner(vault=None, **options):
+    vault = vault or FakeVault(list(range(16)), slots=2)
+    return Runner(Hand(vault), clock=FakeClock(), **options)
+
+
+def answers(one):
+    """All answers, in their order, until nothing happens any more."""
+    found = []
+    for _ in range(20):
+        one.step()
+        found += one.take().answers
+    return found
+
+
+def test_a_request_does_not_wait_behind_what_is_saved():
+    one = runner()
+    one.put([Save(1, A, 0, (0, 1))])
+    assert answers(one) == [Answer(1, "")]
+    one.put([Save(2, B, 0, (2, 3)), Fill(3, A, 0, (4, 5))])
+    assert [answer.number for answer in answers(one)] == [3, 2]
+
+
+def test_room_is_made_before_it_is_taken():
+    one = runner(FakeVault(list(range(16)), slots=1))
+    one.put([Save(1, A, 0, (0, 1))])
+    answers(one)
+    one.put([Save(2, B, 0, (2, 3)), Forget(A, False)])
+    assert answers(one) == [Answer(2, "")]
+
+
+def test_nothing_is_read_before_the_device_has_computed_it():
+    computed = []
+    one = runner()
+    one.put([Save(1, A, 0, (0, 1))], fence=lambda: bool(computed))
+    one.put([Fill(2, A, 0, (4, 5))])
+    assert [answer.number for answer in answers(one)] == [2]  # a miss: it is not there yet
+    computed.append(True)
+    assert answers(one) == [Answer(1, "")]
+
+
+def test_bytes_are_counted_of_what_went_well():
+    one = runner(block_bytes=[1000])
+    one.put([Save(1, A, 0, (0, 1)), Fill(2, B, 0, (4, 5))])
+    counts = {}
+    for _ in range(10):
+        one.step()
+        counts |= one.take().counts
+    assert counts["store_bytes"] == 2000
+    assert "load_bytes" not in counts
+
+
+class Beside(FakeVault):
+    """Sees engines beside: what each look finds."""
+
+    def __init__(self, *looks):
+        super().__init__([0], slots=1)
+        self.looks = list(looks)
+
+    def look_around(self):
+        return self.looks.pop(0) if self.looks else (set(), set())
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["reported between", "not asked between"])
+def test_what_came_and_went_is_reported_as_both_or_as_neither(taken):
+    clock = FakeClock()
+    one = Runner(Hand(Beside(({A, B}, set()), (set(), {A}))), clock=clock)
+    one.step()
+    if taken:
+        assert one.take().gained == {A, B}
+    clock.advance(LOOK_AROUND_S)
+    one.step()
+    report = one.take()
+    assert (report.gained, report.gone) == ((set(), {A}) if taken else ({B}, set()))
+
+
+def test_a_fault_in_the_thread_is_raised_where_answers_are_taken():
+    class Broken(FakeVault):
+        def save(self, *args, **more):
+            raise ZeroDivisionError
+
+    one = runner(Broken([0, 1], slots=1))
+    one.start()
+    one.put([Save(1, A, 0, (0, 1))])
+
+    def take_for_ever():
+        while True:
+            one.take()
+            time.sleep(0.001)
+
+    with pytest.raises(ZeroDivisionError):
+        take_for_ever()
+    assert one.close()
+    assert one.close()
