@@ -5,11 +5,14 @@
     ├── GeometryError      two KV caches cannot be mapped onto each other
     ├── WireError          a peer's message is malformed, oversized or not authentic
     ├── OfferError         a client's kv_transfer_params are unusable (→ local prefill)
-    └── TransportError     a transport refused work that it was handed (→ failed ticket)
+    ├── TransportError     a transport refused work that it was handed (→ failed ticket)
+    └── StoreError         a place for stored KV cannot be opened (→ the engine goes on without it)
 
 Remote faults in flight are values (``Done.error``), never exceptions. A message names the
 subject, what was seen, what was expected and the remedy.
 """
+
+import enum
 
 
 class KvConnectError(Exception):
@@ -34,3 +37,24 @@ class OfferError(KvConnectError):
 
 class TransportError(KvConnectError):
     """A transport refused a peer or a piece of work: the ticket fails, the engine goes on."""
+
+
+class Reason(enum.Enum):
+    """Why a place for stored KV cannot be opened; what to do about it differs."""
+
+    TAKEN = "taken"
+    """Another process writes to it: use another place, or only read."""
+    FULL = "full"
+    """The filesystem has no room for it."""
+    FOREIGN = "foreign"
+    """It is there, and is not what was expected, or is damaged."""
+    FAILED = "failed"
+    """The operating system refused."""
+
+
+class StoreError(KvConnectError):
+    """A place for stored KV cannot be opened. Raised at startup, never while serving."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

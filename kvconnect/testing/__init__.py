@@ -1,7 +1,8 @@
 """The shipped test kit: verified fakes, and the contracts that they and the real ones are held to.
 
 * `check_transport` holds any transport to `kvconnect.transport.base`; `check_channel` any
-  control channel to `kvconnect.channel`. Our own run them, fakes included.
+  control channel to `kvconnect.channel`; `check_vault` any rank's stored KV to
+  `kvconnect.tier.store.hand.Vault`. Our own run them, fakes included.
 * `FakeClock`, `Network`, `Faulty`, `geometry` and `engines` let a test drive movers by `step`,
   without threads, sleeps or vLLM.
 * Imports no test framework and no transport library.
@@ -12,5 +13,17 @@ from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Fault, Faulty
 from kvconnect.testing.network import Network
 from kvconnect.testing.transport import check_transport
+from kvconnect.testing.vault import FakeVault, VaultFault
+from kvconnect.testing.vault_contract import check_vault
 
-__all__ = ["FakeClock", "Fault", "Faulty", "Network", "check_channel", "check_transport"]
+__all__ = [
+    "FakeClock",
+    "FakeVault",
+    "Fault",
+    "Faulty",
+    "Network",
+    "VaultFault",
+    "check_channel",
+    "check_transport",
+    "check_vault",
+]

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.store import arena as arenas
 from kvconnect.tier.store import header, places
 from kvconnect.tier.store.arena import attach, look, make
-from kvconnect.tier.store.faults import Reason, StoreError
 from kvconnect.tier.store.header import HEAD_BYTES, SLOT, Spec
 
 SPEC = Spec(slots=8, slot_bytes=5000, fingerprint=b"\x07" * 32)

@@ -50,7 +50,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(HERE)!r})
 from vaults import Bench, claim, key_of, Filed, FINGERPRINT, Spec
-from kvconnect.tier.store.faults import Reason, StoreError
+from kvconnect.errors import Reason, StoreError
 folder = Path(sys.argv[1])
 for wrap in (Filed, None):
     try:

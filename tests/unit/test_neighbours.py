@@ -3,8 +3,8 @@
 import pytest
 from vaults import FINGERPRINT, Bench, key_of
 
+from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.store import neighbours as module
-from kvconnect.tier.store.faults import Reason, StoreError
 from kvconnect.tier.store.header import Spec
 from kvconnect.tier.store.neighbours import Neighbours, claim
 from kvconnect.tier.store.places import Filed, mapped

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.store import header, places
-from kvconnect.tier.store.faults import Reason, StoreError
 from kvconnect.tier.store.header import (
     ARENA_MAGIC,
     FILLING,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.store.arena import Arena, Entry, attach, look
-from kvconnect.tier.store.faults import Reason, StoreError
 from kvconnect.tier.store.header import Spec
 from kvconnect.tier.store.places import Wrap, mapped
 

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvconnect.tier.store.faults import Reason, StoreError
+from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.store.header import HEAD_BYTES, Spec
 
 OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM}

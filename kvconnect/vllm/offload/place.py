@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.store.arena import Arena, make
 from kvconnect.tier.store.disk import DiskStore
-from kvconnect.tier.store.faults import Reason, StoreError
 from kvconnect.tier.store.hand import Hand
 from kvconnect.tier.store.header import HEAD_BYTES, SLOT, Spec
 from kvconnect.tier.store.host import HostStore

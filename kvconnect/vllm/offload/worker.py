@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.jobs import Save
 from kvconnect.tier.keys import arena_fingerprint
-from kvconnect.tier.store.faults import Reason, StoreError
 from kvconnect.tier.store.packing import Packing
 from kvconnect.tier.store.runner import Fence
 from kvconnect.vllm.layout import Place, describe
