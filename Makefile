@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=. "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit test-gpu check bench bench-gpu clean
+.PHONY: help setup demo test test-unit crash test-gpu check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -33,6 +33,10 @@ test: setup ## all tests, those with real engines included
 
 test-unit: setup ## the tests that start no engine
 	@$(RUN) python -m pytest -q --timeout=60 tests/unit tests/property tests/contract $(ARGS)
+
+crash: setup ## kill -9 during stores
+	@$(RUN) python tests/unit/killing.py --times 200 && \
+	    python tests/unit/killing.py --times 50 --share
 
 test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, no setup
 	@$(GPU_RUN) pytest -q --timeout=600 tests/gpu $(ARGS)

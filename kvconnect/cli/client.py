@@ -95,9 +95,13 @@ class Client:
 
     async def counters(self, url: str, transfer_metrics: str) -> Counters:
         """What the engine has counted by now."""
+        return read_counters(await self.metrics(url), transfer_metrics)
+
+    async def metrics(self, url: str) -> str:
+        """The engine's metrics in Prometheus' text form."""
         try:
             async with self._session.get(f"{url}/metrics") as response:
-                return read_counters(await response.text(), transfer_metrics)
+                return await response.text()
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise AskError(f"{url}/metrics cannot be read: {error}") from error
 

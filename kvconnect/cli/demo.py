@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 class ConnectorName(enum.StrEnum):
-    """Keys of ``engines.CONNECTORS``; a test holds that."""
+    """Keys of ``engines.CONNECTORS``, and what has a demo of its own; a test holds that."""
 
     NIXL = "nixl"
     MOONCAKE = "mooncake"
     UCX = "ucx"
+    OFFLOADING = "offloading"
 
 
 def demo(
@@ -40,12 +41,16 @@ def demo(
         Path | None, typer.Option(help="Folder for the engines' logs.", file_okay=False)
     ] = None,
 ) -> None:
-    """Boot prefill, decode and the proxy here, and show that the KV arrives and is right."""
+    """Boot real engines here, and show that their KV arrives and is right.
+
+    Prefill, decode and the proxy; with offloading, one engine that is killed and started again.
+    """
     # here, not above: `kvconnect --help` has no use for an HTTP stack
     import shutil
     import tempfile
 
     from kvconnect.cli.engines import check_installed, check_model
+    from kvconnect.cli.kept import KeptDemo
     from kvconnect.cli.play import Demo
     from kvconnect.errors import ConfigError
 
@@ -58,7 +63,8 @@ def demo(
     logs = keep_logs or Path(tempfile.mkdtemp(prefix="kvconnect-demo-"))
     right = None
     try:
-        right = _play(Demo(folder, connector, logs), json)
+        alone = connector is ConnectorName.OFFLOADING
+        right = _play(KeptDemo(folder, logs) if alone else Demo(folder, connector, logs), json)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing is left running", err=True)
         raise typer.Exit(130) from None

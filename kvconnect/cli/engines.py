@@ -141,10 +141,10 @@ def proxy_command(prefill: Sequence[str], decode: Sequence[str]) -> Callable[[in
 
 def check_installed(connector: str) -> None:
     """Raises ConfigError if an engine with this connector could not start."""
-    for module, remedy in (
-        ("vllm", "`make setup` installs it for CPUs"),
-        (CONNECTORS[connector].module, f"`pip install 'kvconnect[{connector}]'`"),
-    ):
+    needed = [("vllm", "`make setup` installs it for CPUs")]
+    if connector in CONNECTORS:
+        needed.append((CONNECTORS[connector].module, f"`pip install 'kvconnect[{connector}]'`"))
+    for module, remedy in needed:
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"{module} is not installed for {sys.executable}; {remedy}")
 

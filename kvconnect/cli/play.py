@@ -7,6 +7,7 @@ import re
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -52,7 +53,7 @@ class Demo:
             finally:  # before they are told to stop, which fills logs too
                 self._last_lines = {server.log: server.last_lines() for server in fleet.servers}
         seconds = time.monotonic() - self._started_s
-        right, line = verdict(self.rows, len(self._scenes))
+        right, line = self._verdict()
         self._console.print(table(self.rows))
         self._console.print(CAPTION, highlight=False)
         colour = "green" if right else "red"
@@ -70,7 +71,7 @@ class Demo:
 
     def write_json(self, path: Path) -> None:
         """Rows, and what they were measured with."""
-        right, line = verdict(self.rows, len(self._scenes))
+        right, line = self._verdict()
         report = {
             "right": right,
             "verdict": line,
@@ -79,9 +80,17 @@ class Demo:
             "model": str(self._model),
             "versions": {name: _version(name) for name in ("kvconnect", "vllm", "nixl")},
             "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
-            "rows": [msgspec.to_builtins(row) | {"faults": row.faults()} for row in self.rows],
+            "rows": [
+                msgspec.to_builtins(row) | {"faults": row.faults()} for row in self._shown_rows()
+            ],
         }
         path.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+
+    def _verdict(self) -> tuple[bool, str]:
+        return verdict(self.rows, len(self._scenes))
+
+    def _shown_rows(self) -> list[Any]:
+        return list(self.rows)
 
     def _boot(self, fleet: Fleet) -> tuple[Server, Server, Server]:
         env = engine_env()
