@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvconnect.config import parse
@@ -65,13 +66,18 @@ def spec(window=None, block=BLOCK):
 class Engine:
     """Steps a scheduler's half as vLLM would."""
 
-    def __init__(self, monkeypatch, windows=(None,), ranks=1, slots=16, problem="", **options):
+    def __init__(
+        self, monkeypatch, windows=(None,), ranks=1, slots=16, problem="", events=True, **options
+    ):
         monkeypatch.setattr(module, "identity", lambda *_: IDENTITY)
         monkeypatch.setattr(module, "_hash_tokens", lambda *_: BLOCK)
         groups = [SimpleNamespace(kv_cache_spec=spec(window)) for window in windows]
         config = parse({"cpu_bytes_to_use": 1 << 20} | options, OffloadConfig, "test")
         self.half = OffloadScheduler(
-            SimpleNamespace(speculative_config=None),
+            SimpleNamespace(
+                speculative_config=None,
+                kv_events_config=SimpleNamespace(enable_kv_cache_events=events),
+            ),
             SimpleNamespace(kv_cache_groups=groups),
             config,
         )
@@ -118,6 +124,7 @@ def request(name="r", blocks=3, seed=0, params=None, extra=1):
         request_id=name,
         block_hashes=[bytes([seed, n]) * 16 for n in range(blocks)],
         num_tokens=blocks * BLOCK + extra,
+        all_token_ids=list(range(blocks * BLOCK + extra)),
         num_computed_tokens=0,
         num_output_placeholders=0,
         skip_reading_prefix_cache=False,
@@ -273,3 +280,29 @@ def test_a_chunk_must_be_of_whole_blocks():
     groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec())])
     with pytest.raises(ConfigError, match="block_size is 6, expected a multiple"):
         cuts(groups, config)
+
+
+def test_events_tell_what_came_to_be_held_and_what_left(make):
+    engine = make(slots=3, block_size=2 * BLOCK)
+    first = request(blocks=4)
+    hashes = [maybe_convert_block_hash(one) for one in first.block_hashes]
+    engine.stored(first, ([1, 2, 3, 4],))
+    events = engine.half.take_events()
+    assert [type(event).__name__ for event in events] == ["BlockStored"] * 2
+    assert events[1].block_hashes == hashes[2:]
+    assert events[1].parent_block_hash == hashes[1]
+    assert events[1].token_ids == list(range(8, 16))
+    assert (events[1].block_size, events[1].medium) == (BLOCK, "CPU")
+    engine.stored(request("other", blocks=4, seed=1), ([5, 6, 7, 8],))
+    kinds = [(type(event).__name__, event.block_hashes) for event in engine.half.take_events()]
+    assert kinds[0][0] == "BlockRemoved"
+    assert kinds[0][1] in (hashes[:2], hashes[2:])
+    assert [kind for kind, _ in kinds[1:]] == ["BlockStored"] * 2
+    engine.half.clear()
+    assert len(engine.half.take_events()) == 3
+
+
+def test_without_events_nothing_is_kept_for_them(make):
+    engine = make(events=False)
+    engine.stored(request(), ([1, 2, 3],))
+    assert engine.half.take_events() == []

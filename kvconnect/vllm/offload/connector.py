@@ -186,7 +186,7 @@ class KVConnectOffloading(KVConnectorBase_V1, SupportsHMA):
         return None if data is None else OffloadStats(data=dict(data))
 
     def take_events(self) -> Iterable[Any]:
-        return ()
+        return self._scheduler.take_events() if self._scheduler else ()
 
     def shutdown(self) -> None:
         if self._worker is not None:

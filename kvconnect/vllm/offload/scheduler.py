@@ -21,6 +21,7 @@ from kvconnect.tier.jobs import Fill, Forget, Save
 from kvconnect.tier.keys import Names
 from kvconnect.tier.offload import Chunk, OffloadTier, Result, Writes
 from kvconnect.tier.store.hand import common
+from kvconnect.vllm.offload.events import Events
 from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.messages import Done, Found, Loading, Work
 from kvconnect.vllm.offload.tracked import Tracked
@@ -38,6 +39,7 @@ class OffloadScheduler:
         self._groups = [cut.group for cut in self._cuts]
         self._hash_tokens = _hash_tokens(vllm_config, kv_cache_config)
         self._volatile = _volatile_tokens(vllm_config)
+        self._events = Events(vllm_config, self._cuts, self._hash_tokens)
         self._names: Names | None = None
         self._tier: OffloadTier | None = None
         self._ranks = 1
@@ -145,6 +147,10 @@ class OffloadScheduler:
         if self._tier is not None:
             self._absorb(self._tier.clear())
 
+    def take_events(self) -> list[Any]:
+        """KV events since the last call."""
+        return self._events.take((self._tier.host, self._tier.disk)) if self._tier else []
+
     def take_stats(self) -> dict[str, int] | None:
         """What was counted here since the last call; None if nothing."""
         now = Counter(self._counts)
@@ -215,7 +221,12 @@ class OffloadScheduler:
             tracked.offered[index] = max(end, tracked.offered[index])
         if chunks:
             chunks.sort(key=lambda one: (one[0], one[1].group))
-            self._absorb(self._tier.store([chunk for _, chunk in chunks]))
+            result = self._tier.store([chunk for _, chunk in chunks])
+            saved = {job.key for job in result.jobs if isinstance(job, Save)}
+            for end_token, chunk in chunks:
+                if chunk.key in saved:
+                    self._events.saving(request, chunk.key, chunk.group, end_token)
+            self._absorb(result)
 
     def _absorb(self, result: Result) -> None:
         for job in result.jobs:
