@@ -40,8 +40,6 @@ SEED = 1
 LEASE_S, LOOK_S = 120.0, 0.0002
 END_S = 5.0
 MODES: tuple[Mode, ...] = get_args(Mode)
-
-
 WIRES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     # UCX's shared memory needs TCP beside it, for control messages that notice a dead peer
     "nixl": {"shm": {"UCX_TLS": "shm,tcp,self"}, "tcp": {"UCX_TLS": "tcp,self"}},
@@ -187,16 +185,16 @@ class _Side:
         """A mover over our cache, running."""
         size = self._case.staging_bytes
         arena = np.zeros(size, dtype=np.uint8)
-        use_huge_pages(int(arena.ctypes.data), size)  # as the connector's worker does
+        address = int(arena.ctypes.data)
+        use_huge_pages(address, size)  # as the connector's worker does
         self._arenas.append(arena)
-        staging = Staging(Region(int(arena.ctypes.data), size), staging_slot_bytes(size))
+        staging = Staging(Region(address, size), staging_slot_bytes(size))
         cached = () if mode == "staged" else self.cache.shard.regions
         transport = self._make(*cached, staging.region)
         settings = Settings(0, 1, {"model": "bench"}, self._case.transport, mode=mode)
         channel = ZmqChannel(HOST, 0)
-        kernels = load("cpu")
         mover = Mover(
-            settings, self.cache.shard, transport, channel, staging=staging, kernels=kernels
+            settings, self.cache.shard, transport, channel, staging=staging, kernels=load("cpu")
         )
         mover.put([Directory((mover.address,))])
         mover.start()
