@@ -6,29 +6,28 @@ wrong moves it to FAILING, where it stays until no transport can touch our block
 
 * An id is reported exactly once, and only if it was ordered by a Fetch.
 * Every remote rank, read or not, is told when we are done with its blocks.
-* A watched request's lease is renewed until its fetch or its release ends.
+* A watched request's lease is renewed (`kvconnect.watcher`) until its fetch or release ends.
 """
 
 import enum
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvconnect import wire
 from kvconnect.dialler import Call, Dialler, State
 from kvconnect.errors import GeometryError
 from kvconnect.lease import Clock
-from kvconnect.order import Cancel, Fetch, Release, Source, Watch
+from kvconnect.order import Cancel, Fetch, Release, Watch
 from kvconnect.puller import Pull
 from kvconnect.remote import Path, Remote, Remotes
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
+from kvconnect.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
-RENEWALS_PER_TTL = 3
-MIN_RENEWAL_S = 1.0  # whatever ttl a ticket claims
 TRANSFER, HANDSHAKE = "num_failed_transfers", "num_failed_handshakes"
 
 
@@ -66,13 +65,6 @@ class _Fetch:
         return self.order.source.generation
 
 
-@dataclass
-class _Watch:
-    source: Source
-    remote: Remote
-    renew_at: float
-
-
 class Fetcher:
     """All fetches of one rank. ``rank`` of ``ranks`` is our place in our engine."""
 
@@ -96,7 +88,7 @@ class Fetcher:
         self._ranks = ranks
         self._load_timeout_s = load_timeout_s
         self._fetches: dict[str, _Fetch] = {}
-        self._watches: dict[str, _Watch] = {}
+        self._watcher = Watcher(dialler, remotes, clock)
         self._late: list[tuple[int, Call]] = []  # slots in quarantine → what may still fill them
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
@@ -108,8 +100,7 @@ class Fetcher:
 
     def watch(self, order: Watch) -> None:
         """Greet early and keep the lease alive while the request waits."""
-        remote = self._remotes.of(order.source)
-        self._watches[order.request_id] = _Watch(order.source, remote, self._clock())
+        self._watcher.watch(order)
 
     def start(self, order: Fetch | Release) -> None:
         """Begin a fetch, or a release, which is a fetch of nothing that reports nothing."""
@@ -144,17 +135,16 @@ class Fetcher:
         for request_id, fetch in list(self._fetches.items()):
             if self._advance(fetch):
                 del self._fetches[request_id]
-                self._watches.pop(request_id, None)
+                self._watcher.forget(request_id)
                 if isinstance(fetch.order, Fetch):
                     self._report(request_id, fetch)
-        self._renew()
+        self._watcher.tick()
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
         times = [f.deadline for f in self._fetches.values()]
-        times += [
-            w.renew_at for w in self._watches.values() if w.remote.state is not State.GREETING
-        ]
+        if (renewal := self._watcher.next_deadline()) is not None:
+            times.append(renewal)
         return min(times, default=None)
 
     def take(self) -> tuple[set[str], dict[str, str]]:
@@ -338,10 +328,7 @@ class Fetcher:
         Samples of one prompt share its lease (vLLM's ``n`` > 1): the last one ends it.
         """
         source = fetch.order.source
-        final = not any(
-            request_id != fetch.order.request_id and watch.source == source
-            for request_id, watch in self._watches.items()
-        )
+        final = not self._watcher.waits_for(source, but=fetch.order.request_id)
 
         def close_of(generation: str | None) -> Callable[[int], wire.Close]:
             return lambda seq: wire.Close(
@@ -368,33 +355,3 @@ class Fetcher:
             self._dialler.cancel(fetch.remote.peers[index], call)
         for ticket in fetch.tickets:
             self._transport.cancel(ticket)
-
-    # -- renewal ------------------------------------------------------------------------
-
-    def _renew(self) -> None:
-        now = self._clock()
-        due: dict[int, tuple[Remote, list[Source]]] = {}
-        for watch in self._watches.values():
-            if now < watch.renew_at:
-                continue
-            watch.remote.advance()
-            if watch.remote.state is State.GREETING:
-                continue
-            watch.renew_at = now + max(watch.source.ttl_s / RENEWALS_PER_TTL, MIN_RENEWAL_S)
-            if watch.remote.state is State.FAILED:  # it may be back before the request is loaded
-                watch.remote = self._remotes.of(watch.source)
-            elif not watch.remote.was_restarted(watch.source):
-                due.setdefault(id(watch.remote), (watch.remote, []))[1].append(watch.source)
-        for remote, sources in due.values():
-            for some in batched(sources, wire.RENEWED_AT_ONCE):
-                renew = wire.Renew(
-                    generations=[s.generation for s in some if s.generation],
-                    request_ids=[s.request_id for s in some if not s.generation],
-                )
-                for peer in remote.peers:
-                    self._dialler.tell(peer, renew)
-
-
-def batched(items: list[Source], size: int) -> Iterator[list[Source]]:
-    """``items`` in lists of at most ``size`` (itertools.batched, which Python 3.11 lacks)."""
-    return (items[i : i + size] for i in range(0, len(items), size))

@@ -91,10 +91,6 @@ class Slots:
         for slot in [s for s, until in self._quarantined.items() if now >= until]:
             self.give(slot)
 
-    def next_deadline(self) -> float | None:
-        """When `tick` is worth calling next."""
-        return min(self._quarantined.values(), default=None)
-
     def address(self, slot: int) -> int:
         """Where a slot starts."""
         return self.region.address + slot * self.slot_bytes

@@ -271,10 +271,7 @@ def test_a_hostile_stage_is_refused(change, why):
     world = World()
     p, d = make(world, mode="staged"), make(world, mode="staged")
     fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
-    dialler = None
-    while dialler is None:
-        world.go_on(1)
-        dialler = d.movers[0]._dialler
+    dialler = d.movers[0]._dialler
     tell = dialler.tell
 
     def altered(peer, message):

@@ -20,6 +20,7 @@ LAYERS = [
     {"listener", "dialler", "stats", "reader"},
     {"lender", "puller", "tier"},
     {"remote", "supplier"},
+    {"watcher"},
     {"fetcher"},
     {"planner", "mover"},
     {"testing"},
