@@ -152,6 +152,18 @@ def test_a_watched_lease_is_renewed_until_it_is_fetched(rig):
     assert rig.went_well(7)
 
 
+def test_leases_are_renewed_every_third_of_their_ttl_and_all_in_one_message(rig):
+    dialler, told = rig.d.movers[0]._dialler, []
+    tell = dialler.tell
+    dialler.tell = lambda peer, message: told.append(message) or tell(peer, message)
+    for name in ("a", "b", "c"):
+        rig.d.put(Watch(name, rig.p.source(rig.p.lend(name, [3], seed=7, ttl_s=9))))
+    rig.world.go_on()
+    del told[:]
+    rig.world.go_on(rounds=19, seconds=0.5)  # 9.5 s, of which the first round is at 0 s
+    assert [len(message.generations) for message in told] == [3, 3, 3]
+
+
 @pytest.mark.parametrize("ticket", [True, False], ids=["ticket", "in-tree form"])
 def test_a_mover_that_only_watches_does_not_spin(rig, ticket):
     """Used to be: a watched lease without a ticket was always due, a thousand times a second."""
