@@ -57,11 +57,11 @@ def idle(
 
 def _watch(pair: Pair, seconds: float) -> list[Row]:
     leaders = {role: server.pid for role, server in pair.servers.items()}
-    before = {role: _cpu_s(pid) for role, pid in leaders.items()}
+    before = {role: thread_cpu_s(pid) for role, pid in leaders.items()}
     time.sleep(seconds)
     rows = []
     for role, pid in leaders.items():
-        used = {key: s - before[role].get(key, 0.0) for key, s in _cpu_s(pid).items()}
+        used = {key: s - before[role].get(key, 0.0) for key, s in thread_cpu_s(pid).items()}
         by_process: dict[int, float] = {}
         for (process, _, _), cpu_s in used.items():
             by_process[process] = by_process.get(process, 0.0) + cpu_s
@@ -71,7 +71,7 @@ def _watch(pair: Pair, seconds: float) -> list[Row]:
     return rows
 
 
-def _cpu_s(leader: int) -> dict[tuple[int, int, str], float]:
+def thread_cpu_s(leader: int) -> dict[tuple[int, int, str], float]:
     """CPU seconds so far by (process, thread, thread's name), of a session."""
     ticks = os.sysconf("SC_CLK_TCK")
     found = {}

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -44,19 +44,23 @@ class Pair:
         }
         with _post(self.servers["prefill"].url, body | {"kv_transfer_params": PREFILL}) as answer:
             params = json.load(answer)["kv_transfer_params"]
-        wanted = body | {"kv_transfer_params": params, "stream": True, "max_tokens": 2}
-        started = time.perf_counter()
-        with _post(self.servers["decode"].url, wanted) as answer:
-            first = answer.readline()
-            seconds = time.perf_counter() - started
-            answer.read()
-        if not first.startswith(b"data: {") or b'"error"' in first:
-            raise RuntimeError(f"{self.name}: no token but {first!r}")
-        return seconds
+        return first_token_s(self.servers["decode"].url, body | {"kv_transfer_params": params})
+
+
+def first_token_s(url: str, body: Mapping[str, Any]) -> float:
+    """Seconds from the request ``body``, which asks for two tokens here, to its first one."""
+    started = time.perf_counter()
+    with _post(url, {**body, "stream": True, "max_tokens": 2}) as answer:
+        first = answer.readline()
+        seconds = time.perf_counter() - started
+        answer.read()
+    if not first.startswith(b"data: {") or b'"error"' in first:
+        raise RuntimeError(f"{url}: no token but {first!r}")
+    return seconds
 
 
 @contextlib.contextmanager
-def _post(url: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
+def _post(url: str, body: Mapping[str, Any]) -> Iterator[http.client.HTTPResponse]:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=300)
     try:
         text = json.dumps(body)
