@@ -33,6 +33,8 @@ class Terms:
     digest: bytes
     """Identity of the first ``tokens`` tokens; a reader with another prompt is refused."""
     ttl_s: float
+    name: str = ""
+    """Under which readers without a ticket find the lease, if not under ``request_id``."""
 
 
 class Standing(enum.Enum):
@@ -59,9 +61,9 @@ class LeaseBook:
     def __init__(self, clock: Clock, max_duration_s: float) -> None:
         self._clock = clock
         self._max_duration_s = max_duration_s
-        self._expected: dict[str, str] = {}  # generation → request id
+        self._expected: dict[str, str] = {}  # generation → name
         self._leases: dict[str, _Lease] = {}  # generation → lease
-        self._generations: dict[str, str] = {}  # request id → generation, expected or granted
+        self._generations: dict[str, str] = {}  # name → generation, expected or granted
         self._heap: list[tuple[float, str]] = []  # (a deadline at or before the real one, gen.)
 
     def __len__(self) -> int:
@@ -72,10 +74,10 @@ class LeaseBook:
         """Whether some reader is between open and close: the transport needs progress."""
         return any(lease.reading for lease in self._leases.values())
 
-    def expect(self, request_id: str, generation: str) -> None:
+    def expect(self, name: str, generation: str) -> None:
         """A request that will be leased under ``generation`` is being computed."""
-        self._expected[generation] = request_id
-        self._generations[request_id] = generation
+        self._expected[generation] = name
+        self._generations[name] = generation
 
     def grant(self, terms: Terms) -> None:
         """The blocks hold the KV now; the lease runs from here."""
@@ -83,18 +85,18 @@ class LeaseBook:
         now = self._clock()
         lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s)
         self._leases[terms.generation] = lease
-        self._generations[terms.request_id] = terms.generation
+        self._generations[_name(terms)] = terms.generation
         heapq.heappush(self._heap, (lease.deadline, terms.generation))
 
     def withdraw(self, generation: str) -> None:
         """An expected request ended without KV to hand over (abort, error)."""
-        request_id = self._expected.pop(generation, None)
-        if request_id is not None and self._generations.get(request_id) == generation:
-            del self._generations[request_id]
+        name = self._expected.pop(generation, None)
+        if name is not None and self._generations.get(name) == generation:
+            del self._generations[name]
 
-    def find(self, request_id: str) -> str | None:
+    def find(self, name: str) -> str | None:
         """Generation under which a request is expected or leased now."""
-        return self._generations.get(request_id)
+        return self._generations.get(name)
 
     def standing(self, generation: str) -> Standing:
         """How the lease stands at this moment."""
@@ -167,7 +169,11 @@ class LeaseBook:
         return self._heap[0][0] if self._heap else None
 
     def _end(self, generation: str) -> str:
-        request_id = self._leases.pop(generation).terms.request_id
-        if self._generations.get(request_id) == generation:
-            del self._generations[request_id]
-        return request_id
+        terms = self._leases.pop(generation).terms
+        if self._generations.get(_name(terms)) == generation:
+            del self._generations[_name(terms)]
+        return terms.request_id
+
+
+def _name(terms: Terms) -> str:
+    return terms.name or terms.request_id

@@ -42,9 +42,9 @@ class Lender:
         """Whether a reader is between open and close: the transport needs progress."""
         return self._book.reading
 
-    def expect(self, request_id: str, generation: str) -> None:
+    def expect(self, name: str, generation: str) -> None:
         """A request that will be leased is being computed."""
-        self._book.expect(request_id, generation)
+        self._book.expect(name, generation)
 
     def grant(self, terms: Terms) -> None:
         """Lease a request's blocks, and answer whoever waits for them."""

@@ -167,11 +167,14 @@ class Mover:
     def step(self, wait_s: float = 0.0) -> bool:
         """Do what there is to do now, waiting at most ``wait_s`` for a frame; was there any?"""
         frames = self._channel.poll(wait_s)
-        self._obey()
-        for frame in frames:
+        for frame in frames:  # a peer that ended must not be asked for anything more,
             if frame.link.dialled:
                 self._dialler.receive(frame)
-            elif incoming := self._listener.receive(frame):
+        self._obey()  # and whoever asks us must find what we were told before
+        for frame in frames:
+            if frame.link.dialled:
+                continue
+            if incoming := self._listener.receive(frame):
                 self._lender.receive(incoming)
                 if self._supplier:
                     self._supplier.receive(incoming)
@@ -239,7 +242,7 @@ class Mover:
     def _carry_out(self, order: Order) -> None:
         match order:
             case Expect():
-                self._lender.expect(order.request_id, order.generation)
+                self._lender.expect(order.name or order.request_id, order.generation)
             case Grant():
                 self._lender.grant(order.terms)
             case Withdraw():

@@ -22,8 +22,8 @@ class Shard:
 class Source:
     """A lease on a remote engine.
 
-    Without a ticket (params of an in-tree form) only the request id and the address of rank 0
-    are known; that rank names the others.
+    Without a ticket (params of an in-tree form) only the address of rank 0 is known, which names
+    the others, and the lease's name there: ``request_id``.
     """
 
     shards: tuple[Shard, ...]
@@ -38,6 +38,8 @@ class Expect:
 
     request_id: str
     generation: str
+    name: str = ""
+    """As in `kvconnect.lease.Terms`."""
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ class Planner:
         """The request is finished, whatever became of its load."""
         self._orders += self._tier.settle(request_id)
 
-    def will_lend(self, request_id: str) -> None:
+    def will_lend(self, request_id: str, name: str = "") -> None:
         """A request is being computed whose KV is to be handed over."""
-        self._orders += self._tier.open_store(request_id)
+        self._orders += self._tier.open_store(request_id, name)
 
     def lend(self, store: Store) -> str:
         """Its KV is computed; returns the generation of the lease."""

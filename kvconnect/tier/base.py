@@ -20,12 +20,13 @@ class Load(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Blocks that hold KV: ``tables[g]`` as in `kvconnect.lease.Terms`."""
+    """Blocks that hold KV: ``tables[g]`` and ``name`` as in `kvconnect.lease.Terms`."""
 
     request_id: str
     tables: tuple[tuple[int, ...], ...]
     tokens: int
     digest: bytes
+    name: str = ""
 
 
 class Tier(Protocol):
@@ -40,7 +41,7 @@ class Tier(Protocol):
     def settle(self, request_id: str) -> list[Order]:
         """The request needs nothing more from this tier."""
 
-    def open_store(self, request_id: str) -> list[Order]:
+    def open_store(self, request_id: str, name: str = "") -> list[Order]:
         """The request's KV will be offered once it has been computed."""
 
     def seal_store(self, store: Store) -> list[Order]:

@@ -54,11 +54,11 @@ class PeerTier:
         self._loading.discard(request_id)
         self._offers.pop(request_id, None)
 
-    def open_store(self, request_id: str) -> list[Order]:
+    def open_store(self, request_id: str, name: str = "") -> list[Order]:
         if request_id in self._promised:  # a preempted request is admitted again
             return []
         generation = self._promised[request_id] = secrets.token_hex(16)
-        return [Expect(request_id, generation)]
+        return [Expect(request_id, generation, name)]
 
     def seal_store(self, store: Store) -> list[Order]:
         generation = self._promised.pop(store.request_id, None) or secrets.token_hex(16)
@@ -71,6 +71,7 @@ class PeerTier:
                     tokens=store.tokens,
                     digest=store.digest,
                     ttl_s=self._ttl_s,
+                    name=store.name,
                 )
             )
         ]

@@ -6,10 +6,10 @@
 from typing import Any
 
 CONNECTORS = {
-    "KVConnectMooncake": "kvconnect.vllm.connector",
-    "KVConnectNixl": "kvconnect.vllm.connector",
+    "KVConnectMooncake": "kvconnect.vllm.mooncake.connector",
+    "KVConnectNixl": "kvconnect.vllm.nixl",
     "KVConnectOffloading": "kvconnect.vllm.offload.connector",
-    "NixlConnector": "kvconnect.vllm.connector",
+    "NixlConnector": "kvconnect.vllm.nixl",
     "OffloadingConnector": "kvconnect.vllm.offload.connector",
 }
 

@@ -1,4 +1,4 @@
-"""``KVConnectNixl``, ``KVConnectMooncake``: vLLM's interface, as our scheduler and worker halves.
+"""What all prefill → decode connectors are: vLLM's interface, as our scheduler and worker halves.
 
 The lifecycle is vLLM's (``kv_connector/v1/base.py``, 0.32). Loads are asynchronous and start
 when the step's metadata is bound, which is before the step's forward: a pull never waits for
@@ -15,10 +15,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvconnect.config import MooncakeConfig, NixlConfig, PeerConfig, parse
+from kvconnect.config import PeerConfig, parse
 from kvconnect.errors import ConfigError
 from kvconnect.order import Order
 from kvconnect.vllm import _compat
+from kvconnect.vllm.contract import Contract
 from kvconnect.vllm.metrics import KvConnectPromMetrics, KvConnectStats
 from kvconnect.vllm.scheduler import Scheduler
 from kvconnect.vllm.worker import RankMetadata, Worker
@@ -44,10 +45,14 @@ class Orders(KVConnectorMetadata):
         return taken
 
 
-class KVConnectNixl(KVConnectorBase_V1, SupportsHMA):
-    """Prefill → decode over NIXL: the decode engine reads leased blocks of the prefill engine."""
+class PeerConnector(KVConnectorBase_V1, SupportsHMA):
+    """Prefill → decode: the decode engine gets leased blocks of the prefill engine.
 
-    config_type: ClassVar[type[PeerConfig]] = NixlConfig
+    Connectors differ in their options, which choose the transport, and in their contract.
+    """
+
+    config_type: ClassVar[type[PeerConfig]]
+    contract_type: ClassVar[type[Contract]] = Contract
     _cache_hit_source = _compat.CACHE_HIT_SOURCE
 
     def __init__(
@@ -56,12 +61,12 @@ class KVConnectNixl(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         options = self._kv_transfer_config.kv_connector_extra_config or {}
         config = parse(options, self.config_type, type(self).__name__)
-        _check_parallelism(vllm_config.parallel_config)
+        check_parallelism(vllm_config.parallel_config)
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         self._lost_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = Scheduler(vllm_config, kv_cache_config, config)
+            self._scheduler = Scheduler(vllm_config, kv_cache_config, config, self.contract_type)
         else:
             self._worker = Worker(vllm_config, kv_cache_config, config)
 
@@ -203,20 +208,8 @@ class KVConnectNixl(KVConnectorBase_V1, SupportsHMA):
             self._worker.close()
 
 
-def _check_parallelism(parallel: Any) -> None:
+def check_parallelism(parallel: Any) -> None:
+    """Raises ConfigError for what no connector of ours handles."""
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name, 1)) > 1:
             raise ConfigError(f"{name} is {size}, expected 1: KV split by context is not handled")
-
-
-class NixlConnector(KVConnectNixl):
-    """The same under vLLM's name, for routers and Ray Serve that key on it.
-
-    ``{"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"}``
-    """
-
-
-class KVConnectMooncake(KVConnectNixl):
-    """The same over Mooncake's TransferEngine, with kv_transfer_params of the NIXL form."""
-
-    config_type = MooncakeConfig

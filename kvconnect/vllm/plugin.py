@@ -9,8 +9,8 @@ import logging
 logger = logging.getLogger("vllm.kvconnect")
 
 REGISTERED = {
-    "KVConnectMooncake": "kvconnect.vllm.connector",
-    "KVConnectNixl": "kvconnect.vllm.connector",
+    "KVConnectMooncake": "kvconnect.vllm.mooncake.connector",
+    "KVConnectNixl": "kvconnect.vllm.nixl",
     "KVConnectOffloading": "kvconnect.vllm.offload.connector",
 }
 

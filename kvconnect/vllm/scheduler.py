@@ -5,6 +5,7 @@ Nothing a client sends may raise here: unusable params are counted and prefilled
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
@@ -18,17 +19,8 @@ from kvconnect.planner import Planner
 from kvconnect.tier.base import Load, Store
 from kvconnect.tier.peer import Offer, PeerTier
 from kvconnect.vllm import _compat
-from kvconnect.vllm.params import (
-    TICKET_KEY,
-    TICKET_VERSION,
-    Prompt,
-    Ticket,
-    lent_params,
-    parse_offer,
-    parse_rejected,
-    wants_remote_decode,
-    wants_remote_prefill,
-)
+from kvconnect.vllm.contract import Contract, Us
+from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.worker import RankMetadata
 from kvconnect.wire import Address
 
@@ -41,8 +33,16 @@ NOWHERE = (Address("localhost", 1), "unnamed")  # until the workers have said wh
 class Scheduler:
     """One per engine. Not thread-safe: vLLM's scheduler calls it."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: PeerConfig) -> None:
-        self._engine_id = vllm_config.kv_transfer_config.engine_id
+    def __init__(
+        self,
+        vllm_config: Any,
+        kv_cache_config: Any,
+        config: PeerConfig,
+        contract_type: type[Contract] = Contract,
+    ) -> None:
+        engine_id = vllm_config.kv_transfer_config.engine_id
+        self._us = Us(engine_id, read_secret(config.auth_secret_file), config.kv_lease_duration)
+        self._contract = contract_type(self._us)
         self._groups = _compat.transfer_group_ids(kv_cache_config)
         self._group_sizes = [
             kv_cache_config.kv_cache_groups[g].kv_cache_spec.block_size for g in self._groups
@@ -54,9 +54,7 @@ class Scheduler:
             "pp_size": parallel.pipeline_parallel_size,
         }
         self._backoff = _backoff(vllm_config, kv_cache_config)
-        self._secret = read_secret(config.auth_secret_file)
-        self._ttl_s = float(config.kv_lease_duration)
-        self._planner = Planner(PeerTier(self._ttl_s))
+        self._planner = Planner(PeerTier(self._us.ttl_s))
         self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
 
     def named(self, ranks: Mapping[tuple[int, int], RankMetadata]) -> None:
@@ -70,23 +68,12 @@ class Scheduler:
 
     def arrived(self, request: Any) -> None:
         """A new request: note its offer, promise its KV."""
-        params = request.kv_transfer_params
-        if wants_remote_prefill(params):
-            try:
-                offer = self._offer(request)
-            except OfferError as e:
-                self._planner.stats.count("num_invalid_params")
-                logger.warning(
-                    "request %s: kv_transfer_params are unusable, it is prefilled here: %s",
-                    request.request_id,
-                    e,
-                )
-                self._let_go(request)
-            else:
+        if self._contract.loads(request):
+            if (offer := self._offer(request)) is not None:
                 self._planner.offered(request.request_id, offer)
-        elif wants_remote_decode(params):
+        elif self._contract.lends(request):
             self._shorten(request)
-            self._planner.will_lend(request.request_id)
+            self._planner.will_lend(request.request_id, self._contract.name(request))
 
     def match(self, request: Any, local_tokens: int) -> int:
         """Tokens to load beyond those cached here; no effect."""
@@ -107,7 +94,7 @@ class Scheduler:
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request ended; says whether its blocks are lent, and with which params."""
         self._planner.ended(request.request_id)
-        if not wants_remote_decode(request.kv_transfer_params):
+        if not self._contract.lends(request):
             return False, None
         tables = [block_ids[g] for g in self._groups]
         tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
@@ -128,44 +115,42 @@ class Scheduler:
         """What was counted here since the last call; None if nothing."""
         return self._planner.stats.take()
 
-    def _offer(self, request: Any) -> Offer:
-        about_us = (self._engine_id, self._secret, self._ttl_s)
+    def _offer(self, request: Any) -> Offer | None:
         if getattr(request, "abort_immediately", False):  # never runs; its prompt is a dummy
-            return parse_rejected(request.kv_transfer_params, *about_us)
-        prompt = Prompt(request, self._backoff)
-        return parse_offer(request.kv_transfer_params, prompt, *about_us)
-
-    def _let_go(self, request: Any) -> None:
-        """A ticket that is good but not for this prompt: do not let its blocks wait in vain."""
-        if not request.kv_transfer_params.get(TICKET_KEY):
-            return
+            parse = self._contract.unused
+        else:
+            parse = partial(self._contract.offer, backoff=self._backoff)
         try:
-            offer = parse_rejected(
-                request.kv_transfer_params, self._engine_id, self._secret, self._ttl_s
+            return parse(request)
+        except OfferError as e:
+            self._planner.stats.count("num_invalid_params")
+            logger.warning(
+                "request %s: kv_transfer_params are unusable, it is prefilled here: %s",
+                request.request_id,
+                e,
             )
-        except OfferError:
-            return
-        self._planner.offered(request.request_id, offer)
+            return self._contract.unusable(request)
 
-    def _lend(self, request: Any, tables: list[list[int]], tokens: int) -> dict[str, Any]:
+    def _lend(self, request: Any, tables: list[list[int]], tokens: int) -> dict[str, Any] | None:
         kept = tuple(
             tuple(b if b != NULL_BLOCK else NO_BLOCK for b in table[: -(-tokens // size)])
             for table, size in zip(tables, self._group_sizes, strict=True)
         )
         digest = Prompt(request).digest(tokens)
-        generation = self._planner.lend(Store(request.request_id, kept, tokens, digest))
+        name = self._contract.name(request)
+        generation = self._planner.lend(Store(request.request_id, kept, tokens, digest, name))
         ticket = Ticket(
             version=TICKET_VERSION,
-            engine_id=self._engine_id,
+            engine_id=self._us.engine_id,
             generation=generation,
             request_id=request.request_id,
             tokens=tokens,
             digest=digest,
-            ttl_ms=round(self._ttl_s * 1000),
+            ttl_ms=round(self._us.ttl_s * 1000),
             shards=self._shards,
         )
         named = [[b for b in table if b != NO_BLOCK] for table in kept]
-        return lent_params(ticket, self._secret, named, self._sizes)
+        return self._contract.answer(request, ticket, named, self._sizes)
 
     def _shorten(self, request: Any) -> None:
         """Compute only what can be handed over: recurrent state cannot step back a token.

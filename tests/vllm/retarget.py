@@ -9,7 +9,7 @@ import os
 
 from tests.v1.kv_connector.unit import utils
 
-from kvconnect.vllm.connector import NixlConnector
+from kvconnect.vllm.nixl import NixlConnector
 
 _create = utils.create_vllm_config
 _init = NixlConnector.__init__

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvconnect.config import parse
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.vllm import _compat
-from kvconnect.vllm.connector import _check_parallelism
+from kvconnect.vllm.connector import check_parallelism
 from kvconnect.vllm.offload.messages import Done, Found, Work
 from kvconnect.vllm.offload.metrics import OffloadPromMetrics, OffloadStats
 from kvconnect.vllm.offload.scheduler import OffloadScheduler, logger
@@ -44,7 +44,7 @@ class KVConnectOffloading(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         options = self._kv_transfer_config.kv_connector_extra_config or {}
         config = parse(options, OffloadConfig, type(self).__name__)
-        _check_parallelism(vllm_config.parallel_config)
+        check_parallelism(vllm_config.parallel_config)
         self._scheduler: OffloadScheduler | None = None
         self._worker: OffloadWorker | None = None
         self._lost_blocks: set[int] = set()

@@ -1,0 +1,79 @@
+"""How a request says that its KV is elsewhere, or is to be handed over, and what we answer.
+
+The contract between engines and the routers in front of them. This one is vLLM's NIXL
+connector's: all of it is in ``kv_transfer_params``, see `kvconnect.vllm.params`. Other routers
+speak others; each is a subclass.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kvconnect.errors import OfferError
+from kvconnect.tier.peer import Offer
+from kvconnect.vllm.params import (
+    TICKET_KEY,
+    Prompt,
+    Ticket,
+    lent_params,
+    parse_offer,
+    parse_rejected,
+    wants_remote_decode,
+    wants_remote_prefill,
+)
+
+
+class Us(NamedTuple):
+    """This engine; ``ttl_s`` is assumed of leases that do not say."""
+
+    engine_id: str
+    secret: bytes | None
+    ttl_s: float
+
+
+class Contract:
+    """See above. ``request`` is vLLM's; nothing that a client sends may raise but OfferError."""
+
+    def __init__(self, us: Us) -> None:
+        self.us = us
+
+    def loads(self, request: Any) -> bool:
+        """Whether the client says that this prompt's KV is on another engine."""
+        return wants_remote_prefill(request.kv_transfer_params)
+
+    def lends(self, request: Any) -> bool:
+        """Whether the client says that another engine will decode this prompt."""
+        return wants_remote_decode(request.kv_transfer_params)
+
+    def offer(self, request: Any, backoff: int) -> Offer:
+        """What can be had for a request that `loads`; raises OfferError with the reason.
+
+        ``backoff`` trailing tokens of the prompt are not handed over.
+        """
+        return parse_offer(request.kv_transfer_params, Prompt(request, backoff), *self.us)
+
+    def unused(self, request: Any) -> Offer:
+        """The offer of a request that will never run: only its lease; raises OfferError."""
+        return parse_rejected(request.kv_transfer_params, *self.us)
+
+    def unusable(self, request: Any) -> Offer | None:
+        """The lease, where it is certain, of an `offer` that raised: it need not wait in vain."""
+        if not request.kv_transfer_params.get(TICKET_KEY):
+            return None
+        try:
+            return self.unused(request)
+        except OfferError:
+            return None
+
+    def name(self, request: Any) -> str:  # noqa: ARG002 - of other contracts
+        """Under which name the lease of a request that `lends` is found; "": its request id."""
+        return ""
+
+    def answer(
+        self,
+        request: Any,  # noqa: ARG002 - of other contracts
+        ticket: Ticket,
+        tables: Sequence[Sequence[int]],
+        sizes: dict[str, int],
+    ) -> dict[str, Any] | None:
+        """Params that hand the prompt over; arguments as of `lent_params`."""
+        return lent_params(ticket, self.us.secret, tables, sizes)

@@ -1,0 +1,1 @@
+"""Mooncake: the connector, and what routers that know vLLM's expect of it."""
