@@ -13,10 +13,11 @@ opaque frames; who may say what is decided above it (`listener.py`, `dialler.py`
 * `ZmqChannel` is the real one; `kvconnect.testing.Network` is the in-memory one.
 """
 
+import ipaddress
 import itertools
 import logging
 import socket
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import zmq
 
@@ -66,6 +67,8 @@ class ZmqChannel:
 
     def __init__(self, host: str, port: int) -> None:
         self._context = zmq.Context()
+        # names are looked up in a context's own thread, where a slow one keeps all others waiting
+        self._named = zmq.Context()
         self._router = self._socket(zmq.ROUTER)
         self.address = Address(host, self._bind(host, port))
         name = f"inproc://wake-{id(self)}"
@@ -85,7 +88,7 @@ class ZmqChannel:
     def dial(self, address: Address) -> Link:
         link = Link(True, str(next(self._numbers)).encode())
         try:
-            dealer = self._socket(zmq.DEALER)
+            dealer = self._socket(zmq.DEALER, self._named if _is_name(address.host) else None)
             monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         except zmq.ZMQError as e:  # each dialled peer takes some, until its greeting times out
             raise WireError(f"{address} cannot be dialled ({e.strerror})") from e
@@ -153,10 +156,11 @@ class ZmqChannel:
 
     def close(self) -> None:
         """Close all sockets; frames already sent get 100 ms to leave. Idempotent."""
-        self._context.destroy(linger=100)
+        for context in (self._context, self._named):
+            context.destroy(linger=100)
 
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        made = self._context.socket(kind)
+    def _socket(self, kind: int, context: zmq.Context[Any] | None = None) -> zmq.Socket[bytes]:
+        made = (context or self._context).socket(kind)
         made.setsockopt(zmq.LINGER, 0)
         largest = MAX_REQUEST_BYTES if kind == zmq.ROUTER else MAX_MESSAGE_BYTES
         made.setsockopt(zmq.MAXMSGSIZE, largest + 1024)
@@ -172,6 +176,7 @@ class ZmqChannel:
             where = _local_endpoint(host)
             self._router.bind(f"{where}:{port or '*'}")
         except (zmq.ZMQError, OSError) as e:
+            self._named.destroy(linger=0)
             self._context.destroy(linger=0)
             raise ConfigError(
                 f"control channel cannot listen on {host}:{port} ({e.strerror}); set "
@@ -180,6 +185,15 @@ class ZmqChannel:
             ) from e
         endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         return int(endpoint.rstrip("\0").rpartition(":")[2])
+
+
+def _is_name(host: str) -> bool:
+    """Whether it has to be looked up."""
+    try:
+        ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return True
+    return False
 
 
 def _local_endpoint(host: str) -> str:

@@ -20,7 +20,7 @@ from kvconnect.blocks import check_views
 from kvconnect.channel import Channel, Frame, Link
 from kvconnect.errors import GeometryError, WireError
 from kvconnect.lease import Clock
-from kvconnect.session import DIALLER, NONCE_BYTES, PLAIN, SEALED, Session
+from kvconnect.session import DIALLER, NONCE_BYTES, PLAIN, SEALED, Session, why_not_proved
 from kvconnect.wire import Address
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ RESEND_S = 1.0
 MAX_GREETINGS = 128  # under way at once; addresses may come from clients
 BACKOFF_S = (0.5, 4.0)  # between greetings of an address that fails: first, at most
 MAX_BACKOFFS = 1024
+MAX_GONE = 4096
 
 
 class State(enum.Enum):
@@ -71,13 +72,18 @@ class Peer:
         self.body: wire.Body | None = None
         self.version: tuple[int, int] | None = None
         self.fingerprint: Mapping[str, str] = {}
-        self.gone: set[str] = set()
-        """Generations that the peer said are over."""
+        self.gone: dict[str, None] = {}
+        """Generations that the peer said are over, the last `MAX_GONE` in their order."""
+        self.rejected = False  # once, while greeting
+        self.resend_at = 0.0
+        self.calls: dict[int, Call] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Greet from the start: whoever answers now may be another process than before."""
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         self.session: Session | None = None  # set once the peer has proved itself
         self.greeting: wire.Message = wire.Hello(version=wire.VERSION, nonce=self.nonce)
-        self.resend_at = 0.0
-        self.calls: dict[int, Call] = {}
 
     def __str__(self) -> str:
         return str(self.address)
@@ -214,6 +220,9 @@ class Dialler:
         if frame.data is None:
             if peer.state is State.READY:  # while greeting, the listener may only just come up
                 self.fail(peer, "closed the connection; has the engine ended?")
+            elif peer.session is not None:
+                peer.begin()
+                self._send_greeting(peer)
             return
         try:
             self._receive(peer, frame.data)
@@ -227,7 +236,13 @@ class Dialler:
             return
         message = wire.decode(data[1:])
         if isinstance(message, wire.Reject):
-            self.fail(peer, f"rejected us: {message.detail}")
+            # its proof was right, so its secret is ours: it has forgotten us, or was restarted
+            if peer.state is State.GREETING and peer.session is not None and not peer.rejected:
+                peer.rejected = True
+                peer.begin()
+                self._send_greeting(peer)
+            else:
+                self.fail(peer, f"rejected us: {message.detail}")
         elif isinstance(message, wire.Challenge) and peer.session is None:
             self._prove(peer, message)
 
@@ -240,7 +255,9 @@ class Dialler:
                 del peer.calls[message.seq]
                 call.reply = message
         elif isinstance(message, wire.Gone):
-            peer.gone.update(message.generations)
+            peer.gone |= dict.fromkeys(message.generations)
+            for oldest in list(peer.gone)[:-MAX_GONE]:
+                del peer.gone[oldest]
 
     def _prove(self, peer: Peer, challenge: wire.Challenge) -> None:
         peer.version = challenge.version
@@ -249,7 +266,7 @@ class Dialler:
             return
         session = Session(DIALLER, self._secret, peer.nonce, challenge.nonce)
         if not session.accepts(challenge.proof):
-            self.fail(peer, _why_not_proved(ours=bool(self._secret), theirs=challenge.secret))
+            self.fail(peer, why_not_proved(ours=bool(self._secret), theirs=challenge.secret))
             return
         peer.session = session
         peer.greeting = wire.Prove(proof=session.proof())
@@ -280,11 +297,3 @@ class Dialler:
     def _send_greeting(self, peer: Peer) -> None:
         peer.resend_at = self._clock() + RESEND_S
         self._channel.send(peer.link, PLAIN + wire.encode(peer.greeting))
-
-
-def _why_not_proved(ours: bool, theirs: bool) -> str:
-    if ours and theirs:
-        return "its auth_secret_file holds another secret than ours"
-    if theirs:
-        return "has an auth_secret_file and we have none; set the same one here"
-    return "has no auth_secret_file and we have one; set the same one there"

@@ -100,7 +100,10 @@ class Listener:
 
     def _welcome(self, link: Link, prove: wire.Prove) -> None:
         arrived = self._unproved.pop(link, None) or self._proved.get(link)
-        if arrived is None or not arrived.session.accepts(prove.proof):
+        if arrived is None:
+            self._reject(link, "no greeting is under way here; greet again")
+            return
+        if not arrived.session.accepts(prove.proof):
             self._reject(link, "wrong proof; is your auth_secret_file the same as ours?")
             return
         self._proved[link] = arrived  # again, if the Prove was repeated

@@ -172,9 +172,7 @@ class Mover:
                 self._dialler.receive(frame)
         self._obey()  # and whoever asks us must find what we were told before
         for frame in frames:
-            if frame.link.dialled:
-                continue
-            if incoming := self._listener.receive(frame):
+            if not frame.link.dialled and (incoming := self._listener.receive(frame)):
                 self._lender.receive(incoming)
                 if self._supplier:
                     self._supplier.receive(incoming)

@@ -66,3 +66,12 @@ def sign(secret: bytes, data: bytes) -> bytes:
 
 def _mac(key: bytes, data: bytes) -> bytes:
     return hmac.digest(key, data, hashlib.sha256)
+
+
+def why_not_proved(ours: bool, theirs: bool) -> str:
+    """What a wrong proof means, by whether either side has a secret."""
+    if ours and theirs:
+        return "its auth_secret_file holds another secret than ours"
+    if theirs:
+        return "has an auth_secret_file and we have none; set the same one here"
+    return "has no auth_secret_file and we have one; set the same one there"

@@ -6,6 +6,7 @@ from kvconnect.channel import ZmqChannel
 from kvconnect.errors import ConfigError
 from kvconnect.testing import Network, check_channel
 from kvconnect.testing.channels import CHECKS
+from kvconnect.wire import Address
 
 every_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 
@@ -18,6 +19,27 @@ def test_the_in_memory_network_keeps_the_contract(check):
 @every_check
 def test_zmq_keeps_the_contract(check):
     check(lambda: ZmqChannel("127.0.0.1", 0))
+
+
+def test_a_name_that_is_slow_to_look_up_keeps_no_other_peer_waiting(monkeypatch):
+    """ZMQ looks names up in its I/O thread; what a client sends may be such a name."""
+    ours, theirs = ZmqChannel("127.0.0.1", 0), ZmqChannel("127.0.0.1", 0)
+    contexts = []
+    monkeypatch.setattr(
+        ours,
+        "_socket",
+        lambda kind, context=None, make=ours._socket: (
+            contexts.append(context),
+            make(kind, context),
+        )[1],
+    )
+    for host in ("localhost", "127.0.0.1", "::1", "[::1]", "fe80::1%lo"):
+        ours.dial(Address(host, theirs.address.port))
+    assert contexts == [ours._named, None, None, None, None]
+    assert ours._named is not ours._context
+    ours.close()
+    theirs.close()
+    assert ours._named.closed and ours._context.closed
 
 
 def test_the_whole_suite_is_one_call():

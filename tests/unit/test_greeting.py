@@ -118,7 +118,35 @@ def test_a_proof_without_a_hello_is_rejected():
     link = pair.near.dial(pair.far.address)
     pair.near.send(link, PLAIN + wire.encode(wire.Prove(proof=b"p")))
     (reject,) = exchange(pair)
-    assert "wrong proof" in reject.detail
+    assert "no greeting" in reject.detail
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["connection broke", "silently"])
+def test_a_peer_restarted_amid_the_greeting_is_greeted_from_the_start(told):
+    """It used to be taken for one with another secret."""
+    pair = Pair(held=True)
+    peer = pair.dialler.greet(pair.far.address)
+    for channel in (pair.far, pair.near):  # Hello, Challenge
+        pair.network.flush()
+        for frame in channel.poll(0):
+            pair.listener.receive(frame) if channel is pair.far else pair.dialler.receive(frame)
+    assert peer.session is not None
+    pair.listener = Listener(pair.far, {"model": "m"}, pair.tell_body, SECRET)
+    if told:
+        pair.network.drop()  # the Prove
+        pair.dialler.receive(Frame(peer.link, None))
+    pair.go_on()
+    assert peer.state is State.READY
+    assert peer.rejected is not told
+
+
+def test_a_peer_that_rejects_every_proof_is_given_up():
+    pair = Pair()
+    peer = pair.dialler.greet(pair.far.address)
+    pair.listener._welcome = lambda link, prove: pair.listener._reject(link, "for no reason")
+    pair.go_on()
+    assert peer.state is State.FAILED
+    assert "for no reason" in peer.error
 
 
 def test_a_sealed_frame_without_a_session_is_rejected_so_that_its_sender_greets_anew():
@@ -344,7 +372,19 @@ def test_what_a_peer_says_is_over_is_remembered():
     pair.go_on()
     pair.listener.answer(pair.incoming[0].link, wire.Gone(generations=["g1"]))
     pair.go_on()
-    assert peer.gone == {"g1"}
+    assert list(peer.gone) == ["g1"]
+
+
+def test_of_what_a_peer_says_is_over_the_last_is_remembered(monkeypatch):
+    monkeypatch.setattr(dialler_module, "MAX_GONE", 3)
+    pair = Pair()
+    peer = pair.greet()
+    pair.call(peer)
+    pair.go_on()
+    for number in range(5):
+        pair.listener.answer(pair.incoming[0].link, wire.Gone(generations=[f"g{number}"]))
+    pair.go_on()
+    assert list(peer.gone) == ["g2", "g3", "g4"]
 
 
 def test_a_broken_connection_fails_a_peer_that_was_ready():

@@ -32,6 +32,21 @@ def test_orders_wait_for_their_fence_and_keep_their_sequence():
     assert sorted(p.sent) == ["r1", "r2"]
 
 
+def test_a_peer_that_ended_is_not_asked_by_orders_of_the_same_step():
+    world = World()
+    p, d = Engine(world), Engine(world)
+    lease = p.lend("r1", [3], seed=7)
+    d.put(Fetch("d1", p.source(lease), (((0, 1),),), 1, lease.digest))
+    world.go_on()
+    p.stop()
+    p.start()  # the broken connection waits in d's channel
+    lease = p.lend("r2", [4], seed=8)
+    d.put(Fetch("d2", p.source(lease), (((0, 2),),), 1, lease.digest))
+    world.go_on()
+    assert d.ended == {"d1": [None], "d2": [None]}
+    assert d.caches[0].holds_fill([(0, 2)], seed=8)
+
+
 def test_no_orders_are_no_work():
     world = World()
     engine = Engine(world)
