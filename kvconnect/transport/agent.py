@@ -24,7 +24,8 @@ import numpy as np
 from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
 from kvconnect.transport.base import Op, Work
-from kvconnect.transport.reach import Reach, Spans, pair, split
+from kvconnect.transport.pieces import Piece, cut
+from kvconnect.transport.reach import Reach, pair, split
 
 PIECE_BYTES = 1 << 20
 PIECE_SPANS = 1 << 14
@@ -46,18 +47,6 @@ class Status(enum.IntEnum):
     REFUSED = 2
 
 
-class Piece(NamedTuple):
-    """Part of a work that one request asks for."""
-
-    op: Op
-    spans: Spans
-    nbytes: int
-
-    @property
-    def reply_bytes(self) -> int:
-        return _STATUS.size + (self.nbytes if self.op is Op.READ else 0)
-
-
 class Answer(NamedTuple):
     """What to send to whom: the first ``nbytes`` of the buffer, with ``tag``."""
 
@@ -77,7 +66,7 @@ class Agent:
         """Cut ``work``; raises TransportError at once if it leaves our regions."""
         spans = split(pair(work), PIECE_BYTES)
         self._reach.check(spans[0], spans[2])
-        return _pieces(work.op, spans)
+        return cut(work.op, spans, PIECE_BYTES, PIECE_SPANS)
 
     def request(self, piece: Piece, key: bytes, reply_to: bytes, tag: int, out: np.ndarray) -> int:
         """Write the request for ``piece`` to ``out``; returns its size."""
@@ -121,7 +110,7 @@ class Agent:
             return "a row lies outside every region that the peer registered"
         if piece.op is Op.READ:
             ours, _, nbytes = piece.spans
-            self._reach.scatter(ours, nbytes, reply[_STATUS.size : piece.reply_bytes])
+            self._reach.scatter(ours, nbytes, reply[_STATUS.size : reply_bytes(piece)])
         return None
 
     def _obey(
@@ -142,13 +131,6 @@ class Agent:
         return Status.DONE
 
 
-def _pieces(op: Op, spans: Spans) -> Iterator[Piece]:
-    ours, theirs, nbytes = spans
-    ends, first = np.cumsum(nbytes), 0
-    while first < len(ends):
-        begun = ends[first] - nbytes[first]
-        last = int(np.searchsorted(ends, begun + PIECE_BYTES, side="right"))
-        last = min(last, first + PIECE_SPANS)
-        part = slice(first, last)
-        yield Piece(op, (ours[part], theirs[part], nbytes[part]), int(ends[last - 1] - begun))
-        first = last
+def reply_bytes(piece: Piece) -> int:
+    """Size of the reply to the request for ``piece``."""
+    return _STATUS.size + (piece.nbytes if piece.op is Op.READ else 0)

@@ -21,8 +21,9 @@ import numpy as np
 
 from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
-from kvconnect.transport.agent import BUFFER_BYTES, Agent, Piece
+from kvconnect.transport.agent import BUFFER_BYTES, Agent, reply_bytes
 from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.pieces import Piece, Tickets
 from kvconnect.transport.post import Handle, Line, Post
 
 logger = logging.getLogger(__name__)
@@ -65,18 +66,6 @@ class _Peer:
     dropped_at: float = 0.0
 
 
-@dataclass
-class _Running:
-    work: Work
-    pieces: Iterator[Piece]
-    started: float
-    post_s: float = 0.0
-    under_way: int = 0
-    descriptors: int = 0
-    exhausted: bool = False
-    error: str | None = None
-
-
 class MessageTransport:
     """See `kvconnect.transport.base`, and the module's contract."""
 
@@ -85,9 +74,7 @@ class MessageTransport:
         self._agent = Agent(regions)
         self._tag = secrets.randbelow(1 << 62)
         self._peers: dict[str, _Peer] = {}
-        self._running: dict[Ticket, _Running] = {}
-        self._next_ticket = 1
-        self._ended: list[Done] = []
+        self._tickets = Tickets()
         self._buffers: list[np.ndarray] = []  # free ones
         self._arriving: list[tuple[Handle, np.ndarray, int]] = []
         self._replies: list[_Reply] = []
@@ -111,19 +98,7 @@ class MessageTransport:
         self._drop(name, f"peer {name} was dropped")
 
     def submit(self, work: Work) -> Ticket:
-        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        started = time.perf_counter()
-        try:
-            if work.peer not in self._peers:
-                raise TransportError(f"peer {work.peer} is not reachable")
-            pieces = self._agent.pieces(work)
-        except TransportError as e:
-            self._ended.append(Done(ticket, str(e)))
-            return ticket
-        running = self._running[ticket] = _Running(work, pieces, started)
-        self._fill(work.peer)
-        running.post_s = time.perf_counter() - started
-        return ticket
+        return self._tickets.begin(work, self._pieces, self._fill)
 
     def poll(self) -> list[Done]:
         if not self._closed:
@@ -136,17 +111,14 @@ class MessageTransport:
                 else:
                     self._drop(name, f"peer {name} closed the connection")
             self._retired = [peer for peer in self._retired if not self._is_gone(peer)]
-        ended, self._ended = self._ended, []
-        return ended
+        return self._tickets.ended()
 
     def cancel(self, ticket: Ticket) -> None:
-        running = self._running.get(ticket)
-        if running is None:
-            return
-        running.exhausted, running.error = True, running.error or "cancelled"
         # read bytes only reach their place in `_advance`, written ones are the peer's to place
-        if running.work.op is Op.READ or not running.under_way:
-            self._end(ticket)
+        if self._tickets.op(ticket) is Op.READ:
+            self._tickets.end(ticket, "cancelled")
+        else:
+            self._tickets.fail(ticket, "cancelled")
 
     def close(self) -> None:
         if self._closed:
@@ -163,34 +135,28 @@ class MessageTransport:
 
     # -- reading and writing ------------------------------------------------------------
 
+    def _pieces(self, work: Work) -> Iterator[Piece]:
+        if work.peer not in self._peers:
+            raise TransportError(f"peer {work.peer} is not reachable")
+        return self._agent.pieces(work)
+
     def _fill(self, name: str) -> None:
         """Put pieces of this peer's tickets under way, as many as may be."""
         peer = self._peers[name]
-        for ticket, running in list(self._running.items()):
-            while running.work.peer == name and not running.exhausted:
-                if len(peer.exchanges) >= WINDOW:
-                    return
-                piece = next(running.pieces, None)
-                if piece is None:
-                    running.exhausted = True
-                else:
-                    self._ask(peer, ticket, running, piece)
-            if running.work.peer == name and not running.under_way:
-                self._end(ticket)
+        while len(peer.exchanges) < WINDOW and (taken := self._tickets.take(name)):
+            self._ask(peer, *taken)
 
-    def _ask(self, peer: _Peer, ticket: Ticket, running: _Running, piece: Piece) -> None:
+    def _ask(self, peer: _Peer, ticket: Ticket, piece: Piece) -> None:
         request, reply = self._buffer(), self._buffer()
         tag, self._tag = self._tag, self._tag + 1
         size = self._agent.request(piece, peer.key, peer.line.address, tag, request)
         try:
-            received = peer.line.receive(reply[: piece.reply_bytes], tag)
+            received = peer.line.receive(reply[: reply_bytes(piece)], tag)
             sent = peer.line.send(request[:size], REQUEST_TAG)
         except TransportError as e:
             # buffers are left to the garbage: who knows whether the library has them
-            running.exhausted, running.error = True, str(e)
+            self._tickets.settle(ticket, str(e))
             return
-        running.under_way += 1
-        running.descriptors += len(piece.spans[0])
         peer.exchanges.append(_Exchange(ticket, piece, (request, reply), sent, received))
 
     def _advance(self, peer: _Peer) -> None:
@@ -200,13 +166,10 @@ class MessageTransport:
             if not (x.sent.completed and x.received.completed):
                 under_way.append(x)
                 continue
-            if running := self._running.get(x.ticket):
-                running.under_way -= 1
-                error = running.error or _error(x.sent) or _error(x.received)
-                running.error = error or self._agent.settle(x.piece, x.buffers[1])
-                running.exhausted |= running.error is not None
-                if running.exhausted and not running.under_way:
-                    self._end(x.ticket)
+            if self._tickets.op(x.ticket):
+                error = self._tickets.error(x.ticket) or _error(x.sent) or _error(x.received)
+                error = error or self._agent.settle(x.piece, x.buffers[1])
+                self._tickets.settle(x.ticket, error)
             self._buffers += x.buffers
         peer.exchanges = under_way
 
@@ -216,10 +179,8 @@ class MessageTransport:
             return
         peer.dropped_at = time.monotonic()
         self._retired.append(peer)
-        for ticket, running in list(self._running.items()):
-            if running.work.peer == name:
-                running.error = running.error or why
-                self._end(ticket)
+        for ticket in self._tickets.of(name):
+            self._tickets.end(ticket, why)
 
     def _is_gone(self, peer: _Peer) -> bool:
         """Close a dropped peer's line as soon as may be."""
@@ -229,11 +190,6 @@ class MessageTransport:
             return False
         peer.line.close()
         return True
-
-    def _end(self, ticket: Ticket) -> None:
-        r = self._running.pop(ticket)
-        nbytes, wire_s = 0 if r.error else r.work.nbytes, time.perf_counter() - r.started
-        self._ended.append(Done(ticket, r.error, nbytes, r.descriptors, r.post_s, wire_s))
 
     # -- being read and written ---------------------------------------------------------
 
