@@ -42,6 +42,8 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Options of every prefill → decode connector."""
 
     inert: ClassVar[Mapping[str, str]] = {}
+    at_kv_port: ClassVar[bool] = False
+    """Whether peers find us at vLLM's kv_port, and not by params that name any port."""
 
     transport: str | None = None
     """Name of another transport than the connector's own; see docs/transports.md."""
@@ -84,13 +86,13 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         if self.transport_options and self.transport is None:
             raise ValueError("transport_options are given without transport, which they are for")
 
-    def chosen_transport(self) -> tuple[str, dict[str, Any]]:
-        """Name and options of the transport to use."""
+    def chosen_transport(self, device: str) -> tuple[str, dict[str, Any]]:
+        """Name and options of the transport to use for KV caches on ``device`` (cpu, cuda)."""
         if self.transport is None:
-            return self._own_transport()
+            return self._own_transport(device)
         return self.transport, self.transport_options
 
-    def _own_transport(self) -> tuple[str, dict[str, Any]]:
+    def _own_transport(self, device: str) -> tuple[str, dict[str, Any]]:
         raise NotImplementedError
 
 
@@ -107,7 +109,7 @@ class NixlConfig(PeerConfig, frozen=True, kw_only=True):
         if not self.backends:
             raise ValueError("backends is empty, expected at least one NIXL plugin, e.g. ['UCX']")
 
-    def _own_transport(self) -> tuple[str, dict[str, Any]]:
+    def _own_transport(self, device: str) -> tuple[str, dict[str, Any]]:  # noqa: ARG002 - any
         return "nixl", {"backends": self.backends}
 
 
@@ -122,7 +124,7 @@ class MooncakeConfig(PeerConfig, frozen=True, kw_only=True):
     metadata_server: str = "P2PHANDSHAKE"
     """``P2PHANDSHAKE``: none; or ``http://host:port/metadata``, ``etcd://host:port``."""
 
-    def _own_transport(self) -> tuple[str, dict[str, Any]]:
+    def _own_transport(self, device: str) -> tuple[str, dict[str, Any]]:  # noqa: ARG002 - any
         return "mooncake", {
             "protocol": self.mooncake_protocol,
             "device_name": self.device_name,

@@ -20,14 +20,16 @@ from kvconnect.vllm.params import (
     wants_remote_decode,
     wants_remote_prefill,
 )
+from kvconnect.wire import Address
 
 
 class Us(NamedTuple):
-    """This engine; ``ttl_s`` is assumed of leases that do not say."""
+    """This engine; ``ttl_s`` is assumed of leases that do not say, ``role`` is vLLM's kv_role."""
 
     engine_id: str
     secret: bytes | None
     ttl_s: float
+    role: str = "kv_both"
 
 
 class Contract:
@@ -35,6 +37,9 @@ class Contract:
 
     def __init__(self, us: Us) -> None:
         self.us = us
+
+    def named(self, address: Address) -> None:
+        """All ranks are up; rank 0 is at ``address``."""
 
     def loads(self, request: Any) -> bool:
         """Whether the client says that this prompt's KV is on another engine."""
@@ -49,15 +54,15 @@ class Contract:
 
         ``backoff`` trailing tokens of the prompt are not handed over.
         """
-        return parse_offer(request.kv_transfer_params, Prompt(request, backoff), *self.us)
+        return parse_offer(request.kv_transfer_params, Prompt(request, backoff), *self.us[:3])
 
     def unused(self, request: Any) -> Offer:
         """The offer of a request that will never run: only its lease; raises OfferError."""
-        return parse_rejected(request.kv_transfer_params, *self.us)
+        return parse_rejected(request.kv_transfer_params, *self.us[:3])
 
     def unusable(self, request: Any) -> Offer | None:
         """The lease, where it is certain, of an `offer` that raised: it need not wait in vain."""
-        if not request.kv_transfer_params.get(TICKET_KEY):
+        if not (request.kv_transfer_params or {}).get(TICKET_KEY):
             return None
         try:
             return self.unused(request)

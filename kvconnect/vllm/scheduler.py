@@ -40,8 +40,9 @@ class Scheduler:
         config: PeerConfig,
         contract_type: type[Contract] = Contract,
     ) -> None:
-        engine_id = vllm_config.kv_transfer_config.engine_id
-        self._us = Us(engine_id, read_secret(config.auth_secret_file), config.kv_lease_duration)
+        ours = vllm_config.kv_transfer_config
+        secret = read_secret(config.auth_secret_file)
+        self._us = Us(ours.engine_id, secret, config.kv_lease_duration, ours.kv_role)
         self._contract = contract_type(self._us)
         self._groups = _compat.transfer_group_ids(kv_cache_config)
         self._group_sizes = [
@@ -62,6 +63,7 @@ class Scheduler:
         self._shards = tuple(
             (Address(rank.host, rank.port), rank.incarnation) for _, rank in sorted(ranks.items())
         )
+        self._contract.named(self._shards[0][0])
         self._planner.named(tuple(address for address, _ in self._shards))
 
     # -- as vLLM schedules ---------------------------------------------------------------
@@ -83,6 +85,10 @@ class Scheduler:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
         wanted = self._wanted(blocks, request) if tokens else ()
         self._planner.admitted(Load(request.request_id, wanted), tokens)
+
+    def hand_over(self, request: Any) -> Offer | None:
+        """The request's offer; its load, and its release, are the caller's from now on."""
+        return self._planner.hand_over(request.request_id)
 
     def received(self, request_ids: Sequence[str]) -> None:
         """All ranks ended these loads."""
@@ -125,7 +131,7 @@ class Scheduler:
         except OfferError as e:
             self._planner.stats.count("num_invalid_params")
             logger.warning(
-                "request %s: kv_transfer_params are unusable, it is prefilled here: %s",
+                "request %s: what it says of its KV is unusable, it is prefilled here: %s",
                 request.request_id,
                 e,
             )
@@ -157,8 +163,8 @@ class Scheduler:
 
         As in-tree ``_truncate_request_for_prefill``; the decode engine computes the rest.
         """
-        params, backoff = request.kv_transfer_params, self._backoff
-        if not backoff or request.num_prompt_tokens <= backoff or params.get("_p_side_truncated"):
+        backoff = self._backoff
+        if not backoff or request.num_prompt_tokens <= backoff:
             return
         if request.get_skip_reading_prefix_cache():
             return
@@ -169,7 +175,6 @@ class Scheduler:
         del request._all_token_ids[-backoff:]
         request.num_prompt_tokens -= backoff
         request.max_tokens = 1
-        params["_p_side_truncated"] = True
 
     def _wanted(self, blocks: Any, request: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Blocks to fill per group: those of the prompt that no prefix cache hit filled."""

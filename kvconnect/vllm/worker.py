@@ -90,8 +90,8 @@ class Worker:
         if staging is not None:
             registered = (*registered, staging.region)
         self._arena = owner
-        host, port = side_channel(self._vllm_config, rank)
-        name, options = self._config.chosen_transport()
+        host, port = side_channel(self._vllm_config, rank, self._config.at_kv_port)
+        name, options = self._config.chosen_transport(self._device.type)
         transport = make_transport(name, registered, host, options)
         settings = Settings(
             rank=rank.index,
@@ -199,22 +199,28 @@ def _kernels(device: torch.device) -> Kernels:
     raise ConfigError(f"there are no gather kernels for {device.type} devices")
 
 
-def side_channel(vllm_config: Any, rank: Rank) -> tuple[str, int]:
+def side_channel(vllm_config: Any, rank: Rank, at_kv_port: bool) -> tuple[str, int]:
     """Host to advertise and port to bind: vLLM's variables where set, else a free port.
 
-    A set port is rank 0's; the others are on free ports, since tickets name them all. Unlike
-    in-tree, the default host is not localhost, which no other machine can reach.
+    ``at_kv_port``: the port is vLLM's kv_port, on which each engine of a data-parallel group has
+    as many as it has ranks. A set port is rank 0's; the others are on free ports, since tickets
+    and rank 0 name them all. Unlike in-tree, the default host is not localhost, which no other
+    machine can reach.
     """
     from vllm.utils.network_utils import get_ip
 
     host = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST") or get_ip()
     if host == "0.0.0.0":  # noqa: S104 - compared, not bound; what get_ip says when it finds no route at all
         host = "127.0.0.1"
+    replica = getattr(vllm_config.parallel_config, "data_parallel_index", 0)
+    kv_port = vllm_config.kv_transfer_config.kv_port
+    if at_kv_port:
+        return host, kv_port + replica * rank.count if kv_port and rank.index == 0 else 0
     port = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
     if not port or rank.index != 0:
         return host, 0
     try:
-        return host, int(port) + getattr(vllm_config.parallel_config, "data_parallel_index", 0)
+        return host, int(port) + replica
     except ValueError as e:
         raise ConfigError(
             f"VLLM_NIXL_SIDE_CHANNEL_PORT is {port!r}, expected a port number; unset it for a "

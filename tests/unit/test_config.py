@@ -92,7 +92,7 @@ def test_a_configuration_of_the_in_tree_mooncake_connector_starts():
     options = {"mooncake_protocol": "tcp", "device_name": "mlx5_0", "num_workers": 10}
     options["bootstrap_server_address"] = "10.0.0.1:8998"
     config = parse(options, MooncakeConfig, "KVConnectMooncake")
-    assert config.chosen_transport() == (
+    assert config.chosen_transport("cpu") == (
         "mooncake",
         {"protocol": "tcp", "device_name": "mlx5_0", "metadata_server": "P2PHANDSHAKE"},
     )
@@ -106,8 +106,8 @@ def test_options_of_one_transport_are_unknown_to_the_other():
 
 
 def test_another_transport_can_be_named_with_options_of_its_own():
-    assert parsed().chosen_transport() == ("nixl", {"backends": ("UCX",)})
+    assert parsed().chosen_transport("cpu") == ("nixl", {"backends": ("UCX",)})
     acme = parsed(transport="acme", transport_options={"x": 1})
-    assert acme.chosen_transport() == ("acme", {"x": 1})
+    assert acme.chosen_transport("cpu") == ("acme", {"x": 1})
     with pytest.raises(ConfigError, match="without transport"):
         parsed(transport_options={"x": 1})
