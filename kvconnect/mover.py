@@ -265,6 +265,7 @@ class Mover:
                 self._reported.add(counted)
             self._outcome.sent |= sent
             self._outcome.received |= received
+            self._outcome.ended_s |= dict.fromkeys(received, self._clock())
             self._outcome.failed |= failed
         self._lender.expired = self._lender.late = 0
 

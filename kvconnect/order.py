@@ -30,6 +30,8 @@ class Source:
     request_id: str
     generation: str | None
     ttl_s: float
+    wait_s: float = 0.0
+    """Where both engines are asked at once: how long the KV may take to be computed there."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class Outcome:
     """Consumer: requests whose fetch ended, well or not."""
     failed: dict[str, str] = field(default_factory=dict)
     """Consumer: of those, the ones whose blocks do not hold the KV, with the reason."""
+    ended_s: dict[str, float] = field(default_factory=dict)
+    """Consumer: when each fetch ended, by the mover's clock."""
 
     def __bool__(self) -> bool:
         return bool(self.sent or self.received or self.failed)

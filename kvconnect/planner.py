@@ -43,6 +43,10 @@ class Planner:
         else:  # all of it is here already, or vLLM chose not to load: let the lease go
             self._orders += self._tier.settle(load.request_id)
 
+    def hand_over(self, request_id: str) -> Offer | None:
+        """See `PeerTier.hand_over`."""
+        return self._tier.hand_over(request_id)
+
     def received(self, request_id: str) -> None:
         """All ranks ended the load."""
         self._tier.loaded(request_id)

@@ -15,8 +15,7 @@ cheapest gives it, by rates that were measured.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-WEIGHT = 0.2  # of the newest measurement
-WORTH_MEASURING_BYTES = 1 << 20  # a smaller load says little about a rate
+from kvconnect.costs import WORTH_MEASURING_BYTES, Line
 
 
 class Source(NamedTuple):
@@ -36,24 +35,31 @@ class Hop(NamedTuple):
 
 
 class Rates:
-    """Seconds per byte of each source, as measured; a guess until then."""
+    """What a hop from each source costs to start, and per byte: as measured, a guess until then.
+
+    The first hop of a source pays for what is set up once and is not counted.
+    """
 
     def __init__(self, guesses: Mapping[str, float]) -> None:
-        self._seconds_per_byte = dict(guesses)
-        self._measured: set[str] = set()
+        """``guesses``: seconds per byte."""
+        self._lines = {source: Line("per_byte", per_byte=s) for source, s in guesses.items()}
+        self._seen: set[str] = set()
 
     def measured(self, source: str, nbytes: int, seconds: float) -> None:
-        """A load from ``source`` ended well."""
+        """A hop from ``source`` ended well."""
         if nbytes < WORTH_MEASURING_BYTES:
             return
-        now = seconds / nbytes
-        old = self._seconds_per_byte[source] if source in self._measured else now
-        self._measured.add(source)
-        self._seconds_per_byte[source] = old + WEIGHT * (now - old)
+        if source in self._seen:
+            self._lines[source].add(1, nbytes, seconds)
+        self._seen.add(source)
+
+    def start_s(self, source: str) -> float:
+        """What a hop costs, aside from its bytes."""
+        return self._lines[source].each
 
     def seconds(self, source: str, nbytes: int) -> float:
-        """What ``nbytes`` from ``source`` would take."""
-        return self._seconds_per_byte[source] * nbytes
+        """What ``nbytes`` from ``source`` would take, once it has started."""
+        return self._lines[source].per_byte * nbytes
 
 
 def reach(first: int, sources: Iterable[Source]) -> int:

@@ -96,8 +96,14 @@ class OffloadTier:
 
     def has(self, key: Key) -> bool:
         """Whether a chunk can be loaded; no effect. See `kvconnect.tier.hits`."""
-        here = self.host.holds(key) or (self.disk is not None and self.disk.holds(key))
-        return here or self._beside[key] >= self._ranks
+        return bool(self.whence(key))
+
+    def whence(self, key: Key) -> str:
+        """From where a chunk would be loaded: host, disk, beside, or "" for nowhere; no effect."""
+        for tier in (self.host, self.disk):
+            if tier and tier.holds(key):
+                return tier.name
+        return "beside" if self._beside[key] >= self._ranks else ""
 
     def reach(self, keys: Iterable[Key]) -> int:
         """How many of ``keys``, from the first on, can be loaded; no effect."""
@@ -163,6 +169,14 @@ class OffloadTier:
             self._forget(self.disk.settle(key, well), self.disk, result)
         else:
             self._filled(number, well, result)
+            if not well:
+                self.counts["chunks_failed"] += 1
+        return result
+
+    def declined(self, number: int) -> Result:
+        """All ranks have answered a fill, and none failed, but some were not to carry it out."""
+        result = Result()
+        self._filled(number, False, result, failed=False)
         return result
 
     def lost(self, key: Key, on_disk: bool) -> Result:
@@ -231,7 +245,8 @@ class OffloadTier:
         self._spills[number] = key, self.host.pin([key]) if pin else []
         result.jobs.append(Spill(number, key))
 
-    def _filled(self, number: int, well: bool, result: Result) -> None:
+    def _filled(self, number: int, well: bool, result: Result, failed: bool = True) -> None:
+        """``failed``: what is not well is."""
         filling = self._fills.pop(number)
         if filling.tier is not None:
             filling.tier.unpin(filling.pins)
@@ -241,9 +256,8 @@ class OffloadTier:
             result.jobs.append(Forget(filling.key, False))  # a rank may have promoted it
         load = self._loads[filling.request_id]
         load.running.remove(number)
-        if not well:
+        if failed and not well:
             load.failed.append(filling.key)
-            self.counts["chunks_failed"] += 1
         self._end(filling.request_id, result)
 
     def _end(self, request_id: str, result: Result) -> None:

@@ -42,6 +42,10 @@ class PeerTier:
         self._loading.add(load.request_id)
         return [Fetch(load.request_id, offer.source, load.blocks, offer.tokens, offer.digest)]
 
+    def hand_over(self, request_id: str) -> Offer | None:
+        """The offer of a request; its load, and its release, are the caller's from now on."""
+        return None if request_id in self._loading else self._offers.pop(request_id, None)
+
     def settle(self, request_id: str) -> list[Order]:
         offer = self._offers.pop(request_id, None)
         if request_id in self._loading:

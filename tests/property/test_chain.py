@@ -125,11 +125,22 @@ def test_thousands_of_chunks_are_planned():
 
 def test_rates_follow_what_is_measured():
     rates = Rates({"host": 1.0, "disk": 2.0})
-    assert rates.seconds("disk", 10) == 20.0
-    rates.measured("disk", 100, 1.0)
-    assert rates.seconds("disk", 10) == 20.0, "too small to say anything"
-    rates.measured("disk", 10 << 20, 10 << 20)
-    assert rates.seconds("disk", 10) == 10.0, "a guess is forgotten at once"
-    rates.measured("disk", 10 << 20, 20 << 20)
-    assert rates.seconds("disk", 10) == pytest.approx(12.0)
+    mb = 1 << 20
+    assert (rates.start_s("disk"), rates.seconds("disk", 10)) == (0.0, 20.0)
+    for _ in range(2):
+        rates.measured("disk", 100, 1.0)
+    rates.measured("disk", 10 * mb, 90 * mb)
+    assert rates.seconds("disk", 10) == 20.0, "too small to say anything, or the first of all"
+    rates.measured("disk", 10 * mb, 10 * mb)
+    assert rates.seconds("disk", 10) == pytest.approx(10.0), "a guess is forgotten at once"
+    rates.measured("disk", 10 * mb, 20 * mb)
+    assert 14.0 < rates.seconds("disk", 10) < 17.0
     assert rates.seconds("host", 10) == 10.0
+
+
+def test_what_a_source_takes_to_start_is_told_from_what_it_takes_per_byte():
+    rates = Rates({"peer": 1.0})
+    for mb in (1, 1, 64, 2, 32):
+        rates.measured("peer", mb << 20, 0.005 + (mb << 20) * 1e-9)
+    assert rates.start_s("peer") == pytest.approx(0.005)
+    assert rates.seconds("peer", 10**9) == pytest.approx(1.0)

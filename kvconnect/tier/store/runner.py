@@ -37,6 +37,8 @@ class Report:
     """What happened since the last one."""
 
     answers: list[Answer] = field(default_factory=list)
+    ended_s: dict[int, float] = field(default_factory=dict)
+    """When each was answered, by the runner's clock."""
     lost: list[Loss] = field(default_factory=list)
     gained: set[bytes] = field(default_factory=set)
     """Keys that other engines hold now and did not; ``gone``: the reverse."""
@@ -174,6 +176,7 @@ class Runner:
         with self._lock:
             report = self._report
             report.answers += answers
+            report.ended_s |= dict.fromkeys((one.number for one in answers), self._clock())
             report.lost += lost
             report.counts += counts
             came, went = report.gained, report.gone  # what came and went meanwhile, did neither
