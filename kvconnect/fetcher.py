@@ -105,7 +105,7 @@ class Fetcher:
     def start(self, order: Fetch | Release) -> None:
         """Begin a fetch, or a release, which is a fetch of nothing that reports nothing."""
         remote = self._remotes.of(order.source)
-        deadline = self._clock() + self._load_timeout_s
+        deadline = self._clock() + order.source.wait_s + self._load_timeout_s
         self._fetches[order.request_id] = _Fetch(order, remote, deadline)
 
     def cancel(self, order: Cancel) -> None:
@@ -211,7 +211,9 @@ class Fetcher:
     def _check_time(self, fetch: _Fetch) -> None:
         if self._clock() < fetch.deadline:
             return
-        self._fail(fetch, f"not loaded within {self._load_timeout_s:g} s")
+        opened = fetch.phase in (Phase.READING, Phase.CLOSING)
+        waited = 0.0 if opened else fetch.order.source.wait_s
+        self._fail(fetch, f"not loaded within {self._load_timeout_s + waited:g} s")
         if fetch.tickets and fetch.remote.state is not State.FAILED:
             # the fence: without it a read could still land in blocks that get a new owner
             fetch.remote.fail("a read did not end in time")
@@ -238,6 +240,7 @@ class Fetcher:
                         reader=self._rank,
                         tokens=order.tokens,
                         digest=order.digest,
+                        early_ms=round(source.wait_s * 1000),
                     ),
                     (wire.Opened, wire.Refused),
                     fetch.deadline,
@@ -247,6 +250,7 @@ class Fetcher:
     def _read(self, fetch: _Fetch) -> None:
         assert isinstance(fetch.order, Fetch)
         fetch.phase, fetch.pulled_from = Phase.READING, self._clock()
+        fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
         for index, call in fetch.opens.items():
             path = fetch.remote.paths[index]
             assert path is not None and isinstance(call.reply, wire.Opened)

@@ -15,10 +15,13 @@ generation, so a stale reference to a request id or to a restarted engine never 
 
 import enum
 import heapq
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 Clock = Callable[[], float]
+
+REMEMBERED_NAMES = 4096
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class LeaseBook:
         self._expected: dict[str, str] = {}  # generation → name
         self._leases: dict[str, _Lease] = {}  # generation → lease
         self._generations: dict[str, str] = {}  # name → generation, expected or granted
+        self._over: OrderedDict[str, None] = OrderedDict()  # names of leases that ended last
         self._heap: list[tuple[float, str]] = []  # (a deadline at or before the real one, gen.)
 
     def __len__(self) -> int:
@@ -77,7 +81,7 @@ class LeaseBook:
     def expect(self, name: str, generation: str) -> None:
         """A request that will be leased under ``generation`` is being computed."""
         self._expected[generation] = name
-        self._generations[name] = generation
+        self._named(name, generation)
 
     def grant(self, terms: Terms) -> None:
         """The blocks hold the KV now; the lease runs from here."""
@@ -85,18 +89,22 @@ class LeaseBook:
         now = self._clock()
         lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s)
         self._leases[terms.generation] = lease
-        self._generations[_name(terms)] = terms.generation
+        self._named(_name(terms), terms.generation)
         heapq.heappush(self._heap, (lease.deadline, terms.generation))
 
     def withdraw(self, generation: str) -> None:
         """An expected request ended without KV to hand over (abort, error)."""
         name = self._expected.pop(generation, None)
-        if name is not None and self._generations.get(name) == generation:
-            del self._generations[name]
+        if name is not None:
+            self._unnamed(name, generation)
 
     def find(self, name: str) -> str | None:
         """Generation under which a request is expected or leased now."""
         return self._generations.get(name)
+
+    def is_over(self, name: str) -> bool:
+        """Whether what was last expected or leased under ``name`` ended a short while ago."""
+        return name in self._over
 
     def standing(self, generation: str) -> Standing:
         """How the lease stands at this moment."""
@@ -170,9 +178,20 @@ class LeaseBook:
 
     def _end(self, generation: str) -> str:
         terms = self._leases.pop(generation).terms
-        if self._generations.get(_name(terms)) == generation:
-            del self._generations[_name(terms)]
+        self._unnamed(_name(terms), generation)
         return terms.request_id
+
+    def _named(self, name: str, generation: str) -> None:
+        self._generations[name] = generation
+        self._over.pop(name, None)
+
+    def _unnamed(self, name: str, generation: str) -> None:
+        if self._generations.get(name) != generation:  # another has taken the name since
+            return
+        del self._generations[name]
+        self._over[name] = None
+        if len(self._over) > REMEMBERED_NAMES:
+            self._over.popitem(last=False)
 
 
 def _name(terms: Terms) -> str:

@@ -1,7 +1,8 @@
 """The producer's half of a mover: answers readers of our leased blocks.
 
 * A reader that is early (its lease is expected, not granted) is parked and answered when the
-  lease is granted or withdrawn; parked readers are bounded.
+  lease is granted or withdrawn; parked readers are bounded. One that is earlier still, where
+  routers ask both engines at once, waits in `kvconnect.early`.
 * A reader whose prompt is not the leased one is refused: a ticket or a request id alone is
   not enough to read another prompt's KV.
 * A repeated Close, and only that very message, gets the answer of the first: another reader's
@@ -14,6 +15,7 @@ from collections import OrderedDict
 
 from kvconnect import wire
 from kvconnect.channel import Link
+from kvconnect.early import EarlyReaders
 from kvconnect.lease import Clock, LeaseBook, Standing, Terms
 from kvconnect.listener import Incoming, Listener
 
@@ -29,6 +31,7 @@ class Lender:
     def __init__(self, listener: Listener, clock: Clock, max_duration_s: float) -> None:
         self._listener = listener
         self._book = LeaseBook(clock, max_duration_s)
+        self._early = EarlyReaders(clock)
         self._parked: dict[str, dict[tuple[Link, int], wire.Open]] = {}
         self._freed: set[str] = set()
         self._closed: OrderedDict[tuple[Link, int], bool] = OrderedDict()  # (…, seq) → stood
@@ -45,10 +48,14 @@ class Lender:
     def expect(self, name: str, generation: str) -> None:
         """A request that will be leased is being computed."""
         self._book.expect(name, generation)
+        for link, message in self._early.take(name):
+            self._park(link, message, generation)
 
     def grant(self, terms: Terms) -> None:
         """Lease a request's blocks, and answer whoever waits for them."""
         self._book.grant(terms)
+        for link, message in self._early.take(terms.name or terms.request_id):
+            self._open(link, message)
         for (link, _), message in self._parked.pop(terms.generation, {}).items():
             self._open(link, message)
 
@@ -83,10 +90,13 @@ class Lender:
             logger.warning("request %s: lease expired, its blocks are freed", request_id)
             self.expired += 1
             self._freed.add(request_id)
+        for link, message in self._early.tick():
+            self._refuse(link, message, "gone", "the request never arrived at this engine")
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        return self._book.next_deadline()
+        times = (self._book.next_deadline(), self._early.next_deadline())
+        return min((t for t in times if t is not None), default=None)
 
     def take_freed(self) -> set[str]:
         """Requests whose blocks may be freed, each told once."""
@@ -98,6 +108,8 @@ class Lender:
         standing = self._book.standing(generation) if generation else Standing.GONE
         if generation and standing is Standing.EXPECTED:
             self._park(link, message, generation)
+            return
+        if not generation and self._may_be_early(link, message):
             return
         if not generation or standing is Standing.GONE:
             self._refuse(link, message, "gone", "no such lease, or it is over")
@@ -137,6 +149,7 @@ class Lender:
         """Whether the lease still stood."""
         generation = self._generation(message)
         if generation is None:
+            self._early.forget(message.request_id or "", link, message.reader)
             return False
         reader = (link, message.reader)
         if not message.final:
@@ -152,6 +165,10 @@ class Lender:
         if message.generation is not None:
             return message.generation
         return self._book.find(message.request_id) if message.request_id else None
+
+    def _may_be_early(self, link: Link, message: wire.Open) -> bool:
+        """Whether the reader waits for a request that has not arrived."""
+        return not self._book.is_over(message.request_id or "") and self._early.admit(link, message)
 
     def _park(self, link: Link, message: wire.Open, generation: str) -> None:
         if sum(map(len, self._parked.values())) >= MAX_PARKED:

@@ -13,7 +13,7 @@ import msgspec
 from kvconnect.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
 from kvconnect.errors import WireError
 
-VERSION = (2, 2)
+VERSION = (2, 3)
 """(major, minor); docs/wire.md says what each added."""
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -146,6 +146,8 @@ class Open(Message, frozen=True):
     reader: Rank
     tokens: Count
     digest: Short
+    early_ms: Count = 0
+    """How long it waits for a name that is not even expected yet; 0: not at all. Since 2.3."""
 
 
 class Opened(Message, frozen=True):
@@ -269,7 +271,6 @@ Reply = Opened | Refused | Closed | Staged | Filled
 """What answers a request of the same ``seq``."""
 
 Decoded = TypeVar("Decoded")
-
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 _body_decoder = msgspec.msgpack.Decoder(Body)
@@ -294,7 +295,6 @@ def _decode(decoder: "msgspec.msgpack.Decoder[Decoded]", data: bytes) -> Decoded
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"message of {len(data)} bytes, expected at most {MAX_MESSAGE_BYTES}")
     try:
-        found: Decoded = decoder.decode(data)
-        return found
+        return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"malformed message of {len(data)} bytes: {e}") from e

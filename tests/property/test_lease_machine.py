@@ -166,6 +166,7 @@ class LeaseMachine(RuleBasedStateMachine):
         live = {m.request_id: m.generation for m in self.models if not m.ended}
         for request_id in {m.request_id for m in self.models}:
             assert self.book.find(request_id) == live.get(request_id)
+            assert self.book.is_over(request_id) == (request_id not in live)
 
     @invariant()
     def nothing_is_kept_of_what_is_over(self):

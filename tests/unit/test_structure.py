@@ -17,7 +17,7 @@ LAYERS = [
     {"plan", "wire", "ops"},
     {"rows", "course"},
     {"slots", "order", "session", "channel", "transport"},
-    {"listener", "dialler", "stats", "reader"},
+    {"listener", "dialler", "stats", "reader", "early"},
     {"lender", "puller", "tier"},
     {"remote", "supplier"},
     {"watcher"},

@@ -1,0 +1,278 @@
+"""Readers that come before the request whose lease they want: they wait, and not for ever."""
+
+import msgspec
+import pytest
+
+from kvconnect import early as early_module
+from kvconnect import wire
+from kvconnect.channel import Link
+from kvconnect.early import MAX_WAIT_S, SILENT_S, EarlyReaders
+from kvconnect.lease import Terms
+from kvconnect.lender import Lender
+from kvconnect.listener import Incoming
+from kvconnect.order import Cancel, Expect, Fetch, Grant, Source, Watch, Withdraw
+from kvconnect.testing import FakeClock, Fault
+from kvconnect.testing.engines import Engine, World
+
+NEAR, FAR = Link(False, b"engine 1"), Link(False, b"engine 2")
+TERMS = Terms("r", "g", ((4, 2),), 30, b"digest", 10.0, "transfer")
+PLACES = ((0, 5), (1, 2))
+
+
+def ask(seq=1, early_ms=30_000, **changed):
+    message = wire.Open(
+        seq=seq,
+        generation=None,
+        request_id="transfer",
+        reader=0,
+        tokens=30,
+        digest=b"digest",
+        early_ms=early_ms,
+    )
+    return msgspec.structs.replace(message, **changed)
+
+
+class Answers:
+    def __init__(self):
+        self.sent = []
+
+    def answer(self, link, message):
+        self.sent.append((link, message))
+
+    def take(self):
+        taken, self.sent = self.sent, []
+        return taken
+
+
+class Rig:
+    def __init__(self):
+        self.clock, self.answers = FakeClock(), Answers()
+        self.lender = Lender(self.answers, self.clock, 60.0)
+
+    def send(self, message, link=NEAR):
+        self.lender.receive(Incoming(link, message))
+        return self.answers.take()
+
+    def repeat_for(self, seconds, message, link=NEAR):
+        """As a dialler does; returns what was answered, and after how many seconds."""
+        for second in range(seconds):
+            self.lender.tick()
+            if answers := self.answers.take() or self.send(message, link):
+                return second, answers
+            self.clock.advance(1.0)
+        return seconds, []
+
+
+@pytest.fixture
+def rig():
+    return Rig()
+
+
+def test_a_reader_may_come_before_the_request(rig):
+    assert rig.send(ask()) == []
+    rig.lender.expect("transfer", "g")
+    assert rig.send(ask()) == []
+    rig.lender.grant(TERMS)
+    ((link, opened),) = rig.answers.take()
+    assert (link, opened.seq, opened.tables) == (NEAR, 1, TERMS.tables)
+
+
+def test_a_request_that_was_never_expected_is_found_as_well(rig):
+    rig.send(ask())
+    rig.lender.grant(TERMS)
+    ((_, opened),) = rig.answers.take()
+    assert opened.generation == "g"
+
+
+def test_who_does_not_ask_to_wait_is_refused(rig):
+    ((_, refused),) = rig.send(ask(early_ms=0))
+    assert refused.cause == "gone"
+    ((_, refused),) = rig.send(ask(generation="g"))
+    assert refused.cause == "gone"
+
+
+def test_the_wait_ends_when_the_reader_said(rig):
+    after, ((_, refused),) = rig.repeat_for(100, ask(early_ms=8_000))
+    assert (after, refused.cause, refused.seq) == (8, "gone", 1)
+
+
+def test_nobody_waits_longer_than_the_lender_allows(rig):
+    after, ((_, refused),) = rig.repeat_for(100, ask(early_ms=1 << 40))
+    assert (after, refused.cause) == (MAX_WAIT_S, "gone")
+
+
+def test_who_falls_silent_is_forgotten_without_an_answer(rig):
+    rig.send(ask())
+    assert rig.lender.next_deadline() == rig.clock() + SILENT_S
+    rig.clock.advance(SILENT_S)
+    rig.lender.tick()
+    assert rig.lender.next_deadline() is None
+    rig.lender.grant(TERMS)
+    assert rig.answers.take() == []
+    assert not rig.lender.reading
+
+
+def test_who_gives_up_is_not_opened_later(rig):
+    rig.send(ask(), NEAR)
+    rig.send(ask(), FAR)
+    ((_, closed),) = rig.send(
+        wire.Close(seq=9, generation=None, request_id="transfer", reader=0, readers=1)
+    )
+    assert not closed.stood
+    rig.lender.grant(TERMS)
+    assert [link for link, _ in rig.answers.take()] == [FAR]
+
+
+def test_a_request_that_ended_without_kv_is_not_waited_for(rig):
+    """Used to be thought of as one that is still to come."""
+    rig.lender.expect("transfer", "g")
+    rig.lender.withdraw("g")
+    ((_, refused),) = rig.send(ask())
+    assert refused.cause == "gone"
+    rig.lender.expect("transfer", "again")
+    assert rig.send(ask()) == [], "the same name, asked for once more"
+
+
+def test_a_lease_that_is_over_is_not_waited_for(rig):
+    rig.lender.grant(TERMS)
+    rig.clock.advance(10.0)
+    rig.lender.tick()
+    ((_, refused),) = rig.send(ask())
+    assert refused.cause == "gone"
+
+
+def test_waiting_readers_are_bounded(rig, monkeypatch):
+    monkeypatch.setattr(early_module, "MAX_WAITING", 2)
+    rig.send(ask(1)), rig.send(ask(2, request_id="another"))
+    ((_, refused),) = rig.send(ask(3))
+    assert refused.cause == "gone"
+    assert rig.send(ask(2, request_id="another")) == [], "who waits already goes on waiting"
+
+
+def test_nothing_is_kept_of_who_left():
+    clock = FakeClock()
+    readers = EarlyReaders(clock)
+    for seq in range(4):
+        assert readers.admit(NEAR, ask(seq, reader=seq))
+    readers.forget("transfer", NEAR, 1)
+    readers.forget("transfer", FAR, 0)
+    assert len(readers) == 3
+    assert [m.seq for _, m in readers.take("transfer")] == [0, 2, 3]
+    assert readers.admit(NEAR, ask(7))
+    clock.advance(SILENT_S)
+    assert readers.tick() == []
+    assert len(readers) == 0 and readers.next_deadline() is None
+
+
+# -- through whole movers ------------------------------------------------------------------
+
+
+class Pair:
+    def __init__(self, p=1, d=1, wait_s=30.0):
+        self.world = World()
+        self.p, self.d = Engine(self.world, tp_size=p), Engine(self.world, tp_size=d)
+        terms = self.p.terms("r", [3, 1], seed=7)
+        self.terms = Terms(**{**vars(terms), "name": "transfer"})
+        known = self.p.source(self.terms, ticket=False)
+        self.source = Source(known.shards, "transfer", None, known.ttl_s, wait_s)
+        self.world.go_on(1)
+        self.d.put(Watch("d", self.source))
+        self.world.go_on(6)
+
+    def fetch(self):
+        self.d.put(Fetch("d", self.source, (PLACES,), self.terms.tokens, self.terms.digest))
+
+    def expect(self):
+        self.p.put(Expect("r", self.terms.generation, "transfer"))
+
+    def grant(self):
+        for cache in self.p.caches:
+            cache.fill([3, 1], 7)
+        self.p.put(Grant(self.terms))
+
+    def is_right(self):
+        ranks = len(self.d.caches)
+        return self.d.ended.get("d") == [None] * ranks and all(
+            cache.holds_fill(PLACES, 7) for cache in self.d.caches
+        )
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
+def test_the_decode_leg_may_come_first(p, d):
+    pair = Pair(p, d)
+    pair.fetch()
+    pair.world.go_on(20, seconds=1.0)
+    assert pair.d.ended == {}
+    pair.expect()
+    pair.world.go_on(5, seconds=1.0)
+    assert pair.d.ended == {}
+    pair.grant()
+    pair.world.go_on()
+    assert pair.is_right()
+    assert pair.p.sent == ["r"] * p
+
+
+def test_prefill_may_take_longer_than_a_load_may():
+    """12 s here: the time to load counts from when there is something to load."""
+    pair = Pair(wait_s=100.0)
+    pair.expect()
+    pair.fetch()
+    pair.world.go_on(80, seconds=1.0)
+    assert pair.d.ended == {}
+    pair.d.transports[0].plan(late_polls=5)
+    pair.grant()
+    pair.world.go_on(30)
+    assert pair.is_right()
+
+
+def test_a_load_takes_no_longer_than_ever_once_it_is_opened():
+    pair = Pair(wait_s=100.0)
+    pair.grant()
+    pair.d.transports[0].plan(Fault.HANGS)
+    pair.fetch()
+    pair.world.go_on(16, seconds=1.0)
+    (error,) = pair.d.ended["d"]
+    assert "not loaded within 12 s" in error
+
+
+def test_a_prefill_leg_that_never_comes_fails_the_load():
+    pair = Pair(wait_s=8.0)
+    pair.fetch()
+    pair.world.go_on(7, seconds=1.0)
+    assert pair.d.ended == {}
+    pair.world.go_on(4, seconds=1.0)
+    (error,) = pair.d.ended["d"]
+    assert "never arrived" in error
+
+
+def test_a_prefill_leg_that_takes_for_ever_fails_the_load():
+    pair = Pair(wait_s=8.0)
+    pair.expect()
+    pair.fetch()
+    pair.world.go_on(19, seconds=1.0)
+    assert pair.d.ended == {}
+    pair.world.go_on(4, seconds=1.0)
+    assert pair.d.ended["d"] != [None]
+
+
+def test_a_prefill_leg_that_is_aborted_fails_the_load():
+    pair = Pair()
+    pair.fetch()
+    pair.expect()
+    pair.world.go_on(4)
+    pair.p.put(Withdraw(pair.terms.generation))
+    pair.world.go_on(4)
+    (error,) = pair.d.ended["d"]
+    assert "without KV" in error
+
+
+def test_a_decode_leg_that_is_aborted_leaves_no_reader_behind():
+    pair = Pair()
+    pair.fetch()
+    pair.world.go_on(4)
+    pair.d.put(Cancel("d"))
+    pair.world.go_on(4)
+    assert len(pair.d.ended["d"]) == 1
+    pair.grant()
+    pair.world.go_on(8, seconds=1.0)
+    assert pair.p.sent == ["r"], "nobody reads it: it expires"
