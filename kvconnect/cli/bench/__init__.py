@@ -4,6 +4,7 @@ import typer
 
 from kvconnect.cli.bench.idle import idle
 from kvconnect.cli.bench.kernels import kernels
+from kvconnect.cli.bench.offload import offload
 from kvconnect.cli.bench.pd import pd
 from kvconnect.cli.bench.transport import transport
 
@@ -12,3 +13,4 @@ bench.command()(pd)
 bench.command()(idle)
 bench.command()(kernels)
 bench.command()(transport)
+bench.command()(offload)

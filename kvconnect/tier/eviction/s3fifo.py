@@ -11,7 +11,7 @@ from kvconnect.tier.eviction.base import Insertion, Key, check_capacity
 
 SMALL_PART = 10  # small is one part in so many
 MOST_USES = 3
-USES_TO_STAY = 1  # in small; the paper asks for 2, which measured lower: benchmarks/eviction.py
+USES_TO_STAY = 1  # in small; the paper asks for 2, which measured lower: `kvconnect bench offload`
 
 Queue = OrderedDict[Key, int]  # → uses, at most MOST_USES
 

@@ -1,0 +1,216 @@
+"""Host memory and disk of one rank, beside plain copies of the same bytes in the same round.
+
+Plain copies: numpy's memcpy, and one thread's pwrite and pread of whole slots, with direct I/O
+where the filesystem has it. No engine runs.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvconnect.ops import load
+from kvconnect.testing.geometry import Cache, Model
+from kvconnect.tier.store.arena import attach, make
+from kvconnect.tier.store.disk import DiskStore
+from kvconnect.tier.store.header import Spec
+from kvconnect.tier.store.host import HostStore
+from kvconnect.tier.store.lanes import Lanes, SystemFile
+from kvconnect.tier.store.neighbours import claim
+from kvconnect.tier.store.packing import Packing, slot_bytes
+from kvconnect.tier.store.places import Filed, Wrap, anonymous, mapped
+from kvconnect.tier.store.shelf import Shelf
+from kvconnect.tier.store.vault import Vault
+
+HEADERS = 100_000
+# of a block of 16 tokens: 64 KiB a layer and 2 MiB in all, as of Llama-3.1-8B in bf16
+MODEL = Model(layers=32, heads=8, block_tokens=16, content=256)
+FINGERPRINT = b"\x01" * 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation; medians of the rounds."""
+
+    operation: str
+    beside: str
+    """The plain copy that it is compared with; itself if it is one."""
+    mb: int
+    gb_per_s: float
+    ratio: float
+    """Of its rate to the plain copy's in the same round."""
+    ratio_low: float
+    ratio_high: float
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Seconds until all slots of a full arena are found again; the best of the rounds."""
+
+    place: str
+    slots: int
+    seconds: float
+
+
+class Rank:
+    """A rank's vault and cache, all of whose blocks fit into memory and on disk."""
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        block_bytes = MODEL.layers * MODEL.heads * MODEL.block_tokens * MODEL.content
+        count = nbytes // (block_bytes * MODEL.itemsize)
+        cache = Cache(MODEL, count)
+        packing = Packing(cache.shard, 0, 1, load("cpu"))
+        spec = Spec(count, slot_bytes([packing]), FINGERPRINT)
+        self.nbytes = count * block_bytes * MODEL.itemsize
+        self._cache = cache  # which the packing points into
+        self._host = make(spec)
+        arena, _ = claim(folder, spec, Filed)
+        disk = DiskStore(Shelf(arena), Lanes(2, 2 * count))
+        self._vault = Vault(HostStore(Shelf(self._host), [packing]), disk)
+        self._close_disk = disk.close
+        self._keys = [number.to_bytes(32, "big") for number in range(count)]
+        self._piece = spec.stride
+        self._source = np.ones(count * self._piece, np.uint8)
+        self._target = anonymous(count * self._piece).bytes  # in whole pages, for direct I/O
+        self._file, self._fd = _plain_file(folder / "plain", self._target)
+        self._save()
+        self._spill()
+
+    def operations(self) -> dict[str, tuple[str, Callable[[], None], Callable[[], None]]]:
+        """What is timed, by name: what it is compared with, what has to be done first, itself."""
+        vault, keys = self._vault, self._keys
+
+        def nothing() -> None:
+            """Needs nothing."""
+
+        def forget() -> None:
+            for key in keys:
+                vault.forget(key)
+
+        def forget_on_disk() -> None:
+            for key in keys:
+                vault.forget_on_disk(key)
+
+        pwrite, pread = "pwrite, one thread", "pread, one thread"
+        return {
+            "memcpy": ("memcpy", nothing, lambda: np.copyto(self._target, self._source)),
+            "save: blocks to memory": ("memcpy", forget, self._save),
+            "load: memory to blocks": ("memcpy", nothing, self._fill),
+            pwrite: (pwrite, nothing, lambda: self._plainly(self._file.write)),
+            "spill: memory to disk": (pwrite, forget_on_disk, self._spill),
+            pread: (pread, nothing, lambda: self._plainly(self._file.read)),
+            "load: disk to blocks": (pread, forget, self._fill),
+        }
+
+    def close(self) -> None:
+        """Stop the disk's threads, let go of the memory."""
+        self._file.close()
+        os.close(self._fd)
+        self._close_disk()
+        self._host.close()
+
+    def _save(self) -> None:
+        for number, key in enumerate(self._keys):
+            assert self._vault.save(number, key, 0, (number,))
+            self._settle()
+
+    def _fill(self) -> None:
+        for number, key in enumerate(self._keys):
+            assert self._vault.load(number, key, 0, (number,))
+        self._settle()
+
+    def _spill(self) -> None:
+        for number, key in enumerate(self._keys):
+            assert self._vault.spill(number, key)
+        self._settle()
+
+    def _plainly(self, move: Callable[[memoryview, int], int]) -> None:
+        for start in range(0, len(self._target), self._piece):
+            move(self._target[start : start + self._piece].data, start)
+
+    def _settle(self) -> None:
+        while True:
+            assert not any(ended.error for ended in self._vault.poll())
+            if not self._vault.busy:
+                return
+            time.sleep(0.0002)  # leaves the interpreter to the disk's threads
+
+
+def _plain_file(path: Path, content: np.ndarray) -> tuple[SystemFile, int]:
+    """A file that holds ``content``, with its room reserved; and its descriptor."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.posix_fallocate(fd, 0, content.nbytes)
+    file = SystemFile(fd)
+    file.write(content.data, 0)
+    return file, fd
+
+
+def tiers(folder: Path | None, mb: int, rounds: int) -> list[Row]:
+    """Rates of a rank with ``mb`` MiB of KV; the disk is in ``folder``, or where temporary files
+    are."""
+    place = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        rank = Rank(place, mb << 20)
+        operations = rank.operations()
+        seconds: dict[str, list[float]] = {name: [] for name in operations}
+        for turn in range(rounds + 1):
+            for name, (_, prepare, run) in operations.items():
+                prepare()
+                started = time.perf_counter()
+                run()
+                if turn:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - started)
+        rank.close()
+    finally:
+        shutil.rmtree(place)
+    return [
+        _row(name, beside, rank.nbytes, seconds[name], seconds[beside])
+        for name, (beside, _, _) in operations.items()
+    ]
+
+
+def restarts(folder: Path | None, rounds: int) -> Iterator[Restart]:
+    """Of a full arena of HEADERS slots in a mapped file, and in one that is not mapped."""
+    place = Path(tempfile.mkdtemp(dir=folder))
+    spec = Spec(HEADERS, 64, FINGERPRINT)
+    wraps: dict[str, Wrap] = {"mapped file": mapped, "file": Filed}
+    try:
+        for name, wrap in wraps.items():
+            path = place / name
+            arena = attach(spec, path, wrap)
+            for slot in range(HEADERS):
+                arena.begin(slot)
+                arena.commit(slot, slot.to_bytes(32, "big"), 0, 16, 64, slot)
+            arena.close()
+            yield Restart(name, HEADERS, min(_found_again(spec, path, wrap, rounds)))
+    finally:
+        shutil.rmtree(place)
+
+
+def _found_again(spec: Spec, path: Path, wrap: Wrap, rounds: int) -> Iterator[float]:
+    for _ in range(rounds):
+        started = time.perf_counter()
+        arena = attach(spec, path, wrap)
+        found = len(Shelf(arena))
+        yield time.perf_counter() - started
+        assert found == spec.slots
+        arena.close()
+
+
+def _row(name: str, beside: str, nbytes: int, own: list[float], plain: list[float]) -> Row:
+    ratios = [p / s for s, p in zip(own, plain, strict=True)]
+    return Row(
+        operation=name,
+        beside=beside,
+        mb=nbytes >> 20,
+        gb_per_s=round(nbytes / 1e9 / statistics.median(own), 2),
+        ratio=round(statistics.median(ratios), 2),
+        ratio_low=round(min(ratios), 2),
+        ratio_high=round(max(ratios), 2),
+    )
