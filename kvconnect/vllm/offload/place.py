@@ -52,7 +52,10 @@ class Opened(NamedTuple):
 def open_place(
     config: OffloadConfig, ranks: int, fingerprint: bytes, packings: Sequence[Packing]
 ) -> Opened:
-    """This rank's share of memory and disk; raises StoreError."""
+    """This rank's share of memory and disk. Without the disk, memory serves alone.
+
+    Raises StoreError if there is no memory.
+    """
     nbytes = slot_bytes(packings)
     spec = _spec(config.cpu_bytes_to_use // ranks, nbytes, fingerprint, "cpu_bytes_to_use")
     beside = None
@@ -63,11 +66,11 @@ def open_place(
     else:
         arena = make(spec)
     host = HostStore(Shelf(arena), packings, beside)
+    disk = None
     try:
         disk = _open_disk(config, ranks, fingerprint, nbytes)
-    except StoreError:
-        arena.close()
-        raise
+    except StoreError as e:
+        logger.error("kvconnect: KV is kept in memory only, not on disk: %s", e)
     vault = Vault(host, disk)
     hand = Hand(vault)
     keys = hand.found()

@@ -1,0 +1,128 @@
+"""A rank's place for stored KV, as it is opened when the engine starts."""
+
+import os
+
+import pytest
+from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
+
+from kvconnect.config import parse
+from kvconnect.errors import StoreError
+from kvconnect.ops import load
+from kvconnect.testing.geometry import Cache
+from kvconnect.tier.config import OffloadConfig
+from kvconnect.tier.jobs import Fill, Save, Spill
+from kvconnect.tier.store.packing import Packing
+from kvconnect.vllm.offload import place as module
+from kvconnect.vllm.offload.place import open_place
+
+MEMORY = 1 << 20
+UNHAD = 1 << 49  # more than a file can be long
+
+
+class Rank:
+    """A place over a cache; `run` carries out a job."""
+
+    def __init__(self, ranks=1, fingerprint=FINGERPRINT, **options):
+        self.cache = Cache(MODEL, BLOCKS)
+        config = parse({"cpu_bytes_to_use": MEMORY} | options, OffloadConfig, "test")
+        packing = Packing(self.cache.shard, 0, CHUNK, load("cpu"))
+        self.place = open_place(config, ranks, fingerprint, [packing])
+
+    def run(self, job):
+        """Its error; empty if it went well."""
+        runner = self.place.runner
+        runner.put([job])
+        for _ in range(10_000):
+            runner.step()
+            for answer in runner.take().answers:
+                assert answer.number == job.number
+                return answer.error
+        raise AssertionError("it does not end")
+
+    def store(self, seed):
+        self.cache.fill((0, 1), seed)
+        assert not self.run(Save(1, key_of(seed), 0, (0, 1)))
+
+    def load(self, seed):
+        """Whether it was loaded."""
+        self.cache.fill((4, 5), 999)
+        well = not self.run(Fill(2, key_of(seed), 0, (4, 5)))
+        assert well == self.cache.holds_fill([(0, 4), (1, 5)], seed)
+        return well
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Makes ranks, and closes them."""
+    ranks = []
+
+    def make(*args, **options):
+        ranks.append(Rank(*args, **options))
+        return ranks[-1]
+
+    yield make
+    for rank in ranks:
+        rank.place.close()
+
+
+def test_a_disk_that_has_no_room_leaves_memory_at_work(opened, tmp_path, caplog):
+    """It used to turn all of offloading off."""
+    rank = opened(disk_path=str(tmp_path), disk_bytes=UNHAD)
+    assert rank.place.disk is None
+    assert "memory only" in caplog.text
+    assert list(tmp_path.iterdir()) == [], "what could not be made was left"
+    rank.store(3)
+    assert rank.load(3)
+    assert rank.run(Spill(5, key_of(3))), "there is no disk"
+
+
+def test_a_file_where_the_folder_should_be_is_the_same(opened, tmp_path, caplog):
+    (tmp_path / "disk").write_text("")
+    rank = opened(disk_path=str(tmp_path / "disk"), disk_bytes=MEMORY)
+    assert rank.place.disk is None
+    assert "memory only" in caplog.text
+
+
+def test_memory_that_cannot_be_had_is_an_error(opened, tmp_path):
+    with pytest.raises(StoreError):
+        opened(persist=True, memory_path=str(tmp_path), cpu_bytes_to_use=UNHAD)
+    with pytest.raises(StoreError, match="cpu_bytes_to_use leaves 1024 bytes to a rank"):
+        opened(ranks=1024)
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_what_was_stored_is_found_again_only_if_it_persists(opened, tmp_path, persist):
+    options = {"disk_path": str(tmp_path / "disk"), "disk_bytes": MEMORY, "share": True}
+    options |= {"memory_path": str(tmp_path / "memory"), "persist": persist}
+    first = opened(**options)
+    first.store(3)
+    assert not first.run(Spill(4, key_of(3)))
+    first.place.close()
+    again = opened(**options)
+    assert again.place.keys == (([key_of(3)],) * 2 if persist else ([], []))
+    assert again.load(3) == persist
+    assert not opened(**options).place.keys[0], "an arena had two writers"
+
+
+def test_what_another_fingerprint_stored_is_never_found(opened, tmp_path):
+    options = {"persist": True, "memory_path": str(tmp_path)}
+    opened(**options).store(3)
+    other = opened(fingerprint=b"\x06" * 32, **options)
+    assert other.place.keys == ([], [])
+    assert not other.load(3)
+
+
+def test_memory_in_dev_shm_lies_in_a_folder_of_ours_alone(opened, tmp_path, monkeypatch):
+    """Anybody may make a folder there, and would read or forge what we store."""
+    monkeypatch.setattr(module, "SHARED_MEMORY", str(tmp_path / "kvconnect-{}"))
+    folder = tmp_path / f"kvconnect-{os.getuid()}"
+    opened(persist=True)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o750)
+    with pytest.raises(StoreError, match="ours alone"):
+        opened(persist=True)
+    folder.chmod(0o700)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="ours alone"):
+        opened(persist=True)
