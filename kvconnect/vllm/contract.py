@@ -8,6 +8,7 @@ speak others; each is a subclass.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from kvconnect.config import PeerConfig
 from kvconnect.errors import OfferError
 from kvconnect.tier.peer import Offer
 from kvconnect.vllm.params import (
@@ -35,11 +36,15 @@ class Us(NamedTuple):
 class Contract:
     """See above. ``request`` is vLLM's; nothing that a client sends may raise but OfferError."""
 
-    def __init__(self, us: Us) -> None:
+    def __init__(self, us: Us, config: PeerConfig, vllm_config: Any) -> None:  # noqa: ARG002
+        """``config`` and ``vllm_config`` are for contracts that have options, or endpoints."""
         self.us = us
 
-    def named(self, address: Address) -> None:
-        """All ranks are up; rank 0 is at ``address``."""
+    def named(self, addresses: Sequence[Address]) -> None:
+        """All ranks are up, at these addresses, in rank order; before any request."""
+
+    def close(self) -> None:
+        """The engine ends. Idempotent."""
 
     def loads(self, request: Any) -> bool:
         """Whether the client says that this prompt's KV is on another engine."""
@@ -49,15 +54,16 @@ class Contract:
         """Whether the client says that another engine will decode this prompt."""
         return wants_remote_decode(request.kv_transfer_params)
 
-    def offer(self, request: Any, backoff: int) -> Offer:
+    def offer(self, request: Any, backoff: int) -> Offer | None:
         """What can be had for a request that `loads`; raises OfferError with the reason.
 
-        ``backoff`` trailing tokens of the prompt are not handed over.
+        ``backoff`` trailing tokens of the prompt are not handed over. None: it is being found
+        out; ask again at the next step.
         """
         return parse_offer(request.kv_transfer_params, Prompt(request, backoff), *self.us[:3])
 
-    def unused(self, request: Any) -> Offer:
-        """The offer of a request that will never run: only its lease; raises OfferError."""
+    def unused(self, request: Any) -> Offer | None:
+        """As `offer`, of a request that will never run: only its lease."""
         return parse_rejected(request.kv_transfer_params, *self.us[:3])
 
     def unusable(self, request: Any) -> Offer | None:

@@ -157,20 +157,22 @@ def _ticket(params: dict[str, Any], secret: bytes | None) -> Ticket | None:
 
 def _source(params: dict[str, Any], ticket: Ticket | None, engine_id: str, ttl_s: float) -> Source:
     if ticket is not None:
-        _check_engine(ticket.engine_id, engine_id)
+        check_engine(ticket.engine_id, engine_id)
         shards = tuple(Shard(address, incarnation) for address, incarnation in ticket.shards)
         return Source(shards, ticket.request_id, ticket.generation, ticket.ttl_ms / 1000)
-    _check_engine(_text(params, "remote_engine_id"), engine_id)
-    address = Address(_text(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
-    return Source((Shard(address, None),), _text(params, "remote_request_id"), None, ttl_s)
+    check_engine(text_of(params, "remote_engine_id"), engine_id)
+    address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
+    return Source((Shard(address, None),), text_of(params, "remote_request_id"), None, ttl_s)
 
 
-def _check_engine(theirs: str, ours: str) -> None:
+def check_engine(theirs: str, ours: str) -> None:
+    """Raises OfferError for an offer of our own."""
     if theirs == ours:
         raise OfferError("the KV is in this very engine; its own prefix cache serves it")
 
 
-def _text(params: dict[str, Any], key: str, longest: int = 1024) -> str:
+def text_of(params: dict[str, Any], key: str, longest: int = 1024) -> str:
+    """The printable text under ``key``; raises OfferError."""
     value = params.get(key)
     # printable: what is not, lone surrogates included, may not be encodable
     if not isinstance(value, str) or not 0 < len(value) <= longest or not value.isprintable():

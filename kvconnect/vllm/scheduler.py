@@ -5,7 +5,6 @@ Nothing a client sends may raise here: unusable params are counted and prefilled
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
@@ -43,7 +42,8 @@ class Scheduler:
         ours = vllm_config.kv_transfer_config
         secret = read_secret(config.auth_secret_file)
         self._us = Us(ours.engine_id, secret, config.kv_lease_duration, ours.kv_role)
-        self._contract = contract_type(self._us)
+        self._contract = contract_type(self._us, config, vllm_config)
+        self._undecided: dict[str, Any] = {}  # requests whose offer is still being found out
         self._groups = _compat.transfer_group_ids(kv_cache_config)
         self._group_sizes = [
             kv_cache_config.kv_cache_groups[g].kv_cache_spec.block_size for g in self._groups
@@ -63,22 +63,25 @@ class Scheduler:
         self._shards = tuple(
             (Address(rank.host, rank.port), rank.incarnation) for _, rank in sorted(ranks.items())
         )
-        self._contract.named(self._shards[0][0])
-        self._planner.named(tuple(address for address, _ in self._shards))
+        addresses = tuple(address for address, _ in self._shards)
+        self._contract.named(addresses)
+        self._planner.named(addresses)
 
     # -- as vLLM schedules ---------------------------------------------------------------
 
     def arrived(self, request: Any) -> None:
         """A new request: note its offer, promise its KV."""
         if self._contract.loads(request):
-            if (offer := self._offer(request)) is not None:
-                self._planner.offered(request.request_id, offer)
+            self._undecided[request.request_id] = request
+            self._decide()
         elif self._contract.lends(request):
             self._shorten(request)
             self._planner.will_lend(request.request_id, self._contract.name(request))
 
-    def match(self, request: Any, local_tokens: int) -> int:
-        """Tokens to load beyond those cached here; no effect."""
+    def match(self, request: Any, local_tokens: int) -> int | None:
+        """Tokens to load beyond those cached here; None: not known yet. No effect."""
+        if request.request_id in self._undecided:
+            return None
         return self._planner.match(request.request_id, local_tokens)
 
     def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
@@ -114,28 +117,44 @@ class Scheduler:
         return True, self._lend(request, tables, tokens)
 
     def take_orders(self) -> list[Order]:
-        """Orders for every worker, since the last call."""
+        """Orders for every worker, since the last call: once per step."""
+        self._decide()
         return self._planner.take_orders()
 
     def take_stats(self) -> dict[str, list[float]] | None:
         """What was counted here since the last call; None if nothing."""
         return self._planner.stats.take()
 
+    def close(self) -> None:
+        """The engine ends. Idempotent."""
+        self._contract.close()
+
+    def _decide(self) -> None:
+        """Note the offers that are known by now; release those of requests that ended meanwhile."""
+        for request_id, request in list(self._undecided.items()):
+            try:
+                offer = self._offer(request)
+            except OfferError as e:
+                self._planner.stats.count("num_invalid_params")
+                logger.warning(
+                    "request %s: what it says of its KV is unusable, it is prefilled here: %s",
+                    request_id,
+                    e,
+                )
+                offer = self._contract.unusable(request)
+            else:
+                if offer is None:
+                    continue
+            del self._undecided[request_id]
+            if offer is not None:
+                self._planner.offered(request_id, offer)
+            if request.is_finished():
+                self._planner.ended(request_id)
+
     def _offer(self, request: Any) -> Offer | None:
         if getattr(request, "abort_immediately", False):  # never runs; its prompt is a dummy
-            parse = self._contract.unused
-        else:
-            parse = partial(self._contract.offer, backoff=self._backoff)
-        try:
-            return parse(request)
-        except OfferError as e:
-            self._planner.stats.count("num_invalid_params")
-            logger.warning(
-                "request %s: what it says of its KV is unusable, it is prefilled here: %s",
-                request.request_id,
-                e,
-            )
-            return self._contract.unusable(request)
+            return self._contract.unused(request)
+        return self._contract.offer(request, self._backoff)
 
     def _lend(self, request: Any, tables: list[list[int]], tokens: int) -> dict[str, Any] | None:
         kept = tuple(
