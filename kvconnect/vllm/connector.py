@@ -60,7 +60,7 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         options = self._kv_transfer_config.kv_connector_extra_config or {}
-        config = parse(options, self.config_type, type(self).__name__)
+        self._config = config = parse(options, self.config_type, type(self).__name__)
         check_parallelism(vllm_config.parallel_config)
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
