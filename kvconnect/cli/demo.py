@@ -20,6 +20,7 @@ class ConnectorName(enum.StrEnum):
     NIXL = "nixl"
     MOONCAKE = "mooncake"
     UCX = "ucx"
+    P2P = "p2p"
     OFFLOADING = "offloading"
 
 

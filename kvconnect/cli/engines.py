@@ -56,6 +56,8 @@ class Connector:
     metrics: str
     """How the names of its transfer metrics start."""
     options: Mapping[str, str] = field(default_factory=dict)
+    kv_port: int | None = None
+    """0: a free one, where vLLM's default would be every engine's."""
 
 
 CONNECTORS = {
@@ -69,6 +71,7 @@ CONNECTORS = {
     "ucx": Connector(
         "KVConnectNixl", module="ucxx", metrics="vllm:nixl", options={"transport": "ucx"}
     ),
+    "p2p": Connector("KVConnectP2pNccl", module="ucxx", metrics="vllm:nixl", kv_port=0),
 }
 ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
@@ -77,6 +80,8 @@ def transfer_config(connector: str, role: str) -> dict[str, Any]:
     """``--kv-transfer-config`` for a role of ROLES and a connector of CONNECTORS."""
     chosen = CONNECTORS[connector]
     config: dict[str, Any] = {"kv_connector": chosen.kv_connector, "kv_role": ROLES[role]}
+    if chosen.kv_port is not None:
+        config["kv_port"] = chosen.kv_port
     return config | ({"kv_connector_extra_config": chosen.options} if chosen.options else {})
 
 

@@ -1,0 +1,52 @@
+"""``KVConnectP2pNccl``: prefill → decode over NCCL or UCX, for who used vLLM's P2pNcclConnector."""
+
+import logging
+from typing import Any
+
+from kvconnect.vllm.connector import PeerConnector
+from kvconnect.vllm.p2p.config import P2pNcclConfig
+from kvconnect.vllm.p2p.contract import P2pContract
+from kvconnect.vllm.p2p.pings import Pings
+from kvconnect.vllm.worker import this_rank
+from kvconnect.wire import Address
+
+logger = logging.getLogger("vllm.kvconnect")
+
+
+class KVConnectP2pNccl(PeerConnector):
+    """As `KVConnectNixl`, over other transports; also for routers that name engines in ids."""
+
+    config_type = P2pNcclConfig
+    contract_type = P2pContract
+    _pings: Pings | None = None
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """The first rank pings, once it can be reached."""
+        super().register_kv_caches(kv_caches)
+        config, here = self._config, self.get_handshake_metadata()
+        assert isinstance(config, P2pNcclConfig)
+        assert here is not None
+        if not config.proxy or this_rank().index:
+            return
+        if config.auth_secret_file is not None:
+            logger.warning(
+                "kvconnect: with auth_secret_file engines that %s names in request ids are not "
+                "believed; it must copy kv_transfer_params",
+                config.proxy,
+            )
+        assert isinstance(config.http_port, int)
+        self._pings = Pings(
+            config.proxy,
+            self._kv_transfer_config.kv_role,
+            http=Address(here.host, config.http_port),
+            zmq_address=Address(here.host, here.port),
+        )
+
+    def shutdown(self) -> None:
+        if self._pings is not None:
+            self._pings.close()
+        super().shutdown()
+
+
+class P2pNcclConnector(KVConnectP2pNccl):
+    """The same under the name that vLLM had until 0.23."""
