@@ -9,7 +9,9 @@ CONNECTORS = {
     "KVConnectMooncake": "kvconnect.vllm.mooncake.connector",
     "KVConnectNixl": "kvconnect.vllm.nixl",
     "KVConnectOffloading": "kvconnect.vllm.offload.connector",
+    "KVConnectP2pNccl": "kvconnect.vllm.p2p.connector",
     "NixlConnector": "kvconnect.vllm.nixl",
+    "P2pNcclConnector": "kvconnect.vllm.p2p.connector",
     "OffloadingConnector": "kvconnect.vllm.offload.connector",
 }
 
