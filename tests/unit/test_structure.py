@@ -36,7 +36,7 @@ ALLOWED = {
     "nixl": ("transport/nixl.py",),
     "mooncake": ("transport/mooncake_engine.py",),
     "ucxx": ("transport/ucx.py",),
-    "zmq": ("channel.py",),
+    "zmq": ("channel.py", "vllm/p2p/pings.py"),
     "ray": ("integrations/",),
     "aiohttp": ("proxy/", "cli/"),
     "pytest": (),
