@@ -34,7 +34,6 @@ MIN_SECRET_BYTES = 16
 # The same for options of the in-tree Mooncake connector.
 INERT_MOONCAKE_OPTIONS = {
     "num_workers": "transfers do not block, so there are no threads to send from",
-    "bootstrap_server_address": "engines find each other by kv_transfer_params alone",
 }
 
 
@@ -123,6 +122,13 @@ class MooncakeConfig(PeerConfig, frozen=True, kw_only=True):
     """RDMA devices to use, with commas between; all if empty."""
     metadata_server: str = "P2PHANDSHAKE"
     """``P2PHANDSHAKE``: none; or ``http://host:port/metadata``, ``etcd://host:port``."""
+    bootstrap_server_address: str | None = None
+    """Prefill: ``host:port`` of a bootstrap endpoint to register at, instead of one of our own."""
+    allowed_bootstrap_addresses: tuple[str, ...] | None = None
+    """Decode: names, addresses and networks of the endpoints that may be asked; requests name
+    them. Without it: this host and private networks, link-local addresses excepted."""
+    prefill_timeout: Seconds = 480
+    """Decode: seconds that prefill may take, where a router asks both engines at once."""
 
     def _own_transport(self, device: str) -> tuple[str, dict[str, Any]]:  # noqa: ARG002 - any
         return "mooncake", {

@@ -35,11 +35,13 @@ _DEFAULT_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
+    "VLLM_MOONCAKE_BOOTSTRAP_PORT": "0",
     "NO_COLOR": "1",
 }
 # Made for one engine of an operator's: two would take the same port, or ask for a key.
 _NOT_INHERITED = (
     "VLLM_NIXL_SIDE_CHANNEL_PORT",
+    "VLLM_MOONCAKE_BOOTSTRAP_PORT",
     "VLLM_PORT",
     "VLLM_API_KEY",
     "KVCONNECT_API_KEY",

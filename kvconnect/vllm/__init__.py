@@ -10,9 +10,10 @@ CONNECTORS = {
     "KVConnectNixl": "kvconnect.vllm.nixl",
     "KVConnectOffloading": "kvconnect.vllm.offload.connector",
     "KVConnectP2pNccl": "kvconnect.vllm.p2p.connector",
+    "MooncakeConnector": "kvconnect.vllm.mooncake.connector",
     "NixlConnector": "kvconnect.vllm.nixl",
-    "P2pNcclConnector": "kvconnect.vllm.p2p.connector",
     "OffloadingConnector": "kvconnect.vllm.offload.connector",
+    "P2pNcclConnector": "kvconnect.vllm.p2p.connector",
 }
 
 

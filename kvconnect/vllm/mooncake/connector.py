@@ -2,9 +2,18 @@
 
 from kvconnect.config import MooncakeConfig
 from kvconnect.vllm.connector import PeerConnector
+from kvconnect.vllm.mooncake.contract import MooncakeContract
 
 
 class KVConnectMooncake(PeerConnector):
-    """As `KVConnectNixl`, over another transport, with kv_transfer_params of the NIXL form."""
+    """As `KVConnectNixl`, over another transport, and for Mooncake's routers too."""
 
     config_type = MooncakeConfig
+    contract_type = MooncakeContract
+
+
+class MooncakeConnector(KVConnectMooncake):
+    """The same under vLLM's name, for routers that key on it.
+
+    ``{"kv_connector": "MooncakeConnector", "kv_connector_module_path": "kvconnect.vllm"}``
+    """
