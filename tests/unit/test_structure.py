@@ -38,7 +38,7 @@ ALLOWED = {
     "ucxx": ("transport/ucx.py",),
     "zmq": ("channel.py", "vllm/p2p/pings.py"),
     "ray": ("integrations/",),
-    "aiohttp": ("proxy/", "cli/"),
+    "aiohttp": ("proxy/", "cli/", "vllm/mooncake/"),
     "pytest": (),
     "hypothesis": (),
 }
