@@ -1,5 +1,7 @@
 """Reads and writes by messages: exact, inside the regions, and deaf to what is no request."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -119,6 +121,49 @@ def test_who_has_not_our_key_is_not_even_answered(op):
     with pytest.raises(TransportError, match="hello"):
         ask(ours, theirs, Piece(op, one, 8), key=ours.agent.key)
     assert np.array_equal(theirs.memory, before)
+
+
+HEAD = agent._HEAD
+SPOILT = {
+    "magic": lambda head: head | {"magic": b"kvc0"},
+    "an operation there is not": lambda head: head | {"op": 3},
+    "a long address": lambda head: head | {"reply_to": b"a" * (agent.MAX_REPLY_TO + 1)},
+    "more than a piece": lambda head: head | {"nbytes": agent.PIECE_BYTES + 1},
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_what_no_request_can_be_is_not_obeyed(spoil):
+    """With our key, from a peer that is hostile or of another version."""
+    memory = np.zeros(agent.PIECE_BYTES + 2, np.uint8)
+    side = Agent([Region(int(memory.ctypes.data), memory.nbytes)])
+    said = {"magic": b"kvc1", "op": 1, "reply_to": b"here", "nbytes": 8}
+
+    def request(magic, op, reply_to, nbytes):
+        head = HEAD.pack(magic, op, len(reply_to), 1, nbytes, 7, side.key)
+        span = int(memory.ctypes.data).to_bytes(8, "little") + nbytes.to_bytes(4, "little")
+        return np.frombuffer(head + reply_to + span, np.uint8)
+
+    reply = np.zeros(agent.BUFFER_BYTES, np.uint8)
+    assert side.answer(request(**said), reply).tag == 7
+    with pytest.raises(TransportError, match="malformed"):
+        side.answer(request(**spoil(said)), reply)
+
+
+def test_what_is_refused_is_answered_without_bytes():
+    ours, theirs = Side(1), Side(2)
+    one = np.array([ours.first + SIZE // 4]), np.array([theirs.first]), np.array([8])
+    request, reply = buffer(), buffer()
+    size = ours.agent.request(Piece(Op.READ, one, 8), theirs.agent.key, b"here", 7, request)
+    assert theirs.agent.answer(request[:size], reply).nbytes == agent._STATUS.size
+
+
+def test_rows_of_different_sizes_are_no_work():
+    ours, theirs = Side(1), Side(2)
+    rows = work(Op.READ, ours, theirs, [16], [SIZE // 4], [SIZE // 4])
+    longer = work(Op.READ, ours, theirs, [17], [SIZE // 4], [SIZE // 4])
+    with pytest.raises(TransportError, match="different sizes"):
+        ours.agent.pieces(replace(rows, remote=longer.remote))
 
 
 @given(
