@@ -100,7 +100,7 @@ def test_throughput_is_compared_round_by_round(tmp_path, monkeypatch):
         assert engine.name == name
         return engine
 
-    def load_once(engine, _model, _requests, _tokens, turn, _place):
+    def load_once(engine, _model, _requests, _tokens, turn):
         runs.append((turn, engine.name))
         rate = 100.0 / (1 + turn)
         return (rate * 0.9, 11.0) if engine.name == "on" else (rate, 10.0)
@@ -108,7 +108,7 @@ def test_throughput_is_compared_round_by_round(tmp_path, monkeypatch):
     monkeypatch.setattr(offload_engines, "_start", start)
     monkeypatch.setattr(offload_engines, "_load_once", load_once)
     monkeypatch.setattr(offload_engines, "_counted", lambda _, name: 5e6 * ("store" in name))
-    found = offload_engines.cost(tmp_path, 3, 8, (512, 32))
+    found = offload_engines.cost(tmp_path, 3, 8, (512, 32), together=False)
     assert (found.throughput_ratio, found.cpu_ratio, found.stored_mb) == (0.9, 1.1, 5.0)
     assert (found.throughput_low, found.throughput_high) == (0.9, 0.9)
     assert found.off_spread > 0
@@ -116,4 +116,4 @@ def test_throughput_is_compared_round_by_round(tmp_path, monkeypatch):
     monkeypatch.setattr(offload_engines, "_counted", lambda *_: 1.0)
     names = iter(["on", "off"])
     with pytest.raises(RuntimeError, match="expected none"):
-        offload_engines.cost(tmp_path, 1, 8, (512, 32))
+        offload_engines.cost(tmp_path, 1, 8, (512, 32), together=False)

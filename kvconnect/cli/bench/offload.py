@@ -33,6 +33,9 @@ def offload(
     prompts: Annotated[int, typer.Option(help="Per length and source.")] = 8,
     rounds: Annotated[int, typer.Option(help="Of the tiers, and of the cost.")] = 8,
     requests: Annotated[int, typer.Option(help="Per round and engine of the cost.")] = 24,
+    together: Annotated[
+        bool, typer.Option(help="Load both engines of the cost at once, not one at a time.")
+    ] = False,
     out: options.Json = None,
 ) -> None:
     """Rates of memory and disk, hits beside computing, cost at 0 % hits, eviction policies."""
@@ -46,7 +49,7 @@ def offload(
     rows: list[Measured] = []
     for part in chosen:
         with console.status(part):
-            found = _measure(part, path, folder, mb, lengths, prompts, rounds, requests)
+            found = _measure(part, path, folder, mb, lengths, prompts, rounds, requests, together)
         console.print(_table(part, found))
         rows += [Measured(part, row) for row in found]
     if out is not None:
@@ -62,6 +65,7 @@ def _measure(
     prompts: int,
     rounds: int,
     requests: int,
+    together: bool,
 ) -> Sequence[Any]:
     from kvconnect.cli.bench import offload_engines, offload_eviction, offload_tiers
 
@@ -74,7 +78,7 @@ def _measure(
     check_installed("offloading")
     if part == "hits":
         return offload_engines.hits(model, [int(n) for n in lengths.split(",")], prompts, folder)
-    return [offload_engines.cost(model, rounds, requests, COST_TOKENS)]
+    return [offload_engines.cost(model, rounds, requests, COST_TOKENS, together)]
 
 
 def _table(part: str, rows: Sequence[Any]) -> Any:

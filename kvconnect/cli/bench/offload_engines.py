@@ -2,10 +2,10 @@
 
 * `hits`: one engine, one request at a time. Its own prefix cache is emptied before each; by its
   counters it is known that all whole blocks came from where the row says.
-* `cost`: an engine with offloading and one without, both up, one loaded at a time by
-  ``vllm bench serve`` with random prompts, the same for both; who begins alternates. Throughput
-  is the client's; CPU seconds are those of all processes of the engine, which other load on the
-  machine changes less.
+* `cost`: an engine with offloading and one without, both up, each loaded by ``vllm bench serve``
+  with random prompts, the same for both. One at a time, and who begins alternates; or together,
+  where whatever else runs on the machine slows both alike. Throughput is the client's; CPU
+  seconds are those of all processes of the engine.
 """
 
 import json
@@ -18,6 +18,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ class Hit:
 class Cost:
     """Offloading on ÷ off without a single hit, over all rounds."""
 
+    together: bool
+    """Whether both engines were loaded at once."""
     rounds: int
     requests: int
     """Per round and engine."""
@@ -124,8 +127,8 @@ def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> l
     ]
 
 
-def cost(model: Path, rounds: int, requests: int, tokens: tuple[int, int]) -> Cost:
-    """``tokens``: of an input and an output."""
+def cost(model: Path, rounds: int, requests: int, tokens: tuple[int, int], together: bool) -> Cost:
+    """``tokens``: of an input and an output; ``together``: both engines are loaded at once."""
     with (
         tempfile.TemporaryDirectory(prefix="kvconnect-bench-") as place,
         Fleet(Path(place)) as fleet,
@@ -138,8 +141,13 @@ def cost(model: Path, rounds: int, requests: int, tokens: tuple[int, int]) -> Co
         cpu_s: dict[str, list[float]] = {"on": [], "off": []}
         for turn in range(rounds + 1):
             order = list(engines) if turn % 2 else list(reversed(engines))
-            for name in order:
-                found = _load_once(engines[name], model, requests, tokens, turn, Path(place))
+            with ThreadPoolExecutor(2 if together else 1) as pool:
+                runs = [
+                    pool.submit(_load_once, engines[name], model, requests, tokens, turn)
+                    for name in order
+                ]
+            for name, run in zip(order, runs, strict=True):
+                found = run.result()
                 if turn:  # the first one warms up
                     rates[name].append(found[0])
                     cpu_s[name].append(found[1])
@@ -151,6 +159,7 @@ def cost(model: Path, rounds: int, requests: int, tokens: tuple[int, int]) -> Co
     used = [on / off for on, off in zip(cpu_s["on"], cpu_s["off"], strict=True)]
     spread = (max(rates["off"]) - min(rates["off"])) / statistics.median(rates["off"])
     return Cost(
+        together=together,
         rounds=rounds,
         requests=requests,
         input_tokens=tokens[0],
@@ -167,10 +176,10 @@ def cost(model: Path, rounds: int, requests: int, tokens: tuple[int, int]) -> Co
 
 
 def _load_once(
-    engine: Server, model: Path, requests: int, tokens: tuple[int, int], turn: int, place: Path
+    engine: Server, model: Path, requests: int, tokens: tuple[int, int], turn: int
 ) -> tuple[float, float]:
     """Tokens a second, and CPU seconds of the engine, of one run of ``vllm bench serve``."""
-    result = place / "result.json"
+    result = engine.log.with_suffix(".json")
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
     command += ["--backend", "openai", "--endpoint", "/v1/completions", "--base-url", engine.url]
     command += ["--model", str(model), "--served-model-name", model.name, "--ignore-eos"]
