@@ -78,6 +78,11 @@ class Server:
         """Of the leader, and so of the group."""
         return self._process.pid
 
+    @property
+    def pids(self) -> list[int]:
+        """Of all its processes."""
+        return _members(self.pid)
+
     def is_up(self) -> bool:
         """Whether ``/health`` says 200; raises ServerError once the process has ended."""
         if (status := self._process.poll()) is not None:
