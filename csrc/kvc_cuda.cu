@@ -340,6 +340,14 @@ int in_slot(Context* context, const uint64_t* after, void** launch, Work work) {
 KVC_EXPORT int kvc_abi_version(void) { return KVC_ABI_VERSION; }
 KVC_EXPORT const char* kvc_strerror(int error) { return kvc::describe(error); }
 
+// Makes a device the thread's current one, for libraries that go by that. Returns which one was.
+KVC_EXPORT int kvc_cuda_make_current(int device) {
+  int before = 0;
+  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess)
+    return KVC_NO_DEVICE;
+  return before;
+}
+
 // 0 without a GPU or driver.
 KVC_EXPORT int kvc_cuda_device_count(void) {
   int count = 0;

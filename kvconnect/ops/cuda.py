@@ -5,9 +5,10 @@ calls return at once. A launch holds buffers until `CudaLaunch.done` was seen to
 launch must be polled until then.
 """
 
+import contextlib
 import ctypes
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -126,6 +127,7 @@ class CudaKernels:
                 f"no CUDA kernels: {error}; reinstall kvconnect where nvcc is on PATH"
             ) from error
         self._declare()
+        self._device = device
         self._context = ctypes.c_void_p()
         given = None if stream is None else ctypes.byref(ctypes.c_uint64(stream))
         opened = ctypes.byref(self._context)
@@ -157,6 +159,17 @@ class CudaKernels:
             raise GeometryError(f"runs of {[a.shape for a in arrays]}, expected three equal [n]")
         call = (way, *(a.ctypes.data for a in arrays), len(arrays[0]))
         return self._begin(self._library.kvc_cuda_copy_runs, call, 0, after)
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this device the thread's current one, for libraries that go by that."""
+        before = self._library.kvc_cuda_make_current(self._device)
+        if before < 0:
+            self._fail(before)
+        try:
+            yield
+        finally:
+            self._library.kvc_cuda_make_current(before)
 
     @property
     def stream(self) -> int:

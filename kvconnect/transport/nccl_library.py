@@ -13,7 +13,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from kvconnect.errors import ConfigError, TransportError
 from kvconnect.ops import native
@@ -62,13 +61,11 @@ _SIGNATURES = {
     "ncclGetErrorString": (_INT,),
     "ncclGetLastError": (_PTR,),
 }
+TEXTS = ("ncclGetErrorString", "ncclGetLastError")
 
 
-class Buffer(NamedTuple):
-    """Device memory to send from, or to receive into."""
-
-    address: int
-    nbytes: int
+Buffer = tuple[int, int]
+"""(address, bytes) of device memory to send from, or to receive into."""
 
 
 class Nccl:
@@ -85,7 +82,7 @@ class Nccl:
         for name, arguments in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes = arguments
-            function.restype = ctypes.c_char_p if name in _TEXTS else _INT
+            function.restype = ctypes.c_char_p if name in TEXTS else _INT
         code = _INT()
         self.check(self._library.ncclGetVersion(ctypes.byref(code)), "ncclGetVersion")
         self.version = code.value
@@ -151,7 +148,7 @@ class Communicator:
         try:
             for function, buffer in (("ncclSend", send), ("ncclRecv", receive)):
                 if buffer is not None:
-                    call = (buffer.address, buffer.nbytes, UINT8, peer, self._handle, stream)
+                    call = (*buffer, UINT8, peer, self._handle, stream)
                     self._nccl.check(getattr(self._library, function)(*call), function)
         finally:
             ended = self._library.ncclGroupEnd()
@@ -162,9 +159,6 @@ class Communicator:
         handle, self._handle = self._handle, _PTR()
         if handle:
             self._library.ncclCommAbort(handle)
-
-
-_TEXTS = ("ncclGetErrorString", "ncclGetLastError")
 
 
 def find(library: str = "") -> str:

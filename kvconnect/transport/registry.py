@@ -14,7 +14,7 @@ from kvconnect.errors import ConfigError
 from kvconnect.transport.base import Transport
 
 GROUP = "kvconnect.transports"
-BUILT_IN = {name: f"kvconnect.transport.{name}" for name in ("nixl", "mooncake", "ucx")}
+BUILT_IN = {name: f"kvconnect.transport.{name}" for name in ("nixl", "mooncake", "nccl", "ucx")}
 
 Make = Callable[[Sequence[Region], str, Mapping[str, Any]], Transport]
 """(memory, host that peers reach us at, options) → transport; raises ConfigError."""

@@ -3,10 +3,15 @@
 Prints the address of its memory and its hello; ends when its standard input does.
 """
 
+import os
 import select
 import sys
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import fake_gpu
 
 from kvconnect.blocks import Region
 from kvconnect.transport.registry import make_transport
@@ -15,11 +20,21 @@ from kvconnect.transport.registry import make_transport
 def main(name, nbytes):
     memory = contents(nbytes)
     address = int(memory.ctypes.data)
-    transport = make_transport(name, [Region(address, nbytes)], "127.0.0.1", {})
+    transport = make(name, [Region(address, nbytes)])
     print("rank", address, transport.hello().hex(), flush=True)
     while not select.select([sys.stdin], [], [], 50e-6)[0]:
         transport.poll()
     transport.close()
+
+
+def make(name, regions):
+    """A transport; nccl over the fakes in FAKE_GPU, with host memory for a device's."""
+    if name != "nccl":
+        return make_transport(name, regions, "127.0.0.1", {})
+    folder = os.environ["FAKE_GPU"]
+    fake_gpu.use(folder)
+    regions = fake_gpu.as_device(regions)
+    return make_transport(name, regions, "127.0.0.1", fake_gpu.options(folder))
 
 
 def contents(nbytes):

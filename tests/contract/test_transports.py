@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from passive_rank import contents
+from passive_rank import contents, make
 
 from kvconnect.blocks import Region
 from kvconnect.errors import ConfigError
@@ -23,7 +23,7 @@ from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
 from kvconnect.transport.registry import make_transport
 
-LIBRARY = {"nixl": "nixl", "mooncake": "mooncake.engine", "ucx": "ucxx"}
+LIBRARY = {"nixl": "nixl", "mooncake": "mooncake.engine", "ucx": "ucxx", "nccl": "fake_gpu"}
 RANK = Path(__file__).with_name("passive_rank.py")
 ROW, ROWS = 1 << 16, 512
 
@@ -42,6 +42,15 @@ def real(name):
     return pytest.param(
         name, marks=[pytest.mark.slow, pytest.mark.skipif(bool(why_not), reason=why_not)]
     )
+
+
+@pytest.fixture(autouse=True)
+def fakes(request, monkeypatch):
+    """What `make` wants for nccl."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if params.get("name") == "nccl":
+        request.getfixturevalue("gpu")
+        monkeypatch.setenv("FAKE_GPU", str(request.getfixturevalue("fake_gpu_folder")))
 
 
 each_real = pytest.mark.parametrize("name", [real(name) for name in LIBRARY])
@@ -70,7 +79,7 @@ def test_faulty_without_faults_keeps_the_contract(check):
 @each_real
 @every_check
 def test_it_keeps_the_contract(name, check):
-    check(lambda *sides: [make_transport(name, regions, "127.0.0.1", {}) for regions in sides])
+    check(lambda *sides: [make(name, regions) for regions in sides])
 
 
 def test_the_whole_suite_is_one_call():
@@ -96,7 +105,7 @@ class Reader:
     def __init__(self, name):
         self.memory = np.zeros(ROW * ROWS, np.uint8)
         region = Region(int(self.memory.ctypes.data), self.memory.nbytes)
-        self.transport = make_transport(name, [region], "127.0.0.1", {})
+        self.transport = make(name, [region])
         self.process = subprocess.Popen(
             [sys.executable, RANK, name, str(self.memory.nbytes)],
             stdin=subprocess.PIPE,
@@ -168,7 +177,7 @@ def test_a_peer_that_is_killed_ends_its_tickets(name, reader):
     assert np.array_equal(reader.memory, before), "memory changed after the tickets' end"
 
 
-@pytest.mark.parametrize("name", [real("mooncake"), real("ucx")])
+@pytest.mark.parametrize("name", [real("mooncake"), real("ucx"), real("nccl")])
 def test_a_peer_that_is_stopped_is_fenced_off_and_may_come_back(name, reader, monkeypatch):
     monkeypatch.setattr(mooncake, "FENCE_S", 0.5)
     reader.read_all()
@@ -254,7 +263,7 @@ def test_device_memory_is_refused_by_ucx_at_startup():
 
 
 def test_an_unknown_transport_is_a_startup_error_that_names_those_there_are():
-    with pytest.raises(ConfigError, match="mooncake, nixl, ucx"):
+    with pytest.raises(ConfigError, match="mooncake, nccl, nixl, ucx"):
         make_transport("nope", [], "127.0.0.1", {})
 
 

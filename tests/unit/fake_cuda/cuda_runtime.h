@@ -36,10 +36,12 @@ struct dim3 {
 
 struct FakeStream {
   std::deque<std::function<void()>> work;
-  void run_one() {
-    const auto first = work.front();
-    work.pop_front();
-    first();
+  bool stuck = false;  // set by work that cannot go on yet: it stays the first
+  bool run_one() {
+    stuck = false;
+    work.front()();
+    if (!stuck) work.pop_front();
+    return !stuck;
   }
 };
 
@@ -48,7 +50,8 @@ struct FakeEvent {
   uint64_t recorded = 0, passed = 0;
   bool asked = true;
   void finish() {
-    while (passed < recorded && !stream->work.empty()) stream->run_one();
+    while (passed < recorded && !stream->work.empty() && stream->run_one()) {
+    }
   }
 };
 
@@ -126,7 +129,7 @@ inline cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (event->passed == event->recorded) return cudaSuccess;
   if (!event->asked) return event->asked = true, cudaErrorNotReady;
   event->finish();
-  return cudaSuccess;
+  return event->passed == event->recorded ? cudaSuccess : cudaErrorNotReady;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   KVC_FAKE_CALL;

@@ -1,0 +1,75 @@
+"""What two ranks say on a line; see `nccl` for who says what when."""
+
+from typing import Annotated
+
+import msgspec
+
+from kvconnect.errors import TransportError
+from kvconnect.transport.base import Op
+
+
+class Said(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of what is said on a line."""
+
+
+class Open(Said, frozen=True):
+    """The first word. ``key`` is that of the other side's hello."""
+
+    key: bytes
+    unique_id: Annotated[bytes, msgspec.Meta(min_length=128, max_length=128)]
+
+
+class Ask(Said, frozen=True):
+    """Read or write spans: ``addresses`` are <i8 and ``sizes`` <u4 each."""
+
+    number: int
+    op: Op
+    addresses: bytes
+    sizes: bytes
+
+
+class Ping(Said, frozen=True):
+    """Whoever opened the line is still there."""
+
+
+class Bye(Said, frozen=True):
+    """Whoever opened the line has given it up."""
+
+
+class Ready(Said, frozen=True):
+    """Our half of an exchange is posted: post yours."""
+
+    number: int
+
+
+class Finished(Said, frozen=True):
+    """What was written has reached its place."""
+
+    number: int
+
+
+class Refused(Said, frozen=True):
+    """Spans lie outside our regions; nothing is posted."""
+
+    number: int
+
+
+class Failed(Said, frozen=True):
+    """Whoever was asked has given the line up."""
+
+    why: str
+
+
+_ANSWERS = msgspec.msgpack.Decoder(Ready | Finished | Refused | Failed)
+_REQUESTS = msgspec.msgpack.Decoder(Open | Ask | Ping | Bye)
+
+
+def decode(data: bytes | None, answers: bool) -> Said:
+    """What was said; raises TransportError. ``answers``: by who was asked, else by who asks."""
+    if data is None:
+        raise TransportError("the peer closed the connection")
+    try:
+        said: Said = (_ANSWERS if answers else _REQUESTS).decode(data)
+    except msgspec.DecodeError as e:
+        raise TransportError(f"the peer says what nobody understands: {e}") from e
+    return said
