@@ -194,6 +194,19 @@ def test_a_spoilt_request_raises_or_answers_and_stays_inside(op, at, byte, cut):
     assert np.array_equal(theirs.memory[3 * SIZE // 4 :], outside[1])
 
 
+@pytest.mark.parametrize("apart", [(0, 1), (1, 0), (1, 1)])
+def test_what_touches_on_one_side_only_is_not_joined(apart):
+    ours, theirs = (np.array([0, 8 + gap]) for gap in apart)
+    spans = ours, theirs, np.array([8, 8])
+    assert [found.tolist() for found in reach.join(spans)] == [found.tolist() for found in spans]
+
+
+def test_a_span_of_nothing_is_inside_no_region():
+    side = Side(1)
+    with pytest.raises(TransportError, match="0 bytes"):
+        reach.Reach(side.regions).check(np.array([side.first + SIZE // 2]), np.array([0]))
+
+
 @given(sizes=st.lists(st.integers(1, 100), max_size=20), most=st.integers(1, 40))
 def test_split_and_join_are_each_others_reverse_on_one_run(sizes, most):
     nbytes = np.array(sizes, np.int64)
