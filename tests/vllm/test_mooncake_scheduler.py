@@ -1,0 +1,191 @@
+"""The scheduler's half with Mooncake's contract: what it answers while decode looks prefill up."""
+
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from kvconnect.config import MooncakeConfig
+from kvconnect.order import Expect, Fetch, Grant, Release, Watch, Withdraw
+from kvconnect.vllm.mooncake.contract import MooncakeContract
+from kvconnect.vllm.scheduler import Scheduler
+from kvconnect.vllm.worker import RankMetadata
+
+BLOCK = 16
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "xfer-1"}
+
+
+class Request:
+    """The attributes of a vLLM request that are used."""
+
+    def __init__(self, request_id, params, tokens=40):
+        self.request_id = request_id
+        self.kv_transfer_params = dict(params)
+        self.prompt_token_ids = list(range(tokens))
+        self._all_token_ids = list(range(tokens))
+        self.num_prompt_tokens = self.num_computed_tokens = tokens
+        self.prompt_embeds = self.lora_request = self.mm_features = self.cache_salt = None
+        self.max_tokens = 16
+        self.status = RequestStatus.WAITING
+
+    def get_skip_reading_prefix_cache(self):
+        return False
+
+    def is_finished(self):
+        return RequestStatus.is_finished(self.status)
+
+
+class Block:
+    block_hash, is_null = None, False
+
+    def __init__(self, block_id):
+        self.block_id = block_id
+
+
+class Engine:
+    def __init__(self, engine_id, role, mamba=False):
+        parallel = SimpleNamespace(
+            local_engines_only=False,
+            data_parallel_index=0,
+            data_parallel_rank_local=0,
+            data_parallel_size=1,
+            data_parallel_size_local=1,
+            tensor_parallel_size=1,
+            decode_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            world_size=1,
+        )
+        spec = SimpleNamespace(block_size=BLOCK)
+        self.scheduler = Scheduler(
+            SimpleNamespace(
+                kv_transfer_config=SimpleNamespace(engine_id=engine_id, kv_role=role),
+                parallel_config=parallel,
+            ),
+            SimpleNamespace(
+                kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)],
+                transfer_group_ids=(0,),
+                has_mamba_layers=mamba,
+            ),
+            MooncakeConfig(),
+            MooncakeContract,
+        )
+        self.scheduler.named({(0, 0): RankMetadata("127.0.0.1", 7000, "i")})
+        self.scheduler.take_orders()
+
+    def arrives(self, params, request_id="r", **fields):
+        request = Request(request_id, params)
+        vars(request).update(fields)
+        self.scheduler.arrived(request)
+        return request
+
+    def finishes(self, request, status=RequestStatus.FINISHED_LENGTH_CAPPED):
+        request.status = status
+        return self.scheduler.finished(request, ([1, 2, 3],))
+
+    def steps(self, kinds):
+        """Steps until there are orders, of these kinds."""
+        until = time.monotonic() + 10
+        while not (orders := self.scheduler.take_orders()):
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        assert [type(order) for order in orders] == kinds
+        return orders
+
+
+@pytest.fixture
+def make(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("VLLM_MOONCAKE_BOOTSTRAP_PORT", str(port))
+    made = []
+
+    def make(*args, **options):
+        made.append(Engine(*args, **options))
+        made[-1].port = port
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.scheduler.close()
+
+
+@pytest.fixture
+def p(make):
+    return make("P", "kv_producer")
+
+
+@pytest.fixture
+def d(make):
+    return make("D", "kv_consumer")
+
+
+def decode(p, **changed):
+    return {
+        "do_remote_prefill": True,
+        "remote_bootstrap_addr": f"http://127.0.0.1:{p.port}",
+        "remote_engine_id": "P",
+        "transfer_id": "xfer-1",
+        **changed,
+    }
+
+
+@pytest.mark.parametrize(("mamba", "tokens"), [(False, 40), (True, 39)])
+def test_both_legs_agree_on_a_lease(make, mamba, tokens):
+    """Recurrent state cannot step back a token, so prefill leaves the last one to decode."""
+    p, d = make("P", "kv_producer", mamba), make("D", "kv_consumer", mamba)
+    prefill = p.arrives(PREFILL, "at P")
+    (expect,) = p.steps([Expect])
+    prefill.num_computed_tokens = prefill.num_prompt_tokens
+    assert p.finishes(prefill) == (True, None), "lent, and nothing is answered"
+    (grant,) = p.steps([Grant])
+    request = d.arrives(decode(p), "at D")
+    d.steps([Watch])
+    assert d.scheduler.match(request, 0) == tokens
+    d.scheduler.admitted(request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens)
+    (fetch,) = d.steps([Fetch])
+    assert fetch.source.request_id == expect.name == grant.terms.name
+    assert fetch.tokens == grant.terms.tokens == tokens
+    assert fetch.digest == grant.terms.digest
+    assert fetch.source.wait_s == 480
+
+
+def test_a_request_waits_in_the_queue_while_prefill_is_looked_up(p, d):
+    request = d.arrives(decode(p))
+    assert d.scheduler.match(request, 0) is None
+    d.steps([Watch])
+    assert d.scheduler.match(request, 16) == 24
+    again = d.arrives(decode(p, transfer_id="xfer-2"), "r2")
+    assert d.scheduler.match(again, 0) == 40, "at once: it is known by now"
+
+
+def test_what_cannot_be_found_is_prefilled_here(p, d):
+    request = d.arrives(decode(p, remote_engine_id="another"))
+    until = time.monotonic() + 10
+    while (tokens := d.scheduler.match(request, 0)) is None:
+        d.scheduler.take_orders()
+        assert time.monotonic() < until
+    assert tokens == 0
+    assert d.scheduler.take_stats()["num_invalid_params"] == [1]
+
+
+def test_a_request_aborted_while_prefill_is_looked_up_lets_its_lease_go(p, d):
+    request = d.arrives(decode(p))
+    assert d.finishes(request, RequestStatus.FINISHED_ABORTED) == (False, None)
+    d.steps([Watch, Release])
+    assert d.scheduler.take_orders() == []
+
+
+def test_a_request_that_the_api_server_rejected_lets_its_lease_go(p, d):
+    request = d.arrives(decode(p), abort_immediately=True)
+    d.finishes(request, RequestStatus.FINISHED_ABORTED)
+    d.steps([Watch, Release])
+
+
+@pytest.mark.parametrize("status", [RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR])
+def test_prefill_that_ends_otherwise_lends_nothing(p, status):
+    prefill = p.arrives(PREFILL)
+    p.steps([Expect])
+    assert p.finishes(prefill, status) == (False, None)
+    p.steps([Withdraw])
