@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_transports import LIBRARY, real
+from chaos_movers import LIBRARY
+from test_transports import real
 
 SCRIPT = Path(__file__).with_name("chaos_movers.py")
 TIMES = 6
