@@ -329,6 +329,21 @@ def test_another_process_at_a_known_address_gets_a_new_engine(rig):
     assert len(Engine.made) == 2
 
 
+def test_a_new_engine_knows_nobody_yet(rig):
+    rig.add("other", segment="far:2")
+    rig.add("peer", incarnation="second")
+    assert len(Engine.made) == 2
+    rig.add("other", segment="far:2", incarnation="second")
+    assert len(Engine.made) == 2, "it has never met the first"
+
+
+def test_what_went_wrong_first_is_told(rig):
+    ticket = rig.submit()
+    rig.transport.cancel(ticket)
+    rig.engine.end(state=FAILED)
+    assert rig.errors() == {ticket: "cancelled"}
+
+
 def test_a_peer_added_again_ends_its_tickets(rig):
     ticket = rig.submit()
     rig.add("peer")
