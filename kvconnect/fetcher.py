@@ -220,7 +220,7 @@ class Fetcher:
 
     def _open(self, fetch: _Fetch) -> None:
         order, source = fetch.order, fetch.order.source
-        if isinstance(order, Release):
+        if isinstance(order, Release) and not source.wait_s:
             fetch.phase = Phase.READING  # of nothing
             return
         if fetch.remote.was_restarted(source):
@@ -238,8 +238,9 @@ class Fetcher:
                         generation=source.generation,
                         request_id=source.request_id,
                         reader=self._rank,
-                        tokens=order.tokens,
-                        digest=order.digest,
+                        # a release has none: it is refused, once there is a lease to close
+                        tokens=order.tokens if isinstance(order, Fetch) else 0,
+                        digest=order.digest if isinstance(order, Fetch) else b"",
                         early_ms=round(source.wait_s * 1000),
                     ),
                     (wire.Opened, wire.Refused),
@@ -248,7 +249,9 @@ class Fetcher:
         fetch.phase = Phase.OPENING
 
     def _read(self, fetch: _Fetch) -> None:
-        assert isinstance(fetch.order, Fetch)
+        if isinstance(fetch.order, Release):
+            self._fail(fetch, "there is nothing to read")
+            return
         fetch.phase, fetch.pulled_from = Phase.READING, self._clock()
         fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
         for index, call in fetch.opens.items():

@@ -10,7 +10,7 @@ from kvconnect.early import MAX_WAIT_S, SILENT_S, EarlyReaders
 from kvconnect.lease import Terms
 from kvconnect.lender import Lender
 from kvconnect.listener import Incoming
-from kvconnect.order import Cancel, Expect, Fetch, Grant, Source, Watch, Withdraw
+from kvconnect.order import Cancel, Expect, Fetch, Grant, Release, Source, Watch, Withdraw
 from kvconnect.testing import FakeClock, Fault
 from kvconnect.testing.engines import Engine, World
 
@@ -276,3 +276,31 @@ def test_a_decode_leg_that_is_aborted_leaves_no_reader_behind():
     pair.grant()
     pair.world.go_on(8, seconds=1.0)
     assert pair.p.sent == ["r"], "nobody reads it: it expires"
+
+
+@pytest.mark.parametrize("is_expected", [False, True])
+def test_a_release_waits_for_the_lease_that_it_is_of(is_expected):
+    """Used to be lost: prefill kept the blocks of a prompt that decode had until they expired."""
+    pair = Pair()
+    if is_expected:
+        pair.expect()
+    pair.d.put(Release("d", pair.source))
+    pair.world.go_on(4, seconds=1.0)
+    pair.grant()
+    pair.world.go_on(4)
+    assert pair.p.sent == ["r"]
+    assert pair.p.movers[0].take_stats() is None, "nothing expired, nothing was late"
+    assert pair.d.ended == {}
+    assert pair.d.movers[0].take_stats() is None
+    assert pair.d.movers[0].wait_s() > 0.5
+
+
+def test_a_release_does_not_wait_for_ever():
+    pair = Pair(wait_s=8.0)
+    pair.d.put(Release("d", pair.source))
+    pair.world.go_on(20, seconds=1.0)
+    pair.grant()
+    pair.world.go_on(4)
+    assert pair.p.sent == [], "nobody waits any more"
+    pair.world.go_on(8, seconds=1.0)
+    assert pair.p.sent == ["r"]
