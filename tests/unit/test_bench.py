@@ -1,6 +1,7 @@
 """The benchmarks on engines that are not vLLM: who runs when, what is asked, what is written."""
 
 import importlib
+import itertools
 import json
 import re
 import socket
@@ -16,7 +17,7 @@ from kvconnect.cli.bench.pair import IN_TREE, Pair
 from kvconnect.cli.engines import Engine
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
-OURS = "KVConnectNixl"
+OURS = "nixl"
 Bench = Callable[..., Result]
 
 
@@ -44,10 +45,9 @@ def up_at_start(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, up_at_start: list[int]) -> Bench:
     (tmp_path / "config.json").write_text("{}")
-    # by import_module, since the package's own pd and idle are the commands
-    pd, idle = (importlib.import_module(f"kvconnect.cli.bench.{name}") for name in ("pd", "idle"))
-    for module in (pd, idle):
-        monkeypatch.setattr(module, "check_installed", lambda connector: None)
+    # by import_module, since the package's own idle is the command
+    idle, pair = (importlib.import_module(f"kvconnect.cli.bench.{n}") for n in ("idle", "pair"))
+    monkeypatch.setattr(pair, "check_installed", lambda connector: None)
     monkeypatch.setattr(idle, "SETTLE_S", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where logs go
 
@@ -62,25 +62,38 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, up_at_start: list[int
 def test_pairs_of_pd_run_one_after_the_other_on_the_same_prompts(
     bench: Bench, tmp_path: Path, up_at_start: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, list[list[int]]] = {OURS: [], IN_TREE: []}
+    asked: list[tuple[str, list[int]]] = []
     first_token_s = Pair.first_token_s
 
     def spied(pair: Pair, prompt: list[int]) -> float:
-        asked[pair.name].append(prompt)
+        asked.append((pair.name, prompt))
         return first_token_s(pair, prompt)
 
     monkeypatch.setattr(Pair, "first_token_s", spied)
     report = tmp_path / "report.json"
-    done = bench("pd", "--lengths", "8,16", "--prompts", "3", "--json", str(report))
+    options = ("--connector", "nixl,ucx", "--lengths", "8,16", "--prompts", "2", "--rounds", "2")
+    done = bench("pd", *options, "--json", str(report))
     assert done.exit_code == 0, done.output
-    assert len(up_at_start) == 4
-    assert up_at_start[2] == 0, "the first pair still ran when the second was started"
-    assert asked[OURS] == asked[IN_TREE]
-    assert [len(prompt) for prompt in asked[OURS]] == [8] * 4 + [16] * 4
+    assert len(up_at_start) == 12
+    assert max(up_at_start[::2]) == 0, "a pair still ran when the next was started"
+    names = ["nixl", "ucx", IN_TREE]
+    order = [name for name, _ in itertools.groupby(name for name, _ in asked)]
+    assert order == [*names, *names[-2::-1]], "who is last in a round is the first in the next"
+    prompts = {name: [prompt for asked_of, prompt in asked if asked_of == name] for name in names}
+    assert prompts["nixl"] == prompts["ucx"] == prompts[IN_TREE]
+    assert [len(prompt) for prompt in prompts["nixl"]] == 2 * ([8] * 3 + [16] * 3)
+    assert prompts["nixl"][0] != prompts["nixl"][6], "else the second round is a cache hit"
     rows = json.loads(report.read_text())["rows"]
     shown = [(row["connector"], row["prompt_tokens"], row["prompts"]) for row in rows]
-    assert shown == [(OURS, 8, 3), (IN_TREE, 8, 3), (OURS, 16, 3), (IN_TREE, 16, 3)]
-    assert [row["ratio_p50"] for row in rows[1::2]] == [1.0, 1.0]
+    assert shown == [(name, length, 4) for length in (8, 16) for name in names]
+    assert [row["ratio_p50"] for row in rows[2::3]] == [1.0, 1.0]
+    assert all(len(row["rounds_p50_ms"]) == 2 for row in rows)
+
+
+def test_a_connector_there_is_not_is_named(bench: Bench) -> None:
+    done = bench("pd", "--connector", "nixl,nope")
+    assert done.exit_code == 1
+    assert "'nope' is none of" in f"{done.output} {done.exception}"
 
 
 @pytest.mark.slow

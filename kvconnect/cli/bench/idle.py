@@ -11,7 +11,7 @@ import typer
 
 from kvconnect.cli.bench import options
 from kvconnect.cli.bench.pair import Pair, compared, pair_alone, save
-from kvconnect.cli.engines import check_installed, check_model
+from kvconnect.cli.engines import check_model
 
 DTYPE = "bfloat16"
 THREAD_NAME = "kvconnect-mover"  # kvconnect.mover.THREAD_NAME, whose import would bring numpy
@@ -34,19 +34,18 @@ class Row:
 
 def idle(
     model: options.Model = None,
-    connector: options.Connector = "nixl",
+    connectors: options.Connectors = "nixl",
     seconds: Annotated[float, typer.Option(help="How long to watch.")] = 30,
     out: options.Json = None,
 ) -> None:
     """CPU time of idle engines, beside the in-tree NixlConnector, one pair after the other."""
     from rich.console import Console
 
-    check_installed(connector)
-    path = check_model(model)
+    path, names = check_model(model), compared(connectors)
     console = Console()
     rows: list[Row] = []
-    for name in compared(connector):
-        with console.status(name), pair_alone(name, connector, path, DTYPE) as pair:
+    for name in names:
+        with console.status(name), pair_alone(name, path, DTYPE) as pair:
             pair.first_token_s(range(1000, 1300))
             time.sleep(SETTLE_S)
             rows += _watch(pair, seconds)

@@ -8,5 +8,7 @@ import typer
 from kvconnect.cli.engines import CONNECTORS
 
 Model = Annotated[Path | None, typer.Option(envvar="KVCONNECT_MODEL", help="Folder of the model.")]
-Connector = Annotated[str, typer.Option(help=f"One of {', '.join(CONNECTORS)}.")]
+Connectors = Annotated[
+    str, typer.Option("--connector", help=f"Of {', '.join(CONNECTORS)}; several with commas.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here.")]

@@ -18,8 +18,16 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kvconnect.cli.engines import CONNECTORS, START_TIMEOUT_S, Engine, engine_env, transfer_config
+from kvconnect.cli.engines import (
+    CONNECTORS,
+    START_TIMEOUT_S,
+    Engine,
+    check_installed,
+    engine_env,
+    transfer_config,
+)
 from kvconnect.cli.processes import HOST, Fleet, Server
+from kvconnect.errors import ConfigError
 
 IN_TREE = "in-tree NixlConnector"
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -73,13 +81,18 @@ def _post(url: str, body: Mapping[str, Any]) -> Iterator[http.client.HTTPRespons
         connection.close()
 
 
-def compared(connector: str) -> tuple[str, str]:
-    """Names of the pairs to compare: ours with ``connector``, and the in-tree one."""
-    return CONNECTORS[connector].kv_connector, IN_TREE
+def compared(connectors: str) -> tuple[str, ...]:
+    """Names of the pairs to compare, ours by connector and in-tree's; raises ConfigError."""
+    ours = tuple(connectors.split(","))
+    if unknown := [name for name in ours if name not in CONNECTORS]:
+        raise ConfigError(f"connector {unknown[0]!r} is none of {', '.join(CONNECTORS)}")
+    for name in {*ours, "nixl"}:
+        check_installed(name)
+    return *ours, IN_TREE
 
 
 @contextlib.contextmanager
-def pair_alone(name: str, connector: str, model: Path, dtype: str) -> Iterator[Pair]:
+def pair_alone(name: str, model: Path, dtype: str) -> Iterator[Pair]:
     """A pair (see `compared`) that is up; afterwards it is gone, and the next has the machine.
 
     The engines' logs are kept only if something failed, and then named.
@@ -87,7 +100,7 @@ def pair_alone(name: str, connector: str, model: Path, dtype: str) -> Iterator[P
     logs, failed = Path(tempfile.mkdtemp(prefix="kvconnect-bench-")), False
     try:
         with Fleet(logs) as fleet:
-            yield _start_pair(fleet, name, connector, model, dtype)
+            yield _start_pair(fleet, name, model, dtype)
     except Exception:
         failed = True
         typer.echo(f"{name} failed; its engines' logs: {logs}", err=True)
@@ -97,9 +110,9 @@ def pair_alone(name: str, connector: str, model: Path, dtype: str) -> Iterator[P
             shutil.rmtree(logs, ignore_errors=True)
 
 
-def _start_pair(fleet: Fleet, name: str, connector: str, model: Path, dtype: str) -> Pair:
+def _start_pair(fleet: Fleet, name: str, model: Path, dtype: str) -> Pair:
     def start(role: str) -> Server:
-        config = transfer_config(connector, role)
+        config = transfer_config("nixl" if name == IN_TREE else name, role)
         more = {}
         if name == IN_TREE:
             config["kv_connector"] = "NixlConnector"

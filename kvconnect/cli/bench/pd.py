@@ -1,21 +1,25 @@
 """``kvconnect bench pd``: time to first token at the decode engine, ours beside in-tree's.
 
-The pairs of engines run one after the other, each alone on the machine, so that neither pays for
-the other's threads; both get the same prompts.
+The pairs of engines run one after the other, each alone on the machine, so that none pays for
+another's threads, in rounds, so that all see the machine as it is early and late. In a round all
+get the same prompts; none is the first in every round.
 """
 
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
 
 from kvconnect.cli.bench import options
 from kvconnect.cli.bench.pair import IN_TREE, Pair, compared, pair_alone, save
-from kvconnect.cli.engines import check_installed, check_model
+from kvconnect.cli.engines import check_model
 
+Times = dict[str, dict[int, list[list[float]]]]
+"""Pair → prompt tokens → seconds of each prompt, a list a round."""
 VOCABULARY = (1000, 40_000)  # token ids that are plain words in every tokenizer we ship
 
 
@@ -26,40 +30,51 @@ class Row:
     connector: str
     prompt_tokens: int
     prompts: int
+    """Of all rounds."""
     ttft_p50_ms: float
     ttft_p90_ms: float
     ttft_mean_ms: float
     ratio_p50: float
     """To the in-tree connector's p50 at this length; below 1 is faster."""
     ratio_mean: float
+    rounds_p50_ms: list[float]
+    """Of each round: how much the machine changed meanwhile."""
 
 
 def pd(
     model: options.Model = None,
-    connector: options.Connector = "nixl",
+    connectors: options.Connectors = "nixl",
     lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "230,970,1900,3800",
-    prompts: Annotated[int, typer.Option(help="Prompts per length and connector.")] = 20,
+    prompts: Annotated[int, typer.Option(help="Prompts per length, connector and round.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Times that each pair is started.")] = 2,
     dtype: Annotated[str, typer.Option(help="As vllm serve's.")] = "bfloat16",
     out: options.Json = None,
 ) -> None:
     """Time to first token at decode, beside the in-tree NixlConnector, one pair after the other."""
     from rich.console import Console
 
-    check_installed(connector)
-    path = check_model(model)
+    path, names = check_model(model), compared(connectors)
+    wanted = [int(n) for n in lengths.split(",")]
     console = Console()
-    times: dict[str, dict[int, list[float]]] = {}
-    for name in compared(connector):
-        with console.status(name), pair_alone(name, connector, path, dtype) as pair:
-            times[name] = _measure(pair, [int(n) for n in lengths.split(",")], prompts)
+    times: Times = {name: {length: [] for length in wanted} for name in names}
+    for turn in range(rounds):
+        for name in names if turn % 2 == 0 else names[::-1]:
+            with (
+                console.status(f"{name}, round {turn + 1} of {rounds}"),
+                pair_alone(name, path, dtype) as pair,
+            ):
+                for length, seconds in _measure(pair, wanted, prompts, turn).items():
+                    times[name][length].append(seconds)
     rows = _rows(times)
     console.print(_table(rows))
     if out is not None:
         save(out, dtype, rows)
 
 
-def _measure(pair: Pair, lengths: Sequence[int], prompts: int) -> dict[int, list[float]]:
-    seed = random.Random(0)
+def _measure(
+    pair: Pair, lengths: Sequence[int], prompts: int, seed_of_round: int
+) -> dict[int, list[float]]:
+    seed = random.Random(seed_of_round)
     times: dict[int, list[float]] = {length: [] for length in lengths}
     for length in lengths:
         for turn in range(prompts + 1):  # the first, which connects and warms up, is left out
@@ -69,11 +84,12 @@ def _measure(pair: Pair, lengths: Sequence[int], prompts: int) -> dict[int, list
     return times
 
 
-def _rows(times: dict[str, dict[int, list[float]]]) -> list[Row]:
+def _rows(times: Times) -> list[Row]:
     rows = []
-    for length, base in times[IN_TREE].items():
+    for length, of_rounds in times[IN_TREE].items():
+        base = list(chain(*of_rounds))
         for name in times:
-            seconds = times[name][length]
+            seconds = list(chain(*times[name][length]))
             rows.append(
                 Row(
                     connector=name,
@@ -84,6 +100,10 @@ def _rows(times: dict[str, dict[int, list[float]]]) -> list[Row]:
                     ttft_mean_ms=round(statistics.mean(seconds) * 1e3, 2),
                     ratio_p50=round(statistics.median(seconds) / statistics.median(base), 3),
                     ratio_mean=round(statistics.mean(seconds) / statistics.mean(base), 3),
+                    rounds_p50_ms=[
+                        round(statistics.median(of_round) * 1e3, 2)
+                        for of_round in times[name][length]
+                    ],
                 )
             )
     return rows
