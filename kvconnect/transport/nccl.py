@@ -21,7 +21,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -76,13 +76,19 @@ class _Peer:
 class NcclTransport:
     """See `kvconnect.transport.base`. Raises ConfigError where NCCL or a GPU is missing."""
 
-    def __init__(self, regions: Sequence[Region], host: str, options: NcclOptions) -> None:
+    def __init__(
+        self,
+        regions: Sequence[Region],
+        host: str,
+        options: NcclOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         devices = {r.device for r in regions} or {0}
         if len(devices) > 1 or any(r.kind != "VRAM" for r in regions):
             raise ConfigError(
                 "the nccl transport moves one GPU's memory only; use nixl or ucx for a host's"
             )
-        self._options = options
+        self._options, self._clock = options, clock
         self._nccl = Nccl(find(options.library))
         self._channel = ZmqChannel(host, 0)
         try:
@@ -205,7 +211,8 @@ class NcclTransport:
         options, rank = self._options, 0 if peer is not None else 1
         made = Pair(self._nccl, self._device, unique_id, rank, options.nccl_num_channels)
         timeouts = options.init_timeout, options.transfer_timeout
-        line = self._lines[link] = Line(self._channel, link, made, self._device, peer, timeouts)
+        line = Line(self._channel, link, made, self._device, peer, timeouts, self._clock)
+        self._lines[link] = line
         return line
 
     # -- being asked --------------------------------------------------------------------
@@ -243,8 +250,8 @@ class NcclTransport:
                 line.give_up(str(e))
 
     def _ping(self) -> None:
-        if time.monotonic() > self._pinged_at + PING_S:
-            self._pinged_at = time.monotonic()
+        if (now := self._clock()) > self._pinged_at + PING_S:
+            self._pinged_at = now
             for line in self._lines.values():
                 if line.peer is not None:
                     line.say(Ping())

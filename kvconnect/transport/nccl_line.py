@@ -7,8 +7,7 @@ asked whether it is `gone`. Knows no peers' addresses, and of tickets no more th
 
 import itertools
 import logging
-import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import msgspec
 import numpy as np
@@ -64,13 +63,15 @@ class Line:
         device: Device,
         peer: str | None,
         timeouts: tuple[float, float],
+        clock: Callable[[], float],
     ) -> None:
         """``timeouts``: seconds to meet in, and that may pass without any progress."""
         self.link, self.peer = link, peer
         self._channel, self._pair, self._device, self._timeouts = channel, pair, device, timeouts
+        self._clock = clock
         self._free = device.serving if peer is None else device.asking
         self._numbers = itertools.count()
-        self._heard_at = self._progress_at = time.monotonic()
+        self._heard_at = self._progress_at = self._clock()
         self._ended: list[Exchange] = []
         self.exchanges: dict[int, Exchange] = {}
         self.broken: str | None = None
@@ -97,7 +98,7 @@ class Line:
         nbytes = int(sizes.sum())
         if not 0 < nbytes <= PIECE_BYTES or len(sizes) > PIECE_SPANS:
             raise TransportError(f"{nbytes} bytes in {len(sizes)} spans are asked for at once")
-        self._heard_at = time.monotonic()
+        self._heard_at = self._clock()
         try:
             reach.check(addresses, sizes)
         except TransportError as e:
@@ -113,7 +114,7 @@ class Line:
             return
         try:
             if self._pair.progress():
-                self._progress_at = time.monotonic()
+                self._progress_at = self._clock()
             self._check()
         except TransportError as e:
             self.give_up(str(e))
@@ -123,7 +124,7 @@ class Line:
 
     def heard(self, said: Said) -> None:
         """Take in what is no request; raises TransportError if that ends the line."""
-        self._heard_at = time.monotonic()
+        self._heard_at = self._clock()
         if isinstance(said, Ping):
             return
         if not isinstance(said, Ready | Finished | Refused):
@@ -214,7 +215,7 @@ class Line:
 
     def _begin(self, exchange: Exchange, steps: Generator[None]) -> None:
         if not self.exchanges and self._pair.up:
-            self._progress_at = time.monotonic()
+            self._progress_at = self._clock()
         exchange.steps = steps
         self.exchanges[exchange.number] = exchange
         self._step(exchange)
@@ -236,7 +237,7 @@ class Line:
             self._free.append(exchange.buffer)
 
     def _check(self) -> None:
-        now, (init_s, transfer_s) = time.monotonic(), self._timeouts
+        now, (init_s, transfer_s) = self._clock(), self._timeouts
         if not self._pair.up and now > self._progress_at + init_s:
             raise TransportError(f"the two did not meet in {init_s:g} s")
         if self._pair.up and self.exchanges and now > self._progress_at + transfer_s:

@@ -3,7 +3,8 @@
 // the same tests.
 //
 // As strict as NCCL, or stricter: communicators must be non-blocking and are not to be used before
-// ncclCommGetAsyncError has said ncclSuccess; work reaches its stream only then; sends and receives
+// ncclCommGetAsyncError has said ncclSuccess; work reaches its stream only then, and the first time
+// not before the peer has begun work, too; sends and receives
 // match in order and must match in size; a kernel whose peer is silent stays in its stream until the
 // communicator is aborted, and keeps all behind it waiting; an abort waits, and may be long.
 //
@@ -64,7 +65,7 @@ struct ncclComm {
   int ranks, rank, listener = -1, socket = -1, asked = 0, cuda_device;
   sockaddr_un address = {};
   socklen_t address_bytes = 0;
-  bool made = false;
+  bool made = false, greeted = false, connected = false;
   std::atomic<bool> aborted{false};
   std::atomic<int> error{ncclSuccess};
   std::shared_ptr<Group> begun;  // not in its stream yet
@@ -145,9 +146,16 @@ void run(const std::shared_ptr<ncclComm>& comm, Group& group) {
   if (!done) group.stream->stuck = true;
 }
 
-// Puts what was begun into its stream, as NCCL's thread does.
+// Puts what was begun into its stream, as NCCL's thread does; the first time, when both ends have
+// begun something.
 void advance_work(const std::shared_ptr<ncclComm>& comm) {
   if (!comm->begun || ++comm->asked < SLOW) return;
+  if (!comm->connected && comm->ranks == 2) {
+    char byte = 'c';
+    if (!comm->greeted) comm->greeted = send(comm->socket, &byte, 1, MSG_NOSIGNAL) == 1;
+    if (recv(comm->socket, &byte, 1, MSG_DONTWAIT) != 1) return;
+  }
+  comm->connected = true;
   std::shared_ptr<Group> group;
   group.swap(comm->begun);
   group->stream->work.push_back([comm, group] { run(comm, *group); });
