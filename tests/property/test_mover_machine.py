@@ -31,7 +31,7 @@ from kvconnect.testing.faulty import Plan
 
 MODEL = engines.TINY
 BLOCKS = 8
-TTL_S, LOAD_S = 5.0, 12.0
+TTL_S, LOAD_S, WAIT_S = 5.0, 12.0, 8.0
 QUIET_S = 60
 
 picks = st.integers(0, 1 << 16)
@@ -219,7 +219,8 @@ class MoverMachine(RuleBasedStateMachine):
             source = Source(lease.shards, lease.request_id, lease.generation, TTL_S)
         else:
             shards = (Shard(lease.shards[0].address, None),)
-            source = Source(shards, lease.request_id, None, TTL_S)
+            wait_s = WAIT_S * (lease.seed % 2)  # some are asked for while they are computed
+            source = Source(shards, lease.request_id, None, TTL_S, wait_s)
         request = Request(f"d{next(self.numbers)}", lease, source, prompt_is_another)
         request.engine = self.consumers[consumer]
         self.requests.append(request)
