@@ -128,7 +128,10 @@ SPOILT = {
     "magic": lambda head: head | {"magic": b"kvc0"},
     "an operation there is not": lambda head: head | {"op": 3},
     "a long address": lambda head: head | {"reply_to": b"a" * (agent.MAX_REPLY_TO + 1)},
-    "more than a piece": lambda head: head | {"nbytes": agent.PIECE_BYTES + 1},
+    "more than a piece": lambda head: (
+        head | dict.fromkeys(("nbytes", "span"), agent.PIECE_BYTES + 1)
+    ),
+    "fewer bytes than its spans": lambda head: head | {"nbytes": 7},
 }
 
 
@@ -137,16 +140,16 @@ def test_what_no_request_can_be_is_not_obeyed(spoil):
     """With our key, from a peer that is hostile or of another version."""
     memory = np.zeros(agent.PIECE_BYTES + 2, np.uint8)
     side = Agent([Region(int(memory.ctypes.data), memory.nbytes)])
-    said = {"magic": b"kvc1", "op": 1, "reply_to": b"here", "nbytes": 8}
+    said = {"magic": b"kvc1", "op": 1, "reply_to": b"here", "nbytes": 8, "span": 8}
 
-    def request(magic, op, reply_to, nbytes):
+    def request(magic, op, reply_to, nbytes, span):
         head = HEAD.pack(magic, op, len(reply_to), 1, nbytes, 7, side.key)
-        span = int(memory.ctypes.data).to_bytes(8, "little") + nbytes.to_bytes(4, "little")
-        return np.frombuffer(head + reply_to + span, np.uint8)
+        spans = int(memory.ctypes.data).to_bytes(8, "little") + span.to_bytes(4, "little")
+        return np.frombuffer(head + reply_to + spans, np.uint8)
 
     reply = np.zeros(agent.BUFFER_BYTES, np.uint8)
     assert side.answer(request(**said), reply).tag == 7
-    with pytest.raises(TransportError, match="malformed"):
+    with pytest.raises(TransportError, match=r"malformed|names 8"):
         side.answer(request(**spoil(said)), reply)
 
 
@@ -164,6 +167,13 @@ def test_rows_of_different_sizes_are_no_work():
     longer = work(Op.READ, ours, theirs, [17], [SIZE // 4], [SIZE // 4])
     with pytest.raises(TransportError, match="different sizes"):
         ours.agent.pieces(replace(rows, remote=longer.remote))
+
+
+@pytest.mark.parametrize("op", Op)
+def test_work_outside_our_own_regions_is_not_begun(op):
+    ours, theirs = Side(1), Side(2)
+    with pytest.raises(TransportError, match="outside"):
+        ours.agent.pieces(work(op, ours, theirs, [16], [SIZE // 4 - 1], [SIZE // 4]))
 
 
 @given(
