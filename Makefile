@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=. "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit crash test-gpu check bench bench-gpu clean
+.PHONY: help setup demo test test-unit crash chaos test-gpu check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -37,6 +37,10 @@ test-unit: setup ## the tests that start no engine
 crash: setup ## kill -9 during stores
 	@$(RUN) python tests/unit/killing.py --times 200 && \
 	    python tests/unit/killing.py --times 50 --share
+
+chaos: setup ## kill -9 of ranks and of engines, 20 times each side, over every transport (an hour)
+	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one $(ARGS); done
+	@$(RUN) for one in nixl mooncake ucx p2p; do python tests/e2e/chaos_engines.py $$one $(ARGS); done
 
 test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, no setup
 	@$(GPU_RUN) pytest -q --timeout=600 tests/gpu $(ARGS)
