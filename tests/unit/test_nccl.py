@@ -1,0 +1,490 @@
+"""The nccl transport when things go wrong, over the fakes of CUDA and libnccl."""
+
+import time
+
+import msgspec
+import numpy as np
+import pytest
+from fake_gpu import as_device, options
+
+from kvconnect.blocks import Region
+from kvconnect.channel import ZmqChannel
+from kvconnect.errors import ConfigError, TransportError
+from kvconnect.rows import RowTable
+from kvconnect.testing.clock import FakeClock
+from kvconnect.transport import nccl, nccl_line
+from kvconnect.transport.base import Op, Work
+from kvconnect.transport.nccl import NcclOptions, NcclTransport
+from kvconnect.transport.nccl_words import (
+    Ask,
+    Bye,
+    Failed,
+    Finished,
+    Open,
+    Ping,
+    Ready,
+    Refused,
+    decode,
+)
+from kvconnect.transport.registry import make_transport
+
+pytestmark = pytest.mark.slow  # a compiler runs first
+ROW, ROWS = 4096, 32
+HOST = "127.0.0.1"
+PATIENCE_S = 10.0
+
+
+class Side:
+    """A transport and its memory, of which the first and the last row are not registered."""
+
+    def __init__(self, library, clock, seed):
+        self.memory = np.random.default_rng(seed).integers(0, 256, ROW * (ROWS + 2), np.uint8)
+        self.first = int(self.memory.ctypes.data) + ROW
+        regions = as_device([Region(self.first, ROW * ROWS)])
+        self.transport = NcclTransport(regions, HOST, library, clock)
+
+    @property
+    def rows(self):
+        return self.memory[ROW:-ROW].reshape(ROWS, ROW)
+
+
+class Pair:
+    """Two that know each other; ``ours`` acts."""
+
+    def __init__(self, library):
+        self.clock = FakeClock()
+        self.ours, self.theirs = (Side(library, self.clock, seed) for seed in (1, 2))
+        self.meet()
+
+    def meet(self):
+        self.ours.transport.add_peer("peer", self.theirs.transport.hello())
+        self.theirs.transport.add_peer("peer", self.ours.transport.hello())
+
+    def work(self, shift=0, op=Op.READ, count=ROWS, acting=None):
+        """Row i of theirs ↔ row i + shift of ours."""
+        sides = (self.theirs, self.ours) if acting is self.theirs else (self.ours, self.theirs)
+        local, remote = (
+            RowTable(np.array([[s.first, ROW, ROW, ROWS]]), np.zeros(1, np.int64), "VRAM", 0)
+            for s in sides
+        )
+        index = np.arange(count, dtype=np.int32)
+        return Work(op, "peer", local, (index + shift) % ROWS, remote, index, ROW * count)
+
+    def submit(self, *given, **more):
+        return self.ours.transport.submit(self.work(*given, **more))
+
+    def poll(self, times=1):
+        """What ended at ours."""
+        ended = []
+        for _ in range(times):
+            ended += self.ours.transport.poll()
+            assert self.theirs.transport.poll() == []
+        return ended
+
+    def finish(self, count=1):
+        """Until so many of ours have ended, real time being short."""
+        ended, end = [], time.monotonic() + PATIENCE_S
+        while len(ended) < count:
+            assert time.monotonic() < end, f"{len(ended)} of {count} tickets ended"
+            ended += self.poll()
+        return ended
+
+    def until(self, true):
+        """Poll until it is so: aborts have threads of their own."""
+        end = time.monotonic() + PATIENCE_S
+        while not true():
+            assert time.monotonic() < end, "it never came"
+            assert self.poll() == []
+
+    def works(self):
+        """Whether all of theirs can be read."""
+        self.ours.rows[:] = 0
+        self.submit()
+        (done,) = self.finish()
+        assert done.error is None, done.error
+        assert np.array_equal(self.ours.rows, self.theirs.rows)
+        return True
+
+    def fails(self, match, advance_s=0.0):
+        """Submit, let it be under way, then time pass; the ticket must fail and touch nothing."""
+        before = self.ours.memory.copy(), self.theirs.memory.copy()
+        self.submit()
+        early = self.poll(20)
+        self.clock.advance(advance_s)
+        (done,) = early or self.finish()
+        assert match in (done.error or "no error")
+        assert done.nbytes == 0
+        assert self.poll(20) == []
+        for memory, was in zip((self.ours.memory, self.theirs.memory), before, strict=True):
+            assert np.array_equal(memory, was)
+
+    def close(self):
+        self.ours.transport.close()
+        self.theirs.transport.close()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Pieces of two rows: many of them, soon made."""
+    for module in (nccl, nccl_line):
+        monkeypatch.setattr(module, "PIECE_BYTES", 2 * ROW)
+        monkeypatch.setattr(module, "PIECE_SPANS", 16)
+
+
+@pytest.fixture
+def library(gpu, fake_gpu_folder):
+    return NcclOptions(**options(fake_gpu_folder))
+
+
+@pytest.fixture
+def pair(library):
+    made = Pair(library)
+    yield made
+    made.close()
+
+
+def test_a_communicator_is_made_at_the_first_use_and_lasts(pair, gpu):
+    assert gpu.get("alive") == 0
+    assert pair.works()
+    assert pair.works()
+    assert (gpu.get("alive"), gpu.get("aborted")) == (2, 0)
+    assert gpu.get("ctas") == 8
+
+
+def test_both_may_ask_each_other_at_once(pair):
+    reading = {pair.submit() for _ in range(6)}
+    theirs = {
+        pair.theirs.transport.submit(pair.work(op=Op.READ, acting=pair.theirs)) for _ in range(6)
+    }
+    end = time.monotonic() + PATIENCE_S
+    while reading or theirs:
+        assert time.monotonic() < end, "each waits for the other"
+        for side, left in ((pair.ours, reading), (pair.theirs, theirs)):
+            for done in side.transport.poll():
+                assert done.error is None
+                left.remove(done.ticket)
+
+
+def test_a_communicator_that_is_never_made_is_given_up_in_time(pair, gpu):
+    gpu.set(init=1)
+    pair.fails("did not meet in 30 s", advance_s=31)
+    gpu.set(init=0)
+    assert pair.works()
+
+
+@pytest.mark.parametrize("how", [2, 3])
+def test_a_communicator_that_cannot_be_made_fails_its_tickets(pair, gpu, how):
+    gpu.set(init=how)
+    pair.fails("unhandled system error")
+    gpu.set(init=0)
+    assert pair.works()
+
+
+def test_a_transfer_without_progress_is_aborted_at_both_ends_and_another_made(pair, gpu):
+    assert pair.works()
+    gpu.set(silent=1)
+    pair.fails("nothing has moved for 20 s", advance_s=21)
+    gpu.set(silent=0)
+    assert pair.works()
+    pair.until(lambda: (gpu.get("alive"), gpu.get("aborted")) == (2, 2))
+
+
+def test_an_error_of_nccl_fails_the_tickets_and_another_is_made(pair, gpu):
+    assert pair.works()
+    gpu.set(**{"async": 6})
+    pair.fails("remote process exited")
+    assert pair.works()
+    pair.until(lambda: gpu.get("aborted") == 2)
+
+
+def test_a_slow_abort_keeps_nobody_waiting(pair, gpu):
+    assert pair.works()
+    gpu.set(abort_ms=400)
+    started = time.monotonic()
+    pair.ours.transport.drop_peer("peer")
+    pair.poll(10)
+    assert time.monotonic() < started + 0.2, "a poll waited for an abort"
+    pair.meet()
+    assert pair.works()
+    assert gpu.get("aborted") == 0, "the test was too slow to show anything"
+
+
+@pytest.mark.parametrize("op", Op)
+@pytest.mark.parametrize("way", ["drop", "cancel"])
+def test_memory_is_left_alone_once_a_ticket_has_ended(pair, op, way):
+    """At whatever point it is dropped; copies take effect late with these fakes."""
+    assert pair.works()
+    cut_short = 0
+    for polls in range(0, 40, 2):
+        ticket = pair.submit(3, op)
+        ended = pair.poll(polls)
+        if way == "drop":
+            pair.ours.transport.drop_peer("peer")
+        else:
+            pair.ours.transport.cancel(ticket)
+        (done,) = ended or pair.finish()
+        cut_short += done.error is not None
+        before = pair.ours.memory.copy()
+        pair.theirs.memory ^= 0xFF
+        assert pair.poll(60) == []
+        assert np.array_equal(pair.ours.memory, before), f"changed after {polls} polls"
+        if way == "drop":
+            pair.meet()
+        assert pair.works()
+    assert cut_short >= 5
+
+
+def test_staging_comes_back_from_communicators_that_were_cut_off(pair):
+    for _ in range(2 * nccl.BUFFERS):
+        pair.submit()
+        pair.poll(3)
+        pair.ours.transport.drop_peer("peer")
+        pair.finish()
+        pair.meet()
+    assert pair.works()
+
+
+def test_staging_is_not_used_again_before_nccl_has_left_it(pair, gpu):
+    """Receives that hang hold their buffers until they are aborted, and no longer."""
+    assert pair.works()
+    gpu.set(silent=1, abort_ms=300)
+    for _ in range(nccl.BUFFERS // nccl.WINDOW):
+        pair.submit()
+        pair.poll(10)
+        pair.ours.transport.drop_peer("peer")
+        pair.finish()
+        pair.meet()
+    gpu.set(silent=0)
+    alive = gpu.get("alive")
+    pair.submit()
+    assert pair.poll(5) == []
+    assert gpu.get("alive") == alive, "another communicator was begun without buffers to use"
+    assert gpu.get("aborted") == 0, "the test was too slow to show anything"
+    (done,) = pair.finish()
+    assert done.error is None
+
+
+def test_a_peer_that_has_restarted_says_so(pair, library):
+    address = pair.theirs.transport.hello()
+    hello = msgspec.msgpack.decode(address)
+    forged = msgspec.msgpack.encode({**hello, "key": bytes(16)})
+    pair.ours.transport.add_peer("peer", forged)
+    pair.fails("another transport")
+    pair.meet()
+    assert pair.works()
+
+
+def test_another_version_of_nccl_is_refused_when_greeted(pair, gpu, library):
+    gpu.set(version=21903)
+    other = Side(library, pair.clock, 3)
+    with pytest.raises(TransportError, match="NCCL 21903, we have 21701"):
+        pair.ours.transport.add_peer("other", other.transport.hello())
+    other.transport.close()
+
+
+class Stranger:
+    """Somebody who speaks the protocol by hand, to ``ours`` of a pair."""
+
+    def __init__(self, pair, gpu):
+        self.pair, self.gpu = pair, gpu
+        self.channel = ZmqChannel(HOST, 0)
+        hello = msgspec.msgpack.decode(pair.ours.transport.hello())
+        self.key = hello["key"]
+        self.link = self.channel.dial(nccl.Address(*hello["address"]))
+
+    def say(self, said):
+        self.channel.send(
+            self.link, said if isinstance(said, bytes) else msgspec.msgpack.encode(said)
+        )
+
+    def open(self, key=None):
+        self.say(Open(self.key if key is None else key, bytes(4) + b"stranger" + bytes(116)))
+
+    def hear(self):
+        """The next thing that ours says."""
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            assert self.pair.poll() == []
+            for frame in self.channel.poll(0):
+                return decode(frame.data, answers=True)
+        raise AssertionError("nothing was said")
+
+
+@pytest.fixture
+def stranger(pair, gpu):
+    made = Stranger(pair, gpu)
+    yield made
+    made.channel.close()
+
+
+def spans(*given):
+    addresses, sizes = zip(*given, strict=True)
+    return np.array(addresses, "<i8").tobytes(), np.array(sizes, "<u4").tobytes()
+
+
+def test_who_has_not_our_hello_gets_no_communicator(stranger, gpu):
+    stranger.open(key=bytes(16))
+    assert isinstance(stranger.hear(), Failed)
+    stranger.say(Ask(0, Op.READ, *spans((4096, 16))))
+    assert isinstance(stranger.hear(), Failed)
+    assert gpu.get("alive") == 0
+
+
+@pytest.mark.parametrize("op", Op)
+@pytest.mark.parametrize(
+    "span", [(-1, 16), (ROW * ROWS - 15, 16), (0, ROW * ROWS), (-(2**62), 16), (2**62, 16), (0, 0)]
+)
+def test_what_lies_outside_is_refused_and_not_touched(stranger, op, span):
+    ours = stranger.pair.ours
+    before = ours.memory.copy()
+    stranger.open()
+    stranger.say(Ask(0, op, *spans((ours.first, 8), (ours.first + span[0], span[1]))))
+    assert isinstance(stranger.hear(), Refused | Failed)
+    assert np.array_equal(ours.memory, before)
+    assert stranger.pair.works()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"garbage",
+        b"",
+        bytes(100_000),
+        Ready(0),
+        Finished(0),
+        Ask(0, Op.READ, b"1234567", b""),
+        Ask(0, Op.READ, bytes(16), bytes(4)),
+        Ask(0, Op.READ, b"", b""),
+        Ask(0, Op.WRITE, bytes(8 * 17), bytes([1, 0, 0, 0]) * 17),  # more than PIECE_SPANS
+        Ask(0, Op.WRITE, bytes(8), b"\xff\xff\xff\xff"),
+        Bye(),
+    ],
+)
+def test_what_is_no_request_ends_the_line_and_nothing_else(stranger, said, gpu):
+    stranger.open()
+    stranger.pair.poll(5)
+    stranger.say(said)
+    assert isinstance(stranger.hear(), Failed)
+    assert stranger.pair.works()
+    stranger.pair.until(lambda: gpu.get("alive") == 2)
+
+
+def test_more_requests_than_fair_end_the_line(stranger):
+    stranger.open()
+    for number in range(nccl_line.MOST_ASKED + 1):
+        stranger.say(Ask(number, Op.READ, *spans((stranger.pair.ours.first, 16))))
+    said = stranger.hear()
+    while not isinstance(said, Failed):
+        assert isinstance(said, Ready)
+        said = stranger.hear()
+    assert "more is asked for" in said.why
+
+
+def test_who_opens_a_line_and_is_silent_is_forgotten(stranger, gpu):
+    stranger.pair.works()
+    stranger.open()
+    stranger.pair.poll(20)
+    assert gpu.get("alive") == 3
+    stranger.pair.clock.advance(31)  # nobody to meet
+    assert "did not meet" in stranger.hear().why
+    stranger.pair.until(lambda: gpu.get("alive") == 2)
+
+
+def test_idle_lines_last_while_they_are_pinged(pair, gpu):
+    assert pair.works()
+    for _ in range(20):
+        pair.clock.advance(nccl.PING_S + 1)
+        pair.poll(5)
+        time.sleep(0.001)
+    assert pair.works()
+    assert gpu.get("aborted") == 0
+    pair.clock.advance(nccl_line.SILENT_S + 1)  # ours is not polled, as if it were stopped
+    assert pair.theirs.transport.poll() == []
+    pair.until(lambda: gpu.get("aborted") == 2)
+
+
+class Host:
+    """A peer of ``ours`` that answers by hand."""
+
+    def __init__(self, pair):
+        self.pair = pair
+        self.channel = ZmqChannel(HOST, 0)
+        hello = msgspec.msgpack.decode(pair.theirs.transport.hello())
+        forged = {**hello, "address": [HOST, self.channel.address.port]}
+        pair.ours.transport.add_peer("peer", msgspec.msgpack.encode(forged))
+
+    def answer(self, said):
+        """To the first request."""
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            assert self.pair.ours.transport.poll() == []
+            for frame in self.channel.poll(0):
+                if isinstance(decode(frame.data, answers=False), Ask):
+                    for one in said:
+                        data = one if isinstance(one, bytes) else msgspec.msgpack.encode(one)
+                        self.channel.send(frame.link, data)
+                    return
+        raise AssertionError("nothing was asked for")
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ([Ready(99)], "not asked"),
+        ([Finished(0)], "not asked"),
+        ([Ready(0), Ready(0)], "not asked"),
+        ([Ready(0), Refused(0)], "not asked"),
+        ([Ping()], "nobody understands"),
+        ([b"garbage"], "nobody understands"),
+        ([Failed("of a broken heart")], "of a broken heart"),
+        ([Refused(0)], "outside every region"),
+    ],
+)
+def test_a_peer_that_answers_nonsense_fails_the_ticket(pair, said, why):
+    host = Host(pair)
+    before = pair.ours.memory.copy()
+    pair.submit(count=1)
+    host.answer(said)
+    (done,) = pair.finish()
+    assert why in done.error
+    assert np.array_equal(pair.ours.memory, before)
+    host.channel.close()
+    pair.meet()
+    assert pair.works()
+
+
+def test_a_peer_that_goes_without_a_word_fails_the_ticket(pair, gpu):
+    """As over NVLink, where NCCL does not notice: the control channel does."""
+    gpu.set(deaf=1)
+    host = Host(pair)
+    pair.submit(count=1)
+    host.answer([Ready(0)])
+    host.channel.close()
+    (done,) = pair.finish()
+    assert "closed the connection" in done.error
+
+
+@pytest.mark.parametrize(
+    ("regions", "given", "why"),
+    [
+        ([Region(4096, 4096)], {}, "one GPU's memory only"),
+        ([Region(4096, 16, "VRAM", 0), Region(8192, 16, "VRAM", 1)], {}, "one GPU's memory only"),
+        ([Region(4096, 16, "VRAM", 7)], {}, "CUDA device 7 of 2"),
+        ([], {"nccl_num_channels": 65}, "nccl_num_channels"),
+        ([], {"init_timeout": 0}, "init_timeout"),
+        ([], {"transfer_timeouts": 5}, "did you mean 'transfer_timeout'"),
+        ([], {"library": "/nowhere/libnccl.so"}, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_a_startup_error(gpu, fake_gpu_folder, regions, given, why):
+    with pytest.raises(ConfigError, match=why):
+        make_transport("nccl", regions, HOST, {**options(fake_gpu_folder), **given})
+
+
+def test_the_device_of_the_regions_is_the_one_that_is_used(gpu, library):
+    transport = NcclTransport([Region(4096, 16, "VRAM", 1)], HOST, library)
+    transport.add_peer("self", transport.hello())
+    table = RowTable(np.array([[4096, 16, 16, 1]]), np.zeros(1, np.int64), "VRAM", 1)
+    transport.submit(Work(Op.READ, "self", table, np.zeros(1, int), table, np.zeros(1, int), 16))
+    assert gpu.get("device") == 1
+    transport.close()
