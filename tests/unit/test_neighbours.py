@@ -6,7 +6,7 @@ from vaults import FINGERPRINT, Bench, key_of
 from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.store import neighbours as module
 from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.neighbours import Neighbours, claim
+from kvconnect.tier.store.neighbours import Neighbours, claim, paths_beside
 from kvconnect.tier.store.places import Filed, mapped
 
 SPEC = Spec(8, 64, FINGERPRINT)
@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_made_is_a_failure(tmp_path):
 def test_it_tells_what_came_and_what_went(tmp_path, wrap):
     own, path = claim(tmp_path, SPEC, wrap)
     others = [claim(tmp_path, SPEC, wrap)[0] for _ in range(2)]
-    seen = Neighbours(tmp_path, FINGERPRINT, path, wrap)
+    seen = Neighbours(paths_beside(tmp_path, FINGERPRINT, path), FINGERPRINT, wrap)
     hold(own, 0, 9)
     assert seen.refresh() == ([], []), "our own is no news"
     for slot in range(5):
@@ -90,7 +90,7 @@ def test_it_tells_what_came_and_what_went(tmp_path, wrap):
 
 def test_an_arena_that_was_replaced_is_looked_at_anew(tmp_path, wrap):
     other, path = claim(tmp_path, SPEC, wrap)
-    seen = Neighbours(tmp_path, FINGERPRINT, None, wrap)
+    seen = Neighbours(paths_beside(tmp_path, FINGERPRINT, None), FINGERPRINT, wrap)
     hold(other, 0, 1)
     assert seen.refresh() == ([key_of(1)], [])
     other.close()

@@ -68,7 +68,7 @@ def opened(tmp_path):
 def test_a_disk_that_has_no_room_leaves_memory_at_work(opened, tmp_path, caplog):
     """It used to turn all of offloading off."""
     rank = opened(disk_path=str(tmp_path), disk_bytes=UNHAD)
-    assert rank.place.disk is None
+    assert rank.place.lead.disk_slots == 0
     assert "memory only" in caplog.text
     assert list(tmp_path.iterdir()) == [], "what could not be made was left"
     rank.store(3)
@@ -79,7 +79,7 @@ def test_a_disk_that_has_no_room_leaves_memory_at_work(opened, tmp_path, caplog)
 def test_a_file_where_the_folder_should_be_is_the_same(opened, tmp_path, caplog):
     (tmp_path / "disk").write_text("")
     rank = opened(disk_path=str(tmp_path / "disk"), disk_bytes=MEMORY)
-    assert rank.place.disk is None
+    assert rank.place.lead.disk_slots == 0
     assert "memory only" in caplog.text
 
 
@@ -99,16 +99,16 @@ def test_what_was_stored_is_found_again_only_if_it_persists(opened, tmp_path, pe
     assert not first.run(Spill(4, key_of(3)))
     first.place.close()
     again = opened(**options)
-    assert again.place.keys == (([key_of(3)],) * 2 if persist else ([], []))
+    assert again.place.lead.keys == (([key_of(3)],) * 2 if persist else ([], []))
     assert again.load(3) == persist
-    assert not opened(**options).place.keys[0], "an arena had two writers"
+    assert not opened(**options).place.lead.keys[0], "an arena had two writers"
 
 
 def test_what_another_fingerprint_stored_is_never_found(opened, tmp_path):
     options = {"persist": True, "memory_path": str(tmp_path)}
     opened(**options).store(3)
     other = opened(fingerprint=b"\x06" * 32, **options)
-    assert other.place.keys == ([], [])
+    assert other.place.lead.keys == ([], [])
     assert not other.load(3)
 
 

@@ -11,9 +11,9 @@ from kvconnect.tier.store.disk import DiskStore, system_file
 from kvconnect.tier.store.header import Spec
 from kvconnect.tier.store.host import HostStore
 from kvconnect.tier.store.lanes import Lanes
-from kvconnect.tier.store.neighbours import Neighbours, claim
+from kvconnect.tier.store.neighbours import Neighbours, claim, paths_beside
 from kvconnect.tier.store.packing import Packing, slot_bytes
-from kvconnect.tier.store.places import Filed
+from kvconnect.tier.store.places import Filed, mapped
 from kvconnect.tier.store.shelf import Shelf
 from kvconnect.tier.store.vault import Vault
 
@@ -24,6 +24,10 @@ CHUNK, BLOCKS = 2, 24
 
 def key_of(seed):
     return seed.to_bytes(32, "big")
+
+
+def neighbours_of(folder, path, wrap):
+    return Neighbours(paths_beside(folder, FINGERPRINT, path), FINGERPRINT, wrap)
 
 
 class Bench:
@@ -46,14 +50,14 @@ class Bench:
         self.packing = Packing(self.cache.shard, 0, CHUNK, kernels or load("cpu"))
         nbytes = slot_bytes([self.packing])
         host, path = claim(folder / "host", Spec(slots, nbytes, FINGERPRINT))
-        beside = Neighbours(folder / "host", FINGERPRINT, path) if share else None
+        beside = neighbours_of(folder / "host", path, mapped) if share else None
         self.host = HostStore(Shelf(host), [self.packing], beside)
         self.neighbours = [beside] if share else []
         self.disk = self.file = None
         if disk_slots:
             spec = Spec(disk_slots, nbytes, FINGERPRINT)
             disk, path = claim(folder / "disk", spec, Filed)
-            beside = Neighbours(folder / "disk", FINGERPRINT, path, Filed) if share else None
+            beside = neighbours_of(folder / "disk", path, Filed) if share else None
             self.neighbours += [beside] if share else []
             self.disk = DiskStore(Shelf(disk), Lanes(2, most_jobs), beside, self.open_file)
         self.vault = Vault(self.host, self.disk)

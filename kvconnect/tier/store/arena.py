@@ -13,6 +13,7 @@
 """
 
 import contextlib
+import os
 import secrets
 from pathlib import Path
 from typing import NamedTuple
@@ -169,6 +170,11 @@ class Arena:
         start = self.offset(slot)
         return self.place.bytes[start : start + self.spec.stride]
 
+    @property
+    def path(self) -> Path:
+        """Where other processes of ours find it while we live; not of `make` unless followed."""
+        return Path(f"/proc/{os.getpid()}/fd/{self.place.fd}")
+
     def is_at(self, path: Path) -> bool:
         """Whether the file at ``path`` is still this arena, and has not been replaced."""
         try:
@@ -182,9 +188,15 @@ class Arena:
         self.place.close()
 
 
-def make(spec: Spec) -> Arena:
-    """An arena in memory of our own, empty."""
-    return Arena(spec, places.anonymous(spec.nbytes), secrets.token_bytes(16))
+def make(spec: Spec, followed: bool = False) -> Arena:
+    """An arena in memory of our own, empty; ``followed``: one that other processes `look` at.
+
+    Raises StoreError.
+    """
+    place = (places.nameless if followed else places.anonymous)(spec.nbytes)
+    identity = secrets.token_bytes(16)
+    place.bytes[:HEAD_BYTES] = np.frombuffer(header.arena_head(spec, identity), np.uint8)
+    return Arena(spec, place, identity)
 
 
 def attach(spec: Spec, path: Path, wrap: places.Wrap = places.mapped) -> Arena:

@@ -9,6 +9,7 @@ is read on, until a new one takes it over with its content.
 """
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,15 +50,18 @@ def claim(folder: Path, spec: Spec, wrap: Wrap = mapped) -> tuple[Arena, Path]:
     raise StoreError(Reason.TAKEN, f"{folder}: {MOST} engines write to arenas there already")
 
 
-class Neighbours:
-    """See the module's contract. ``own``: our arena's path, left out. Not thread-safe."""
+def paths_beside(folder: Path, fingerprint: bytes, own: Path | None) -> list[Path]:
+    """Where arenas of a fingerprint may lie in ``folder``, our own left out."""
+    paths = (_path(folder, fingerprint, number) for number in range(MOST))
+    return [path for path in paths if path != own]
 
-    def __init__(
-        self, folder: Path, fingerprint: bytes, own: Path | None, wrap: Wrap = mapped
-    ) -> None:
-        self._folder = folder
+
+class Neighbours:
+    """See the module's contract. ``paths``: where they may be. Not thread-safe."""
+
+    def __init__(self, paths: Sequence[Path], fingerprint: bytes, wrap: Wrap = mapped) -> None:
+        self._paths = paths
         self._fingerprint = fingerprint
-        self._own = own
         self._wrap = wrap
         self._arenas: dict[Path, Arena] = {}
         self._seen: dict[Path, np.ndarray] = {}  # generations
@@ -70,9 +74,8 @@ class Neighbours:
         for path in list(self._arenas):
             if not self._arenas[path].is_at(path):
                 self._forget(path)
-        for number in range(MOST):
-            path = _path(self._folder, self._fingerprint, number)
-            if path != self._own and path not in self._arenas and path.exists():
+        for path in self._paths:
+            if path not in self._arenas and path.exists():
                 with contextlib.suppress(StoreError):  # it may be gone or replaced by now
                     self._arenas[path] = look(path, self._fingerprint, self._wrap)
                     self._seen[path] = np.empty(0)
@@ -88,6 +91,10 @@ class Neighbours:
             if self._arenas[path].still(entry):
                 return Find(self._arenas[path], entry)
         return None
+
+    def arena_of(self, identity: bytes) -> Arena | None:
+        """The arena with this random identity, if it is among those last seen."""
+        return next((one for one in self._arenas.values() if one.identity == identity), None)
 
     def found(self) -> list[bytes]:
         """All that can be had, as last seen."""

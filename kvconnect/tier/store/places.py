@@ -37,6 +37,8 @@ class Place(Protocol):
     nbytes: int
     """As long as it really is."""
     inode: int | None
+    fd: int
+    """Of the file; -1 of memory that is in none, and once closed."""
 
     def flush(self, offset: int, nbytes: int) -> None:
         """Bytes of the table were changed; raises OSError if that cannot be kept."""
@@ -55,13 +57,13 @@ Wrap = Callable[[int, bool, bool], Place]
 class Mapped:
     """Memory, all of it. ``bytes`` is valid until `close`."""
 
-    def __init__(self, memory: mmap.mmap, fd: int | None = None, new: bool = True) -> None:
+    def __init__(self, memory: mmap.mmap, fd: int = -1, new: bool = True) -> None:
         self._memory = memory
-        self._fd = fd
+        self.fd = fd
         self.bytes = np.frombuffer(memory, np.uint8)
         self.nbytes = self.bytes.nbytes
         self.new = new
-        self.inode = None if fd is None else os.fstat(fd).st_ino
+        self.inode = None if fd < 0 else os.fstat(fd).st_ino
 
     def flush(self, offset: int, nbytes: int) -> None:
         """Nothing to do."""
@@ -73,9 +75,9 @@ class Mapped:
         self.bytes = np.empty(0, np.uint8)
         with contextlib.suppress(BufferError):  # somebody still looks: unmapped when they end
             self._memory.close()
-        if self._fd is not None:
-            _let_go(self._fd)
-            self._fd = None
+        if self.fd >= 0:
+            _let_go(self.fd)
+            self.fd = -1
 
 
 def anonymous(nbytes: int) -> Mapped:
@@ -89,6 +91,19 @@ def anonymous(nbytes: int) -> Mapped:
     return Mapped(memory)
 
 
+def nameless(nbytes: int) -> Mapped:
+    """Zeros that other processes of ours can map, by way of /proc, as long as we live."""
+    fd = -1
+    try:
+        fd = os.memfd_create("kvconnect", os.MFD_CLOEXEC)
+        os.posix_fallocate(fd, 0, nbytes)
+        return mapped(fd, True, True)
+    except OSError as e:
+        if fd >= 0:
+            os.close(fd)
+        raise StoreError(Reason.FULL, f"{nbytes} bytes of shared memory: {e.strerror}") from e
+
+
 def mapped(fd: int, to_write: bool, new: bool) -> Mapped:
     """All of a file as memory."""
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if to_write else 0)
@@ -100,7 +115,6 @@ class Filed:
 
     def __init__(self, fd: int, to_write: bool, new: bool) -> None:
         self.fd = fd
-        """For payloads; -1 once closed."""
         self.new = new
         self.to_write = to_write
         found = os.fstat(fd)

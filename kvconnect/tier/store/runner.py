@@ -61,13 +61,16 @@ class Runner:
         block_bytes: Sequence[int] = (),
         counts: Callable[[], Counter[str]] = Counter,
         clock: Clock = time.monotonic,
+        stores: bool = True,
     ) -> None:
-        """``counts``: what the vault has counted since it was made."""
+        """``counts``: what the vault has counted since it was made; ``stores``: whether saves are
+        carried out here."""
         self._hand = hand
         self._block_bytes = block_bytes
         self._counts = counts
         self._counted: Counter[str] = Counter()
         self._clock = clock
+        self._stores = stores
         self._looked_at = clock() - LOOK_AROUND_S
         self._started: dict[int, _Started] = {}
         self._wake = threading.Event()
@@ -155,7 +158,7 @@ class Runner:
         if isinstance(job, Forget):
             return
         verb, blocks = "", 0
-        if isinstance(job, Save | Fill):
+        if isinstance(job, Fill) or (isinstance(job, Save) and self._stores):
             verb = "store" if isinstance(job, Save) else "load"
             blocks = sum(block != NO_BLOCK for block in job.blocks)
         each = self._block_bytes[job.group] if blocks and self._block_bytes else 0  # type: ignore[union-attr]

@@ -6,19 +6,20 @@ import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.store.arena import Arena, make
 from kvconnect.tier.store.disk import DiskStore
+from kvconnect.tier.store.follower import Follower
 from kvconnect.tier.store.hand import Hand
 from kvconnect.tier.store.header import HEAD_BYTES, SLOT, Spec
 from kvconnect.tier.store.host import HostStore
 from kvconnect.tier.store.lanes import Lanes
-from kvconnect.tier.store.neighbours import Neighbours, claim
+from kvconnect.tier.store.neighbours import Neighbours, claim, paths_beside
 from kvconnect.tier.store.packing import Packing, slot_bytes
-from kvconnect.tier.store.places import Filed, Wrap
+from kvconnect.tier.store.places import Filed, Wrap, mapped
 from kvconnect.tier.store.runner import Runner
 from kvconnect.tier.store.shelf import Shelf
 from kvconnect.tier.store.vault import Vault
@@ -28,47 +29,68 @@ logger = logging.getLogger("vllm.kvconnect")
 SHARED_MEMORY = "/dev/shm/kvconnect-{}"  # noqa: S108 - ours alone: `_own_folder` looks
 
 
+class Closes(Protocol):
+    """Whatever holds memory or files."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+class Lead(NamedTuple):
+    """What followers must know of the rank that stores for them."""
+
+    path: str
+    identity: bytes
+    slots: int
+    disk_slots: int
+    keys: tuple[list[bytes], list[bytes]]
+
+
 class Opened(NamedTuple):
     """A rank's place, ready to serve."""
 
     runner: Runner
-    arena: Arena
-    host: HostStore
-    disk: DiskStore | None
-    keys: tuple[list[bytes], list[bytes]]
-    """In memory and on disk, from before; empty unless they persist."""
+    memory: Arena
+    """What is loaded from: this rank's, or its leader's."""
+    stores: bool
+    """Whether it is this rank's."""
+    lead: Lead
+    """What it can hold, and held from before."""
+    parts: tuple[Closes, ...]
+    """To be closed behind the thread."""
 
     def close(self) -> None:
         """Stop the thread, let go of memory and files. Idempotent."""
-        if not self.runner.close():
-            return  # the thread may still write there
-        if self.disk:
-            self.disk.close()
-        if self.host.neighbours:
-            self.host.neighbours.close()
-        self.arena.close()
+        if self.runner.close():  # else the thread may still write there
+            for part in self.parts:
+                part.close()
 
 
 def open_place(
-    config: OffloadConfig, ranks: int, fingerprint: bytes, packings: Sequence[Packing]
+    config: OffloadConfig,
+    copies: int,
+    fingerprint: bytes,
+    packings: Sequence[Packing],
+    followed: bool = False,
 ) -> Opened:
     """This rank's share of memory and disk. Without the disk, memory serves alone.
 
+    ``copies``: how many ranks have one each; ``followed``: whether others read this one's.
     Raises StoreError if there is no memory.
     """
     nbytes = slot_bytes(packings)
-    spec = _spec(config.cpu_bytes_to_use // ranks, nbytes, fingerprint, "cpu_bytes_to_use")
+    spec = _spec(config.cpu_bytes_to_use // copies, nbytes, fingerprint, "cpu_bytes_to_use")
     beside = None
     if config.persist or config.share:
         folder = _memory_folder(config)
         arena, path = claim(folder, spec)
-        beside = Neighbours(folder, fingerprint, path) if config.share else None
+        beside = _beside(config, folder, fingerprint, path, mapped)
     else:
-        arena = make(spec)
+        arena = make(spec, followed)
     host = HostStore(Shelf(arena), packings, beside)
     disk = None
     try:
-        disk = _open_disk(config, ranks, fingerprint, nbytes)
+        disk = _open_disk(config, copies, fingerprint, nbytes)
     except StoreError as e:
         logger.error("kvconnect: KV is kept in memory only, not on disk: %s", e)
     vault = Vault(host, disk)
@@ -88,19 +110,52 @@ def open_place(
         return found
 
     runner = Runner(hand, [packing.block_bytes for packing in packings], counts)
-    return Opened(runner, arena, host, disk, keys)
+    disk_slots = disk.shelf.arena.spec.slots if disk else 0
+    lead = Lead(str(arena.path), arena.identity, spec.slots, disk_slots, keys)
+    parts = [part for part in (disk, beside, arena) if part is not None]
+    return Opened(runner, arena, True, lead, tuple(parts))
+
+
+def follow(
+    config: OffloadConfig, lead: Lead, fingerprint: bytes, packings: Sequence[Packing]
+) -> Opened:
+    """A place that loads what another rank of this host stores; raises StoreError."""
+    paths = [Path(lead.path)]
+    if config.share:  # the leader's own file is among them
+        paths = paths_beside(_memory_folder(config), fingerprint, None)
+    beside = Neighbours(paths, fingerprint)
+    beside.refresh()
+    memory = beside.arena_of(lead.identity)
+    if memory is None:
+        beside.close()
+        raise StoreError(Reason.FOREIGN, f"{lead.path} is not there, or another arena")
+    follower = Follower(beside, packings, lead.keys)
+
+    def counts() -> Counter[str]:
+        return Counter({f"host_{name}": n for name, n in follower.host.counts.items()})
+
+    each = [packing.block_bytes for packing in packings]
+    runner = Runner(Hand(follower), each, counts, stores=False)
+    return Opened(runner, memory, False, lead, (follower,))
 
 
 def _open_disk(
-    config: OffloadConfig, ranks: int, fingerprint: bytes, nbytes: int
+    config: OffloadConfig, copies: int, fingerprint: bytes, nbytes: int
 ) -> DiskStore | None:
     if config.disk_path is None or config.disk_bytes is None:
         return None
     folder, wrap = Path(config.disk_path), _filed
-    spec = _spec(config.disk_bytes // ranks, nbytes, fingerprint, "disk_bytes")
+    spec = _spec(config.disk_bytes // copies, nbytes, fingerprint, "disk_bytes")
     arena, path = claim(folder, spec, wrap)
-    beside = Neighbours(folder, fingerprint, path, wrap) if config.share else None
-    return DiskStore(Shelf(arena), Lanes(), beside)
+    return DiskStore(Shelf(arena), Lanes(), _beside(config, folder, fingerprint, path, wrap))
+
+
+def _beside(
+    config: OffloadConfig, folder: Path, fingerprint: bytes, own: Path, wrap: Wrap
+) -> Neighbours | None:
+    if not config.share:
+        return None
+    return Neighbours(paths_beside(folder, fingerprint, own), fingerprint, wrap)
 
 
 _filed: Wrap = Filed

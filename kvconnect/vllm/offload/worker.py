@@ -17,12 +17,15 @@ from kvconnect.tier.keys import arena_fingerprint
 from kvconnect.tier.store.packing import Packing
 from kvconnect.tier.store.runner import Fence
 from kvconnect.vllm.layout import Place, describe
+from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.messages import Done, Found, Work
-from kvconnect.vllm.offload.place import Opened, open_place
+from kvconnect.vllm.offload.place import Opened
 from kvconnect.vllm.worker import _kernels, this_rank
 
 logger = logging.getLogger("vllm.kvconnect")
+
+READ_ONLY = 8  # cudaHostRegisterReadOnly: a leader's memory is mapped without the right to write
 
 
 class OffloadWorker:
@@ -56,27 +59,30 @@ class OffloadWorker:
         packings = [
             Packing(shard, index, cut.chunk_blocks, kernels) for index, cut in enumerate(self._cuts)
         ]
-        told = {"rank": f"{rank.index} of {rank.count}"}
-        told |= {f"format {index}": packing.format for index, packing in enumerate(packings)}
-        fingerprint = arena_fingerprint(identity(self._vllm_config, self._cuts), told)
+        formats = {f"format {index}": one.format for index, one in enumerate(packings)}
+
+        def fingerprint_of(index: int) -> bytes:
+            told = {"rank": f"{index} of {rank.count}"} | formats
+            return arena_fingerprint(identity(self._vllm_config, self._cuts), told)
+
         try:
-            place = open_place(self._config, rank.count, fingerprint, packings)
-            if self._device.type == "cuda":
-                _pin(place, self._config.share)
+            place = open_copy(
+                self._config, rank, fingerprint_of, packings, self._pin, gather_over_tp
+            )
         except StoreError as e:
             logger.error("kvconnect: rank %d stores no KV: %s", rank.index, e)
             self._found = Found(0, 0, [], [], str(e))
             return
         place.runner.start()
         self._place = place
-        slots = place.arena.spec.slots
-        disk_slots = place.disk.shelf.arena.spec.slots if place.disk else 0
-        self._found = Found(slots, disk_slots, *place.keys)
+        lead, stride = place.lead, place.memory.spec.stride
+        self._found = Found(lead.slots, lead.disk_slots, *lead.keys)
         logger.info(
-            "kvconnect: rank %d of %d stores %d chunks (%.2f GB) in memory, %d on disk; found %d "
+            "kvconnect: rank %d of %d %s %d chunks (%.2f GB) in memory, %d on disk; found %d "
             "and %d from before",
-            *(rank.index, rank.count, slots, slots * place.arena.spec.stride / 1e9, disk_slots),
-            *(len(keys) for keys in place.keys),
+            *(rank.index, rank.count, "stores" if place.stores else "reads another's"),
+            *(lead.slots, lead.slots * stride / 1e9, lead.disk_slots),
+            *(len(keys) for keys in lead.keys),
         )
 
     def handshake_metadata(self) -> Found | None:
@@ -140,6 +146,24 @@ class OffloadWorker:
         if self._place is not None:
             self._place.close()
 
+    def _pin(self, place: Opened) -> None:
+        """Make host memory one that the device's kernels can read and write; raises StoreError."""
+        if self._device is None or self._device.type != "cuda":
+            return
+        if self._config.share:
+            raise StoreError(
+                Reason.FAILED, "share is for CPU engines: neighbours' memory is not pinned"
+            )
+        memory = place.memory.place.bytes
+        flags = 0 if place.stores else READ_ONLY
+        code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, flags)
+        if int(code):
+            raise StoreError(
+                Reason.FAILED,
+                f"{memory.nbytes} bytes of host memory cannot be pinned (CUDA error {int(code)}); "
+                "raise the limit on locked memory, or lower cpu_bytes_to_use",
+            )
+
     def _answer(self, number: int, failed: bool) -> None:
         self._done.answers[number] = 1, int(failed)
         request_id = self._request_of.pop(number, None)
@@ -164,21 +188,3 @@ class OffloadWorker:
         event.record(torch.cuda.current_stream(device))
         computed: Fence = event.query
         return computed
-
-
-def _pin(place: Opened, share: bool) -> None:
-    """Make host memory one that the device's kernels can read and write; raises StoreError."""
-    if share:
-        place.close()
-        raise StoreError(
-            Reason.FAILED, "share is for CPU engines: neighbours' memory is not pinned"
-        )
-    memory = place.arena.place.bytes
-    code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-    if int(code):
-        place.close()
-        raise StoreError(
-            Reason.FAILED,
-            f"{memory.nbytes} bytes of host memory cannot be pinned (CUDA error {int(code)}); "
-            "raise the limit on locked memory, or lower cpu_bytes_to_use",
-        )

@@ -1,0 +1,109 @@
+"""Which ranks hold the same KV, and one place for all of those: the first one stores, all load.
+
+KV is the same where the formats of all groups are: the same layers, heads and dtypes (MLA, or
+more tensor-parallel ranks than KV heads). What ranks of other hosts or containers cannot map,
+every rank stores for itself.
+
+* All ranks of the tensor-parallel group call `open_copy` at the same time, and none leaves it
+  before the others: ``gather`` is collective.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvconnect.errors import StoreError
+from kvconnect.tier.config import OffloadConfig
+from kvconnect.tier.store.packing import Packing
+from kvconnect.vllm.offload.place import Lead, Opened, follow, open_place
+
+if TYPE_CHECKING:
+    from kvconnect.vllm.worker import Rank
+
+logger = logging.getLogger("vllm.kvconnect")
+
+Gather = Callable[[Any], list[Any]]
+"""What each rank of the tensor-parallel group gave, in their order."""
+
+
+def open_copy(
+    config: OffloadConfig,
+    rank: "Rank",
+    fingerprint_of: Callable[[int], bytes],
+    packings: Sequence[Packing],
+    pin: Callable[[Opened], None],
+    gather: Gather,
+) -> Opened:
+    """This rank's place, or its leader's; raises StoreError, on this rank at least.
+
+    ``fingerprint_of``: of the KV that the rank of this number stores. ``pin`` makes a place's
+    memory one that the device can use; raises StoreError.
+    """
+    formats = tuple(packing.format for packing in packings)
+    leaders: dict[tuple[str, ...], int] = {}
+    for index, theirs in gather((rank.index, formats)):
+        leaders.setdefault(theirs, index)
+    leader = leaders[formats]
+    copies = len(leaders) * rank.pp_size
+    if copies < rank.count:
+        place = _together(config, rank.index, leader, copies, fingerprint_of, packings, pin, gather)
+        if place is not None:
+            return place
+    return _pinned(open_place(config, rank.count, fingerprint_of(rank.index), packings), pin)
+
+
+def _together(
+    config: OffloadConfig,
+    index: int,
+    leader: int,
+    copies: int,
+    fingerprint_of: Callable[[int], bytes],
+    packings: Sequence[Packing],
+    pin: Callable[[Opened], None],
+    gather: Gather,
+) -> Opened | None:
+    """A place that some ranks share; None on all of them if one of them cannot."""
+    fingerprint = fingerprint_of(leader)
+    place, problem = None, ""
+    if index == leader:
+        try:
+            place = _pinned(open_place(config, copies, fingerprint, packings, followed=True), pin)
+        except StoreError as e:
+            problem = str(e)
+    leads: dict[int, Lead | None] = dict(gather((index, place and place.lead)))
+    lead = leads[leader]
+    if index != leader and lead is not None:
+        try:
+            place = _pinned(follow(config, lead, fingerprint, packings), pin)
+        except StoreError as e:
+            problem = str(e)
+    problems = [one for one in gather(problem) if one]
+    if not problems:
+        return place
+    if place is not None:
+        place.close()
+    logger.warning(
+        "kvconnect: ranks hold the same KV, and yet each stores its own copy: %s", problems[0]
+    )
+    return None
+
+
+def _pinned(place: Opened, pin: Callable[[Opened], None]) -> Opened:
+    try:
+        pin(place)
+    except StoreError:
+        place.close()
+        raise
+    return place
+
+
+def gather_over_tp(value: Any) -> list[Any]:
+    """`Gather` by vLLM's process groups."""
+    import torch
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    found: list[Any] = [value] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(found, value, group=group.cpu_group)
+    return found
