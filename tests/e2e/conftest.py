@@ -121,6 +121,28 @@ def quantizing_pair(folder: Path) -> Setup:
     )
 
 
+def mooncake_pair(folder: Path) -> Setup:
+    """Blocks of 32 tokens to 128 and TP 1 → 2, over Mooncake."""
+    return reshaping("mooncake")
+
+
+def ucx_pair(folder: Path) -> Setup:
+    """The same over UCX."""
+    return reshaping("ucx")
+
+
+def reshaping(connector: str) -> Setup:
+    return Setup(
+        model("KVCONNECT_TP_MODEL"),
+        connector=connector,
+        prefill=["--block-size", "32"],
+        decode=["--block-size", "128", "--tensor-parallel-size", "2"],
+        both=SHORT,
+        # two ranks that spin leave little of two cores to anybody else: be patient
+        extra={"handshake_timeout": 60, "kv_lease_duration": 90},
+    )
+
+
 def keeper(folder: Path) -> SoloSetup:
     """SmolLM2 with little memory for KV and more of disk, both kept over a restart."""
     return SoloSetup(
@@ -158,6 +180,8 @@ SETUPS = (
     large_blocks_pair,
     recurrent_pair,
     quantizing_pair,
+    mooncake_pair,
+    ucx_pair,
     keeper,
     crowded_keeper,
 )
@@ -213,6 +237,8 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     large_blocks_fixture,
     recurrent_fixture,
     quantizing_fixture,
+    mooncake_fixture,
+    ucx_fixture,
     keeper_fixture,
     crowded_keeper_fixture,
 ) = fixtures

@@ -37,6 +37,8 @@ class Setup:
     both: Sequence[str] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     policy: str = "fail"
+    connector: str = "nixl"
+    """Of `kvconnect.cli.engines.CONNECTORS`."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Overrides of kv_connector and kv_connector_module_path."""
     prefill_names: Mapping[str, str] = field(default_factory=dict)
@@ -108,10 +110,11 @@ class Pair:
     def start(self, role: str) -> Server:
         """Another engine of a role; not waited for."""
         setup = self.setup
-        config = transfer_config("nixl", role) | dict(setup.names)
+        config = transfer_config(setup.connector, role) | dict(setup.names)
         if role == "prefill":
             config |= setup.prefill_names
-        config |= {"kv_connector_extra_config": dict(setup.extra)}
+        own = config.get("kv_connector_extra_config", {})
+        config["kv_connector_extra_config"] = {**own, **setup.extra}
         config["kv_load_failure_policy"] = setup.policy
         options = [*setup.both, *(setup.prefill if role == "prefill" else setup.decode)]
         name = f"{role} {len(self.fleet.servers)}"

@@ -114,6 +114,14 @@ def test_blocks_of_128_to_32_tokens_through_staging_memory_alone(large_blocks_pa
     check_some_prompts(large_blocks_pair)
 
 
+def test_blocks_of_32_to_128_tokens_and_tp_1_to_2_over_mooncake(mooncake_pair: Pair):
+    check_some_prompts(mooncake_pair, longest=1500)
+
+
+def test_blocks_of_32_to_128_tokens_and_tp_1_to_2_over_ucx(ucx_pair: Pair):
+    check_some_prompts(ucx_pair, longest=1500)
+
+
 def test_attention_beside_recurrent_state(recurrent_pair: Pair):
     """State cannot step back: prefill leaves the last token of each prompt to decode."""
     check_some_prompts(recurrent_pair, longest=1500, left=1)
