@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from pair import SPOIL_FILE, Pair, Setup
-from solo import Solo, SoloSetup
+from solo import SharersSetup, Solo, SoloSetup
 
 from kvconnect.cli.processes import Fleet
 
@@ -170,6 +170,23 @@ def crowded_keeper(folder: Path) -> SoloSetup:
     )
 
 
+def sharers(folder: Path) -> SharersSetup:
+    """Two engines with little memory, which read each other's memory and disk."""
+    return SharersSetup(
+        model("KVCONNECT_TP_MODEL"),
+        {
+            "cpu_bytes_to_use": 6 << 20,  # 11 chunks
+            "disk_path": str(folder / "disk"),
+            "disk_bytes": 64 << 20,
+            "memory_path": str(folder / "memory"),
+            "share": True,
+            "write_policy": "write-back",
+            "eviction_policy": "s3fifo",
+        },
+        SHORT,
+    )
+
+
 SETUPS = (
     pair,
     secret_pair,
@@ -184,6 +201,7 @@ SETUPS = (
     ucx_pair,
     keeper,
     crowded_keeper,
+    sharers,
 )
 ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
 
@@ -241,4 +259,5 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     ucx_fixture,
     keeper_fixture,
     crowded_keeper_fixture,
+    sharers_fixture,
 ) = fixtures

@@ -1,6 +1,7 @@
 """One real engine that offloads, and what tests ask of it."""
 
 import json
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from pair import Client, eventually
 
 from kvconnect.cli.engines import START_TIMEOUT_S, Engine, engine_env, offload_config
-from kvconnect.cli.processes import Fleet
+from kvconnect.cli.processes import Fleet, Server
 from kvconnect.tier.store.header import read_head
 
 
@@ -26,18 +27,35 @@ class SoloSetup:
     def start(self, fleet: Fleet) -> "Solo":
         return Solo(fleet, self)
 
+    def launch(self, fleet: Fleet) -> Server:
+        """An engine; not waited for."""
+        config = offload_config(**self.extra) | dict(self.names)
+        command = Engine(self.model, config, self.options).command
+        env = engine_env(VLLM_SERVER_DEV_MODE="1")  # for /reset_prefix_cache
+        return fleet.start(f"engine {len(fleet.servers)}", command, env)
+
+
+@dataclass(frozen=True)
+class SharersSetup(SoloSetup):
+    """Two engines of one setup, which share its folders."""
+
+    def start(self, fleet: Fleet) -> "tuple[Solo, Solo]":  # type: ignore[override]
+        servers = [self.launch(fleet), self.launch(fleet)]
+        fleet.wait_up(servers, START_TIMEOUT_S)
+        first, second = (Solo(fleet, self, server) for server in servers)
+        return first, second
+
 
 class Solo(Client):
     """An engine of a setup; `restart` replaces it."""
 
-    def __init__(self, fleet: Fleet, setup: SoloSetup) -> None:
+    def __init__(self, fleet: Fleet, setup: SoloSetup, server: Server | None = None) -> None:
+        """``server``: one that is up already."""
         self.fleet = fleet
         self.setup = setup
-        config = offload_config(**setup.extra) | dict(setup.names)
-        command = Engine(setup.model, config, setup.options).command
-        env = engine_env(VLLM_SERVER_DEV_MODE="1")  # for /reset_prefix_cache
-        server = fleet.start(f"engine {len(fleet.servers)}", command, env)
-        fleet.wait_up([server], START_TIMEOUT_S)
+        if server is None:
+            server = setup.launch(fleet)
+            fleet.wait_up([server], START_TIMEOUT_S)
         super().__init__(server, setup.model.name)
 
     def restart(self) -> None:
@@ -67,9 +85,13 @@ class Solo(Client):
         """A counter of ours."""
         return self.metric(f"vllm:kvconnect_offload_{name}_total")
 
+    def files(self, folder: str) -> list[Path]:
+        """Arenas in the folder that an option names."""
+        return sorted(Path(self.setup.extra[folder]).glob("*.kvarena"))
+
     def damage(self) -> int:
         """Flip a bit of every slot's payload, in memory and on disk; how many files that was."""
-        files = list(Path(self.setup.extra["disk_path"]).parent.rglob("*.kvarena"))
+        files = [*self.files("memory_path"), *self.files("disk_path")]
         for path in files:
             with path.open("r+b") as file:
                 spec, _ = read_head(file.read(4096))
@@ -80,6 +102,22 @@ class Solo(Client):
                     file.seek(place)
                     file.write(bytes([byte ^ 16]))
         return len(files)
+
+    def empty_disk_files(self) -> None:
+        """Cut off all payloads, as a repair of the filesystem might."""
+        for path in self.files("disk_path"):
+            with path.open("r+b") as file:
+                spec, _ = read_head(file.read(4096))
+                file.truncate(spec.payload_offset)
+
+    def limit_files(self, nbytes: int) -> None:
+        """No process of the engine can write behind ``nbytes`` of a file any more: EFBIG.
+
+        What a full disk is to an engine whose room was not really reserved.
+        """
+        for pid in self.server.pids:
+            _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (nbytes, hard))
 
     def _reset(self) -> bool:
         _, answer = self.request("POST", "/reset_prefix_cache")

@@ -1,6 +1,6 @@
 """Stored KV on real engines: host memory, disk, a restart, damage, tensor parallelism."""
 
-from pair import in_parallel, words
+from pair import eventually, in_parallel, words
 from solo import Solo
 
 BLOCK = 128  # vLLM's default on CPU
@@ -99,6 +99,70 @@ def test_after_kill_9_prompts_come_from_disk_and_damage_is_computed_again(keeper
     before = keeper.tokens_from("external_kv_transfer")
     assert keeper.tokens(prompts[-1]) == alone[-1]
     assert keeper.tokens_from("external_kv_transfer") - before == 5 * BLOCK
+
+
+def test_a_disk_that_is_cut_short_or_full_costs_time_and_nothing_else(keeper: Solo):
+    """After it nothing is written any more until a restart, so it is the keeper's last."""
+    prompts = [words(5 * BLOCK + 1, seed=s) for s in (201, 202, 203)]
+    alone = [keeper.tokens(prompt) for prompt in prompts]
+    keeper.forget()
+    keeper.wait_written()
+    keeper.empty_disk_files()
+    failed = keeper.offloaded("read_failures")
+    assert [keeper.tokens(prompt) for prompt in prompts] == alone
+    assert keeper.offloaded("read_failures") > failed
+    keeper.forget()
+    keeper.limit_files(8 << 20)  # of a file of 1 GiB
+    dropped, written = keeper.offloaded("dropped_writes"), keeper.offloaded("disk_writes")
+    prompts = [words(5 * BLOCK + 1, seed=s) for s in (204, 205, 206)]
+    alone = [keeper.tokens(prompt) for prompt in prompts]
+    keeper.forget()
+    eventually(lambda: keeper.offloaded("dropped_writes") - dropped >= 10, 20, "writes fail")
+    assert keeper.offloaded("disk_writes") - written <= 2, "the disk was not full"
+    before = keeper.tokens_from("external_kv_transfer")
+    assert [keeper.tokens(prompt) for prompt in reversed(prompts)] == alone[::-1]
+    assert keeper.tokens_from("external_kv_transfer") - before >= 5 * BLOCK, "memory serves on"
+
+
+def test_what_one_engine_stores_another_loads_from_its_memory_and_disk(
+    sharers: tuple[Solo, Solo],
+):
+    """Write-back: what did not fit into the first one's memory is on its disk alone."""
+    first, second = sharers
+    prompts = [words(5 * BLOCK + 1, seed=s) for s in range(301, 307)]
+    alone = [second.tokens(prompt, cache_salt="alone") for prompt in prompts]
+    assert first.offloaded("disk_writes") == 0, "write-back writes what memory evicts"
+    assert [first.tokens(prompt) for prompt in prompts] == alone
+    first.forget()
+    first.wait_written()
+    assert first.offloaded("evictions") >= 4 * 5
+    assert first.offloaded("disk_writes") >= 4 * 5
+    before = second.tokens_from("external_kv_transfer")
+    assert [second.tokens(prompt) for prompt in prompts] == alone
+    assert second.tokens_from("external_kv_transfer") - before == whole_blocks(prompts)
+    assert second.offloaded("tokens_from_beside") >= 5 * 5 * BLOCK
+    again = [first.tokens(prompt) for prompt in prompts]  # its own, from both tiers
+    assert again == alone
+    assert first.offloaded("tokens_from_disk") > 0
+    for engine in sharers:
+        assert engine.offloaded("failed_chunks") == 0
+
+
+def test_what_is_damaged_at_a_neighbour_is_computed_and_a_dead_one_is_read_on(
+    sharers: tuple[Solo, Solo],
+):
+    first, second = sharers
+    prompts = [words(3 * BLOCK + 1, seed=s) for s in range(311, 314)]
+    alone = [second.tokens(prompt, cache_salt="alone") for prompt in prompts]
+    assert [first.tokens(prompt) for prompt in prompts] == alone
+    first.forget()
+    first.server.kill()
+    before = second.tokens_from("external_kv_transfer")
+    assert second.tokens(prompts[0]) == alone[0]
+    assert second.tokens_from("external_kv_transfer") - before == 3 * BLOCK
+    second.damage()
+    assert [second.tokens(prompt) for prompt in prompts[1:]] == alone[1:]
+    assert second.offloaded("failed_chunks") > 0
 
 
 def test_tp_2_with_sliding_windows_few_blocks_preemption_and_eviction(crowded_keeper: Solo):
