@@ -209,19 +209,25 @@ def test_a_send_that_the_library_refuses_fails_its_ticket(rig):
     assert (done.ticket, done.error) == (ticket, "the library says no")
 
 
+def test_a_work_of_no_rows_ends(rig):
+    ticket = rig.submit(rows=0)
+    assert [(done.ticket, done.error) for done in rig.ours.transport.poll()] == [(ticket, None)]
+
+
 def test_a_refused_piece_ends_the_ticket_and_no_more_are_asked_for(rig):
     index = np.arange(ROWS, dtype=np.int32)
     at = int(rig.theirs.memory.ctypes.data) + 1  # the last row ends outside
     outside = RowTable(np.array([[at, ROW, ROW, ROWS]]), np.zeros(1, np.int64), "DRAM", 0)
     backwards = index[::-1].copy()
-    rig.ours.transport.submit(
-        Work(Op.READ, "peer", rig.ours.table, backwards, outside, backwards, ROWS * ROW)
+    ticket = rig.ours.transport.submit(
+        Work(Op.WRITE, "peer", rig.ours.table, backwards, outside, backwards, ROWS * ROW)
     )
     asked = len(rig.net.sent)
     rig.net.deliver(1)
     rig.theirs.transport.poll()
     assert rig.ours.transport.poll() == []  # others of its pieces are under way
     assert len(rig.net.sent) == asked - 1, "no more pieces of a work that has failed"
+    rig.ours.transport.cancel(ticket)  # which is not why it failed
     (done,) = rig.go_on()
     assert "outside" in done.error
 
