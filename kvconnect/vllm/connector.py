@@ -22,7 +22,7 @@ from kvconnect.vllm import _compat
 from kvconnect.vllm.contract import Contract
 from kvconnect.vllm.metrics import KvConnectPromMetrics, KvConnectStats
 from kvconnect.vllm.scheduler import Scheduler
-from kvconnect.vllm.worker import RankMetadata, Worker
+from kvconnect.vllm.worker import Introduction, RankMetadata, Worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -92,6 +92,11 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> KvConnectPromMetrics:
         return KvConnectPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    @property
+    def halves(self) -> tuple[Scheduler | None, Worker | None]:
+        """Scheduler and worker half; only one is there. For a chain that this one is part of."""
+        return self._scheduler, self._worker
+
     # -- scheduler -----------------------------------------------------------------------
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, RankMetadata]) -> None:
@@ -101,7 +106,10 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
         self, metadata: dict[tuple[int, int], RankMetadata]
     ) -> None:
         assert self._scheduler is not None
-        self._scheduler.named(metadata)
+        if all(isinstance(one, RankMetadata) for one in metadata.values()):
+            self._scheduler.named(metadata)
+        else:  # in-tree MultiConnector gives all its children the first one's
+            self._scheduler.waits_to_be_named = True
 
     def on_new_request(self, request: "Request") -> None:
         assert self._scheduler is not None
@@ -111,6 +119,8 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         assert self._scheduler is not None
+        if self._scheduler.waits_to_be_named:
+            return None, False  # after a step, which brings the workers' introductions
         tokens = self._scheduler.match(request, num_computed_tokens)
         return tokens, bool(tokens)
 
@@ -130,6 +140,9 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         assert self._scheduler is not None
+        introduction = connector_output.kv_connector_worker_meta
+        if isinstance(introduction, Introduction):
+            self._scheduler.introduced(introduction.ranks)
         self._scheduler.received(connector_output.finished_recving or ())
 
     def request_finished(
@@ -152,6 +165,10 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> RankMetadata | None:
         assert self._worker is not None
         return self._worker.handshake_metadata()
+
+    def build_connector_worker_meta(self) -> Introduction | None:
+        assert self._worker is not None
+        return self._worker.introduction()
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

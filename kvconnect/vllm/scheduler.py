@@ -57,6 +57,10 @@ class Scheduler:
         self._backoff = _backoff(vllm_config, kv_cache_config)
         self._planner = Planner(PeerTier(self._us.ttl_s))
         self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
+        self._world_size = parallel.world_size
+        self.waits_to_be_named = False
+        """Whether `introduced` will say what `named` could not: until then there are no tickets."""
+        self._introduced: dict[int, RankMetadata] = {}
 
     def named(self, ranks: Mapping[tuple[int, int], RankMetadata]) -> None:
         """All workers are up; ``ranks`` by (pp_rank, tp_rank)."""
@@ -66,6 +70,13 @@ class Scheduler:
         addresses = tuple(address for address, _ in self._shards)
         self._contract.named(addresses)
         self._planner.named(addresses)
+
+    def introduced(self, ranks: Mapping[int, RankMetadata]) -> None:
+        """Some workers have said where they are, by rank; it may be known already."""
+        self._introduced |= ranks
+        if self.waits_to_be_named and len(self._introduced) == self._world_size:
+            self.waits_to_be_named = False
+            self.named({(0, rank): one for rank, one in self._introduced.items()})
 
     # -- as vLLM schedules ---------------------------------------------------------------
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import vllm
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorWorkerMetadata,
+)
 
 from kvconnect import __version__
 from kvconnect.blocks import Region, Shard
@@ -37,6 +40,20 @@ class RankMetadata(KVConnectorHandshakeMetadata):
     host: str
     port: int
     incarnation: str
+
+
+@dataclass
+class Introduction(KVConnectorWorkerMetadata):
+    """Ranks and where they are, with the first step's results.
+
+    Beside the handshake, of which in-tree MultiConnector forwards one child's to all.
+    """
+
+    ranks: dict[int, RankMetadata]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Introduction":
+        assert isinstance(other, Introduction)
+        return Introduction(self.ranks | other.ranks)
 
 
 @dataclass(frozen=True)
@@ -76,11 +93,14 @@ class Worker:
         self._mover: Mover | None = None
         self._device: torch.device | None = None
         self._arena: Any = None  # owns the staging memory
+        self._index = 0  # of the rank
+        self._introduced = False
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe and register the caches, open the control channel, start the mover."""
         rank = this_rank()
+        self._index = rank.index
         memory = describe(
             kv_caches, self._kv_cache_config, self._vllm_config, Place(rank.tp_rank, rank.tp_size)
         )
@@ -149,6 +169,13 @@ class Worker:
             return None
         address = self._mover.address
         return RankMetadata(address.host, address.port, self._mover.incarnation)
+
+    def introduction(self) -> Introduction | None:
+        """The same for a step's results, the first time."""
+        if self._introduced or (metadata := self.handshake_metadata()) is None:
+            return None
+        self._introduced = True
+        return Introduction({self._index: metadata})
 
     def obey(self, orders: Sequence[Order]) -> None:
         """Hand the scheduler's orders to the mover, behind what the device still computes."""

@@ -70,7 +70,7 @@ class Engine:
         self, monkeypatch, windows=(None,), ranks=1, slots=16, problem="", events=True, **options
     ):
         monkeypatch.setattr(module, "identity", lambda *_: IDENTITY)
-        monkeypatch.setattr(module, "_hash_tokens", lambda *_: BLOCK)
+        monkeypatch.setattr(module, "hash_tokens", lambda *_: BLOCK)
         groups = [SimpleNamespace(kv_cache_spec=spec(window)) for window in windows]
         config = parse({"cpu_bytes_to_use": 1 << 20} | options, OffloadConfig, "test")
         self.half = OffloadScheduler(

@@ -70,6 +70,11 @@ class KVConnectOffloading(KVConnectorBase_V1, SupportsHMA):
     ) -> OffloadPromMetrics:
         return OffloadPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    @property
+    def halves(self) -> tuple[OffloadScheduler | None, OffloadWorker | None]:
+        """Scheduler and worker half; only one is there. For a chain that this one is part of."""
+        return self._scheduler, self._worker
+
     # -- scheduler -----------------------------------------------------------------------
 
     @property
@@ -82,7 +87,10 @@ class KVConnectOffloading(KVConnectorBase_V1, SupportsHMA):
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Found]) -> None:
         assert self._scheduler is not None
-        self._scheduler.named(metadata)
+        if all(isinstance(one, Found) for one in metadata.values()):
+            self._scheduler.named(metadata)
+        else:  # in-tree MultiConnector gives all its children the first one's
+            self._scheduler.waits_to_be_named = True
 
     def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
         assert self._scheduler is not None

@@ -26,6 +26,14 @@ class Found(KVConnectorHandshakeMetadata):
     """Why it can hold nothing."""
 
 
+class Wanted(NamedTuple):
+    """A chunk that a chain asks for, by its place in a group; ``blocks`` as of `Chunk`."""
+
+    group: int
+    number: int
+    blocks: tuple[int, ...]
+
+
 class Loading(NamedTuple):
     """A request's load: numbers of its fills, and whether some chunk has failed already."""
 
@@ -53,6 +61,10 @@ class Done(KVConnectorWorkerMetadata):
     """What ranks have done: each answer counts ranks, and those of them where it failed."""
 
     answers: dict[int, tuple[int, int]] = field(default_factory=dict)
+    declined: Counter[int] = field(default_factory=Counter)
+    """Of those ranks, how many were not to carry it out: another source gave the chunk."""
+    found: dict[int, Found] = field(default_factory=dict)
+    """By rank, once: for a scheduler that was not told at the start."""
     lost: list[Loss] = field(default_factory=list)
     gained: Counter[bytes] = field(default_factory=Counter)
     gone: Counter[bytes] = field(default_factory=Counter)
@@ -64,5 +76,10 @@ class Done(KVConnectorWorkerMetadata):
             before = answers.get(number, (0, 0))
             answers[number] = before[0] + ranks, before[1] + failures
         return Done(
-            answers, self.lost + other.lost, self.gained + other.gained, self.gone + other.gone
+            answers,
+            self.declined + other.declined,
+            self.found | other.found,
+            self.lost + other.lost,
+            self.gained + other.gained,
+            self.gone + other.gone,
         )

@@ -7,23 +7,23 @@
 """
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvconnect.plan import NO_BLOCK
 from kvconnect.tier.cache import CacheTier
 from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.eviction import make
+from kvconnect.tier.eviction import Key, make
 from kvconnect.tier.hits import hit_tokens, needed
 from kvconnect.tier.jobs import Fill, Forget, Save
 from kvconnect.tier.keys import Names
 from kvconnect.tier.offload import Chunk, OffloadTier, Result, Writes
 from kvconnect.tier.store.hand import common
 from kvconnect.vllm.offload.events import Events
+from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
 from kvconnect.vllm.offload.identity import cuts, identity
-from kvconnect.vllm.offload.messages import Done, Found, Loading, Work
+from kvconnect.vllm.offload.messages import Done, Found, Loading, Wanted, Work
 from kvconnect.vllm.offload.tracked import Tracked
 
 logger = logging.getLogger("vllm.kvconnect")
@@ -37,16 +37,21 @@ class OffloadScheduler:
         self._config = config
         self._cuts = cuts(kv_cache_config, config)
         self._groups = [cut.group for cut in self._cuts]
-        self._hash_tokens = _hash_tokens(vllm_config, kv_cache_config)
-        self._volatile = _volatile_tokens(vllm_config)
+        self._hash_tokens = hash_tokens(vllm_config, kv_cache_config)
+        self._volatile = volatile_tokens(vllm_config)
         self._events = Events(vllm_config, self._cuts, self._hash_tokens)
         self._names: Names | None = None
         self._tier: OffloadTier | None = None
+        self._world_size = vllm_config.parallel_config.world_size
         self._ranks = 1
         self._pool: Any = None
         self._requests: dict[str, Tracked] = {}
         self._held: dict[int, list[Any]] = {}  # number of a save → blocks of the pool
         self._answers: dict[int, tuple[int, int]] = {}  # so far: ranks, failures
+        self._declined: Counter[int] = Counter()  # of those ranks
+        self._found: dict[int, Found] = {}  # by rank, as workers introduced themselves
+        self.waits_to_be_named = False
+        """Whether they will say what `named` could not."""
         self._work = Work()
         self._counts: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
@@ -54,7 +59,7 @@ class OffloadScheduler:
     def named(self, found: Mapping[tuple[int, int], Found]) -> None:
         """All ranks are up, and have said what they can hold and what they held before."""
         ranks = [one for _, one in sorted(found.items())]
-        self._ranks = len(ranks)
+        self._ranks, self.waits_to_be_named = len(ranks), False
         if problems := [one.problem for one in ranks if one.problem]:
             logger.error("kvconnect: KV is not offloaded: %s", problems[0])
             return
@@ -76,8 +81,13 @@ class OffloadScheduler:
 
     # -- as vLLM schedules ---------------------------------------------------------------
 
-    def match(self, request: Any, local_tokens: int) -> int | None:
-        """Tokens to load beyond those cached here; None: ask again after a step."""
+    def match(self, request: Any, local_tokens: int, elsewhere_tokens: int = 0) -> int | None:
+        """Tokens to load beyond those cached here; None: ask again after a step.
+
+        ``elsewhere_tokens``: the first ones, which need not be here.
+        """
+        if self.waits_to_be_named:
+            return None
         if self._tier is None or request.skip_reading_prefix_cache:
             return 0
         tracked = self._track(request)
@@ -87,9 +97,17 @@ class OffloadScheduler:
             tracked.looked = True  # an idle engine has not heard from its workers for long
             return None
         tracked.local_tokens = local_tokens
-        most = request.num_tokens - 1
-        tokens = hit_tokens(self._groups, tracked.keys(), self._tier.has, local_tokens, most)
-        return tokens - local_tokens
+        most, keys, tier = request.num_tokens - 1, tracked.keys(), self._tier
+        elsewhere = {
+            key
+            for group, own in zip(self._groups, keys, strict=True)
+            for key in own[: elsewhere_tokens // group.chunk_tokens]
+        }
+
+        def has(key: Key) -> bool:
+            return key in elsewhere or tier.has(key)
+
+        return hit_tokens(self._groups, keys, has, local_tokens, most) - local_tokens
 
     def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
@@ -105,6 +123,32 @@ class OffloadScheduler:
         self._work.loads[request.request_id] = Loading(fills, failed)
         self._absorb(result)
 
+    def spares(self, request: Any, chunks: Sequence[Wanted]) -> list[tuple[Fill | None, str]]:
+        """Of each chunk a fill, to be carried out or declined by every rank, and from where.
+
+        None where it is not here. For a chain: this scheduler's own workers are told nothing.
+        """
+        nothing: list[tuple[Fill | None, str]] = [(None, "")] * len(chunks)
+        if self._tier is None:
+            return nothing
+        tracked = self._track(request)
+        if tracked.no_loads:
+            return nothing
+        keys = tracked.keys()
+        here = {
+            at: Chunk(keys[one.group][one.number], one.group, one.blocks)
+            for at, one in enumerate(chunks)
+            if one.number < len(keys[one.group]) and self._tier.has(keys[one.group][one.number])
+        }
+        whence = {at: self._tier.whence(chunk.key) for at, chunk in here.items()}
+        result = self._tier.load(request.request_id, list(here.values()))
+        fills = {job.key: job for job in result.jobs if isinstance(job, Fill)}
+        result.jobs = [job for job in result.jobs if not isinstance(job, Fill)]
+        self._absorb(result)
+        for at, chunk in here.items():
+            nothing[at] = fills.get(chunk.key), whence[at]
+        return nothing
+
     def take_work(self, output: Any) -> Work:
         """The step's jobs; ``output`` is vLLM's SchedulerOutput."""
         if self._tier is not None:
@@ -119,15 +163,21 @@ class OffloadScheduler:
 
     def received(self, done: Done) -> None:
         """Ranks have answered, lost something, or seen what engines beside hold."""
+        self._found |= done.found
+        if self.waits_to_be_named and len(self._found) == self._world_size:
+            self.named({(0, rank): found for rank, found in self._found.items()})
         if self._tier is None:
             return
+        self._declined += done.declined
         for number, (ranks, failures) in done.answers.items():
             before = self._answers.pop(number, (0, 0))
             ranks, failures = before[0] + ranks, before[1] + failures
             if ranks < self._ranks:
                 self._answers[number] = ranks, failures
-                continue
-            self._absorb(self._tier.answered(number, not failures))
+            elif self._declined.pop(number, 0) and not failures:
+                self._absorb(self._tier.declined(number))
+            else:
+                self._absorb(self._tier.answered(number, not failures))
         for loss in done.lost:
             self._absorb(self._tier.lost(*loss))
         self._tier.beside(done.gained.elements(), done.gone.elements())
@@ -168,7 +218,7 @@ class OffloadScheduler:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
             if self._names is None:  # late: vLLM draws its hash seed after we are made
-                self._names = Names(identity(self._vllm_config, self._cuts, _hash_seed()))
+                self._names = Names(identity(self._vllm_config, self._cuts, hash_seed()))
             tracked = Tracked(request, self._names, self._cuts, self._hash_tokens)
             self._requests[request.request_id] = tracked
         return tracked
@@ -198,9 +248,7 @@ class OffloadScheduler:
         for chunk in chunks:
             if chunk.group == 0:
                 wanted = sum(block != NO_BLOCK for block in chunk.blocks)
-                on_host = self._tier.host.holds(chunk.key)
-                on_disk = self._tier.disk is not None and self._tier.disk.holds(chunk.key)
-                source = "host" if on_host else "disk" if on_disk else "beside"
+                source = self._tier.whence(chunk.key) or "beside"
                 found[f"tokens_from_{source}"] += wanted * self._cuts[0].block_tokens
         return found
 
@@ -249,26 +297,3 @@ def _is_empty(table: Any, place: int) -> bool:
         return False
     block = table[place]
     return block.block_hash is None and not block.is_null
-
-
-def _hash_seed() -> str:
-    from vllm.v1.core import kv_cache_utils
-
-    return str(getattr(kv_cache_utils, "_NONE_HASH_SEED", None) or "")
-
-
-def _hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
-    """How many tokens a hash of ``request.block_hashes`` stands for."""
-    from vllm.v1.core import kv_cache_utils
-
-    resolve = getattr(kv_cache_utils, "resolve_kv_cache_block_sizes", None)
-    if resolve is not None:
-        return int(resolve(kv_cache_config, vllm_config)[1])
-    sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
-    return math.gcd(*sizes)
-
-
-def _volatile_tokens(vllm_config: Any) -> int:
-    """At the end of what was computed, tokens whose draft KV may be computed again."""
-    speculative = vllm_config.speculative_config
-    return speculative.num_speculative_tokens + 1 if speculative else 0

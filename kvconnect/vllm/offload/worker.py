@@ -5,14 +5,14 @@ A place that cannot be opened turns the tier off: the scheduler is told, the eng
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.jobs import Save
+from kvconnect.tier.jobs import Answer, Fill, Save
 from kvconnect.tier.keys import arena_fingerprint
 from kvconnect.tier.store.packing import Packing
 from kvconnect.tier.store.runner import Fence
@@ -47,6 +47,8 @@ class OffloadWorker:
         self._ended: set[str] = set()
         self._done = Done()
         self._counts: Counter[str] = Counter()
+        self.answered: list[tuple[Answer, float]] = []
+        """Of any job, with its time; since the last but one `collect`."""
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe the caches, open memory and disk, start the thread."""
@@ -71,12 +73,12 @@ class OffloadWorker:
             )
         except StoreError as e:
             logger.error("kvconnect: rank %d stores no KV: %s", rank.index, e)
-            self._found = Found(0, 0, [], [], str(e))
+            self._introduce(rank.index, Found(0, 0, [], [], str(e)))
             return
         place.runner.start()
         self._place = place
         lead, stride = place.lead, place.memory.spec.stride
-        self._found = Found(lead.slots, lead.disk_slots, *lead.keys)
+        self._introduce(rank.index, Found(lead.slots, lead.disk_slots, *lead.keys))
         logger.info(
             "kvconnect: rank %d of %d %s %d chunks (%.2f GB) in memory, %d on disk; found %d "
             "and %d from before",
@@ -120,6 +122,7 @@ class OffloadWorker:
         """Requests whose loads have ended here, and those of them that failed."""
         if self._place is not None:
             report = self._place.runner.take()
+            self.answered = [(one, report.ended_s[one.number]) for one in report.answers]
             for number, error in report.answers:
                 self._answer(number, bool(error))
             self._done.lost += report.lost
@@ -130,6 +133,16 @@ class OffloadWorker:
         failed = self._failed & ended
         self._failed -= ended
         return ended, failed
+
+    def fill(self, fills: Sequence[Fill]) -> None:
+        """Carry out spares of the scheduler's; `answered` says when each has ended."""
+        assert self._place is not None
+        self._place.runner.put(fills, self._fence())
+
+    def decline(self, fills: Sequence[Fill]) -> None:
+        """Answer spares that are not wanted."""
+        self._done.answers |= dict.fromkeys((fill.number for fill in fills), (1, 0))
+        self._done.declined.update(fill.number for fill in fills)
 
     def take_done(self) -> Done | None:
         """For the scheduler: what was done since the last call; None if nothing."""
@@ -145,6 +158,11 @@ class OffloadWorker:
         """Stop the thread. Idempotent."""
         if self._place is not None:
             self._place.close()
+
+    def _introduce(self, rank: int, found: Found) -> None:
+        """Twice: in-tree MultiConnector gives all its children the handshake of the first."""
+        self._found = found
+        self._done.found[rank] = found
 
     def _pin(self, place: Opened) -> None:
         """Make host memory one that the device's kernels can read and write; raises StoreError."""
