@@ -63,6 +63,6 @@ def options(folder, **more):
     return {"library": os.fspath(Path(folder) / "libnccl.so.2"), **more}
 
 
-def as_device(regions):
+def as_device(regions, device=0):
     """Host memory, said to be a device's."""
-    return [Region(r.address, r.nbytes, "VRAM", r.device) for r in regions]
+    return [Region(r.address, r.nbytes, "VRAM", device) for r in regions]

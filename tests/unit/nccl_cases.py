@@ -1,6 +1,6 @@
 """What we believe of libnccl, held against the fake (test_nccl_library) and a real one (tests/gpu).
 
-Each case is given a `Nccl` and leaves nothing behind. Two ranks are on one device, in one process.
+Each case is given a `Nccl` and leaves nothing behind. Ranks are in one process, on `DEVICES`.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import pytest
 from kvconnect.errors import TransportError
 from kvconnect.ops.cuda import CudaKernels, Way
 
+DEVICES = [0, 0]  # of rank 0 and rank 1
 PATIENCE_S = 20.0
 SIZES = (1, 1000, 300_000)  # the last is more than a socket takes at once
 
@@ -21,7 +22,7 @@ class Rank:
     """A communicator with a stream, and device memory to send from and receive into."""
 
     def __init__(self, nccl, unique_id, rank, ranks):
-        self.kernels = CudaKernels(0)
+        self.kernels = CudaKernels(DEVICES[rank])
         self.ours = self.kernels.alloc(max(SIZES), pinned=False)
         self.host = self.kernels.alloc(max(SIZES), pinned=True)
         with self.kernels.current():

@@ -211,11 +211,12 @@ def test_a_slow_abort_keeps_nobody_waiting(pair, gpu):
 
 @pytest.mark.parametrize("op", Op)
 @pytest.mark.parametrize("way", ["drop", "cancel"])
-def test_memory_is_left_alone_once_a_ticket_has_ended(pair, op, way):
-    """At whatever point it is dropped; copies take effect late with these fakes."""
+def test_memory_is_left_alone_once_a_ticket_has_ended(pair, gpu, op, way):
+    """At whatever point it is dropped, also amid a copy, which takes effect late here."""
     assert pair.works()
+    gpu.library.kvc_fake_late(6)
     cut_short = 0
-    for polls in range(0, 40, 2):
+    for polls in range(0, 75, 3):
         ticket = pair.submit(3, op)
         ended = pair.poll(polls)
         if way == "drop":

@@ -2,8 +2,8 @@
 // whole library and the tests can run it where there is no GPU.
 //
 // Kernels run thread after thread. A stream is a queue that nothing works off by itself: work is
-// done late, when an event is asked for the second time, so that memory which is reused or freed
-// too early shows. Device memory starts as garbage. kvc_fake_fail(n) makes the n-th call fail.
+// done late, when an event is asked for the second time (kvc_fake_late), so that memory which is
+// reused or freed too early shows. Device memory starts as garbage. kvc_fake_fail(n) makes the n-th call fail.
 #ifndef KVC_FAKE_CUDA_RUNTIME_H
 #define KVC_FAKE_CUDA_RUNTIME_H
 
@@ -48,7 +48,7 @@ struct FakeStream {
 struct FakeEvent {
   FakeStream* stream = nullptr;
   uint64_t recorded = 0, passed = 0;
-  bool asked = true;
+  unsigned asked = 0;
   void finish() {
     while (passed < recorded && !stream->work.empty() && stream->run_one()) {
     }
@@ -67,6 +67,7 @@ struct cudaLaunchConfig_t {
 struct Fake {
   int fail_in = 0;      // calls from now; 0: never
   int version = 13000;  // of the driver
+  unsigned late = 1;    // how often an event is asked for in vain
   unsigned most_ctas = 0, launches = 0, batches = 0, copies = 0;
   int device = 0;
   FakeStream caller;  // stands for a stream of the caller's
@@ -120,14 +121,14 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cu
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   KVC_FAKE_CALL;
   const uint64_t mine = ++event->recorded;
-  event->stream = stream, event->asked = false;
+  event->stream = stream, event->asked = 0;
   stream->work.push_back([event, mine] { event->passed = mine; });
   return cudaSuccess;
 }
 inline cudaError_t cudaEventQuery(cudaEvent_t event) {
   KVC_FAKE_CALL;
   if (event->passed == event->recorded) return cudaSuccess;
-  if (!event->asked) return event->asked = true, cudaErrorNotReady;
+  if (event->asked++ < fake().late) return cudaErrorNotReady;
   event->finish();
   return event->passed == event->recorded ? cudaSuccess : cudaErrorNotReady;
 }
@@ -215,10 +216,11 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** ent
 // What tests turn and read.
 #define KVC_FAKE_EXPORT extern "C" __attribute__((visibility("default"), used))
 KVC_FAKE_EXPORT inline void kvc_fake_reset() {
-  fake().fail_in = 0, fake().version = 13000;
+  fake().fail_in = 0, fake().version = 13000, fake().late = 1;
   fake().most_ctas = fake().launches = fake().batches = fake().copies = 0;
 }
 KVC_FAKE_EXPORT inline void kvc_fake_fail(int calls) { fake().fail_in = calls; }
+KVC_FAKE_EXPORT inline void kvc_fake_late(unsigned times) { fake().late = times; }
 KVC_FAKE_EXPORT inline void kvc_fake_version(int version) { fake().version = version; }
 KVC_FAKE_EXPORT inline uint64_t kvc_fake_stream() { return (uint64_t)&fake().caller; }
 KVC_FAKE_EXPORT inline void kvc_fake_later(void* dst, const void* src, size_t bytes) {
