@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
@@ -13,6 +14,8 @@ from kvconnect.tier.hits import Group
 from kvconnect.tier.keys import Identity
 from kvconnect.vllm import _compat
 from kvconnect.vllm.fingerprint import fingerprint
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
 class Cut(NamedTuple):
@@ -56,6 +59,7 @@ def identity(vllm_config: Any, cut: list[Cut], seed: str | None = None) -> Ident
     model, cache = vllm_config.model_config, vllm_config.cache_config
     fields = fingerprint(vllm_config, None)
     text = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
+    commit = str(getattr(model.hf_config, "_commit_hash", None))  # of a hub's model
     if seed is None:
         seed = os.getenv("PYTHONHASHSEED", "")
     return Identity(
@@ -73,5 +77,22 @@ def identity(vllm_config: Any, cut: list[Cut], seed: str | None = None) -> Ident
         more=(
             ("groups", repr([tuple(one) for one in cut])),
             ("sizes", fields["sizes"]),
+            ("weights", weights_at(str(model.model)) or commit),
         ),
     )
+
+
+def weights_at(place: str) -> str | None:
+    """What tells weights from others that had the same name: a folder can be written anew.
+
+    Of a folder or file, what is in it, by name, size and time; None if ``place`` is neither.
+    """
+    path = Path(place)
+    try:
+        files = (
+            [one for one in path.iterdir() if one.suffix in WEIGHTS] if path.is_dir() else [path]
+        )
+        found = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(files)]
+    except OSError:
+        return None
+    return hashlib.blake2b(repr(found).encode(), digest_size=16).hexdigest()

@@ -5,7 +5,7 @@ from typing import Any
 
 from kvconnect.tier.eviction import Key
 from kvconnect.tier.keys import Context, Item, Names
-from kvconnect.vllm.offload.identity import Cut
+from kvconnect.vllm.offload.identity import Cut, weights_at
 
 logger = logging.getLogger("vllm.kvconnect")
 
@@ -59,9 +59,13 @@ def _context(request: Any) -> Context:
     )
     return Context(
         cache_salt=request.cache_salt,
-        lora=f"{lora.lora_name} {lora.lora_path}" if lora else None,
+        lora=_adapter(lora) if lora else None,
         items=items,
     )
+
+
+def _adapter(lora: Any) -> str:
+    return f"{lora.lora_name} {lora.lora_path} {weights_at(lora.lora_path)}"
 
 
 def _limit(request: Any) -> int:
