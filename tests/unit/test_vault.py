@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from vaults import BLOCKS, CHUNK, Bench, key_of
+from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, Bench, key_of
 
 from kvconnect.blocks import BlockView
 from kvconnect.errors import GeometryError
@@ -13,8 +13,12 @@ from kvconnect.plan import NO_BLOCK
 from kvconnect.testing.files import DiskFault
 from kvconnect.testing.geometry import LAYOUTS, Cache, Model
 from kvconnect.testing.late import LateKernels
+from kvconnect.tier.store.arena import make as make_arena
 from kvconnect.tier.store.disk import MOST_FAILURES
-from kvconnect.tier.store.packing import Packing
+from kvconnect.tier.store.header import Spec
+from kvconnect.tier.store.host import HostStore
+from kvconnect.tier.store.packing import Packing, slot_bytes
+from kvconnect.tier.store.shelf import Shelf
 
 
 @pytest.fixture
@@ -76,6 +80,22 @@ def test_another_shard_or_chunk_is_another_format(bench):
     packings = [Packing(shard, 0, CHUNK, load("cpu")) for shard in shards]
     packings.append(Packing(bench.cache.shard, 0, CHUNK + 1, load("cpu")))
     assert len({p.format for p in packings} | {bench.packing.format}) == 4
+
+
+def test_a_stage_without_layers_of_a_group_has_nothing_to_move_and_moves_it():
+    """It used to end the engine at its start."""
+    cache = Cache(MODEL, BLOCKS)
+    packings = [Packing(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
+    assert packings[1].block_bytes == 0
+    assert packings[0].format != packings[1].format
+    arena = make_arena(Spec(2, slot_bytes(packings), FINGERPRINT))
+    store = HostStore(Shelf(arena), packings)
+    assert store.store(1, key_of(1), 1, (0, 1))
+    assert not store.poll()[0].error
+    assert store.load(2, key_of(1), 1, (NO_BLOCK, 1))
+    assert not store.poll()[0].error
+    assert not store.load(3, key_of(1), 0, (0, 1)), "it is another group's"
+    arena.close()
 
 
 def test_a_packed_layout_moves_whole_and_is_a_format_of_its_own(bench):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from kvconnect.blocks import DENSE, BlockView, Part, Shard
+from kvconnect.blocks import DENSE, MAX_BLOCKS, BlockView, Part, Shard
 from kvconnect.errors import GeometryError
 from kvconnect.ops import WIRE_ALIGN, Copy, Kernels, Launch, Prepared, Type, chunk_bytes
 from kvconnect.plan import NO_BLOCK
@@ -37,15 +37,16 @@ class _Bundle:
 
 
 class Packing:
-    """Of one group of one rank. ``chunk_blocks``: blocks in a slot."""
+    """Of one group of one rank. ``chunk_blocks``: blocks in a slot.
+
+    A pipeline stage may have no layers of a group: then there is nothing to move, and it moves.
+    """
 
     def __init__(self, shard: Shard, group: int, chunk_blocks: int, kernels: Kernels) -> None:
         views = sorted((v for v in shard.views if v.group == group), key=lambda v: v.layer)
-        if not views:
-            raise GeometryError(f"group {group} has no layers on this rank")
         self.chunk_blocks = chunk_blocks
-        self.tokens = chunk_blocks * views[0].block_tokens
-        self.num_blocks = min(v.num_blocks for v in views)
+        self.tokens = chunk_blocks * views[0].block_tokens if views else 0
+        self.num_blocks = min((v.num_blocks for v in views), default=MAX_BLOCKS)
         self.format = _format(views, chunk_blocks)
         by_tokens: dict[int, list[Copy]] = {}
         for view in views:
@@ -72,7 +73,7 @@ class Packing:
                 segments = np.array([[block, 0, bundle.tokens, 0]], dtype=np.int32)
                 found = bundle.prepared.gather(segments, at, bundle.nbytes, 1, after=after)
                 launches.append(found)
-        return Packed(launches, len(self._bundles))
+        return Packed(launches, len(blocks))
 
     def scatter(
         self, blocks: Sequence[int], address: int, after: int | None = None
@@ -89,7 +90,7 @@ class Packing:
                 segments = np.array([[block, 0, bundle.tokens, 0]], dtype=np.int32)
                 call = bundle.prepared.scatter(segments, at, bundle.nbytes, 1, after=after)
                 launches.append(call)
-            found[place] = Packed(launches, len(self._bundles))
+            found[place] = Packed(launches, 1)
         return found
 
     def put_sums(self, payload: np.ndarray, sums: Sequence[int]) -> int:
@@ -113,11 +114,11 @@ class Packing:
 
 
 class Packed:
-    """Blocks under way, ``bundles`` launches each."""
+    """``blocks`` under way, with equally many launches each."""
 
-    def __init__(self, launches: Sequence[Launch], bundles: int) -> None:
+    def __init__(self, launches: Sequence[Launch], blocks: int) -> None:
         self._launches = launches
-        self._bundles = bundles
+        self._blocks = blocks
 
     def done(self) -> bool:
         """Whether all bytes are written; raises TransportError if the device failed."""
@@ -127,9 +128,10 @@ class Packed:
         """One per block; valid once done."""
         each = [int(launch.sums[0]) for launch in self._launches]
         found = []
-        for first in range(0, len(each), self._bundles):
+        bundles = len(each) // self._blocks
+        for block in range(self._blocks):
             total = 0
-            for value in each[first : first + self._bundles]:
+            for value in each[block * bundles : (block + 1) * bundles]:
                 total = (total * _ODD + value) & _MASK
             found.append(total)
         return found

@@ -92,7 +92,7 @@ def weights_at(place: str) -> str | None:
         files = (
             [one for one in path.iterdir() if one.suffix in WEIGHTS] if path.is_dir() else [path]
         )
-        found = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(files)]
+        found = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
     except OSError:
         return None
     return hashlib.blake2b(repr(found).encode(), digest_size=16).hexdigest()
