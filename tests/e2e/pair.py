@@ -58,7 +58,9 @@ class Client:
         self.netloc = urlsplit(server.url).netloc
         self.model = model
 
-    def post(self, prompt: Any, **options: Any) -> tuple[int, dict[str, Any]]:
+    def post(
+        self, prompt: Any, headers: Mapping[str, str] | None = None, **options: Any
+    ) -> tuple[int, dict[str, Any]]:
         """Status and answer of a greedy completion."""
         body = {
             "model": self.model,
@@ -67,13 +69,16 @@ class Client:
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        return self.request("POST", "/v1/completions", body | options)
+        return self.request("POST", "/v1/completions", body | options, headers)
 
-    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    def request(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
         connection = http.client.HTTPConnection(self.netloc, timeout=300)
         try:
             text = None if body is None else json.dumps(body)
-            connection.request(method, path, text, {"Content-Type": "application/json"})
+            sent = {"Content-Type": "application/json", **(headers or {})}
+            connection.request(method, path, text, sent)
             answer = connection.getresponse()
             raw = answer.read()
         finally:

@@ -272,6 +272,7 @@ def test_params_go_before_ids():
     asked = request(AT_P.request_id, {"do_remote_decode": True})
     assert prefill.lends(asked)
     assert prefill.name(asked) == ""
+    assert not decode.loads(request(AT_D.request_id, {"do_remote_decode": True}))
     params = {
         "do_remote_prefill": True,
         "remote_engine_id": "P",
