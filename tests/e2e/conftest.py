@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pair import SPOIL_FILE, Pair, Setup
 from solo import SharersSetup, Solo, SoloSetup
+from xpyd import XpydSetup
 
 from kvconnect.cli.processes import Fleet
 
@@ -187,6 +188,18 @@ def sharers(folder: Path) -> SharersSetup:
     )
 
 
+def xpyd(folder: Path) -> XpydSetup:
+    """Two prefill and two decode engines, one of TP 2, with sliding windows, behind a router."""
+    return XpydSetup(
+        model("KVCONNECT_HMA_MODEL"),
+        prefill=[(), ()],
+        decode=[(), ("--tensor-parallel-size", "2")],
+        both=SHORT,
+        # two ranks that spin leave little of two cores to anybody else: be patient
+        extra={"handshake_timeout": 15, "kv_lease_duration": 90},
+    )
+
+
 SETUPS = (
     pair,
     secret_pair,
@@ -201,6 +214,7 @@ SETUPS = (
     ucx_pair,
     keeper,
     crowded_keeper,
+    xpyd,
     sharers,
 )
 ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
@@ -259,5 +273,6 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     ucx_fixture,
     keeper_fixture,
     crowded_keeper_fixture,
+    xpyd_fixture,
     sharers_fixture,
 ) = fixtures
