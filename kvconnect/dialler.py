@@ -75,6 +75,7 @@ class Peer:
         self.gone: dict[str, None] = {}
         """Generations that the peer said are over, the last `MAX_GONE` in their order."""
         self.rejected = False  # once, while greeting
+        self.ended = False  # its connection broke: its process has ended, if not its host
         self.resend_at = 0.0
         self.calls: dict[int, Call] = {}
         self.begin()
@@ -219,6 +220,7 @@ class Dialler:
             return
         if frame.data is None:
             if peer.state is State.READY:  # while greeting, the listener may only just come up
+                peer.ended = True
                 self.fail(peer, "closed the connection; has the engine ended?")
             elif peer.session is not None:
                 peer.begin()
@@ -234,8 +236,7 @@ class Dialler:
             if peer.session is not None:
                 self._take(peer, wire.decode(peer.session.unseal(data)))
             return
-        message = wire.decode(data[1:])
-        if isinstance(message, wire.Reject):
+        if isinstance(message := wire.decode(data[1:]), wire.Reject):
             # its proof was right, so its secret is ours: it has forgotten us, or was restarted
             if peer.state is State.GREETING and peer.session is not None and not peer.rejected:
                 peer.rejected = True

@@ -17,7 +17,7 @@ from kvconnect.course import Chunk, Course
 from kvconnect.dialler import Call, Dialler, Peer
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.ops import Kernels, Launch, Prepared
-from kvconnect.slots import GRANULE_BYTES, QUARANTINE_S, Slots
+from kvconnect.slots import ENDED_S, GRANULE_BYTES, QUARANTINE_S, Slots
 
 WINDOW = 8  # chunks that one pull has under way
 
@@ -138,10 +138,11 @@ class Pull:
         Only once nothing `touches_blocks`.
         """
         slots = self._staged.slots
+        seconds = ENDED_S if self._staged.peer.ended else QUARANTINE_S
         late = []
         for asked in self._asked:
             if asked.launch is None and asked.call.reply is None:
-                slots.quarantine(asked.slot)
+                slots.quarantine(asked.slot, seconds)
                 late.append((asked.slot, asked.call))
             else:
                 slots.give(asked.slot)

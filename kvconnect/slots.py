@@ -1,7 +1,9 @@
 """Slots of staging memory: who uses which, and when one may be used again.
 
 * A slot is free, taken, or quarantined: a remote may still write to it. A quarantined slot is
-  free again when its user says that the remote has answered, or after `QUARANTINE_S`.
+  free again when its user says that the remote has answered, or after `QUARANTINE_S`; after
+  `ENDED_S` if the remote's process has ended, for only what is on the wire can still arrive. Should
+  more, the checksums of the slot's next chunk fail: a load fails, and nothing wrong is served.
 * Knows addresses, no transports; allocates nothing.
 """
 
@@ -16,7 +18,7 @@ from kvconnect.rows import RowTable
 
 GRANULE_BYTES = 64 << 10  # what is written to a slot is a multiple of this
 MOST_SLOT_BYTES = 4 << 20
-QUARANTINE_S = 60.0
+QUARANTINE_S, ENDED_S = 60.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ class Slots:
         self._quarantined.pop(slot, None)
         self._free.append(slot)
 
-    def quarantine(self, slot: int) -> None:
+    def quarantine(self, slot: int, seconds: float = QUARANTINE_S) -> None:
         """A taken slot whose user gave up while a remote may still write to it."""
-        self._quarantined[slot] = self._clock() + QUARANTINE_S
+        self._quarantined[slot] = self._clock() + seconds
 
     def is_quarantined(self, slot: int) -> bool:
         """Whether nobody may use it yet."""

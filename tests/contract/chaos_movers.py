@@ -38,7 +38,7 @@ LIBRARY = {"nixl": "nixl", "mooncake": "mooncake.engine", "ucx": "ucxx"}
 MODEL = Model(layers=4, heads=2, block_tokens=16, content=128)  # rows of 8 KiB
 ROW = 2 * 16 * 128 * 2
 BLOCKS, PROMPT = 1024, 96  # of a cache; of a prompt, 3 MiB
-SLOTS = 512  # those of a chunk whose supplier was killed are out of use for a minute
+SLOTS = 256  # half to receive; those of a killed supplier's chunks are out of use for seconds
 UNDER_WAY = 4
 TTL_S, LOAD_TIMEOUT_S, HANDSHAKE_S = 3.0, 4.0, 2.0
 LATE_S = 1.0  # beyond the timeout: what a busy machine is granted

@@ -10,7 +10,7 @@ from kvconnect import wire
 from kvconnect.lease import Terms
 from kvconnect.ops import load
 from kvconnect.order import Cancel, Fetch, Grant
-from kvconnect.slots import GRANULE_BYTES, QUARANTINE_S
+from kvconnect.slots import ENDED_S, GRANULE_BYTES, QUARANTINE_S
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.geometry import Model
 from kvconnect.testing.late import LateKernels
@@ -400,6 +400,23 @@ def test_a_slot_that_may_still_be_written_is_quarantined(staged):
     assert d.ended == {"d": [None]}, "an aborted request is reported, without a reason"
     assert slots.free < 4
     world.clock.advance(QUARANTINE_S)
+    d.step()
+    assert slots.free == 4
+
+
+def test_slots_of_a_source_that_ended_are_soon_there_for_others(staged):
+    """They used to be out of use for a minute, and with them every staged load of the rank."""
+    world, p, d = staged
+    until_filled(world, p, d)
+    slots = d.movers[0]._fetcher._remotes.means.slots
+    world.network.pending.clear()
+    p.stop()
+    world.network.flush()
+    d.step()
+    d.step()
+    assert "closed the connection" in d.ended["d"][0]
+    assert slots.free < 4, "what is on the wire may still arrive"
+    world.clock.advance(ENDED_S)
     d.step()
     assert slots.free == 4
 
