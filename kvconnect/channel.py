@@ -180,8 +180,9 @@ class ZmqChannel:
             self._context.destroy(linger=0)
             raise ConfigError(
                 f"control channel cannot listen on {host}:{port} ({e.strerror}); set "
-                "VLLM_NIXL_SIDE_CHANNEL_HOST to an address of this host and leave "
-                "VLLM_NIXL_SIDE_CHANNEL_PORT unset for a free port"
+                "VLLM_NIXL_SIDE_CHANNEL_HOST to an address of this host, and give every engine on "
+                "it a port of its own: VLLM_NIXL_SIDE_CHANNEL_PORT, or unset it for a free one; of "
+                "KVConnectP2pNccl kv_port, or 0"
             ) from e
         endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         return int(endpoint.rstrip("\0").rpartition(":")[2])
