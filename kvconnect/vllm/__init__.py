@@ -7,10 +7,12 @@ from typing import Any
 
 CONNECTORS = {
     "KVConnectMooncake": "kvconnect.vllm.mooncake.connector",
+    "KVConnectMulti": "kvconnect.vllm.multi.connector",
     "KVConnectNixl": "kvconnect.vllm.nixl",
     "KVConnectOffloading": "kvconnect.vllm.offload.connector",
     "KVConnectP2pNccl": "kvconnect.vllm.p2p.connector",
     "MooncakeConnector": "kvconnect.vllm.mooncake.connector",
+    "MultiConnector": "kvconnect.vllm.multi.connector",
     "NixlConnector": "kvconnect.vllm.nixl",
     "OffloadingConnector": "kvconnect.vllm.offload.connector",
     "P2pNcclConnector": "kvconnect.vllm.p2p.connector",

@@ -93,9 +93,16 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
         return KvConnectPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     @property
-    def halves(self) -> tuple[Scheduler | None, Worker | None]:
-        """Scheduler and worker half; only one is there. For a chain that this one is part of."""
-        return self._scheduler, self._worker
+    def scheduler(self) -> Scheduler:
+        """The scheduler's half, for a chain that this connector is part of."""
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def worker(self) -> Worker:
+        """The worker's half, for the same."""
+        assert self._worker is not None
+        return self._worker
 
     # -- scheduler -----------------------------------------------------------------------
 

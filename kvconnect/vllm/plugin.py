@@ -10,6 +10,7 @@ logger = logging.getLogger("vllm.kvconnect")
 
 REGISTERED = {
     "KVConnectMooncake": "kvconnect.vllm.mooncake.connector",
+    "KVConnectMulti": "kvconnect.vllm.multi.connector",
     "KVConnectNixl": "kvconnect.vllm.nixl",
     "KVConnectOffloading": "kvconnect.vllm.offload.connector",
     "KVConnectP2pNccl": "kvconnect.vllm.p2p.connector",

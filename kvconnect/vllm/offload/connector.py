@@ -49,7 +49,7 @@ class KVConnectOffloading(KVConnectorBase_V1, SupportsHMA):
         self._worker: OffloadWorker | None = None
         self._lost_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
-            _recompute_failed_loads(self._kv_transfer_config)
+            recompute_failed_loads(self._kv_transfer_config)
             self._scheduler = OffloadScheduler(vllm_config, kv_cache_config, config)
         else:
             self._worker = OffloadWorker(vllm_config, kv_cache_config, config)
@@ -71,9 +71,16 @@ class KVConnectOffloading(KVConnectorBase_V1, SupportsHMA):
         return OffloadPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     @property
-    def halves(self) -> tuple[OffloadScheduler | None, OffloadWorker | None]:
-        """Scheduler and worker half; only one is there. For a chain that this one is part of."""
-        return self._scheduler, self._worker
+    def scheduler(self) -> OffloadScheduler:
+        """The scheduler's half, for a chain that this connector is part of."""
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def worker(self) -> OffloadWorker:
+        """The worker's half, for the same."""
+        assert self._worker is not None
+        return self._worker
 
     # -- scheduler -----------------------------------------------------------------------
 
@@ -201,7 +208,7 @@ class KVConnectOffloading(KVConnectorBase_V1, SupportsHMA):
             self._worker.close()
 
 
-def _recompute_failed_loads(transfer_config: Any) -> None:
+def recompute_failed_loads(transfer_config: Any) -> None:
     """vLLM's default fails a request whose load fails; to a cache, a fault is a miss."""
     if transfer_config.kv_load_failure_policy != "recompute":
         transfer_config.kv_load_failure_policy = "recompute"

@@ -35,14 +35,13 @@ class OffloadScheduler:
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: OffloadConfig) -> None:
         self._vllm_config = vllm_config
         self._config = config
-        self._cuts = cuts(kv_cache_config, config)
-        self._groups = [cut.group for cut in self._cuts]
+        self.cuts = cuts(kv_cache_config, config)
+        self._groups = [cut.group for cut in self.cuts]
         self._hash_tokens = hash_tokens(vllm_config, kv_cache_config)
         self._volatile = volatile_tokens(vllm_config)
-        self._events = Events(vllm_config, self._cuts, self._hash_tokens)
+        self._events = Events(vllm_config, self.cuts, self._hash_tokens)
         self._names: Names | None = None
         self._tier: OffloadTier | None = None
-        self._world_size = vllm_config.parallel_config.world_size
         self._ranks = 1
         self._pool: Any = None
         self._requests: dict[str, Tracked] = {}
@@ -164,7 +163,8 @@ class OffloadScheduler:
     def received(self, done: Done) -> None:
         """Ranks have answered, lost something, or seen what engines beside hold."""
         self._found |= done.found
-        if self.waits_to_be_named and len(self._found) == self._world_size:
+        ranks = self._vllm_config.parallel_config.world_size if self.waits_to_be_named else 0
+        if ranks and len(self._found) == ranks:
             self.named({(0, rank): found for rank, found in self._found.items()})
         if self._tier is None:
             return
@@ -218,14 +218,14 @@ class OffloadScheduler:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
             if self._names is None:  # late: vLLM draws its hash seed after we are made
-                self._names = Names(identity(self._vllm_config, self._cuts, hash_seed()))
-            tracked = Tracked(request, self._names, self._cuts, self._hash_tokens)
+                self._names = Names(identity(self._vllm_config, self.cuts, hash_seed()))
+            tracked = Tracked(request, self._names, self.cuts, self._hash_tokens)
             self._requests[request.request_id] = tracked
         return tracked
 
     def _chunks_to_load(self, tracked: Tracked, blocks: Any, tokens: int) -> list[Chunk]:
         found = []
-        for index, (cut, keys) in enumerate(zip(self._cuts, tracked.keys(), strict=True)):
+        for index, (cut, keys) in enumerate(zip(self.cuts, tracked.keys(), strict=True)):
             table = blocks.blocks[cut.group_id]
             need = needed(cut.group, tracked.local_tokens, tokens)
             for number in range(need.first, need.end):
@@ -249,7 +249,7 @@ class OffloadScheduler:
             if chunk.group == 0:
                 wanted = sum(block != NO_BLOCK for block in chunk.blocks)
                 source = self._tier.whence(chunk.key) or "beside"
-                found[f"tokens_from_{source}"] += wanted * self._cuts[0].block_tokens
+                found[f"tokens_from_{source}"] += wanted * self.cuts[0].block_tokens
         return found
 
     def _store(self, tracked: Tracked, tables: Any, scheduled: int) -> None:
@@ -259,7 +259,7 @@ class OffloadScheduler:
         computed = request.num_computed_tokens - request.num_output_placeholders + scheduled
         most = min(computed - self._volatile, tracked.most_tokens)
         chunks: list[tuple[int, Chunk]] = []
-        for index, (cut, keys) in enumerate(zip(self._cuts, tracked.keys(), strict=True)):
+        for index, (cut, keys) in enumerate(zip(self.cuts, tracked.keys(), strict=True)):
             table, size, tokens = tables[cut.group_id], cut.chunk_blocks, cut.group.chunk_tokens
             end = min(most // tokens, len(keys), len(table) // size)
             for number in range(tracked.offered[index], end):

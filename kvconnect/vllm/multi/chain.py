@@ -1,0 +1,211 @@
+"""Both halves of a chain: connectors of ours that load together, from where vLLM calls them.
+
+Who of them has what is asked when vLLM asks; who gives what is each rank's own decision, see
+`kvconnect.tier.chained`. What they save, lend and count they do as if they were alone.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kvconnect.order import Cancel, Fetch, Release
+from kvconnect.plan import NO_BLOCK
+from kvconnect.tier.chained import Abort, Chained, ChainedLoad, Piece
+from kvconnect.tier.jobs import Fill
+from kvconnect.tier.peer import Offer
+from kvconnect.vllm import _compat
+from kvconnect.vllm.offload.messages import Wanted
+from kvconnect.vllm.offload.scheduler import OffloadScheduler
+from kvconnect.vllm.offload.worker import OffloadWorker
+from kvconnect.vllm.scheduler import Scheduler
+from kvconnect.vllm.worker import Worker, this_rank
+
+
+class ChainScheduler:
+    """One per engine. ``peers`` by label. A piece is a chunk of the store, or else a block."""
+
+    def __init__(
+        self, kv_cache_config: Any, peers: Mapping[str, Scheduler], store: OffloadScheduler | None
+    ) -> None:
+        self._peers = peers
+        self._store = store
+        self._groups = _compat.transfer_group_ids(kv_cache_config)
+        self._block_tokens = [
+            kv_cache_config.kv_cache_groups[g].kv_cache_spec.block_size for g in self._groups
+        ]
+        self._chunk_blocks = (
+            [cut.chunk_blocks for cut in store.cuts] if store else [1] * len(self._groups)
+        )
+        self._local: dict[str, int] = {}  # tokens cached here, as vLLM last said
+        self._sources: dict[str, Counter[Any]] = {}  # of the load that is under way
+        self._orders: list[ChainedLoad | Abort] = []
+
+    def match(self, request: Any, local_tokens: int) -> int | None:
+        """Tokens to load beyond those cached here, from all together; None: ask again later."""
+        offered = stored = 0
+        for peer in self._peers.values():
+            if (tokens := peer.match(request, 0)) is None:
+                return None
+            offered = max(offered, tokens)
+        if self._store:
+            if (tokens := self._store.match(request, local_tokens, offered)) is None:
+                return None
+            stored = tokens
+        self._local[request.request_id] = local_tokens
+        return max(offered - local_tokens, stored, 0)
+
+    def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
+        """Blocks were allocated, of which ``tokens`` are to be loaded."""
+        if not tokens:
+            for peer in self._peers.values():
+                peer.admitted(request, blocks, 0)
+            return
+        request_id = request.request_id
+        end = self._local.pop(request_id) + tokens
+        pieces = self._pieces(request, blocks, end)
+        offers: list[tuple[str, Offer]] = []
+        for label, peer in self._peers.items():
+            if (offer := peer.hand_over(request)) is not None:
+                offers.append((label, offer))
+        self._orders.append(ChainedLoad(request_id, pieces, tuple(offers)))
+        stored = sum(piece.tokens for piece in pieces if piece.fill)
+        self._sources[request_id] = Counter({_compat.HOST_HIT_SOURCE: min(stored, tokens)})
+        self._sources[request_id][_compat.CACHE_HIT_SOURCE] += tokens - min(stored, tokens)
+
+    def hit_sources(self, request_id: str, tokens: int) -> dict[Any, int]:
+        """Of a load, how many tokens a store has, and how many only a peer."""
+        found = self._sources.get(request_id, Counter())
+        if found.total() != tokens:
+            return {_compat.CACHE_HIT_SOURCE: tokens} if tokens else {}
+        return {source: count for source, count in found.items() if count}
+
+    def received(self, request_ids: Iterable[str]) -> None:
+        """All ranks ended these loads."""
+        for request_id in request_ids:
+            self._sources.pop(request_id, None)
+
+    def finished(self, request_id: str) -> None:
+        """The request ended, whatever became of its load."""
+        self._local.pop(request_id, None)
+        if self._sources.pop(request_id, None) is not None:
+            self._orders.append(Abort(request_id))
+
+    def take_orders(self) -> list[ChainedLoad | Abort]:
+        """For every rank, since the last call."""
+        taken, self._orders = self._orders, []
+        return taken
+
+    def _pieces(self, request: Any, blocks: Any, end: int) -> tuple[Piece, ...]:
+        """What the request is to fill to go on at token ``end``, and the spares of the store."""
+        wanted, pieces = [], []
+        for group, (group_id, each) in enumerate(
+            zip(self._groups, self._block_tokens, strict=True)
+        ):
+            table, size = blocks.blocks[group_id][: -(-end // each)], self._chunk_blocks[group]
+            for first in range(0, len(table), size):
+                ours = {
+                    place: block.block_id
+                    for place, block in enumerate(table[first : first + size], first)
+                    if block.block_hash is None and not block.is_null
+                }
+                if not ours:
+                    continue
+                ids = tuple(ours.get(place, NO_BLOCK) for place in range(first, first + size))
+                wanted.append(Wanted(group, first // size, ids))
+                last = min((max(ours) + 1) * each, end)
+                count = last - min(ours) * each if group == 0 else 0
+                pieces.append(Piece(group, tuple(ours.items()), last, count))
+        if not self._store:
+            return tuple(pieces)
+        spares = self._store.spares(request, wanted)
+        return tuple(
+            piece._replace(fill=fill, store=store)
+            for piece, (fill, store) in zip(pieces, spares, strict=True)
+        )
+
+
+class Results(NamedTuple):
+    """Requests that some peer has sent, once for each; whose load ended; of those, who lost."""
+
+    sent: list[str]
+    received: set[str]
+    failed: set[str]
+
+
+class ChainWorker:
+    """One per rank; the `Carriers` of its `Chained`."""
+
+    def __init__(
+        self, kv_cache_config: Any, peers: Mapping[str, Worker], store: OffloadWorker | None
+    ) -> None:
+        self._kv_cache_config = kv_cache_config
+        self._peers = peers
+        self._store = store
+        self._chained = Chained(self, peers, _block_bytes(kv_cache_config))
+        self._first_rank = False
+        self._lost: set[int] = set()
+
+    def register(self) -> None:
+        """The children have registered the caches."""
+        self._first_rank = this_rank().index == 0
+
+    def obey(self, orders: Sequence[ChainedLoad | Abort]) -> None:
+        """A step's orders, after the children's own."""
+        for order in orders:
+            if isinstance(order, Abort):
+                self._chained.abort(order)
+            else:
+                self._chained.begin(order)
+
+    def results(self) -> Results:
+        """What has ended since the last call."""
+        sent: list[str] = []
+        for worker in self._peers.values():
+            outcome, _ = worker.outcome()
+            sent += outcome.sent
+            for name in outcome.received:
+                self._chained.fetched(name, outcome.failed.get(name), outcome.ended_s[name])
+        if self._store:
+            self._store.collect()
+            for answer, ended_s in self._store.answered:
+                self._chained.filled(answer.number, answer.error, ended_s)
+        ended = self._chained.take()
+        self._lost |= set().union(*(one.lost for one in ended))
+        return Results(
+            sent, {one.request_id for one in ended}, {one.request_id for one in ended if one.lost}
+        )
+
+    def take_lost(self) -> set[int]:
+        """Ids of blocks that nobody could fill, since the last call."""
+        lost, self._lost = self._lost, set()
+        return lost
+
+    def take_counts(self) -> dict[str, int] | None:
+        """What was counted since the last call; tokens by the first rank alone."""
+        counts, self._chained.counts = self._chained.counts, Counter()
+        kept = {n: c for n, c in counts.items() if c and (self._first_rank or "tokens" not in n)}
+        return kept or None
+
+    # -- Carriers ------------------------------------------------------------------------
+
+    def tell(self, peer: str, order: Fetch | Cancel | Release) -> None:
+        """See `kvconnect.tier.chained.Carriers`."""
+        self._peers[peer].obey([order])
+
+    def fill(self, fills: Sequence[Fill]) -> None:
+        """The same."""
+        assert self._store is not None
+        self._store.fill(fills)
+
+    def decline(self, fills: Sequence[Fill]) -> None:
+        """The same."""
+        if self._store is not None:
+            self._store.decline(fills)
+
+
+def _block_bytes(kv_cache_config: Any) -> list[int]:
+    """Of a block of each group on this rank, about: rates are measured in what it says."""
+    groups = [
+        kv_cache_config.kv_cache_groups[g] for g in _compat.transfer_group_ids(kv_cache_config)
+    ]
+    return [group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups]

@@ -1,0 +1,157 @@
+"""Stats of several connectors, each kept in its own kind and by its own label, and the chain's.
+
+Nothing here raises on odd data: an exception in stats would end the API server's output loop.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+logger = logging.getLogger("vllm.kvconnect")
+
+CHAIN = "chain"  # the label of what loads together
+CLASS, DATA = "class", "data"
+COUNTERS = {
+    "vllm:kvconnect_chain_tokens_from_peers": (
+        "tokens_from_peers",
+        "Prompt tokens of chained loads that other engines gave.",
+    ),
+    "vllm:kvconnect_chain_tokens_from_host": (
+        "tokens_from_host",
+        "Prompt tokens of chained loads out of host memory.",
+    ),
+    "vllm:kvconnect_chain_tokens_from_disk": (
+        "tokens_from_disk",
+        "Prompt tokens of chained loads out of the disk tier.",
+    ),
+    "vllm:kvconnect_chain_tokens_from_beside": (
+        "tokens_from_beside",
+        "Prompt tokens of chained loads out of what engines beside stored.",
+    ),
+    "vllm:kvconnect_chain_fallbacks": (
+        "fallbacks",
+        "Times that another source took over within a load, per rank.",
+    ),
+    "vllm:kvconnect_chain_failed_pieces": (
+        "pieces_failed",
+        "Chunks that no source could give and that were computed again, per rank.",
+    ),
+}
+
+
+class ChainStats(KVConnectorStats):
+    """Sums by name."""
+
+    def reset(self) -> None:
+        self.data: dict[str, Any] = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, number in other.data.items():
+            self.data[name] = self.data.get(name, 0) + number
+        return self
+
+    def is_empty(self) -> bool:
+        return not any(self.data.values())
+
+    def reduce(self) -> dict[str, int | float]:
+        return {name: self.data.get(name, 0) for name, _ in COUNTERS.values()}
+
+
+class MultiStats(KVConnectorStats):
+    """Stats by label; ``classes`` says whose they are, for who has only their plain data."""
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        super().__init__(data or {})
+        self.classes: dict[str, str] = {}
+
+    def put(self, label: str, owner: type[Any], stats: KVConnectorStats) -> None:
+        """Of one child, a connector of class ``owner``."""
+        self.data[label] = stats
+        self.classes[label] = f"{owner.__module__}:{owner.__qualname__}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            label: {CLASS: self.classes[label], DATA: stats.to_dict()}
+            for label, stats in self.data.items()
+        }
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        assert isinstance(other, MultiStats)
+        for label, stats in other.data.items():
+            mine = self.data.get(label)
+            self.data[label] = stats if mine is None else mine.aggregate(stats)
+        self.classes |= other.classes
+        return self
+
+    def reset(self) -> None:
+        for stats in self.data.values():
+            stats.reset()
+
+    def reduce(self) -> dict[str, Any]:
+        return {label: stats.reduce() for label, stats in self.data.items()}
+
+    def is_empty(self) -> bool:
+        return all(stats.is_empty() for stats in self.data.values())
+
+
+def rebuild(payload: dict[str, Any]) -> MultiStats:
+    """From what `MultiStats.to_dict` made, in another process."""
+    found = MultiStats()
+    for label, one in payload.items():
+        module, _, name = one[CLASS].partition(":")
+        owner = getattr(importlib.import_module(module), name)
+        if owner is ChainStats:
+            found.put(label, owner, ChainStats(data=one[DATA]))
+        elif (stats := owner.build_kv_connector_stats(data=one[DATA])) is not None:
+            found.put(label, owner, stats)
+    return found
+
+
+class MultiPromMetrics(KVConnectorPromMetrics):
+    """Metrics of all children, and of the chain.
+
+    Children whose classes share their metrics are counted together: Prometheus knows a name once.
+    """
+
+    def __init__(
+        self,
+        children: Iterable[tuple[str, type[Any], Any]],
+        vllm_config: Any,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        """``children``: label, class and configuration of each."""
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        made: dict[Any, KVConnectorPromMetrics | None] = {}
+        self._children: dict[str, KVConnectorPromMetrics | None] = {}
+        for label, connector, config in children:
+            makes = connector.build_prom_metrics.__func__
+            if makes not in made:
+                made[makes] = connector.build_prom_metrics(
+                    config, metric_types, labelnames, per_engine_labelvalues
+                )
+            self._children[label] = made[makes]
+        self._counters = {
+            key: create_metric_per_engine(
+                self._counter_cls(name=name, documentation=text, labelnames=labelnames),
+                per_engine_labelvalues,
+            )
+            for name, (key, text) in COUNTERS.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for label, one in transfer_stats_data.items():
+            metrics = self._children.get(label)
+            if metrics is not None:
+                metrics.observe(one[DATA], engine_idx)
+        for key, count in transfer_stats_data.get(CHAIN, {}).get(DATA, {}).items():
+            if count and key in self._counters:
+                self._counters[key][engine_idx].inc(count)
