@@ -32,7 +32,7 @@ from kvconnect.channel import Frame, Link, ZmqChannel
 from kvconnect.config import Seconds, parse
 from kvconnect.errors import ConfigError, TransportError, WireError
 from kvconnect.transport.base import Done, Op, Ticket, Work
-from kvconnect.transport.nccl_library import Nccl, find
+from kvconnect.transport.nccl_library import Nccl, find, spelt
 from kvconnect.transport.nccl_line import PIECE_BYTES, PIECE_SPANS, WINDOW, Line
 from kvconnect.transport.nccl_pair import Device, Pair
 from kvconnect.transport.nccl_words import Ask, Failed, Open, Ping, decode
@@ -116,8 +116,8 @@ class NcclTransport:
             raise TransportError(f"peer {name}: its address is malformed: {e}") from e
         if theirs.nccl != self._nccl.version:
             raise TransportError(
-                f"peer {name} has NCCL {theirs.nccl}, we have {self._nccl.version}; NCCL works "
-                "between equal versions only"
+                f"peer {name} has NCCL {spelt(theirs.nccl)}, we have {spelt(self._nccl.version)}; "
+                "NCCL works between equal versions only"
             )
         self.drop_peer(name)
         self._peers[name] = _Peer(theirs)

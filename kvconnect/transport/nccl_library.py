@@ -20,15 +20,19 @@ from kvconnect.ops import native
 NEEDED = 2_17_00  # the first with ncclConfig_t.maxCTAs; NCCL_VERSION_CODE before 2.9 was shorter
 SUCCESS, IN_PROGRESS = 0, 7
 UINT8 = 1
-ID_BYTES = 128
 MAGIC = 0xCAFEBEEF
 UNSET = -(1 << 31)
 VARIABLES = ("KVCONNECT_NCCL_LIBRARY", "VLLM_NCCL_SO_PATH")
 SONAME = "libnccl.so.2"
 
 
+def spelt(code: int) -> str:
+    """A version as NCCL's releases are called."""
+    return f"{code // 10_000}.{code // 100 % 100}.{code % 100}"
+
+
 class _Id(ctypes.Structure):
-    _fields_ = (("internal", ctypes.c_uint8 * ID_BYTES),)
+    _fields_ = (("internal", ctypes.c_uint8 * 128),)
 
 
 class _Config(ctypes.Structure):
@@ -61,11 +65,11 @@ _SIGNATURES = {
     "ncclGetErrorString": (_INT,),
     "ncclGetLastError": (_PTR,),
 }
-TEXTS = ("ncclGetErrorString", "ncclGetLastError")
+_TEXTS = ("ncclGetErrorString", "ncclGetLastError")
 
 
 Buffer = tuple[int, int]
-"""(address, bytes) of device memory to send from, or to receive into."""
+"""(address, bytes) of device memory."""
 
 
 class Nccl:
@@ -82,14 +86,14 @@ class Nccl:
         for name, arguments in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes = arguments
-            function.restype = ctypes.c_char_p if name in TEXTS else _INT
+            function.restype = ctypes.c_char_p if name in _TEXTS else _INT
         code = _INT()
         self.check(self._library.ncclGetVersion(ctypes.byref(code)), "ncclGetVersion")
         self.version = code.value
         if code.value < NEEDED:
             raise ConfigError(
-                f"{path} is NCCL {_spelt(code.value)}, expected at least {_spelt(NEEDED)}; "
-                "install a later torch, or point VLLM_NCCL_SO_PATH to a later libnccl"
+                f"{path} is NCCL {spelt(code.value)}, expected at least {spelt(NEEDED)}; install "
+                "a later torch, or point VLLM_NCCL_SO_PATH to a later libnccl"
             )
 
     def unique_id(self) -> bytes:
@@ -105,15 +109,14 @@ class Nccl:
         config = _Config(ctypes.sizeof(_Config), MAGIC, NEEDED, 0, UNSET, UNSET, UNSET, None)
         if max_ctas is not None:
             config.min_ctas, config.max_ctas = 1, max_ctas
-        given = _Id.from_buffer_copy(unique_id)
-        handle = _PTR()
+        handle, given = _PTR(), _Id.from_buffer_copy(unique_id)
         result = self._library.ncclCommInitRankConfig(
             ctypes.byref(handle), ranks, given, rank, ctypes.byref(config)
         )
         made = Communicator(self, self._library, handle)
         if result not in (SUCCESS, IN_PROGRESS):
             made.abort()
-            self.check(result, "ncclCommInitRankConfig")
+        self.check(result, "ncclCommInitRankConfig")
         return made
 
     def check(self, result: int, doing: str) -> None:
@@ -195,7 +198,3 @@ def _candidates() -> Iterator[str]:
         for folder in (wheel and wheel.submodule_search_locations) or ():
             if (found := Path(folder) / "lib" / SONAME).exists():
                 yield str(found)
-
-
-def _spelt(code: int) -> str:
-    return f"{code // 10_000}.{code // 100 % 100}.{code % 100}"

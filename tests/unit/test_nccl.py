@@ -199,11 +199,11 @@ def test_an_error_of_nccl_fails_the_tickets_and_another_is_made(pair, gpu):
 
 def test_a_slow_abort_keeps_nobody_waiting(pair, gpu):
     assert pair.works()
-    gpu.set(abort_ms=400)
+    gpu.set(abort_ms=800)
     started = time.monotonic()
     pair.ours.transport.drop_peer("peer")
     pair.poll(10)
-    assert time.monotonic() < started + 0.2, "a poll waited for an abort"
+    assert time.monotonic() < started + 0.4, "a poll waited for an abort"
     pair.meet()
     assert pair.works()
     assert gpu.get("aborted") == 0, "the test was too slow to show anything"
@@ -248,7 +248,7 @@ def test_staging_comes_back_from_communicators_that_were_cut_off(pair):
 def test_staging_is_not_used_again_before_nccl_has_left_it(pair, gpu):
     """Receives that hang hold their buffers until they are aborted, and no longer."""
     assert pair.works()
-    gpu.set(silent=1, abort_ms=300)
+    gpu.set(silent=1, abort_ms=800)
     for _ in range(nccl.BUFFERS // nccl.WINDOW):
         pair.submit()
         pair.poll(10)
@@ -278,7 +278,7 @@ def test_a_peer_that_has_restarted_says_so(pair, library):
 def test_another_version_of_nccl_is_refused_when_greeted(pair, gpu, library):
     gpu.set(version=21903)
     other = Side(library, pair.clock, 3)
-    with pytest.raises(TransportError, match="NCCL 21903, we have 21701"):
+    with pytest.raises(TransportError, match=r"NCCL 2\.19\.3, we have 2\.17\.1"):
         pair.ours.transport.add_peer("other", other.transport.hello())
     other.transport.close()
 
@@ -384,8 +384,7 @@ def test_more_requests_than_fair_end_the_line(stranger):
 def test_who_opens_a_line_and_is_silent_is_forgotten(stranger, gpu):
     stranger.pair.works()
     stranger.open()
-    stranger.pair.poll(20)
-    assert gpu.get("alive") == 3
+    stranger.pair.until(lambda: gpu.get("alive") == 3)
     stranger.pair.clock.advance(31)  # nobody to meet
     assert "did not meet" in stranger.hear().why
     stranger.pair.until(lambda: gpu.get("alive") == 2)
@@ -393,10 +392,11 @@ def test_who_opens_a_line_and_is_silent_is_forgotten(stranger, gpu):
 
 def test_idle_lines_last_while_they_are_pinged(pair, gpu):
     assert pair.works()
-    for _ in range(20):
+    for _ in range(int(nccl_line.SILENT_S / nccl.PING_S) + 1):
         pair.clock.advance(nccl.PING_S + 1)
-        pair.poll(5)
-        time.sleep(0.001)
+        until = time.monotonic() + 0.1  # a ping takes its time, and nothing tells that it came
+        while time.monotonic() < until:
+            pair.poll()
     assert pair.works()
     assert gpu.get("aborted") == 0
     pair.clock.advance(nccl_line.SILENT_S + 1)  # ours is not polled, as if it were stopped
