@@ -4,7 +4,7 @@
     ├── ConfigError        what an operator typed cannot work; raised at startup only
     ├── GeometryError      two KV caches cannot be mapped onto each other
     ├── WireError          a peer's message is malformed, oversized or not authentic
-    ├── OfferError         a client's kv_transfer_params are unusable (→ local prefill)
+    ├── OfferError         what a client says of its KV is unusable (→ local prefill)
     ├── TransportError     a transport refused work that it was handed (→ failed ticket)
     └── StoreError         a place for stored KV cannot be opened (→ the engine goes on without it)
 
