@@ -32,7 +32,7 @@ class WireError(KvConnectError):
 
 
 class OfferError(KvConnectError):
-    """A client's ``kv_transfer_params`` cannot be used: the request is prefilled locally."""
+    """What a client says of its prompt's KV cannot be used: the request is prefilled locally."""
 
 
 class TransportError(KvConnectError):
