@@ -88,7 +88,10 @@ class Pair:
     """One end of a two-rank communicator. Methods raise TransportError if it has failed."""
 
     def __init__(self, nccl: Nccl, device: Device, unique_id: bytes, rank: int, ctas: int) -> None:
-        self._kernels = CudaKernels(device.index)  # for a stream, and to see how far that is
+        try:
+            self._kernels = CudaKernels(device.index)  # for a stream, and to see how far that is
+        except ConfigError as e:
+            raise TransportError(str(e)) from e
         self._peer = 1 - rank
         self._waiting: deque[Move] = deque()
         self._begun: Move | None = None

@@ -197,6 +197,25 @@ def test_an_error_of_nccl_fails_the_tickets_and_another_is_made(pair, gpu):
     pair.until(lambda: gpu.get("aborted") == 2)
 
 
+def test_whatever_cuda_call_fails_tickets_fail_and_nothing_else(pair, gpu):
+    """Of either side; the next communicator works again."""
+    failed = 0
+    for call in range(1, 61):
+        if call % 3 == 0:  # also those that make a communicator
+            pair.ours.transport.drop_peer("peer")
+            pair.meet()
+        gpu.library.kvc_fake_fail(call)
+        pair.ours.rows[:] = 0
+        pair.submit(count=4)
+        (done,) = pair.finish()
+        gpu.library.kvc_fake_fail(0)
+        if done.error is None:
+            assert np.array_equal(pair.ours.rows[:4], pair.theirs.rows[:4])
+        failed += done.error is not None
+    assert failed > 10
+    assert pair.works()
+
+
 def test_a_slow_abort_keeps_nobody_waiting(pair, gpu):
     assert pair.works()
     gpu.set(abort_ms=800)
