@@ -9,7 +9,7 @@ assert decode.ended == {"r1": [None]}        # one rank, no error
 assert decode.caches[0].holds_fill([(0, 5), (1, 2)], seed=7)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,19 +24,23 @@ from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Faulty
 from kvconnect.testing.geometry import Cache, Model, engine
 from kvconnect.testing.network import Network
+from kvconnect.transport.base import Transport
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
 from kvconnect.wire import Address
 
+MakeTransport = Callable[[Sequence[Region]], Transport]
 TINY = Model(layers=2, heads=2, block_tokens=1, content=2, itemsize=1)
 
 
 class World:
     """What engines share: time, a control network, a fabric."""
 
-    def __init__(self, held: bool = False) -> None:
+    def __init__(self, held: bool = False, transport: MakeTransport | None = None) -> None:
+        """``transport`` makes one for regions; else they are of the fabric."""
         self.clock = FakeClock()
         self.network = Network(held)
         self.fabric = Fabric()
+        self.transport = transport or (lambda regions: LoopbackTransport(regions, self.fabric))
         self.engines: list[Engine] = []
 
     def go_on(self, rounds: int = 12, seconds: float = 0.0) -> None:
@@ -109,7 +113,7 @@ class Engine:
             staging = self._arena()
             if staging is not None:
                 regions = (*regions, staging.region)
-            transport = Faulty(LoopbackTransport(regions, self.world.fabric))
+            transport = Faulty(self.world.transport(regions))
             settings = self.settings._replace(rank=rank)
             mover = Mover(
                 settings,

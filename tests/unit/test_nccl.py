@@ -1,6 +1,7 @@
 """The nccl transport when things go wrong, over the fakes of CUDA and libnccl."""
 
 import time
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -10,8 +11,10 @@ from fake_gpu import as_device, options
 from kvconnect.blocks import Region
 from kvconnect.channel import ZmqChannel
 from kvconnect.errors import ConfigError, TransportError
+from kvconnect.order import Fetch
 from kvconnect.rows import RowTable
 from kvconnect.testing.clock import FakeClock
+from kvconnect.testing.engines import Engine, World
 from kvconnect.transport import nccl, nccl_line
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.nccl import NcclOptions, NcclTransport
@@ -152,10 +155,17 @@ def test_a_communicator_is_made_at_the_first_use_and_lasts(pair, gpu):
 
 
 def test_both_may_ask_each_other_at_once(pair):
-    reading = {pair.submit() for _ in range(6)}
-    theirs = {
-        pair.theirs.transport.submit(pair.work(op=Op.READ, acting=pair.theirs)) for _ in range(6)
-    }
+    """Over two communicators each way, which want all the staging there is."""
+    for side, other in ((pair.ours, pair.theirs), (pair.theirs, pair.ours)):
+        side.transport.add_peer("again", other.transport.hello())
+    reading, theirs = (
+        {
+            side.transport.submit(replace(pair.work(acting=side), peer=peer))
+            for peer in ("peer", "again")
+            for _ in range(3)
+        }
+        for side in (pair.ours, pair.theirs)
+    )
     end = time.monotonic() + PATIENCE_S
     while reading or theirs:
         assert time.monotonic() < end, "each waits for the other"
@@ -456,6 +466,7 @@ class Host:
         ([Ready(0), Refused(0)], "not asked"),
         ([Ping()], "nobody understands"),
         ([b"garbage"], "nobody understands"),
+        ([b"\x92\xa6Failed\xa2\xff\xff"], "nobody understands"),  # no UTF-8
         ([Failed("of a broken heart")], "of a broken heart"),
         ([Refused(0)], "outside every region"),
     ],
@@ -482,6 +493,47 @@ def test_a_peer_that_goes_without_a_word_fails_the_ticket(pair, gpu):
     host.channel.close()
     (done,) = pair.finish()
     assert "closed the connection" in done.error
+
+
+@pytest.fixture
+def world(gpu, fake_gpu_folder):
+    """Engines whose movers use the transport; its time is real."""
+
+    def make(regions):
+        return make_transport("nccl", as_device(regions), HOST, options(fake_gpu_folder))
+
+    made = World(transport=make)
+    yield made
+    for engine in made.engines:
+        engine.stop()
+
+
+def go_on_until(world, true):
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        world.go_on(1)
+
+
+@pytest.mark.parametrize(("mode", "tp"), [("direct", (1, 2)), ("staged", (2, 1))])
+def test_movers_fetch_over_it_and_outlive_a_peer(world, gpu, mode, tp):
+    p, d = (Engine(world, mode=mode, staging=(8, 1), tp_size=size) for size in tp)
+
+    def fetch(name):
+        terms = p.lend(name, blocks=[3, 1, 5], seed=len(name))
+        d.put(Fetch(name, p.source(terms), (((0, 5), (1, 2), (2, 7)),), 3, terms.digest))
+        go_on_until(world, lambda: len(d.ended.get(name, ())) == tp[1])
+        return d.ended[name]
+
+    assert fetch("r") == [None] * tp[1]
+    assert all(c.holds_fill([(0, 5), (1, 2), (2, 7)], seed=1) for c in d.caches)
+    gpu.set(**{"async": 6})  # of the communicator that is asked next
+    go_on_until(world, lambda: gpu.get("aborted") >= 2)
+    assert fetch("rr") == [None] * tp[1]
+    p.stop()
+    p.start()
+    assert fetch("rrr") == [None] * tp[1]
+    assert all(c.holds_fill([(0, 5), (1, 2), (2, 7)], seed=3) for c in d.caches)
 
 
 @pytest.mark.parametrize(
