@@ -92,6 +92,7 @@ def test_a_configuration_of_the_in_tree_mooncake_connector_starts():
     options = {"mooncake_protocol": "tcp", "device_name": "mlx5_0", "num_workers": 10}
     options["bootstrap_server_address"] = "10.0.0.1:8998"
     config = parse(options, MooncakeConfig, "KVConnectMooncake")
+    assert config.bootstrap_server_address == "10.0.0.1:8998"
     assert config.chosen_transport("cpu") == (
         "mooncake",
         {"protocol": "tcp", "device_name": "mlx5_0", "metadata_server": "P2PHANDSHAKE"},

@@ -6,6 +6,8 @@ OfferError with the reason.
 """
 
 import asyncio
+import contextlib
+import ipaddress
 import secrets
 import socket
 from collections.abc import Mapping
@@ -101,12 +103,7 @@ class Client:
 
     async def _addresses(self, endpoint: Endpoint) -> list[Endpoint]:
         """What its name stands for, as far as that may be connected to."""
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(*endpoint, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as e:
-            raise OfferError(f"{_name(endpoint)} is no address: {e}") from e
-        addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+        addresses = await _resolve(endpoint)
         permitted = [a for a in addresses if self._allowed.permits(endpoint.host, a)]
         if not permitted:
             raise OfferError(
@@ -114,6 +111,17 @@ class Client:
                 f"{OPTION} says which are allowed"
             )
         return [Endpoint(address, endpoint.port) for address in permitted]
+
+
+async def _resolve(endpoint: Endpoint) -> list[str]:
+    """The addresses of a name; raises OfferError."""
+    with contextlib.suppress(ValueError):  # an address needs none of the few threads for names
+        return [str(ipaddress.ip_address(endpoint.host))]
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(*endpoint, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as e:
+        raise OfferError(f"{_name(endpoint)} is no address: {e}") from e
+    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
 
 
 async def _request(
