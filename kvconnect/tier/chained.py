@@ -111,12 +111,13 @@ class Chained:
         peers: Iterable[str],
         block_bytes: Sequence[int],
         clock: Callable[[], float] = time.monotonic,
+        rates: Rates | None = None,
     ) -> None:
         """``block_bytes``: of each group, on this rank; ``clock``: that of who carries out."""
         self.counts: Counter[str] = Counter()
         """Tokens that came from each source, fallbacks, pieces that nobody could give."""
         self._carriers = carriers
-        self._rates = Rates(STORES_S | dict.fromkeys(peers, PEER_S))
+        self._rates = rates or Rates(STORES_S | dict.fromkeys(peers, PEER_S))
         self._block_bytes = block_bytes
         self._clock = clock
         self._names = itertools.count(1)

@@ -1,0 +1,218 @@
+"""Chained loads over real movers: leases, bytes, and what happens to both when a peer fails."""
+
+import logging
+
+import pytest
+
+from kvconnect.order import Cancel, Watch
+from kvconnect.testing.engines import Engine, World
+from kvconnect.testing.faulty import Fault
+from kvconnect.tier.chain import Rates
+from kvconnect.tier.chained import Abort, Chained, ChainedLoad, Ended, Piece
+from kvconnect.tier.jobs import Fill
+from kvconnect.tier.peer import Offer
+
+SEED, SPARE = 7, 15
+
+
+class Decode:
+    """One rank: its mover, a store that is as good as its ``broken`` says, and the chain."""
+
+    def __init__(self, world, prefill, rates=None):
+        self.engine = Engine(world, num_blocks=16)
+        self.world, self.prefill = world, prefill
+        self.broken: set[int] = set()  # numbers of fills that fail
+        self.waiting: list[Fill] = []
+        self.declined: list[int] = []
+        self.orders: list = []
+        self.ended: list[Ended] = []
+        self.hold = False  # the store answers nothing
+        self.chained = Chained(self, ["peer"], [64], world.clock, rates)
+
+    def tell(self, peer, order):
+        assert peer == "peer"
+        self.orders.append(order)
+        self.engine.put(order)
+
+    def fill(self, fills):
+        self.waiting += fills
+
+    def decline(self, fills):
+        self.declined += [fill.number for fill in fills]
+
+    def load(self, lease, stored, blocks, request="d"):
+        """Piece ``i`` is block ``i`` of the prompt; ``stored`` has some, the lease its first."""
+        pieces = tuple(
+            Piece(
+                0,
+                ((i, block),),
+                i + 1,
+                1,
+                Fill(100 + i, bytes([i]), 0, (block,)) if i in stored else None,
+                "host" if i in stored else "",
+            )
+            for i, block in enumerate(blocks)
+        )
+        source = self.prefill.source(lease)
+        self.engine.put(Watch(request, source))
+        offer = Offer(source, lease.tokens, lease.digest)
+        self.chained.begin(ChainedLoad(request, pieces, (("peer", offer),)))
+
+    def go_on(self, rounds=12, seconds=0.0):
+        mover = self.engine.movers[0]
+        for _ in range(rounds):
+            for one in self.world.engines:
+                if one is self.engine:
+                    mover.step()
+                else:
+                    one.step()
+                self.world.network.flush()
+            outcome = mover.take()
+            for name in outcome.received:
+                assert self.chained.fetched(name, outcome.failed.get(name), outcome.ended_s[name])
+            fills, self.waiting = ([], self.waiting) if self.hold else (self.waiting, [])
+            for fill in fills:
+                if fill.number not in self.broken:
+                    self.kept(fill.number - 100, fill.blocks[0])
+                error = "damaged" if fill.number in self.broken else ""
+                self.chained.filled(fill.number, error, self.world.clock())
+            self.ended += self.chained.take()
+            self.world.clock.advance(seconds)
+
+    def kept(self, place, block):
+        """What a store does to fill a block: places before it go to a block that nobody wants."""
+        self.engine.caches[0].fill([SPARE] * place + [block], SEED)
+
+    def holds(self, blocks):
+        return self.engine.caches[0].holds_fill(list(enumerate(blocks)), SEED)
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.fixture
+def prefill(world):
+    return Engine(world, num_blocks=16)
+
+
+BLOCKS = [9, 4, 7, 2]
+
+
+def test_both_give_their_part_and_the_lease_is_let_go(world, prefill):
+    decode = Decode(world, prefill)
+    lease = prefill.lend("p", [3, 5, 8], SEED)
+    decode.load(lease, {3}, BLOCKS)
+    decode.go_on()
+    assert decode.ended == [Ended("d", frozenset())]
+    assert decode.holds(BLOCKS)
+    assert prefill.sent == ["p"]
+    assert decode.chained.counts == {
+        "tokens_from_peers": 3,
+        "tokens_from_host": 1,
+        "fallbacks": 0,
+        "pieces_failed": 0,
+    }
+
+
+def test_what_only_the_store_gives_lets_the_lease_go_unread(world, prefill):
+    decode = Decode(world, prefill)
+    lease = prefill.lend("p", [3, 5, 8, 1], SEED)
+    decode.load(lease, {0, 1, 2, 3}, BLOCKS)
+    decode.go_on()
+    assert decode.ended == [Ended("d", frozenset())]
+    assert decode.chained.counts["tokens_from_host"] == 4
+    assert decode.holds(BLOCKS)
+    assert prefill.sent == ["p"]
+    assert decode.engine.transports[0].submitted == []
+
+
+def test_the_lease_stays_open_for_what_the_store_turns_out_not_to_have(world, prefill, caplog):
+    """A fetch has ended by then, and another follows under the same lease."""
+    decode = Decode(world, prefill)
+    lease = prefill.lend("p", [3, 5, 8, 1], SEED)
+    decode.hold, decode.broken = True, {101, 102}
+    decode.load(lease, {1, 2}, BLOCKS)
+    decode.go_on(20, seconds=0.5)  # longer than the lease's ttl, which is renewed
+    assert len(decode.engine.transports[0].submitted) == 1
+    assert prefill.sent == []
+    assert decode.ended == []
+    decode.hold = False
+    with caplog.at_level(logging.WARNING, "kvconnect.tier.chained"):
+        decode.go_on()
+    assert decode.ended == [Ended("d", frozenset())]
+    assert decode.holds(BLOCKS)
+    assert prefill.sent == ["p"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "request d: of 4 chunks 2 from peer that host failed"
+    ]
+    assert decode.declined == []
+
+
+def test_a_peer_that_dies_amid_its_fetch_is_made_up_for_by_the_store(world, prefill):
+    """What the store was not asked for at first, it is asked for then; the rest is lost."""
+    decode = Decode(world, prefill, Rates({"host": 1.0, "peer": 0.0}))
+    decode.engine.transports[0].plan(Fault.HANGS)
+    lease = prefill.lend("p", [3, 5, 8, 1], SEED)
+    decode.load(lease, {0, 1}, BLOCKS)
+    decode.go_on()
+    assert decode.ended == [] and decode.waiting == []
+    prefill.stop()
+    world.engines.remove(prefill)
+    decode.go_on(60, seconds=0.5)
+    assert decode.ended == [Ended("d", frozenset({7, 2}))]
+    assert decode.engine.caches[0].holds_fill([(0, 9), (1, 4)], SEED)
+    assert decode.chained.counts["fallbacks"] == 1
+    assert decode.chained.counts["pieces_failed"] == 2
+
+
+def test_what_nobody_needed_of_the_store_is_declined(world, prefill):
+    decode = Decode(world, prefill, Rates({"host": 1.0, "peer": 0.0}))
+    lease = prefill.lend("p", [3, 5, 8, 1], SEED)
+    decode.load(lease, {0, 2}, BLOCKS)
+    decode.go_on()
+    assert decode.ended == [Ended("d", frozenset())]
+    assert sorted(decode.declined) == [100, 102]
+    assert decode.holds(BLOCKS)
+
+
+def test_an_aborted_load_ends_without_another_source_and_frees_the_lease(world, prefill):
+    decode = Decode(world, prefill)
+    decode.hold, decode.broken = True, {101}
+    lease = prefill.lend("p", [3, 5, 8, 1], SEED)
+    decode.engine.transports[0].plan(Fault.HANGS)
+    decode.load(lease, {1}, BLOCKS)
+    decode.go_on()
+    decode.chained.abort(Abort("d"))
+    decode.chained.abort(Abort("d"))
+    decode.chained.abort(Abort("another"))
+    assert [o.request_id for o in decode.orders if isinstance(o, Cancel)] == ["d#1"]
+    decode.go_on(40, seconds=0.5)
+    assert decode.ended == [], "the store still writes there"
+    decode.hold = False
+    decode.go_on(40, seconds=0.5)
+    assert [one.request_id for one in decode.ended] == ["d"]
+    assert sum(isinstance(o, Cancel) for o in decode.orders) == 1
+    assert len(decode.engine.transports[0].submitted) == 1
+
+
+def test_rates_are_measured_where_bytes_are_moved():
+    """Not where vLLM asks for results, which may be a long step later."""
+    clock = [0.0]
+
+    class Nobody:
+        def tell(self, peer, order): ...
+        def fill(self, fills): ...
+        def decline(self, fills): ...
+
+    rates = Rates({"disk": 1.0})
+    chained = Chained(Nobody(), [], [1 << 20], lambda: clock[0], rates)
+    for number in range(3):
+        fill = Fill(number, b"", 0, (1,))
+        piece = Piece(0, ((0, 1),), 1, 1, fill, "disk")
+        chained.begin(ChainedLoad(f"r{number}", (piece,)))
+        began, clock[0] = clock[0], clock[0] + 100.0
+        assert chained.filled(number, "", began + 2.0)
+        assert not chained.filled(number, "", began + 2.0)
+    assert rates.start_s("disk") + rates.seconds("disk", 1 << 20) == pytest.approx(2.0)

@@ -1,0 +1,504 @@
+"""KVConnectMulti: what it tells its children, and vLLM of them; vLLM's own tests of its kind."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from test_offload_scheduler import BLOCK, Engine, request, spec
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+
+from kvconnect.errors import ConfigError
+from kvconnect.order import Source
+from kvconnect.tier.chained import Abort, ChainedLoad, Piece
+from kvconnect.tier.jobs import Fill
+from kvconnect.tier.peer import Offer
+from kvconnect.vllm.multi.chain import ChainScheduler
+from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
+from kvconnect.vllm.multi.messages import MultiEvents
+from kvconnect.vllm.multi.metrics import ChainStats, MultiPromMetrics, rebuild
+from kvconnect.vllm.multi.params import BESIDE, labels, merged, split
+from kvconnect.vllm.offload.messages import Done
+
+HERE = Path(__file__).parent
+UNIT = "tests/v1/kv_connector/unit"
+# vLLM's tests that cannot hold for ours, and why.
+DESELECTED = [
+    # stats are known by their child, not by a class that two children may have in common
+    *(
+        f"TestMultiConnectorStats::test_build_kv_connector_stats_{case}"
+        for case in (
+            "with_none",
+            "with_empty_dict",
+            "reconstructs_nixl_stats",
+            "with_multiple_connectors",
+            "raises_error_for_unknown_connector",
+            "with_already_instantiated_objects",
+            "with_mixed_objects_and_dicts",
+            "skips_connectors_without_custom_stats",
+        )
+    ),
+    # looks into the class alone; ours inherits in-tree's: `test_every_method_is_passed_on` looks on
+    "test_multi_connector_overrides_all_base_methods",
+    # needs an accelerator
+    "test_multi_connector_handle_preemptions_integration",
+]
+
+
+@pytest.mark.engine
+def test_vllms_own_tests_of_multi_connector_pass_against_ours():
+    source = os.environ.get("KVCONNECT_VLLM_SRC", "")
+    assert Path(source, UNIT).is_dir(), "vLLM's tests are missing: run `make setup`"
+    options = ["-q", "--noconftest", "-W", "ignore", "-p", "retarget_multi"]
+    options += ["-p", "no:cacheprovider", "-o", "addopts="]
+    files = [f"{UNIT}/test_multi_connector.py", f"{UNIT}/test_nixl_simple_cpu_offload.py"]
+    options += [f"--deselect={files[0]}::{name}" for name in DESELECTED]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=source,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([source, str(HERE)])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    passed = re.search(r"(\d+) passed", ran.stdout)
+    assert ran.returncode == 0 and passed, ran.stdout[-6000:] + ran.stderr[-2000:]
+    assert int(passed[1]) >= 22, ran.stdout[-2000:]
+    made = re.search(r"our connector was made (\d+) times", ran.stdout)
+    assert made and int(made[1]) >= 15, "vLLM's tests ran, but not against ours"
+
+
+def test_every_method_is_passed_on_to_the_children():
+    """vLLM's own test asks the same, of in-tree's class alone."""
+    asked = {name for name in dir(KVConnectorBase_V1) if not name.startswith("_")}
+    inherited = {
+        name
+        for name in asked - {"role", "has_connector_metadata"}
+        if getattr(KVConnectMulti, name) is getattr(KVConnectorBase_V1, name)
+    }
+    assert inherited == set()
+
+
+# -- children --------------------------------------------------------------------------------
+
+
+class Child(KVConnectorBase_V1):
+    """Notes what it is told, and answers what it was made to."""
+
+    answers: ClassVar[dict] = {"match": (0, False), "finished": (False, None), "results": {}}
+
+    def __init__(self, vllm_config, role, kv_cache_config):
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.seen = []
+        options = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self.answers = type(self).answers | options
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens):
+        self.seen.append(("match", request.kv_transfer_params))
+        return self.answers["match"]
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens):
+        self.seen.append(("admitted", num_external_tokens))
+
+    def on_new_request(self, request):
+        self.seen.append(("arrived", request.kv_transfer_params))
+        if request.kv_transfer_params:
+            request.kv_transfer_params["noted"] = True
+
+    def request_finished(self, request, block_ids):
+        self.seen.append(("finished", request.kv_transfer_params))
+        return self.answers["finished"]
+
+    def get_transfer_results(self, finished_req_ids):
+        return KVConnectorTransferResults(**self.answers["results"])
+
+    def get_handshake_metadata(self):
+        return self.answers.get("handshake")
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata):
+        self.seen.append(("handshake", metadata))
+
+    def get_kv_connector_stats(self):
+        return ChainStats(data={"fallbacks": 1})
+
+    @classmethod
+    def build_kv_connector_stats(cls, data=None):
+        return ChainStats(data=data or {})
+
+    def build_connector_meta(self, scheduler_output): ...
+    def start_load_kv(self, forward_context, **kwargs): ...
+    def wait_for_layer_load(self, layer_name): ...
+    def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs): ...
+    def wait_for_save(self): ...
+
+
+class HybridChild(Child, SupportsHMA):
+    def request_finished_all_groups(self, request, block_ids):
+        return self.request_finished(request, block_ids[0])
+
+
+def child(name="HybridChild", **options):
+    return {
+        "kv_connector": name,
+        "kv_connector_module_path": __name__,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": options,
+    }
+
+
+def multi(*children, groups=1, role=KVConnectorRole.SCHEDULER, cls=KVConnectMulti):
+    transfer = KVTransferConfig(
+        kv_connector=cls.__name__,
+        kv_role="kv_both",
+        kv_connector_module_path="kvconnect.vllm",
+        kv_connector_extra_config={"connectors": list(children)},
+    )
+    config = SimpleNamespace(
+        kv_transfer_config=transfer,
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+    )
+    kv_groups = [SimpleNamespace(kv_cache_spec=spec()) for _ in range(groups)]
+    return cls(config, role, SimpleNamespace(kv_cache_groups=kv_groups))
+
+
+def asked(params=None):
+    return SimpleNamespace(request_id="r", kv_transfer_params=params)
+
+
+def test_no_children_is_a_clear_error():
+    with pytest.raises(ConfigError, match='"connectors" is missing or empty'):
+        multi()
+
+
+def test_a_child_without_hybrid_support_is_refused_only_where_it_would_be_needed():
+    one = multi(child("Child"), child())
+    assert one.request_finished_all_groups(asked(), ([1],)) == (False, None)
+    with pytest.raises(ConfigError, match="--disable-hybrid-kv-cache-manager"):
+        multi(child("Child"), child(), groups=2)
+    multi(child(), child(), groups=2)
+
+
+def test_vllm_asks_the_children_of_the_name_it_knows_for_hybrid_support():
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    def supported(*children):
+        transfer = KVTransferConfig(
+            kv_connector="MultiConnector",
+            kv_connector_module_path="kvconnect.vllm",
+            kv_role="kv_both",
+            kv_connector_extra_config={"connectors": list(children)},
+        )
+        assert KVConnectorFactory.get_connector_class(transfer) is MultiConnector
+        return KVConnectorFactory.supports_hma_config(transfer)
+
+    assert supported(child(), child())
+    assert not supported(child(), child("Child"))
+
+
+def test_the_first_child_with_something_loads_and_all_are_asked():
+    one = multi(child(), child(match=(8, True)), child(match=(16, False)))
+    assert one.get_num_new_matched_tokens(asked(), 0) == (8, True)
+    one.update_state_after_alloc(asked(), None, 8)
+    assert [c.seen[-1][1] for c in one._connectors] == [0, 8, 0]
+    later = multi(child(match=(8, True)), child(match=(None, False)))
+    assert later.get_num_new_matched_tokens(asked(), 0) == (None, False)
+
+
+def test_what_two_children_send_is_sent_when_both_have_sent_it():
+    sending = {"finished_sending": {"r"}}
+    scheduler = multi(child(finished=(True, None)), child(finished=(True, None)), child())
+    assert scheduler.request_finished_all_groups(asked(), ([1],)) == (True, None)
+    metadata = pickle.loads(pickle.dumps(scheduler.build_connector_meta(None)))
+    worker = multi(child(results=sending), child(), role=KVConnectorRole.WORKER)
+    worker.bind_connector_metadata(metadata)
+    assert worker.get_transfer_results(set()).finished_sending == set()
+    assert worker.get_transfer_results(set()).finished_sending == {"r"}
+
+
+def test_a_handshake_goes_to_the_child_that_made_it():
+    worker = multi(child(handshake="a"), child(), child(handshake="c"), role=KVConnectorRole.WORKER)
+    scheduler = multi(child(), child(), child())
+    scheduler.set_xfer_handshake_metadata_pp_aware({(1, 0): worker.get_handshake_metadata()})
+    seen = [c.seen for c in scheduler._connectors]
+    assert seen == [[("handshake", {(1, 0): "a"})], [], [("handshake", {(1, 0): "c"})]]
+    assert multi(child(), role=KVConnectorRole.WORKER).get_handshake_metadata() is None
+
+
+def test_stats_are_told_apart_by_child_and_come_back_in_another_process():
+    one = multi(child(), child(), role=KVConnectorRole.WORKER)
+    stats = one.get_kv_connector_stats()
+    stats = stats.aggregate(one.get_kv_connector_stats())
+    told = rebuild(pickle.loads(pickle.dumps(stats.to_dict())))
+    assert {label: s.data["fallbacks"] for label, s in told.data.items()} == {
+        "HybridChild": 2,
+        "HybridChild#2": 2,
+    }
+    assert not told.is_empty()
+
+
+def test_children_that_share_their_metrics_are_counted_together():
+    seen = []
+
+    class Counted:
+        @classmethod
+        def build_prom_metrics(cls, *_):
+            return SimpleNamespace(observe=lambda data, engine: seen.append((data, engine)))
+
+    class Named:
+        def __init__(self, **_): ...
+        def labels(self, *_):
+            return SimpleNamespace(inc=lambda n: seen.append(n))
+
+    from prometheus_client import Counter, Gauge, Histogram
+
+    config = SimpleNamespace(kv_transfer_config=None)
+    metrics = MultiPromMetrics(
+        [("a", Counted, None), ("b", Counted, None)],
+        config,
+        {Counter: Named, Gauge: Named, Histogram: Named},
+        [],
+        {0: ["0"]},
+    )
+    payload = {"a": {"data": 1}, "b": {"data": 2}, "unknown": {"data": 3}}
+    metrics.observe(payload | {"chain": {"data": {"fallbacks": 4, "odd": 1}}}, 0)
+    assert seen == [(1, 0), (2, 0), 4]
+    assert metrics._children["a"] is metrics._children["b"]
+
+
+class Events:
+    def __init__(self, *events, workers=1):
+        self.events, self.workers = list(events), workers
+
+    def get_all_events(self):
+        return self.events
+
+    def add_events(self, events):
+        self.events += events
+
+    def increment_workers(self, count=1):
+        self.workers += count
+
+
+def test_kv_events_of_workers_reach_the_child_they_are_of():
+    """As vLLM's aggregator adds up two ranks; the second has events of another child, too."""
+    both = MultiEvents({0: Events("x")})
+    second = MultiEvents({0: Events("y"), 1: Events("z")})
+    both.add_events(second.get_all_events())
+    both.increment_workers(1)
+    assert (both.children[0].events, both.children[0].workers) == (["x", "y"], 2)
+    assert (both.children[1].events, both.children[1].workers) == (["z"], 1)
+
+
+# -- params ----------------------------------------------------------------------------------
+
+
+def test_params_that_clash_travel_beside_and_come_back_to_their_like():
+    lent = merged({"A": {"k": 1, "own": 2}, "B": None, "C": {"k": 3}, "D": {"other": 4}})
+    assert lent == {
+        "k": 1,
+        "own": 2,
+        "other": 4,
+        BESIDE: {"first": "A", "others": {"C": {"k": 3}}},
+    }
+    seen = split(lent, ["A", "C", "X"])
+    assert seen == {"A": {"k": 1, "own": 2, "other": 4}, "C": {"k": 3}, "X": None}
+    other_name = split(lent, ["X", "C"])
+    assert other_name["X"] == seen["A"], "the first one's like may have another name"
+    assert merged({"A": {"k": 1}, "B": {"m": 2}}) == {"k": 1, "m": 2}
+    assert merged({"A": None}) is None
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [None, 7, {}, {BESIDE: None}, {BESIDE: []}, {BESIDE: {"others": 5}}, {BESIDE: {"first": []}}],
+)
+def test_params_without_a_usable_part_beside_are_seen_by_all_as_they_are(odd):
+    assert split(odd, ["A", "B"]) is None
+
+
+def test_odd_parts_beside_raise_nothing():
+    assert split({"k": 1, BESIDE: {"first": ["A"], "others": {"A": 3}}}, ["A"]) == {"A": {"k": 1}}
+
+
+def test_each_child_sees_its_params_all_the_time_and_what_it_wrote_there():
+    one = multi(child(), child(name="Child"))
+    params = {"k": 1, BESIDE: {"first": "HybridChild", "others": {"Child": {"k": 2}}}}
+    asks = asked(params)
+    one.on_new_request(asks)
+    one.get_num_new_matched_tokens(asks, 0)
+    one.request_finished_all_groups(asks, ([1],))
+    first, second = ([seen[1] for seen in c.seen] for c in one._connectors)
+    assert first == [{"k": 1, "noted": True}] * 3
+    assert second == [{"k": 2, "noted": True}] * 3
+    assert asks.kv_transfer_params is params
+
+
+def test_children_of_one_connector_are_told_apart():
+    assert labels(["A", "B", "A", "A"]) == ["A", "B", "A#2", "A#3"]
+
+
+# -- the chain -------------------------------------------------------------------------------
+
+
+class Peer:
+    """The scheduler's half of a peer connector that has the first ``tokens`` of everything."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.released = 0
+
+    def match(self, request, local_tokens):
+        return None if self.tokens is None else max(0, self.tokens - local_tokens)
+
+    def hand_over(self, request):
+        source = Source((), request.request_id, None, 1.0)
+        return Offer(source, self.tokens, b"") if self.tokens else None
+
+    def admitted(self, request, blocks, tokens):
+        assert tokens == 0
+        self.released += 1
+
+
+@pytest.fixture
+def store(monkeypatch):
+    engine = Engine(monkeypatch, ranks=2)
+    one = request(blocks=6)
+    engine.half.match(one, 0)
+    engine.answer(engine.step(one, ([1, 2, 3, 4, 5, 6, 7],), one.num_tokens), ranks=2)
+    return engine
+
+
+def chain(store, *peers, windows=(None,)):
+    groups = [SimpleNamespace(kv_cache_spec=spec(window)) for window in windows]
+    config = SimpleNamespace(kv_cache_groups=groups)
+    named = {f"P{i}": peer for i, peer in enumerate(peers)}
+    return ChainScheduler(config, named, store.half if store else None)
+
+
+def table(store, ids, hashed=()):
+    blocks = [
+        SimpleNamespace(block_id=n, is_null=n == 0, block_hash=b"h" if n in hashed else None)
+        for n in ids
+    ]
+    return SimpleNamespace(blocks=[blocks])
+
+
+def test_the_peers_head_and_the_stores_tail_are_one_load(store):
+    """The peer has what the request has never had here, and the store the rest."""
+    for key in store.half._requests["r"].keys()[0][:2]:
+        store.half._tier.lost(key, False)
+    peer = Peer(2 * BLOCK)
+    both = chain(store, peer)
+    asks = request("again", blocks=6, extra=2)
+    assert chain(store).match(request("alone", blocks=6), 0) == 0
+    assert both.match(asks, 0) == 6 * BLOCK
+    both.admitted(asks, table(store, [21, 22, 23, 24, 25, 26, 27]), 6 * BLOCK)
+    ((load),) = both.take_orders()
+    assert isinstance(load, ChainedLoad)
+    assert [p.blocks for p in load.pieces] == [((i, 21 + i),) for i in range(6)]
+    assert [p.store for p in load.pieces] == ["", "", "host", "host", "host", "host"]
+    assert [p.end_token for p in load.pieces] == [BLOCK * (i + 1) for i in range(6)]
+    assert dict(load.offers)["P0"].tokens == 2 * BLOCK
+    assert store.step().loads == {}, "the store's own workers are told nothing"
+    assert sum(both.hit_sources("again", 6 * BLOCK).values()) == 6 * BLOCK
+    assert len(both.hit_sources("again", 6 * BLOCK)) == 2
+
+
+def test_what_only_the_peer_has_may_end_amid_a_block(store):
+    peer = Peer(6 * BLOCK + 2)
+    both = chain(store, peer)
+    asks = request("again", blocks=6, extra=2)
+    assert both.match(asks, BLOCK) == 5 * BLOCK + 2
+    ids = [11, 22, 23, 24, 25, 26, 27]
+    both.admitted(asks, table(store, ids, hashed=(11,)), 5 * BLOCK + 2)
+    (load,) = both.take_orders()
+    assert [p.fill is not None for p in load.pieces] == [True] * 5 + [False]
+    assert load.pieces[-1] == Piece(0, ((6, 27),), 6 * BLOCK + 2, 2)
+    assert sum(p.tokens for p in load.pieces) == 5 * BLOCK + 2
+
+
+def test_where_nothing_is_loaded_peers_are_let_go(store):
+    peer = Peer(BLOCK)
+    both = chain(store, peer)
+    asks = request("again", blocks=6)
+    both.match(asks, 6 * BLOCK)
+    both.admitted(asks, table(store, []), 0)
+    assert peer.released == 1
+    assert both.take_orders() == []
+
+
+def test_who_needs_time_makes_the_chain_wait(store):
+    assert chain(store, Peer(None)).match(request("again"), 0) is None
+
+
+def test_peers_alone_are_a_chain_of_blocks():
+    both = chain(None, Peer(5), Peer(9))
+    asks = request("r", blocks=2)
+    assert both.match(asks, 0) == 9
+    both.admitted(asks, table(None, [5, 6, 7]), 9)
+    (load,) = both.take_orders()
+    assert [p.end_token for p in load.pieces] == [4, 8, 9]
+    assert [label for label, _ in load.offers] == ["P0", "P1"]
+
+
+def test_a_request_that_ends_amid_its_load_aborts_it_and_another_does_not(store):
+    both = chain(store, Peer(BLOCK))
+    for name in ("aborted", "loaded"):
+        asks = request(name, blocks=6)
+        both.match(asks, 0)
+        both.admitted(asks, table(store, range(21, 28)), 6 * BLOCK)
+    both.take_orders()
+    both.received(["loaded"])
+    both.finished("loaded")
+    both.finished("aborted")
+    assert both.take_orders() == [Abort("aborted")]
+
+
+def test_fills_that_ranks_declined_or_carried_out_give_back_their_pins(store):
+    """One rank took a chunk from its peer, the other from memory; a third chunk failed at one."""
+    both = chain(store, Peer(BLOCK))
+    asks = request("again", blocks=3)
+    both.match(asks, 0)
+    both.admitted(asks, table(store, [21, 22, 23, 24]), 3 * BLOCK)
+    (load,) = both.take_orders()
+    first, second, third = (piece.fill for piece in load.pieces)
+    assert isinstance(first, Fill)
+    assert store.half.busy
+    one = Done({first.number: (1, 0), second.number: (1, 0), third.number: (1, 0)})
+    one.declined.update([first.number, third.number])
+    other = Done({first.number: (1, 0), second.number: (1, 0), third.number: (1, 1)})
+    store.half.received(one)
+    assert store.half.busy
+    store.half.received(other)
+    assert not store.half.busy
+    counts = store.half.take_stats()
+    assert counts["chunks_failed"] == 1
+    assert store.half.match(asks, 0) == 0, "what has failed is not tried again"
+    assert store.half.match(request("new", blocks=3), 0) == 3 * BLOCK
+
+
+def test_engines_below_in_trees_multi_connector_are_told_by_their_workers(monkeypatch):
+    """It gave this one another child's handshake: until both ranks have spoken, "ask again"."""
+    engine = Engine(monkeypatch)
+    half = engine.half
+    half.waits_to_be_named = True
+    half._vllm_config.parallel_config = SimpleNamespace(world_size=2)
+    from kvconnect.vllm.offload.messages import Found
+
+    found = Found(16, 0, [], [])
+    assert half.match(request(), 0) is None
+    half.received(Done(found={1: found}))
+    assert half.match(request(), 0) is None
+    half.received(Done(found={0: found}))
+    assert half.match(request(), 0) == 0
