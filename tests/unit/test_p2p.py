@@ -109,7 +109,7 @@ def test_what_cannot_work_is_named(options, said):
         parsed(**options)
 
 
-def test_the_backend_is_nccl_between_gpus_where_it_can_be_had_and_else_ucx(monkeypatch):
+def test_the_backend_is_nccl_between_gpus_where_it_can_be_had_and_else_ucx(monkeypatch, caplog):
     nccl = ("nccl", {"nccl_num_channels": 8})
 
     def missing():
@@ -121,6 +121,7 @@ def test_the_backend_is_nccl_between_gpus_where_it_can_be_had_and_else_ucx(monke
     assert parsed(backend="ucx").chosen_transport("cuda") == ("ucx", {})
     monkeypatch.setattr(nccl_library, "find", missing)
     assert parsed().chosen_transport("cuda") == ("ucx", {})
+    assert "NCCL cannot be used, UCX is tried: no libnccl" in caplog.text
     assert parsed(backend="nccl").chosen_transport("cpu") == nccl
     assert parsed(transport="nixl").chosen_transport("cuda") == ("nixl", {})
 

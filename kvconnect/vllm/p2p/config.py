@@ -4,6 +4,7 @@ docs/p2p.md says key by key what the old ones mean here. Numbers may be text, as
 example: ``"proxy_port": "30001"``, ``"kv_buffer_size": "8e9"``.
 """
 
+import logging
 import math
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,8 @@ from msgspec.structs import force_setattr
 
 from kvconnect.config import PeerConfig
 from kvconnect.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 LEAST_STAGING_BYTES = 1 << 20
@@ -82,7 +85,8 @@ def _has_nccl(device: str) -> bool:
 
     try:
         nccl_library.find()
-    except ConfigError:
+    except ConfigError as e:
+        logger.warning("NCCL cannot be used, UCX is tried: %s", e)
         return False
     return True
 
