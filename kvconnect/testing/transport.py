@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from kvconnect.blocks import Region
@@ -290,13 +291,24 @@ def rows_outside_our_regions_fail(make_rig: MakeRig) -> None:
 def a_hello_that_is_none_is_a_transport_error(make_rig: MakeRig) -> None:
     with _rig(make_rig) as rig:
         good = rig.theirs.hello()
-        for hello in (b"", b"\x00", b"garbage", b"\xff" * 64, good[: len(good) // 2]):
+        malformed = (b"", b"\x00", b"garbage", b"\xff" * 64, good[: len(good) // 2])
+        for hello in (*malformed, *_with_text_that_is_none(good)):
             try:
                 rig.ours.add_peer("stranger", hello)
             except TransportError:
                 continue
             raise AssertionError(f"hello {hello[:16]!r}… raised nothing, expected TransportError")
         _moves_exactly(rig, [1], [2], Op.READ)
+
+
+def _with_text_that_is_none(hello: bytes) -> list[bytes]:
+    """Of a hello in msgpack: with a text that is no UTF-8, of which decoders raise other errors."""
+    try:
+        said = msgspec.msgpack.decode(hello)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return []
+    texts = [text for text in said.values() if isinstance(text, str)] if type(said) is dict else []
+    return [hello.replace(text.encode(), b"\xff" * len(text.encode())) for text in texts]
 
 
 def a_peer_that_closed_fails_tickets(make_rig: MakeRig) -> None:

@@ -23,6 +23,7 @@ from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
 from kvconnect.transport.agent import BUFFER_BYTES, Agent, reply_bytes
 from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.pieces import Piece, Tickets
 from kvconnect.transport.post import Handle, Line, Post
 
@@ -85,10 +86,7 @@ class MessageTransport:
         return msgspec.msgpack.encode(_Hello(self._post.address, self._agent.key))
 
     def add_peer(self, name: str, hello: bytes) -> None:
-        try:
-            theirs = msgspec.msgpack.decode(hello, type=_Hello)
-        except msgspec.DecodeError as e:
-            raise TransportError(f"peer {name}: its address is malformed: {e}") from e
+        theirs = read_hello(name, hello, _Hello)
         if len(theirs.key) != len(self._agent.key):
             raise TransportError(f"peer {name}: its key has {len(theirs.key)} bytes")
         self.drop_peer(name)

@@ -25,6 +25,7 @@ from kvconnect.blocks import Region
 from kvconnect.config import parse
 from kvconnect.errors import TransportError
 from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.mooncake_engine import MooncakeOptions, import_mooncake, start
 from kvconnect.transport.reach import Reach, join, pair
 
@@ -84,11 +85,11 @@ class MooncakeTransport:
         return msgspec.msgpack.encode(_Hello(self._segment, self._incarnation, self._regions))
 
     def add_peer(self, name: str, hello: bytes) -> None:
+        theirs = read_hello(name, hello, _Hello)
         try:
-            theirs = msgspec.msgpack.decode(hello, type=_Hello)
             peer = _Peer(theirs)
-        except (msgspec.DecodeError, OverflowError) as e:
-            raise TransportError(f"peer {name}: its Mooncake segment is malformed: {e}") from e
+        except OverflowError as e:
+            raise TransportError(f"peer {name}: its hello is malformed: {e}") from e
         self.drop_peer(name)
         if self._known.get(theirs.segment, theirs.incarnation) != theirs.incarnation:
             # Mooncake keeps what it knows of a segment and cannot be told to forget it

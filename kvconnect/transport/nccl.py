@@ -32,6 +32,7 @@ from kvconnect.channel import Frame, Link, ZmqChannel
 from kvconnect.config import Seconds, parse
 from kvconnect.errors import ConfigError, TransportError, WireError
 from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.nccl_library import Nccl, find, spelt
 from kvconnect.transport.nccl_line import PIECE_BYTES, PIECE_SPANS, WINDOW, Line
 from kvconnect.transport.nccl_pair import Device, Pair
@@ -110,10 +111,7 @@ class NcclTransport:
         return msgspec.msgpack.encode(mine)
 
     def add_peer(self, name: str, hello: bytes) -> None:
-        try:
-            theirs = msgspec.msgpack.decode(hello, type=_Hello)
-        except msgspec.DecodeError as e:
-            raise TransportError(f"peer {name}: its address is malformed: {e}") from e
+        theirs = read_hello(name, hello, _Hello)
         if theirs.nccl != self._nccl.version:
             raise TransportError(
                 f"peer {name} has NCCL {spelt(theirs.nccl)}, we have {spelt(self._nccl.version)}; "

@@ -70,6 +70,6 @@ def decode(data: bytes | None, answers: bool) -> Said:
         raise TransportError("the peer closed the connection")
     try:
         said: Said = (_ANSWERS if answers else _REQUESTS).decode(data)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise TransportError(f"the peer says what nobody understands: {e}") from e
     return said

@@ -26,6 +26,7 @@ from kvconnect.blocks import Region
 from kvconnect.errors import ConfigError, TransportError
 from kvconnect.rows import RowTable
 from kvconnect.transport.base import Done, Ticket, Work
+from kvconnect.transport.greeting import read_hello
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +81,7 @@ class NixlTransport:
         return msgspec.msgpack.encode(_Hello(self._name, self._metadata))
 
     def add_peer(self, name: str, hello: bytes) -> None:
-        try:
-            theirs = msgspec.msgpack.decode(hello, type=_Hello)
-        except msgspec.DecodeError as e:
-            raise TransportError(f"peer {name}: its NIXL metadata is malformed: {e}") from e
+        theirs = read_hello(name, hello, _Hello)
         for known in (*self._peers.values(), *(h for h, _ in self._dropped.values())):
             if known.agent == theirs.agent and known != theirs:
                 raise TransportError(f"peer {name}: another peer is NIXL agent {theirs.agent}")

@@ -290,6 +290,12 @@ def test_a_hello_with_a_key_of_another_size_is_refused(rig):
         rig.ours.transport.add_peer("other", hello)
 
 
+@pytest.mark.parametrize("hello", [b"", b"\x81\xa7address\x05", b"\x91" * 5000])
+def test_a_malformed_hello_is_a_transport_error(rig, hello):
+    with pytest.raises(TransportError, match="malformed"):
+        rig.ours.transport.add_peer("bad", hello)
+
+
 def test_close_ends_all_tickets_and_all_lines_once(rig):
     rig.net.slow = True
     rig.submit()

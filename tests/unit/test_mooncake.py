@@ -248,7 +248,9 @@ def test_a_peer_that_cannot_be_met_fails_its_tickets(rig, fake, monkeypatch, why
         assert rig.engine.asked == []
 
 
-@pytest.mark.parametrize("hello", [b"", b"\xc1", b"\x81\xa7segment\x05"])
+@pytest.mark.parametrize(
+    "hello", [b"", b"\xc1", b"\x81\xa7segment\x05", b"\x81\xa7segment\xa1\xff"]
+)
 def test_a_malformed_hello_is_a_transport_error(rig, hello):
     with pytest.raises(TransportError, match="malformed"):
         rig.transport.add_peer("bad", hello)
