@@ -26,6 +26,7 @@ from kvconnect.wire import Address
 logger = logging.getLogger("vllm.kvconnect")
 
 NULL_BLOCK = 0  # vLLM's BlockPool takes block 0 as the placeholder of blocks it does not keep
+SHORTENED = "_kvconnect_shortened"  # attribute of a vLLM request
 NOWHERE = (Address("localhost", 1), "unnamed")  # until the workers have said where they are
 
 
@@ -191,10 +192,11 @@ class Scheduler:
     def _shorten(self, request: Any) -> None:
         """Compute only what can be handed over: recurrent state cannot step back a token.
 
-        As in-tree ``_truncate_request_for_prefill``; the decode engine computes the rest.
+        As in-tree ``_truncate_request_for_prefill``; the decode engine computes the rest. Once,
+        however many connectors of ours an engine has.
         """
         backoff = self._backoff
-        if not backoff or request.num_prompt_tokens <= backoff:
+        if not backoff or request.num_prompt_tokens <= backoff or hasattr(request, SHORTENED):
             return
         if request.get_skip_reading_prefix_cache():
             return
@@ -205,6 +207,7 @@ class Scheduler:
         del request._all_token_ids[-backoff:]
         request.num_prompt_tokens -= backoff
         request.max_tokens = 1
+        setattr(request, SHORTENED, True)
 
     def _wanted(self, blocks: Any, request: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Blocks to fill per group: those of the prompt that no prefix cache hit filled."""

@@ -151,6 +151,15 @@ def test_both_legs_agree_on_a_lease(make, mamba, tokens):
     assert fetch.source.wait_s == 480
 
 
+def test_a_prompt_is_shortened_once_however_many_connectors_see_it(make, monkeypatch):
+    one = make("P", "kv_producer", mamba=True)
+    monkeypatch.setenv("VLLM_MOONCAKE_BOOTSTRAP_PORT", "0")
+    other = make("P", "kv_producer", mamba=True)
+    request = one.arrives(PREFILL)
+    other.scheduler.arrived(request)
+    assert request.num_prompt_tokens == len(request.prompt_token_ids) == 39
+
+
 def test_a_request_waits_in_the_queue_while_prefill_is_looked_up(p, d):
     request = d.arrives(decode(p))
     assert d.scheduler.match(request, 0) is None
