@@ -28,6 +28,8 @@ class Prompt:
     text: str
     max_tokens: int
     chat: bool = False
+    params: Any = None
+    """kv_transfer_params."""
 
     @property
     def path(self) -> str:
@@ -41,6 +43,8 @@ class Prompt:
             "temperature": 0,
             "seed": 0,
         }
+        if self.params is not None:
+            common["kv_transfer_params"] = self.params
         if not self.chat:
             return common | {"prompt": self.text}
         messages = [{"role": "user", "content": self.text}]
@@ -54,6 +58,8 @@ class Answer:
 
     text: str
     prompt_tokens: int
+    params: Any = None
+    """kv_transfer_params; not of a streamed one."""
 
 
 class Client:
@@ -85,7 +91,8 @@ class Client:
                 if prompt.chat:
                     return await _streamed(url, response)
                 whole = await response.json()
-                return Answer(whole["choices"][0]["text"], whole["usage"]["prompt_tokens"])
+                text, tokens = whole["choices"][0]["text"], whole["usage"]["prompt_tokens"]
+                return Answer(text, tokens, whole.get("kv_transfer_params"))
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
             raise AskError(f"{url} did not answer: {type(error).__name__} {error}") from error
 

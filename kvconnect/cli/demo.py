@@ -22,6 +22,7 @@ class ConnectorName(enum.StrEnum):
     UCX = "ucx"
     P2P = "p2p"
     OFFLOADING = "offloading"
+    MULTI = "multi"
 
 
 def demo(
@@ -44,12 +45,14 @@ def demo(
 ) -> None:
     """Boot real engines here, and show that their KV arrives and is right.
 
-    Prefill, decode and the proxy; with offloading, one engine that is killed and started again.
+    Prefill, decode and the proxy; with offloading, one engine that is killed and started again;
+    with multi, prefill and decode whose loads come from each other and from host memory.
     """
     # here, not above: `kvconnect --help` has no use for an HTTP stack
     import shutil
     import tempfile
 
+    from kvconnect.cli.chained import ChainedDemo
     from kvconnect.cli.engines import check_installed, check_model
     from kvconnect.cli.kept import KeptDemo
     from kvconnect.cli.play import Demo
@@ -64,8 +67,14 @@ def demo(
     logs = keep_logs or Path(tempfile.mkdtemp(prefix="kvconnect-demo-"))
     right = None
     try:
-        alone = connector is ConnectorName.OFFLOADING
-        right = _play(KeptDemo(folder, logs) if alone else Demo(folder, connector, logs), json)
+        match connector:
+            case ConnectorName.OFFLOADING:
+                chosen: Demo = KeptDemo(folder, logs)
+            case ConnectorName.MULTI:
+                chosen = ChainedDemo(folder, logs)
+            case _:
+                chosen = Demo(folder, connector, logs)
+        right = _play(chosen, json)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing is left running", err=True)
         raise typer.Exit(130) from None

@@ -93,6 +93,14 @@ def offload_config(**options: Any) -> dict[str, Any]:
     return config | {"kv_connector_extra_config": options}
 
 
+def multi_config(**options: Any) -> dict[str, Any]:
+    """``--kv-transfer-config`` of either engine of a pair that hands over, and offloads so."""
+    children = [transfer_config("nixl", "decode"), offload_config(**options)]
+    children[0]["kv_role"] = "kv_both"
+    config = {"kv_connector": "KVConnectMulti", "kv_role": "kv_both"}
+    return config | {"kv_connector_extra_config": {"connectors": children}}
+
+
 @dataclass(frozen=True)
 class Engine:
     """A ``vllm serve`` whose answers can be compared: float32, computed eagerly."""

@@ -87,7 +87,7 @@ class KeptDemo(Demo):
             for source, name in phases.items():
                 for scene in self._asked:
                     await self._play_one(client, engine, scene, source, name)
-                await _forget(engine.url)
+                await forget(engine.url)
 
     async def _play_one(
         self, client: Client, engine: Server, scene: Scene, source: str, name: str
@@ -121,15 +121,16 @@ async def _counters(client: Client, url: str, finished: float) -> tuple[Counters
     """The engine's counters once so many requests have ended; tokens from memory, and from disk."""
     counters = await client.counters_after(url, METRICS, finished)
     text = await client.metrics(url)
-    host, disk = (_total(text, f"{OURS}_tokens_from_{source}_total") for source in ("host", "disk"))
+    host, disk = (total(text, f"{OURS}_tokens_from_{source}_total") for source in ("host", "disk"))
     return counters, host, disk
 
 
-def _total(text: str, name: str) -> float:
+def total(text: str, name: str) -> float:
+    """Sum of a metric's samples in Prometheus' text form."""
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
 
 
-async def _forget(url: str) -> None:
+async def forget(url: str) -> None:
     """Empty the engine's own prefix cache; it refuses while blocks are being saved."""
     deadline = time.monotonic() + SETTLED_S
     async with aiohttp.ClientSession() as session:

@@ -38,7 +38,7 @@ class Scene:
     alone: bool = False
 
 
-def _inventory(title: str, records: int, start: int) -> str:
+def inventory(title: str, records: int, start: int) -> str:
     """A list of records, and a question about one of them: some 17 tokens a record."""
     lines = [f"Inventory of the house in {title}."]
     for i in range(start, start + records):
@@ -51,14 +51,14 @@ def _inventory(title: str, records: int, start: int) -> str:
 
 def scenes() -> list[Scene]:
     """In the order in which they are played; those without a prefill engine are the last."""
-    long = Prompt(_inventory("Porto", 128, 100), 24)
-    eight = [Prompt(_inventory(town, 8 + 4 * n, 100 * n), 16) for n, town in enumerate(_TOWNS)]
+    long = Prompt(inventory("Porto", 128, 100), 24)
+    eight = [Prompt(inventory(town, 8 + 4 * n, 100 * n), 16) for n, town in enumerate(_TOWNS)]
     chat = Prompt("Tell me in two sentences why the sky is blue.", 40, chat=True)
     return [
         Scene("short prompt", [Prompt("The capital of France is", 16)]),
         Scene("long prompt", [long]),
         Scene("chat, streamed", [chat]),
         Scene("8 at once", eight),
-        Scene("a new prompt", [Prompt(_inventory("Oslo", 20, 900), 24)], alone=True),
+        Scene("a new prompt", [Prompt(inventory("Oslo", 20, 900), 24)], alone=True),
         Scene("the long one again", [long], alone=True),
     ]

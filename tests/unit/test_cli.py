@@ -123,7 +123,7 @@ def test_help_and_version_need_no_heavy_import(arguments: list[str], expected: s
 
 
 def test_connectors_of_the_demo_are_those_of_the_table() -> None:
-    assert [str(name) for name in ConnectorName] == [*CONNECTORS, "offloading"]
+    assert [str(name) for name in ConnectorName] == [*CONNECTORS, "offloading", "multi"]
 
 
 def test_engine_command_says_what_vllm_serve_should_do(model: Path) -> None:
