@@ -63,6 +63,7 @@ class CacheTier:
         self._known: dict[Key, Pin] = {}
         self._offers: OrderedDict[Key, int] = OrderedDict()
         self._changes: list[Change] = []
+        self._waiting: dict[Key, list[Sequence[Key]]] = {}  # what `ended` waits for
 
     @property
     def size(self) -> int:
@@ -147,6 +148,21 @@ class CacheTier:
             if key in self._known:
                 self._policy.touch(key)
 
+    def ended(self, keys: Sequence[Key]) -> None:
+        """A request with ``keys``, in the order of its prefix, has ended: their end is to go first.
+
+        That is so once none of them is FILLING or pinned, and counts as no use.
+        """
+        for key in keys:
+            known = self._known.get(key)
+            if known and known.holders:
+                self._waiting.setdefault(key, []).append(keys)
+                return
+        for key in reversed(keys):
+            if key in self._known:
+                self._policy.pin(key)
+                self._policy.unpin(key)
+
     def lose(self, key: Key) -> list[Key]:
         """A rank does not have a held key any more; returns who left."""
         if not self.holds(key):
@@ -187,8 +203,11 @@ class CacheTier:
 
     def _release(self, known: Pin) -> None:
         known.holders -= 1
-        if known.holders == 0 and known.standing is not Standing.ABSENT:
+        if known.holders:
+            return
+        if known.standing is not Standing.ABSENT:
             self._policy.unpin(known.key)
+        self._wake(known.key)
 
     def _leave(self, key: Key) -> list[Key]:
         self._policy.remove(key)
@@ -200,3 +219,8 @@ class CacheTier:
         if known.standing is Standing.HELD:
             self._changes.append(Change(key, False))
         known.standing = Standing.ABSENT
+        self._wake(key)
+
+    def _wake(self, key: Key) -> None:
+        for keys in self._waiting.pop(key, ()):
+            self.ended(keys)

@@ -109,11 +109,11 @@ class OffloadTier:
         """How many of ``keys``, from the first on, can be loaded; no effect."""
         return sum(1 for _ in itertools.takewhile(self.has, keys))
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        """Keys are of use, though nothing is loaded: the engine has them in its own cache."""
-        self.host.touch(keys)
+    def ended(self, keys: Sequence[Key]) -> None:
+        """A request with ``keys``, in the order of its prefix, has ended: see `CacheTier.ended`."""
+        self.host.ended(keys)
         if self.disk:
-            self.disk.touch(keys)
+            self.disk.ended(keys)
 
     def load(self, request_id: str, chunks: Sequence[Chunk]) -> Result:
         """Fill the blocks of ``chunks``, which `reach` covered; once a request at a time."""

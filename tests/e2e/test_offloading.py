@@ -135,8 +135,8 @@ def test_what_one_engine_stores_another_loads_from_its_memory_and_disk(
     assert [first.tokens(prompt) for prompt in prompts] == alone
     first.forget()
     first.wait_written()
-    assert first.offloaded("evictions") >= 4 * 5
-    assert first.offloaded("disk_writes") >= 4 * 5
+    assert first.offloaded("evictions") >= 3 * 5
+    assert first.offloaded("disk_writes") >= 3 * 5
     before = second.tokens_from("external_kv_transfer")
     assert [second.tokens(prompt) for prompt in prompts] == alone
     assert second.tokens_from("external_kv_transfer") - before == whole_blocks(prompts)

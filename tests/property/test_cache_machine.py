@@ -97,6 +97,10 @@ class CacheMachine(RuleBasedStateMachine):
     def touch(self, keys):
         self.tier.touch(keys)
 
+    @rule(keys=some_keys)
+    def ended(self, keys):
+        self.tier.ended(keys)
+
     @rule(key=st.sampled_from(KEYS))
     def lose(self, key):
         """Pinned ones, too: that a rank lost it is a fact."""
@@ -160,6 +164,43 @@ def test_of_a_prefix_the_end_goes_first():
     assert tier.admit(KEYS[8:10]).evicted == [KEYS[3], KEYS[2]]
     tier = held(4, KEYS[:4])
     tier.unpin(tier.pin(KEYS[:3]))
+    assert tier.admit(KEYS[8:10]).evicted == [KEYS[3], KEYS[2]]
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc"])
+@pytest.mark.parametrize("first", ["the request ends", "the stores end"])
+def test_of_a_request_that_ended_the_end_goes_first_whatever_ended_when(policy, first):
+    """The first chunk, without which the others are of no use, used to be the first to go."""
+    tier = CacheTier("host", make(policy, 4))
+    tier.admit(KEYS[:4])
+    if first == "the request ends":
+        tier.ended(KEYS[:4])
+    for key in (KEYS[2], KEYS[0], KEYS[3], KEYS[1]):
+        tier.settle(key, True)
+    if first == "the stores end":
+        tier.ended(KEYS[:4])
+    assert tier.admit(KEYS[8:10]).evicted == [KEYS[3], KEYS[2]]
+
+
+def test_an_end_waits_for_what_is_pinned_lost_or_not_stored():
+    tier = held(4, KEYS[:3])
+    tier.admit(KEYS[3:4])
+    pins = tier.pin(KEYS[:2])
+    tier.ended(KEYS[:4])
+    tier.lose(KEYS[0])
+    tier.unpin(pins)
+    tier.settle(KEYS[3], False)
+    assert tier.admit(KEYS[8:11]).evicted == [KEYS[2]], "1 and then 2 are the prefix"
+
+
+def test_an_end_is_no_use():
+    """A scan that is stored and never asked for again does not count as wanted twice."""
+    tier = CacheTier("host", make("arc", 4))
+    for key in KEYS[:2]:
+        tier.recover([key])
+    tier.touch(KEYS[:2])
+    tier.recover(KEYS[2:4])
+    tier.ended(KEYS[2:4])
     assert tier.admit(KEYS[8:10]).evicted == [KEYS[3], KEYS[2]]
 
 

@@ -168,10 +168,11 @@ class OffloadMachine(RuleBasedStateMachine):
     @rule(kind=st.integers(0, 11), rank=picks, number=picks, on_disk=st.booleans())
     def something_rare(self, kind, rank, number, on_disk):
         if kind == 8:
-            self.tier.touch(KEYS[number % len(KEYS) :])
+            self.tier.ended(KEYS[number % len(KEYS) :])
         elif kind == 9:
             self.rest()
             self.follow(self.tier.clear())
+            assert not self.tier.host._waiting, "something is waited for that nobody holds"
             assert self.tier.host.size == 0, "something is pinned by nobody"
             assert self.tier.disk is None or self.tier.disk.size == 0
         elif kind == 10:

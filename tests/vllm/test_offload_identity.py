@@ -178,6 +178,13 @@ def test_a_chunk_is_named_once_all_its_blocks_are_known_by_the_last():
     assert one.keys()[0][0] == first, "the last block's hash chains those before it"
 
 
+def test_chunks_of_all_groups_are_in_the_order_in_which_they_end():
+    names = Names(identity(engine(), cut(groups=2)))
+    one = Tracked(request(), names, cut(groups=2), BLOCK)
+    first, second = one.keys()
+    assert one.in_order() == [key for pair in zip(first, second, strict=True) for key in pair]
+
+
 @pytest.mark.parametrize("asked", [-1, "many", True, 1.5, [1]])
 def test_a_limit_that_is_no_number_is_ignored(asked, caplog):
     params = {"max_offload_tokens": asked}

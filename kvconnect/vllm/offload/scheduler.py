@@ -127,12 +127,9 @@ class OffloadScheduler:
 
         None where it is not here. For a chain: this scheduler's own workers are told nothing.
         """
-        nothing: list[tuple[Fill | None, str]] = [(None, "")] * len(chunks)
-        if self._tier is None:
-            return nothing
-        tracked = self._track(request)
-        if tracked.no_loads:
-            return nothing
+        found: list[tuple[Fill | None, str]] = [(None, "")] * len(chunks)
+        if self._tier is None or (tracked := self._track(request)).no_loads:
+            return found
         keys = tracked.keys()
         here = {
             at: Chunk(keys[one.group][one.number], one.group, one.blocks)
@@ -145,8 +142,8 @@ class OffloadScheduler:
         result.jobs = [job for job in result.jobs if not isinstance(job, Fill)]
         self._absorb(result)
         for at, chunk in here.items():
-            nothing[at] = fills.get(chunk.key), whence[at]
-        return nothing
+            found[at] = fills.get(chunk.key), whence[at]
+        return found
 
     def take_work(self, output: Any) -> Work:
         """The step's jobs; ``output`` is vLLM's SchedulerOutput."""
@@ -184,7 +181,9 @@ class OffloadScheduler:
 
     def finished(self, request_id: str) -> None:
         """The request ended; what is under way for it goes on."""
-        self._requests.pop(request_id, None)
+        tracked = self._requests.pop(request_id, None)
+        if tracked is not None and self._tier is not None:
+            self._tier.ended(tracked.in_order())
 
     @property
     def busy(self) -> bool:

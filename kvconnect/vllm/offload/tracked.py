@@ -50,6 +50,15 @@ class Tracked:
                     keys.append(self._names.key(last, index, (chunk + 1) * tokens))
         return self._keys
 
+    def in_order(self) -> list[Key]:
+        """All keys that were asked for, as their chunks end, of all groups."""
+        found = [
+            ((chunk + 1) * cut.group.chunk_tokens, index, key)
+            for index, (cut, keys) in enumerate(zip(self._cuts, self._keys, strict=True))
+            for chunk, key in enumerate(keys)
+        ]
+        return [key for _, _, key in sorted(found)]
+
 
 def _context(request: Any) -> Context:
     lora = request.lora_request
