@@ -63,10 +63,13 @@ class Abort(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A load that has ended. ``lost``: ids of our blocks that nobody could fill."""
+    """A load that has ended."""
 
     request_id: str
-    lost: frozenset[int]
+    lost: frozenset[int] = frozenset()
+    """Ids of our blocks that nobody could fill."""
+    from_start: bool = False
+    """Whether the prompt's first block is one of them."""
 
 
 class Carriers(Protocol):
@@ -250,8 +253,11 @@ class Chained:
         self._carriers.decline(list(loading.unused.values()))
         for peer, offer in order.offers:
             self._carriers.tell(peer, Release(order.request_id, offer.source))
-        lost = frozenset(block for n in load.failed for _, block in order.pieces[n].blocks)
-        self._ended.append(Ended(order.request_id, lost))
+        lost = [pair for n in load.failed for pair in order.pieces[n].blocks]
+        from_start = any(place == 0 for place, _ in lost)
+        self._ended.append(
+            Ended(order.request_id, frozenset(block for _, block in lost), from_start)
+        )
         self._tell(order, load)
 
     def _tell(self, order: ChainedLoad, load: Load) -> None:

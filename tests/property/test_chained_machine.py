@@ -44,6 +44,7 @@ class Rank:
         self.fills: dict[int, Fill] = {}
         self.declined: list[int] = []
         self.released: Counter = Counter()
+        self.firsts: dict[str, set[int]] = {}  # load → first blocks of its groups
         self.filled: dict[str, set[int]] = {}  # load → blocks that hold the right bytes
         self.ended: dict[str, frozenset[int]] = {}
 
@@ -78,6 +79,8 @@ class Rank:
         for ended in self.chained.take():
             assert ended.request_id not in self.ended, "reported twice"
             self.ended[ended.request_id] = ended.lost
+            first = self.firsts[ended.request_id]
+            assert ended.from_start == bool(first & ended.lost)
 
 
 class Machine(RuleBasedStateMachine):
@@ -153,6 +156,7 @@ class Machine(RuleBasedStateMachine):
         self.loads[name] = load = ChainedLoad(name, pieces, offers)
         for rank in self.ranks:
             rank.filled[name] = set()
+            rank.firsts[name] = {blocks[0, group][0] for group in range(groups)}
             rank.chained.begin(load)
 
     @precondition(lambda self: any(rank.fetches for rank in self.ranks))

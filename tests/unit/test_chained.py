@@ -105,7 +105,7 @@ def test_both_give_their_part_and_the_lease_is_let_go(world, prefill):
     lease = prefill.lend("p", [3, 5, 8], SEED)
     decode.load(lease, {3}, BLOCKS)
     decode.go_on()
-    assert decode.ended == [Ended("d", frozenset())]
+    assert decode.ended == [Ended("d")]
     assert decode.holds(BLOCKS)
     assert prefill.sent == ["p"]
     assert decode.chained.counts == {
@@ -121,7 +121,7 @@ def test_what_only_the_store_gives_lets_the_lease_go_unread(world, prefill):
     lease = prefill.lend("p", [3, 5, 8, 1], SEED)
     decode.load(lease, {0, 1, 2, 3}, BLOCKS)
     decode.go_on()
-    assert decode.ended == [Ended("d", frozenset())]
+    assert decode.ended == [Ended("d")]
     assert decode.chained.counts["tokens_from_host"] == 4
     assert decode.holds(BLOCKS)
     assert prefill.sent == ["p"]
@@ -141,7 +141,7 @@ def test_the_lease_stays_open_for_what_the_store_turns_out_not_to_have(world, pr
     decode.hold = False
     with caplog.at_level(logging.WARNING, "kvconnect.tier.chained"):
         decode.go_on()
-    assert decode.ended == [Ended("d", frozenset())]
+    assert decode.ended == [Ended("d")]
     assert decode.holds(BLOCKS)
     assert prefill.sent == ["p"]
     assert [r.getMessage() for r in caplog.records] == [
@@ -172,7 +172,7 @@ def test_what_nobody_needed_of_the_store_is_declined(world, prefill):
     lease = prefill.lend("p", [3, 5, 8, 1], SEED)
     decode.load(lease, {0, 2}, BLOCKS)
     decode.go_on()
-    assert decode.ended == [Ended("d", frozenset())]
+    assert decode.ended == [Ended("d")]
     assert sorted(decode.declined) == [100, 102]
     assert decode.holds(BLOCKS)
 

@@ -125,7 +125,8 @@ class ChainScheduler:
 
 
 class Results(NamedTuple):
-    """Requests that some peer has sent, once for each; whose load ended; of those, who lost."""
+    """Requests that some peer has sent, once for each; whose load ended; of those, who got nothing
+    that is of use."""
 
     sent: list[str]
     received: set[str]
@@ -143,6 +144,7 @@ class ChainWorker:
         self._store = store
         self._chained = Chained(self, peers, _block_bytes(kv_cache_config))
         self._first_rank = False
+        self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._lost: set[int] = set()
 
     def register(self) -> None:
@@ -169,14 +171,18 @@ class ChainWorker:
             self._store.collect()
             for answer, ended_s in self._store.answered:
                 self._chained.filled(answer.number, answer.error, ended_s)
-        ended = self._chained.take()
-        self._lost |= set().union(*(one.lost for one in ended))
-        return Results(
-            sent, {one.request_id for one in ended}, {one.request_id for one in ended if one.lost}
-        )
+        results = Results(sent, set(), set())
+        for ended in self._chained.take():
+            results.received.add(ended.request_id)
+            # vLLM keeps what lies before lost blocks, of one group and if anything does
+            if ended.from_start or (ended.lost and not self._one_group):
+                results.failed.add(ended.request_id)
+            else:
+                self._lost |= ended.lost
+        return results
 
     def take_lost(self) -> set[int]:
-        """Ids of blocks that nobody could fill, since the last call."""
+        """Ids of blocks that nobody could fill, of loads that have not failed altogether."""
         lost, self._lost = self._lost, set()
         return lost
 

@@ -37,7 +37,6 @@ class KVConnectMulti(in_tree.MultiConnector):
         super().__init__(checked(vllm_config, kv_cache_config), role, kv_cache_config)
         self._labels = labels(vllm_config)
         self._params: dict[str, dict[str, Any]] = {}  # request → child's label → its params
-        self._single_group = len(kv_cache_config.kv_cache_groups) == 1
         self._chain_scheduler: ChainScheduler | None = None
         self._chain_worker: ChainWorker | None = None
         ours = {
@@ -216,9 +215,9 @@ class KVConnectMulti(in_tree.MultiConnector):
         if self._chain_worker is None:
             return super().get_transfer_results(finished_req_ids)
         chained = self._chain_worker.results()
-        found = _compat.TransferResults(finished_recving=chained.received)
-        if not self._single_group:  # else vLLM keeps what lies before the lost blocks
-            found.failed_recving |= chained.failed
+        found = _compat.TransferResults(
+            finished_recving=chained.received, failed_recving=chained.failed
+        )
         sent = chained.sent
         for at, child in enumerate(self._connectors):
             if at not in self._ours:
@@ -236,10 +235,7 @@ class KVConnectMulti(in_tree.MultiConnector):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         lost: set[int] = super().get_block_ids_with_load_errors()
-        if self._chain_worker:
-            of_chain = self._chain_worker.take_lost()
-            lost |= of_chain if self._single_group else set()
-        return lost
+        return lost | self._chain_worker.take_lost() if self._chain_worker else lost
 
     def get_kv_connector_kv_cache_events(self) -> MultiEvents | None:
         found = {
