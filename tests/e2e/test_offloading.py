@@ -1,5 +1,7 @@
 """Stored KV on real engines: host memory, disk, a restart, damage, tensor parallelism."""
 
+import pytest
+import torch
 from pair import eventually, in_parallel, words
 from solo import Solo
 
@@ -163,6 +165,25 @@ def test_what_is_damaged_at_a_neighbour_is_computed_and_a_dead_one_is_read_on(
     second.damage()
     assert [second.tokens(prompt) for prompt in prompts[1:]] == alone[1:]
     assert second.offloaded("failed_chunks") > 0
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(),
+    reason="without AMX vLLM has no prefix cache for MLA on CPUs",
+)
+def test_kv_that_both_ranks_hold_alike_is_stored_once(latent_keeper: Solo):
+    """bf16: compared with a local hit of the same length."""
+    prompt = words(4 * BLOCK + 1, seed=401)
+    stored = latent_keeper.metric("vllm:kv_offload_store_bytes_total")
+    latent_keeper.tokens(prompt, 1)
+    local = latent_keeper.tokens(prompt)
+    latent_keeper.forget()
+    before = latent_keeper.tokens_from("external_kv_transfer")
+    assert latent_keeper.tokens(prompt) == local
+    assert latent_keeper.tokens_from("external_kv_transfer") - before == 4 * BLOCK
+    assert latent_keeper.offloaded("failed_chunks") == 0
+    chunk = 4 * BLOCK * 576 * 2  # 4 layers, a latent vector of 576 in bf16
+    assert latent_keeper.metric("vllm:kv_offload_store_bytes_total") - stored == 4 * chunk
 
 
 def test_tp_2_with_sliding_windows_few_blocks_preemption_and_eviction(crowded_keeper: Solo):
