@@ -175,7 +175,7 @@ class Line:
     def _asking(self, x: Exchange, buffer: int) -> Generator[None]:
         (ours, theirs, sizes), read = x.piece.spans, x.piece.op is Op.READ
         if not read:
-            yield from self._copied(x, self._device.gather(ours, sizes, buffer))
+            yield from self._copied(x, lambda: self._device.gather(ours, sizes, buffer))
         addresses, nbytes = theirs.astype("<i8").tobytes(), sizes.astype("<u4").tobytes()
         self.say(Ask(x.number, x.piece.op, addresses, nbytes))
         while not x.ready:
@@ -187,7 +187,7 @@ class Line:
             return
         yield from _moved(self._pair.receive(buffer, x.piece.nbytes))
         if x.ticket is not None:
-            yield from self._copied(x, self._device.scatter(ours, sizes, buffer))
+            yield from self._copied(x, lambda: self._device.scatter(ours, sizes, buffer))
 
     def _serving(self, x: Exchange) -> Generator[None]:
         ours, _, sizes = x.piece.spans
@@ -195,20 +195,25 @@ class Line:
             yield
         buffer = x.buffer = self._free.pop()
         if x.piece.op is Op.READ:
-            yield from self._copied(x, self._device.gather(ours, sizes, buffer))
+            yield from self._copied(x, lambda: self._device.gather(ours, sizes, buffer))
             self.say(Ready(x.number))
             yield from _moved(self._pair.send(buffer, x.piece.nbytes))
         else:
             self.say(Ready(x.number))
             yield from _moved(self._pair.receive(buffer, x.piece.nbytes))
-            yield from self._copied(x, self._device.scatter(ours, sizes, buffer))
+            yield from self._copied(x, lambda: self._device.scatter(ours, sizes, buffer))
             self.say(Finished(x.number))
 
-    def _copied(self, exchange: Exchange, launch: CudaLaunch) -> Generator[None]:
+    def _copied(self, exchange: Exchange, copy: Callable[[], CudaLaunch]) -> Generator[None]:
         """Wait until our memory is not in use any more, even if the line is given up."""
         exchange.copying = True
-        while not launch.done():
-            yield
+        try:
+            launch = copy()
+            while not launch.done():
+                yield
+        except TransportError:
+            yield from self._device.drained()  # what failed may be a call, and the copy go on
+            raise
         exchange.copying = False
         if self.broken:
             raise TransportError(self.broken)
@@ -226,7 +231,7 @@ class Line:
         except StopIteration:
             self._end(exchange, None)
         except TransportError as e:
-            exchange.copying = False  # or the device has failed
+            exchange.copying = False
             self.give_up(str(e))
 
     def _end(self, exchange: Exchange, error: str | None) -> None:

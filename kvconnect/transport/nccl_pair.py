@@ -9,8 +9,10 @@
 * Nothing blocks, but what CUDA and NCCL do at the start of a pair. Aborting is done by a thread.
 """
 
+import contextlib
 import threading
 from collections import deque
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +51,13 @@ class Device:
         """The reverse of `gather`."""
         dense = buffer + np.cumsum(nbytes) - nbytes
         return self._kernels.copy_runs(Way.KERNEL, addresses, dense, nbytes)
+
+    def drained(self) -> Generator[None]:
+        """Wait until all copies so far are done, or the device has failed for good."""
+        with contextlib.suppress(TransportError):
+            end = _marker(self._kernels)
+            while not end.done():
+                yield
 
     def close(self, free: bool) -> None:
         """When all copies are done. ``free`` the buffers, unless NCCL may still have them."""
@@ -120,7 +129,7 @@ class Pair:
             return False
         came_up, self.up = not self.up, True
         if self._begun is not None:  # NCCL has put it into the stream: what is next ends after it
-            self._moving.append(_Moving(self._begun, self._marker()))
+            self._moving.append(_Moving(self._begun, _marker(self._kernels)))
             self._begun = None
         ended = 0
         while self._moving and self._moving[0].end.done():
@@ -153,6 +162,8 @@ class Pair:
         self._waiting.append(move)
         return move
 
-    def _marker(self) -> CudaLaunch:
-        nothing = np.empty(0, np.uint64)
-        return self._kernels.copy_runs(Way.LOOP, nothing, nothing, nothing)
+
+def _marker(kernels: CudaKernels) -> CudaLaunch:
+    """Done when all is that is in the stream now."""
+    nothing = np.empty(0, np.uint64)
+    return kernels.copy_runs(Way.LOOP, nothing, nothing, nothing)

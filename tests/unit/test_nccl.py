@@ -1,5 +1,6 @@
 """The nccl transport when things go wrong, over the fakes of CUDA and libnccl."""
 
+import random
 import time
 from dataclasses import replace
 
@@ -208,9 +209,11 @@ def test_an_error_of_nccl_fails_the_tickets_and_another_is_made(pair, gpu):
 
 
 def test_whatever_cuda_call_fails_tickets_fail_and_nothing_else(pair, gpu):
-    """Of either side; the next communicator works again."""
+    """Of either side. What was in a stream then is still done; the next communicator works."""
     failed = 0
-    for call in range(1, 61):
+    gpu.library.kvc_fake_late(4)
+    others = np.arange(4, ROWS, dtype=np.int32)
+    for call in range(1, 121):
         if call % 3 == 0:  # also those that make a communicator
             pair.ours.transport.drop_peer("peer")
             pair.meet()
@@ -222,6 +225,10 @@ def test_whatever_cuda_call_fails_tickets_fail_and_nothing_else(pair, gpu):
         if done.error is None:
             assert np.array_equal(pair.ours.rows[:4], pair.theirs.rows[:4])
         failed += done.error is not None
+        before = pair.ours.rows[:4].copy()
+        pair.ours.transport.submit(replace(pair.work(), remote_index=others, local_index=others))
+        pair.finish()
+        assert np.array_equal(pair.ours.rows[:4], before)
     assert failed > 10
     assert pair.works()
 
@@ -292,6 +299,92 @@ def test_staging_is_not_used_again_before_nccl_has_left_it(pair, gpu):
     assert gpu.get("aborted") == 0, "the test was too slow to show anything"
     (done,) = pair.finish()
     assert done.error is None
+
+
+class Chaos:
+    """Anything in any order, on a pair: each ticket has four rows at ours and theirs to itself.
+
+    Reads use the first half of each side's rows, writes the second.
+    """
+
+    def __init__(self, pair, gpu, seed):
+        self.pair, self.gpu = pair, gpu
+        self.random = random.Random(seed)
+        self.running = {}  # ticket → (op, its first row)
+        self.settled = {}  # first row of a read that ended → what was there then
+        self.ok = self.failed = 0
+
+    def begin(self):
+        op = self.random.choice(list(Op))
+        first = 4 * self.random.randrange(4) + (ROWS // 2 if op is Op.WRITE else 0)
+        if (op, first) not in self.running.values():
+            self.settled.pop(first, None)
+            work = self.pair.work(op=op)
+            rows = np.arange(first, first + 4, dtype=np.int32)
+            work = replace(work, local_index=rows, remote_index=rows, nbytes=4 * ROW)
+            if op is Op.READ:
+                self.pair.ours.rows[first : first + 4] = 0
+            self.running[self.pair.ours.transport.submit(work)] = op, first
+
+    def poll(self):
+        for done in self.pair.poll():
+            op, first = self.running.pop(done.ticket)  # or it ended twice
+            rows = slice(first, first + 4)
+            if done.error is None:
+                assert np.array_equal(self.pair.ours.rows[rows], self.pair.theirs.rows[rows])
+            self.ok, self.failed = self.ok + (not done.error), self.failed + bool(done.error)
+            if op is Op.READ:
+                self.settled[first] = self.pair.ours.rows[rows].copy()
+        for first, was in self.settled.items():
+            now = self.pair.ours.rows[first : first + 4]
+            assert np.array_equal(now, was), "memory of a ticket that ended was changed"
+
+    def disturb(self):
+        transports = self.pair.ours.transport, self.pair.theirs.transport
+        fault, values = self.random.choice(
+            [("silent", (0, 1)), ("init", (0, 0, 1, 2, 3)), ("async", (0, 6)), ("abort_ms", (0, 3))]
+        )
+        self.random.choice(
+            [
+                lambda: self.gpu.set(**{fault: self.random.choice(values)}),
+                lambda: self.gpu.library.kvc_fake_late(self.random.randrange(8)),
+                lambda: self.gpu.library.kvc_fake_fail(self.random.randrange(30)),
+                lambda: self.pair.clock.advance(self.random.uniform(0, 15)),
+                lambda: transports[0].drop_peer("peer"),
+                lambda: transports[1].drop_peer("peer"),
+                lambda: transports[0].cancel(self.random.choice([0, *self.running])),
+                self.pair.meet,
+                self.gpu.reset,
+                self.gpu.reset,
+            ]
+        )()
+        if self.random.random() < 0.5:
+            self.pair.meet()
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.random.choice([self.begin, self.begin, self.poll, self.poll, self.poll])()
+            if self.random.random() < 0.05:
+                self.disturb()
+        self.gpu.reset()
+        end = time.monotonic() + PATIENCE_S
+        while self.running:
+            assert time.monotonic() < end, f"{self.running} never ended"
+            self.pair.clock.advance(0.01)
+            self.poll()
+        self.pair.meet()
+        assert self.pair.works()
+
+
+def test_whatever_happens_tickets_end_once_and_memory_is_left_alone_then(library, gpu):
+    ok = failed = 0
+    for seed in range(20):
+        pair = Pair(library)
+        chaos = Chaos(pair, gpu, seed)
+        chaos.run(300)
+        pair.close()
+        ok, failed = ok + chaos.ok, failed + chaos.failed
+    assert min(ok, failed) > 30, (ok, failed)
 
 
 def test_a_peer_that_has_restarted_says_so(pair, library):
