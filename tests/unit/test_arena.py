@@ -13,6 +13,7 @@ from kvconnect.tier.store import arena as arenas
 from kvconnect.tier.store import header, places
 from kvconnect.tier.store.arena import attach, look, make
 from kvconnect.tier.store.header import HEAD_BYTES, SLOT, Spec
+from kvconnect.tier.store.shelf import Shelf
 
 SPEC = Spec(slots=8, slot_bytes=5000, fingerprint=b"\x07" * 32)
 
@@ -198,6 +199,26 @@ def test_a_row_is_no_row_of_another_slot_or_another_arena():
     assert not header.are_held(row.copy(), here, seed, 4999)[0]
 
 
+@pytest.mark.parametrize("field", ["magic", "format", "state"])
+def test_a_row_of_another_kind_is_not_believed_though_its_check_is_right(field):
+    """As a later version might write them."""
+    arena = make(SPEC)
+    store(arena, 0, 1)
+    row, here, seed = arena._table[0:1].copy(), np.array([0]), header.seed_of(SPEC.fingerprint)
+    assert header.are_held(row, here, seed, 5000)[0]
+    row[field] ^= 4
+    row["check"] = header.checks(row, here, seed)
+    assert not header.are_held(row, here, seed, 5000)[0]
+
+
+def test_a_check_is_cleared_before_a_payload_is_touched(wrap, path):
+    arena = attach(SPEC, path, wrap)
+    store(arena, 1, 1)
+    arena.begin(1)
+    end = HEAD_BYTES + 2 * 128
+    assert path.read_bytes()[end - 8 : end] == bytes(8)
+
+
 # -- files that are not what they should be ----------------------------------------------------
 
 
@@ -207,7 +228,9 @@ def damage(path, at, content):
         file.write(content)
 
 
-@pytest.mark.parametrize("kind", ["spec", "header", "truncated", "empty", "short", "longer"])
+@pytest.mark.parametrize(
+    "kind", ["spec", "header", "identity", "truncated", "empty", "short", "longer"]
+)
 def test_a_file_that_is_something_else_is_made_anew(kind, wrap, path):
     arena = attach(SPEC, path, wrap)
     store(arena, 0, 1)
@@ -216,8 +239,9 @@ def test_a_file_that_is_something_else_is_made_anew(kind, wrap, path):
     spec = SPEC
     if kind == "spec":
         spec = SPEC._replace(fingerprint=b"\x08" * 32)
-    elif kind == "header":
-        damage(path, 40, b"\xff")
+    elif kind in ("header", "identity"):
+        at = {"header": 40, "identity": 80}[kind]
+        damage(path, at, bytes([path.read_bytes()[at] ^ 1]))
     else:
         size = {"truncated": SPEC.nbytes - 4096, "empty": 0, "short": 10, "longer": SPEC.nbytes + 1}
         os.truncate(path, size[kind])
@@ -287,6 +311,25 @@ def test_no_room_is_an_error_when_it_is_opened_and_leaves_nothing_behind(path):
     assert refused.value.reason is Reason.FULL
 
 
+def test_all_of_a_file_s_room_is_reserved_and_nobody_else_may_read_it(path, wrap):
+    arena = attach(SPEC, path, wrap)
+    found = path.stat()
+    assert found.st_blocks * 512 >= SPEC.nbytes
+    assert found.st_mode & 0o777 == 0o600
+    arena.close()
+
+
+def test_memory_that_others_map_needs_no_name():
+    arena = make(SPEC, followed=True)
+    store(arena, 0, 1)
+    reader = look(arena.path, SPEC.fingerprint)
+    assert held(reader) == {0: 1}
+    reader.close()
+    arena.close()
+    with pytest.raises(StoreError, match="bytes of shared memory"):  # no address space for it
+        make(SPEC._replace(slots=1 << 40, slot_bytes=1 << 12), followed=True)
+
+
 def test_a_folder_that_is_not_there_is_a_failure(path):
     with pytest.raises(StoreError, match="No such file") as refused:
         attach(SPEC, path / "absent" / "arena")
@@ -353,6 +396,47 @@ def test_two_that_make_it_at_once_do_not_both_get_it(path, monkeypatch):
     assert refused.value.reason is Reason.TAKEN
     store(first[0], 0, 1)
     assert held(look(path, SPEC.fingerprint)) == {0: 1}
+
+
+def test_who_made_it_first_and_left_has_made_it_for_us(path, monkeypatch):
+    def slow(*arguments):
+        monkeypatch.undo()
+        first = attach(SPEC, path)
+        store(first, 0, 1)
+        first.close()
+        return places.create(*arguments)
+
+    monkeypatch.setattr(places, "create", slow)
+    assert held(attach(SPEC, path)) == {0: 1}
+
+
+def test_a_file_that_was_replaced_before_it_was_locked_is_not_taken(path, monkeypatch):
+    """Its writer would write to a file that nobody finds."""
+    attach(SPEC, path).close()
+    lock = places.fcntl.flock
+
+    def late(*arguments):
+        monkeypatch.undo()
+        path.unlink()
+        attach(SPEC, path).close()
+        lock(*arguments)
+
+    monkeypatch.setattr(places.fcntl, "flock", late)
+    arena = attach(SPEC, path)
+    assert arena.is_at(path)
+
+
+def test_of_two_slots_with_one_key_the_newer_is_held_and_the_other_forgotten(path):
+    """As after a header that could not be written when its key was dropped."""
+    arena = attach(SPEC, path)
+    store(arena, 0, 1)
+    store(arena, 1, 1)
+    shelf = Shelf(arena)
+    found = shelf.use(key(1))
+    shelf.done(found)
+    assert found.slot == 1
+    shelf.drop(key(1))
+    assert held(arena) == {}
 
 
 @pytest.mark.slow

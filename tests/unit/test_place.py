@@ -86,6 +86,8 @@ def test_a_file_where_the_folder_should_be_is_the_same(opened, tmp_path, caplog)
 def test_memory_that_cannot_be_had_is_an_error(opened, tmp_path):
     with pytest.raises(StoreError):
         opened(persist=True, memory_path=str(tmp_path), cpu_bytes_to_use=UNHAD)
+    with pytest.raises(StoreError, match="where the host has"):
+        opened(cpu_bytes_to_use=UNHAD)
     with pytest.raises(StoreError, match="cpu_bytes_to_use leaves 1024 bytes to a rank"):
         opened(ranks=1024)
 

@@ -111,7 +111,7 @@ def read_head(raw: bytes) -> tuple[Spec, bytes] | str:
     head = np.frombuffer(raw[: ARENA.itemsize], ARENA)[0]
     if head["magic"] != ARENA_MAGIC:
         return "is no arena of kvconnect"
-    if head["format"] != FORMAT or head["slot_header_bytes"] != SLOT.itemsize:
+    if head["format"] != FORMAT:
         return f"has format {head['format']}, expected {FORMAT}"
     if not np.array_equal(head["check"], _head_check(head)):
         return "has a damaged header"

@@ -96,7 +96,7 @@ def nameless(nbytes: int) -> Mapped:
     fd = -1
     try:
         fd = os.memfd_create("kvconnect", os.MFD_CLOEXEC)
-        os.posix_fallocate(fd, 0, nbytes)
+        os.ftruncate(fd, nbytes)  # not reserved: whoever asks for too much is ended at once then
         return mapped(fd, True, True)
     except OSError as e:
         if fd >= 0:

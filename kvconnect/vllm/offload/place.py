@@ -80,6 +80,8 @@ def open_place(
     """
     nbytes = slot_bytes(packings)
     spec = _spec(config.cpu_bytes_to_use // copies, nbytes, fingerprint, "cpu_bytes_to_use")
+    if config.memory_path is None:
+        _check_memory(spec.nbytes)
     beside = None
     if config.persist or config.share:
         folder = _memory_folder(config)
@@ -172,6 +174,16 @@ def _spec(room: int, nbytes: int, fingerprint: bytes, option: str) -> Spec:
             "give more, or a smaller block_size",
         )
     return Spec(slots, nbytes, fingerprint)
+
+
+def _check_memory(nbytes: int) -> None:
+    """More than there is would end this process, or others, when it is touched."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if nbytes > there:
+        raise StoreError(
+            Reason.FULL,
+            f"cpu_bytes_to_use is {nbytes} bytes on this rank, where the host has {there}",
+        )
 
 
 def _memory_folder(config: OffloadConfig) -> Path:
