@@ -53,7 +53,9 @@ class Nursery:
     def start(self, arguments, log):
         """Run ``vllm`` with these arguments; its process id, which is its session's too."""
         print(json.dumps([list(arguments), str(log)]), file=self._process.stdin, flush=True)
-        pid = int(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, f"the nursery ended with status {self._process.wait()}"
+        pid = int(answer)
         self._pids.add(pid)
         return pid
 
