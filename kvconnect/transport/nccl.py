@@ -103,12 +103,11 @@ class NcclTransport:
         self._peers: dict[str, _Peer] = {}
         self._lines: dict[Link, Line] = {}
         self._leaving: list[Line] = []  # given up, not gone
-        self._pinged_at = 0.0
+        self._pinged_at = self._fed_at = clock()
         self._closed = False
 
     def hello(self) -> bytes:
-        mine = _Hello(self._channel.address, self._key, self._nccl.version)
-        return msgspec.msgpack.encode(mine)
+        return msgspec.msgpack.encode(_Hello(self._channel.address, self._key, self._nccl.version))
 
     def add_peer(self, name: str, hello: bytes) -> None:
         theirs = read_hello(name, hello, _Hello)
@@ -121,8 +120,7 @@ class NcclTransport:
         self._peers[name] = _Peer(theirs)
 
     def drop_peer(self, name: str) -> None:
-        peer = self._peers.pop(name, None)
-        if peer is not None:
+        if peer := self._peers.pop(name, None):
             self._fail(name, peer.line, f"peer {name} was dropped")
 
     def submit(self, work: Work) -> Ticket:
@@ -138,6 +136,7 @@ class NcclTransport:
             self._sweep()
             for name in self._peers:
                 self._fill(name)
+            self._despair()
         return self._tickets.ended()
 
     def cancel(self, ticket: Ticket) -> None:
@@ -190,6 +189,15 @@ class NcclTransport:
                 self._tickets.settle(ticket, str(e))
                 continue
             line.ask(piece, ticket)
+            self._fed_at = self._clock()
+
+    def _despair(self) -> None:
+        """Fail what waits for staging that aborts do not give back."""
+        if self._device.asking or not self._leaving:
+            self._fed_at = self._clock()
+        elif self._clock() > self._fed_at + self._options.transfer_timeout:
+            for name in self._peers:
+                self._fail(name, None, "NCCL does not let go of the staging memory")
 
     def _open(self, name: str, hello: _Hello) -> Line:
         unique_id = self._nccl.unique_id()

@@ -281,17 +281,21 @@ def test_staging_comes_back_from_communicators_that_were_cut_off(pair):
     assert pair.works()
 
 
-def test_staging_is_not_used_again_before_nccl_has_left_it(pair, gpu):
-    """Receives that hang hold their buffers until they are aborted, and no longer."""
+def lose_staging(pair, gpu):
+    """Let receives hang whose aborts take long, until they have all buffers to ask with."""
     assert pair.works()
     gpu.set(silent=1, abort_ms=800)
-    for _ in range(nccl.BUFFERS // nccl.WINDOW):
+    for _ in range(nccl.BUFFERS // nccl_line.WINDOW):
         pair.submit()
         pair.poll(10)
         pair.ours.transport.drop_peer("peer")
         pair.finish()
         pair.meet()
     gpu.set(silent=0)
+
+
+def test_staging_is_not_used_again_before_nccl_has_left_it(pair, gpu):
+    lose_staging(pair, gpu)
     alive = gpu.get("alive")
     pair.submit()
     assert pair.poll(5) == []
@@ -299,6 +303,18 @@ def test_staging_is_not_used_again_before_nccl_has_left_it(pair, gpu):
     assert gpu.get("aborted") == 0, "the test was too slow to show anything"
     (done,) = pair.finish()
     assert done.error is None
+
+
+def test_nobody_waits_for_ever_for_staging(pair, gpu):
+    lose_staging(pair, gpu)
+    pair.submit()
+    assert pair.poll(5) == []
+    pair.clock.advance(21)
+    (done,) = pair.poll()
+    assert "does not let go of the staging" in done.error
+    assert gpu.get("aborted") == 0, "the test was too slow to show anything"
+    pair.until(lambda: gpu.get("aborted") >= 4)
+    assert pair.works()
 
 
 class Chaos:
