@@ -4,6 +4,7 @@ Tests are grouped by the pair they ask for, so each is started once.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from pair import SPOIL_FILE, Pair, Setup
 from solo import SharersSetup, Solo, SoloSetup
 from xpyd import XpydSetup
 
-from kvconnect.cli.processes import Fleet
+from kvconnect.cli.processes import HOST, Fleet
 
 HERE = Path(__file__).parent
 SHORT = ("--max-model-len", "2048")
@@ -144,6 +145,27 @@ def reshaping(connector: str) -> Setup:
     )
 
 
+def routed_pair(folder: Path) -> Setup:
+    """Mooncake's transfers and contract, over TCP, under vLLM's own name, with a secret."""
+    secret = folder / "secret"
+    secret.write_text("0123456789abcdef0123456789abcdef\n")
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    return Setup(
+        model("KVCONNECT_TP_MODEL"),
+        both=SHORT,
+        extra={
+            "auth_secret_file": str(secret),
+            "mooncake_protocol": "tcp",
+            "kv_lease_duration": 10,
+            "prefill_timeout": 10,
+        },
+        policy="recompute",
+        names={"kv_connector": "MooncakeConnector", "kv_connector_module_path": "kvconnect.vllm"},
+        env={"VLLM_MOONCAKE_BOOTSTRAP_PORT": str(port)},
+    )
+
+
 def keeper(folder: Path) -> SoloSetup:
     """SmolLM2 with little memory for KV and more of disk, both kept over a restart."""
     return SoloSetup(
@@ -219,6 +241,7 @@ SETUPS = (
     large_blocks_pair,
     recurrent_pair,
     quantizing_pair,
+    routed_pair,
     mooncake_pair,
     ucx_pair,
     keeper,
@@ -279,6 +302,7 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     large_blocks_fixture,
     recurrent_fixture,
     quantizing_fixture,
+    routed_fixture,
     mooncake_fixture,
     ucx_fixture,
     keeper_fixture,
