@@ -156,7 +156,7 @@ class Chained:
         going = self._fetches.pop(name, None)
         if going is None:
             return False
-        if error is not None or going.loading.aborted:  # an aborted fetch has no error
+        if error is not None:
             going.failed.update(going.hop.chunks)
         loading, source = going.loading, going.hop.source
         self._hop_ended(going, ended_s)
@@ -235,12 +235,14 @@ class Chained:
     def _hop_ended(self, going: _Going, ended_s: float) -> None:
         loading, hop = going.loading, going.hop
         good = [loading.order.pieces[n] for n in hop.chunks if n not in going.failed]
-        if not loading.aborted:
-            self.counts[f"tokens_from_{self._kind(hop.source)}"] += sum(p.tokens for p in good)
+        if loading.aborted:  # what ended so, was perhaps cut short
+            loading.load.ended(hop)
+            return
+        self.counts[f"tokens_from_{self._kind(hop.source)}"] += sum(p.tokens for p in good)
         if not going.failed:
             nbytes = sum(map(self._nbytes, good))
             self._rates.measured(hop.source, nbytes, ended_s - going.started_s)
-        self._start(loading, loading.load.ended(hop, () if loading.aborted else going.failed))
+        self._start(loading, loading.load.ended(hop, going.failed))
 
     def _kind(self, source: str) -> str:
         return source if source in STORES_S else "peers"

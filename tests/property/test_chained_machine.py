@@ -43,6 +43,7 @@ class Rank:
         self.cancelled: set[str] = set()
         self.fills: dict[int, Fill] = {}
         self.declined: list[int] = []
+        self.aborted: set[str] = set()
         self.released: Counter = Counter()
         self.firsts: dict[str, set[int]] = {}  # load → first blocks of its groups
         self.filled: dict[str, set[int]] = {}  # load → blocks that hold the right bytes
@@ -56,6 +57,7 @@ class Rank:
                 assert not any(name.split("#")[0] == load for name in busy), "two fetches at once"
                 assert not self.released[peer, load], "a fetch after its lease was released"
                 assert any(order.blocks), "a fetch of nothing"
+                assert load not in self.aborted, "a fetch for nobody"
                 self.fetches[order.request_id] = peer, order
             case Cancel():
                 self.cancelled.add(order.request_id)
@@ -193,6 +195,7 @@ class Machine(RuleBasedStateMachine):
         self.aborted.add(name)
         for rank in self.ranks:
             rank.chained.abort(Abort(name))
+            rank.aborted.add(name)
 
     @invariant()
     def what_ended_is_reported_once_and_holds_what_it_says(self):

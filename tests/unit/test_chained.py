@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kvconnect.order import Cancel, Watch
+from kvconnect.order import Cancel, Fetch, Watch
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault
 from kvconnect.tier.chain import Rates
@@ -197,6 +197,20 @@ def test_an_aborted_load_ends_without_another_source_and_frees_the_lease(world, 
     assert len(decode.engine.transports[0].submitted) == 1
 
 
+def test_what_waits_for_a_peer_is_not_started_once_the_load_is_aborted(world, prefill):
+    decode = Decode(world, prefill)
+    decode.broken = {101}
+    lease = prefill.lend("p", [3, 5, 8, 1], SEED)
+    decode.engine.transports[0].plan(Fault.HANGS)
+    decode.load(lease, {1}, BLOCKS)
+    decode.go_on()
+    assert sum(isinstance(o, Fetch) for o in decode.orders) == 1, "the other waits for it"
+    decode.chained.abort(Abort("d"))
+    decode.go_on(40, seconds=0.5)
+    assert [one.request_id for one in decode.ended] == ["d"]
+    assert sum(isinstance(o, Fetch) for o in decode.orders) == 1
+
+
 def test_rates_are_measured_where_bytes_are_moved():
     """Not where vLLM asks for results, which may be a long step later."""
     clock = [0.0]
@@ -215,4 +229,8 @@ def test_rates_are_measured_where_bytes_are_moved():
         began, clock[0] = clock[0], clock[0] + 100.0
         assert chained.filled(number, "", began + 2.0)
         assert not chained.filled(number, "", began + 2.0)
+    fill = Fill(3, b"", 0, (1,))
+    chained.begin(ChainedLoad("cut short", (Piece(0, ((0, 1),), 1, 1, fill, "disk"),)))
+    chained.abort(Abort("cut short"))
+    assert chained.filled(3, "", clock[0] + 50.0)
     assert rates.start_s("disk") + rates.seconds("disk", 1 << 20) == pytest.approx(2.0)
