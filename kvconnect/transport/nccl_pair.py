@@ -137,9 +137,10 @@ class Pair:
             ended += 1
         if self._waiting:
             self._begun = self._waiting.popleft()
-            self._communicator.move(
-                self._kernels.stream, self._peer, self._begun.send, self._begun.receive
-            )
+            with self._kernels.current():
+                self._communicator.move(
+                    self._kernels.stream, self._peer, self._begun.send, self._begun.receive
+                )
         return came_up or ended > 0
 
     def abort(self) -> None:

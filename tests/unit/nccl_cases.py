@@ -41,7 +41,8 @@ class Rank:
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.host)).copy()
 
     def begin(self, peer, send=None, receive=None):
-        self.communicator.move(self.kernels.stream, peer, send, receive)
+        with self.kernels.current():
+            self.communicator.move(self.kernels.stream, peer, send, receive)
 
     def marker(self):
         """A launch that is done when the stream is."""

@@ -663,9 +663,18 @@ def test_what_cannot_work_is_a_startup_error(gpu, fake_gpu_folder, regions, give
 
 
 def test_the_device_of_the_regions_is_the_one_that_is_used(gpu, library):
-    transport = NcclTransport([Region(4096, 16, "VRAM", 1)], HOST, library)
+    memory = np.arange(64, dtype=np.uint8)
+    address = int(memory.ctypes.data)
+    transport = NcclTransport([Region(address, 64, "VRAM", 1)], HOST, library)
     transport.add_peer("self", transport.hello())
-    table = RowTable(np.array([[4096, 16, 16, 1]]), np.zeros(1, np.int64), "VRAM", 1)
-    transport.submit(Work(Op.READ, "self", table, np.zeros(1, int), table, np.zeros(1, int), 16))
+    table = RowTable(np.array([[address, 32, 32, 2]]), np.zeros(1, np.int64), "VRAM", 1)
+    first, second = np.zeros(1, np.int32), np.ones(1, np.int32)
+    transport.submit(Work(Op.READ, "self", table, first, table, second, 32))
+    ended, end = [], time.monotonic() + PATIENCE_S
+    while not ended:
+        assert time.monotonic() < end
+        ended = transport.poll()
+    assert ended[0].error is None
+    assert np.array_equal(memory[:32], memory[32:])
     assert gpu.get("device") == 1
     transport.close()

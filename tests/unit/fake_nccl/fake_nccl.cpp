@@ -2,9 +2,9 @@
 // socket between the two ranks, which may be in one process or two. tests/gpu holds a real libnccl to
 // the same tests.
 //
-// As strict as NCCL, or stricter: communicators must be non-blocking and are not to be used before
-// ncclCommGetAsyncError has said ncclSuccess; work reaches its stream only then, and the first time
-// not before the peer has begun work, too; sends and receives
+// As strict as NCCL, or stricter: communicators must be non-blocking, their device the current one,
+// and they are not to be used before ncclCommGetAsyncError has said ncclSuccess; work reaches its
+// stream only then, and the first time not before the peer has begun work, too; sends and receives
 // match in order and must match in size; a kernel whose peer is silent stays in its stream until the
 // communicator is aborted, and keeps all behind it waiting; an abort waits, and may be long.
 //
@@ -62,7 +62,7 @@ struct Group {
 }  // namespace
 
 struct ncclComm {
-  int ranks, rank, listener = -1, socket = -1, asked = 0, cuda_device;
+  int ranks, rank, listener = -1, socket = -1, asked = 0, cuda_device = 0;
   sockaddr_un address = {};
   socklen_t address_bytes = 0;
   bool made = false, greeted = false, connected = false;
@@ -169,6 +169,9 @@ ncclResult_t add(bool send, void* data, size_t count, ncclDataType_t type, int p
   if (busy(comm)) return fails(ncclInvalidArgument, "used before it returned ncclSuccess");
   if (type != ncclUint8 || peer < 0 || peer >= comm->ranks || (peer == comm->rank) != (comm->ranks == 1))
     return fails(ncclInvalidArgument, "wrong type or peer");
+  int device = -1;
+  cudaGetDevice(&device);
+  if (device != comm->cuda_device) return fails(ncclInvalidUsage, "another device is current");
   if (!depth) return fails(ncclInvalidUsage, "the fake knows groups only");
   auto& group = grouped[comm];
   if (!group) group = std::make_shared<Group>();
