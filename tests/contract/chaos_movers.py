@@ -62,6 +62,8 @@ class Report:
     """Fetches of leases of a supplier that was killed before; all must fail."""
     wrong: int = 0
     longest_s: float = 0.0
+    frozen_s: float = 0.0
+    """Until the last fetch from a supplier that was stopped (SIGSTOP), not killed, had ended."""
     held: int = -1
     """Leases that had not ended at the end."""
     problems: list[str] = field(default_factory=list)
@@ -223,8 +225,11 @@ class Run:
                 return
             self.load(until=lambda: False, seconds=self.rng.random() * 0.05)
             self.kill(victim)
+        self.freeze()
         self.load(until=lambda: self.since_restart >= 2 * len(MODES), seconds=20.0)
         self.load(until=lambda: not self.under_way, seconds=20.0, more=False)
+        if self.since_restart < 2 * len(MODES):
+            self.report.problems.append("no recovery at the end")
         self.wait_for_leases()
 
     def kill(self, victim):
@@ -243,6 +248,18 @@ class Run:
             self.under_way.clear()
             self.sides[victim] = Side(read, self.name)
             self.sides[victim].ready()
+        self.since_restart = 0
+
+    def freeze(self):
+        """Stop the supplier amid fetches, which must end in time; then let it go on."""
+        self.load(until=lambda: len(self.under_way) == UNDER_WAY, seconds=20.0)
+        began, pid = time.monotonic(), self.sides["supplier"].process.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            self.load(until=lambda: not self.under_way, seconds=20.0, more=False)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        self.report.frozen_s = round(time.monotonic() - began, 2)
         self.since_restart = 0
 
     def load(self, until, seconds, more=True):

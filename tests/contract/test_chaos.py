@@ -32,3 +32,4 @@ def test_ranks_that_are_killed_leave_nothing_wrong_held_or_hanging(name):
     assert report["kills_amid_fetches"] > TIMES, "it was hardly ever killed amid a fetch"
     assert report["stale"] >= TIMES and report["failed"] > 0
     assert all(report["fetched"].values())
+    assert report["frozen_s"] > 0
