@@ -73,6 +73,11 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
     # -- classes of vLLM ask before there is an instance ---------------------------------
 
     @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:  # noqa: ARG003 - vLLM's
+        """Asked since 0.33. Transports register memory once: what sleep puts there, they miss."""
+        return False
+
+    @classmethod
     def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
         """Head-major, so that the heads of another TP size are whole rows; MLA has one head."""
         model = vllm_config.model_config

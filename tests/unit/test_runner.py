@@ -53,6 +53,27 @@ def test_nothing_is_read_before_the_device_has_computed_it():
     assert answers(one) == [Answer(1, "")]
 
 
+def test_before_the_engine_sleeps_everything_is_carried_out():
+    """Its memory is given back then: who read or wrote it would end the process."""
+    vault = FakeVault(list(range(16)), slots=2)
+    one = runner(vault, pause=lambda: one.step())
+    assert one.rest()
+    vault.late = 5
+    one.put([Save(1, A, 0, (0, 1)), Forget(B, False), Fill(2, B, 0, (4, 5))])
+    assert one.rest()
+    assert not vault.busy
+    assert {answer.number for answer in one.take().answers} == {1, 2}
+
+
+def test_an_engine_whose_kv_is_still_read_does_not_sleep():
+    clock = FakeClock()
+    vault = FakeVault(list(range(16)), slots=2)
+    one = Runner(Hand(vault), clock=clock, pause=lambda: clock.advance(1.0))
+    one.put([Save(1, A, 0, (0, 1))], fence=lambda: False)
+    one.step()
+    assert not one.rest(within_s=3.0)
+
+
 def test_bytes_are_counted_of_what_went_well():
     one = runner(block_bytes=[1000])
     one.put([Save(1, A, 0, (0, 1)), Fill(2, B, 0, (4, 5))])

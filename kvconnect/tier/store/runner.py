@@ -62,25 +62,28 @@ class Runner:
         counts: Callable[[], Counter[str]] = Counter,
         clock: Clock = time.monotonic,
         stores: bool = True,
+        pause: Callable[[], None] = lambda: time.sleep(BUSY_PAUSE_S),
     ) -> None:
         """``counts``: what the vault has counted since it was made; ``stores``: whether saves are
-        carried out here."""
+        carried out here; ``pause``: what `rest` does between two looks."""
         self._hand = hand
         self._block_bytes = block_bytes
         self._counts = counts
         self._counted: Counter[str] = Counter()
         self._clock = clock
         self._stores = stores
+        self._pause = pause
         self._looked_at = clock() - LOOK_AROUND_S
         self._started: dict[int, _Started] = {}
         self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the five below
         self._urgent: deque[tuple[Job, Fence | None]] = deque()
         self._saves: deque[tuple[Job, Fence | None]] = deque()
         self._report = Report()
         self._fault: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._open = 0  # jobs that are to be answered; guarded too
 
     # -- the engine's thread ----------------------------------------------------------
 
@@ -96,6 +99,7 @@ class Runner:
         with self._lock:
             for job in jobs:
                 (self._saves if isinstance(job, Save) else self._urgent).append((job, fence))
+                self._open += not isinstance(job, Forget)
         self._wake.set()
 
     def take(self) -> Report:
@@ -105,6 +109,17 @@ class Runner:
                 raise self._fault
             taken, self._report = self._report, Report()
         return taken
+
+    def rest(self, within_s: float = 10.0) -> bool:
+        """Wait until every job has been carried out; False if some has not by then."""
+        until_s = self._clock() + within_s
+        while True:
+            with self._lock:
+                if not self._open or self._fault is not None:
+                    return not self._open
+            if self._clock() >= until_s:
+                return False
+            self._pause()
 
     def close(self) -> bool:
         """Stop the thread; False if it would not. Idempotent."""
@@ -179,6 +194,7 @@ class Runner:
         with self._lock:
             report = self._report
             report.answers += answers
+            self._open -= len(answers)
             report.ended_s |= dict.fromkeys((one.number for one in answers), self._clock())
             report.lost += lost
             report.counts += counts

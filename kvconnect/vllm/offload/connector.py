@@ -153,6 +153,14 @@ class KVConnectOffloading(KVConnectorBase_V1, SupportsHMA):
         assert self._worker is not None
         self._worker.register(kv_caches)
 
+    def unregister_kv_caches(self) -> None:
+        """The engine goes to sleep (0.33): nothing touches its blocks when this returns."""
+        assert self._worker is not None
+        self._worker.rest()
+
+    def restore_kv_caches(self) -> None:
+        """It is awake: its memory is where it was. What is kept on the host stayed there."""
+
     def get_handshake_metadata(self) -> Found | None:
         assert self._worker is not None
         return self._worker.handshake_metadata()

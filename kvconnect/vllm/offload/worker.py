@@ -154,6 +154,15 @@ class OffloadWorker:
         counts, self._counts = self._counts, Counter()
         return {name: n for name, n in counts.items() if n} or None
 
+    def rest(self) -> None:
+        """Wait until no block is read or written any more; raises RuntimeError if that takes long.
+
+        The engine has paused, and the device has computed what it was given.
+        """
+        self.forward_is_done()
+        if self._place is not None and not self._place.runner.rest():
+            raise RuntimeError("KV is still being stored or loaded; the engine cannot go to sleep")
+
     def close(self) -> None:
         """Stop the thread. Idempotent."""
         if self._place is not None:
