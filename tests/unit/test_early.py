@@ -304,3 +304,14 @@ def test_a_release_does_not_wait_for_ever():
     assert pair.p.sent == [], "nobody waits any more"
     pair.world.go_on(8, seconds=1.0)
     assert pair.p.sent == ["r"]
+
+
+def test_a_release_that_is_opened_reads_nothing():
+    """No engine of ours would: the release names no prompt."""
+    pair = Pair()
+    pair.terms = Terms(**{**vars(pair.terms), "tokens": 0, "digest": b""})
+    pair.grant()
+    pair.d.put(Release("d", pair.source))
+    pair.world.go_on(8)
+    assert pair.p.sent == ["r"]
+    assert pair.d.transports[0].submitted == []
