@@ -86,9 +86,14 @@ def anonymous(nbytes: int) -> Mapped:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as e:
         raise StoreError(Reason.FULL, f"{nbytes} bytes of memory: {e.strerror}") from e
-    with contextlib.suppress(OSError):  # not every kernel has them
+    return Mapped(_in_huge_pages(memory))
+
+
+def _in_huge_pages(memory: mmap.mmap) -> mmap.mmap:
+    """Where the kernel has them, of files in shared memory too."""
+    with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return Mapped(memory)
+    return memory
 
 
 def nameless(nbytes: int) -> Mapped:
@@ -107,7 +112,8 @@ def nameless(nbytes: int) -> Mapped:
 def mapped(fd: int, to_write: bool, new: bool) -> Mapped:
     """All of a file as memory."""
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if to_write else 0)
-    return Mapped(mmap.mmap(fd, 0, prot=protection), fd, new)  # empty: ValueError
+    memory = mmap.mmap(fd, 0, prot=protection)  # empty: ValueError
+    return Mapped(_in_huge_pages(memory), fd, new)
 
 
 class Filed:
