@@ -20,7 +20,7 @@ from kvconnect.cli.play import Demo
 from kvconnect.cli.processes import Fleet, Server
 from kvconnect.cli.scenes import inventory
 
-METRICS, OURS = "vllm:nixl", "vllm:kvconnect_chain_tokens_from"
+METRICS, OURS = "vllm:nixl", "vllm:kvconnect_chain_tokens"
 ROWS = 5
 ASK_FOR = {
     "do_remote_decode": True,
@@ -126,7 +126,7 @@ class _Stage:
             prompt_tokens=answer.prompt_tokens,
             peer_tokens=round(after[1] - before[1]),
             host_tokens=round(after[2] - before[2]),
-            computed_tokens=round(seen.computed_tokens),
+            computed_tokens=round(seen.computed_tokens + after[3] - before[3]),
             sources=frozenset(sources),
             first_token_ms=round(1e3 * seen.first_token_s / max(seen.first_tokens, 1), 1),
             recompute_ms=0.0,
@@ -134,9 +134,14 @@ class _Stage:
             alone=kill,
         )
 
-    async def _seen(self, finished: float) -> tuple[Counters, float, float]:
-        """Decode's counters once so many requests have ended; tokens from peers, from memory."""
+    async def _seen(self, finished: float) -> tuple[Counters, float, float, float]:
+        """Decode's counters once so many requests have ended; tokens from peers, from memory, lost.
+
+        What a load lost is computed again, though vLLM has counted it as loaded.
+        """
         counters = await self._client.counters_after(self._decode.url, METRICS, finished)
         text = await self._client.metrics(self._decode.url)
-        peers, host = (total(text, f"{OURS}_{source}_total") for source in ("peers", "host"))
-        return counters, peers, host
+        peers, host, lost = (
+            total(text, f"{OURS}_{what}_total") for what in ("from_peers", "from_host", "lost")
+        )
+        return counters, peers, host, lost

@@ -118,7 +118,7 @@ class Chained:
     ) -> None:
         """``block_bytes``: of each group, on this rank; ``clock``: that of who carries out."""
         self.counts: Counter[str] = Counter()
-        """Tokens that came from each source, fallbacks, pieces that nobody could give."""
+        """Tokens from each source, fallbacks, and pieces and tokens that nobody could give."""
         self._carriers = carriers
         self._rates = rates or Rates(STORES_S | dict.fromkeys(peers, PEER_S))
         self._block_bytes = block_bytes
@@ -266,6 +266,7 @@ class Chained:
         """What went wrong, in one line of the log."""
         self.counts["fallbacks"] += len(load.fell_back)
         self.counts["pieces_failed"] += len(load.failed)
+        self.counts["tokens_lost"] += sum(order.pieces[n].tokens for n in load.failed)
         if not (load.fell_back or load.failed):
             return
         stood_in = Counter(

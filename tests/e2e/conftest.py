@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import multi
 import pytest
 from pair import SPOIL_FILE, Pair, Setup
 from solo import SharersSetup, Solo, SoloSetup
@@ -231,6 +232,16 @@ def xpyd(folder: Path) -> XpydSetup:
     )
 
 
+def multi_pair(folder: Path) -> multi.MultiSetup:
+    """KVConnectMulti[KVConnectNixl, KVConnectOffloading]; the tests say what it prefers."""
+    return multi.ours(model("KVCONNECT_TP_MODEL"), folder, HERE)
+
+
+def in_tree_pair(folder: Path) -> multi.MultiSetup:
+    """vLLM's own MultiConnector over the same."""
+    return multi.in_tree(model("KVCONNECT_TP_MODEL"))
+
+
 SETUPS = (
     pair,
     secret_pair,
@@ -249,6 +260,8 @@ SETUPS = (
     xpyd,
     latent_keeper,
     sharers,
+    multi_pair,
+    in_tree_pair,
 )
 ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
 
@@ -310,4 +323,6 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     xpyd_fixture,
     latent_keeper_fixture,
     sharers_fixture,
+    multi_fixture,
+    in_tree_fixture,
 ) = fixtures

@@ -26,6 +26,9 @@ PREFILL = {
 SPOIL_FILE = "KVCONNECT_TEST_SPOIL_FILE"
 """Variable that names a file: what it holds, the prefill engine's `spoiling` does to chunks."""
 
+PREFER_FILE = "KVCONNECT_TEST_PREFER_FILE"
+"""The same for what engines of `preferring` prefer: peers or stores."""
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -93,14 +93,7 @@ class Solo(Client):
         """Flip a bit of every slot's payload, in memory and on disk; how many files that was."""
         files = [*self.files("memory_path"), *self.files("disk_path")]
         for path in files:
-            with path.open("r+b") as file:
-                spec, _ = read_head(file.read(4096))
-                for slot in range(spec.slots):
-                    place = spec.payload_offset + slot * spec.stride + 1000
-                    file.seek(place)
-                    byte = file.read(1)[0]
-                    file.seek(place)
-                    file.write(bytes([byte ^ 16]))
+            flip_bits(path)
         return len(files)
 
     def empty_disk_files(self) -> None:
@@ -122,3 +115,15 @@ class Solo(Client):
     def _reset(self) -> bool:
         _, answer = self.request("POST", "/reset_prefix_cache")
         return json.dumps(answer).count("true") == 1
+
+
+def flip_bits(arena: Path) -> None:
+    """One of every slot's payload."""
+    with arena.open("r+b") as file:
+        spec, _ = read_head(file.read(4096))
+        for slot in range(spec.slots):
+            place = spec.payload_offset + slot * spec.stride + 1000
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 16]))

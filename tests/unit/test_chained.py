@@ -113,6 +113,7 @@ def test_both_give_their_part_and_the_lease_is_let_go(world, prefill):
         "tokens_from_host": 1,
         "fallbacks": 0,
         "pieces_failed": 0,
+        "tokens_lost": 0,
     }
 
 
@@ -165,6 +166,7 @@ def test_a_peer_that_dies_amid_its_fetch_is_made_up_for_by_the_store(world, pref
     assert decode.engine.caches[0].holds_fill([(0, 9), (1, 4)], SEED)
     assert decode.chained.counts["fallbacks"] == 1
     assert decode.chained.counts["pieces_failed"] == 2
+    assert decode.chained.counts["tokens_lost"] == 2
 
 
 def test_what_nobody_needed_of_the_store_is_declined(world, prefill):

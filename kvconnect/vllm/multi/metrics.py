@@ -35,13 +35,17 @@ COUNTERS = {
         "tokens_from_beside",
         "Prompt tokens of chained loads out of what engines beside stored.",
     ),
+    "vllm:kvconnect_chain_tokens_lost": (
+        "tokens_lost",
+        "Prompt tokens of chained loads that no source could give, and that were computed again.",
+    ),
     "vllm:kvconnect_chain_fallbacks": (
         "fallbacks",
         "Times that another source took over within a load, per rank.",
     ),
     "vllm:kvconnect_chain_failed_pieces": (
         "pieces_failed",
-        "Chunks that no source could give and that were computed again, per rank.",
+        "Chunks that no source could give, per rank.",
     ),
 }
 

@@ -1,0 +1,30 @@
+"""KVConnectMulti whose chain prefers peers, or stores, as the file named by PREFER_FILE says.
+
+Which is the cheaper is measured, and another machine measures otherwise.
+"""
+
+import os
+from pathlib import Path
+
+from pair import PREFER_FILE
+
+import kvconnect.tier.chained
+from kvconnect.tier.chain import Rates
+from kvconnect.tier.chained import STORES_S
+from kvconnect.vllm.multi.connector import KVConnectMulti
+
+__all__ = ["KVConnectMulti"]
+
+
+class Preferring(Rates):
+    """Measures nothing."""
+
+    def start_s(self, source: str) -> float:
+        return 0.0
+
+    def seconds(self, source: str, nbytes: int) -> float:
+        peers = Path(os.environ[PREFER_FILE]).read_text() == "peers"
+        return float(nbytes) if peers is (source in STORES_S) else 1e-9
+
+
+kvconnect.tier.chained.Rates = Preferring
