@@ -61,10 +61,10 @@ def ours(model: Path, folder: Path, here: Path) -> MultiSetup:
 
 
 def in_tree(model: Path) -> MultiSetup:
-    """vLLM's own MultiConnector over the same two."""
+    """vLLM's own MultiConnector over the same two; NIXL's gets the other one's handshake."""
     return MultiSetup(
         model,
-        extra={"connectors": [NIXL, offloading()]},
+        extra={"connectors": [offloading(), NIXL]},
         policy="recompute",
         both=["--max-model-len", "2048"],
         names={"kv_connector": "MultiConnector"},

@@ -428,6 +428,25 @@ def test_what_only_the_peer_has_may_end_amid_a_block(store):
     assert sum(p.tokens for p in load.pieces) == 5 * BLOCK + 2
 
 
+def test_of_a_sliding_window_only_what_it_sees_is_a_piece(monkeypatch):
+    """vLLM gives null blocks for the rest; tokens are those of the first group."""
+    store = Engine(monkeypatch, windows=(None, 2 * BLOCK))
+    one = request(blocks=6)
+    tables = ([1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 8, 9, 10, 11])
+    store.half.match(one, 0)
+    store.answer(store.step(one, tables, one.num_tokens))
+    both = chain(store, Peer(6 * BLOCK + 1), windows=(None, 2 * BLOCK))
+    asks = request("again", blocks=6, extra=2)
+    assert both.match(asks, 0) == 6 * BLOCK + 1
+    full, window = range(21, 28), [0, 0, 0, 0, 31, 32, 33]
+    blocks = SimpleNamespace(blocks=[table(store, ids).blocks[0] for ids in (full, window)])
+    both.admitted(asks, blocks, 6 * BLOCK + 1)
+    (load,) = both.take_orders()
+    assert [p.blocks[0][1] for p in load.pieces] == [*full, 31, 32, 33]
+    assert [p.fill is not None for p in load.pieces] == [True] * 6 + [False, True, True, False]
+    assert [p.tokens for p in load.pieces] == [BLOCK] * 6 + [1] + [0] * 3
+
+
 def test_where_nothing_is_loaded_peers_are_let_go(store):
     peer = Peer(BLOCK)
     both = chain(store, peer)
