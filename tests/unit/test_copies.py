@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +20,7 @@ from kvconnect.tier.jobs import Fill, Forget, Save, Spill
 from kvconnect.tier.store import follower as follower_module
 from kvconnect.tier.store.packing import Packing
 from kvconnect.vllm.offload.copies import open_copy
-from kvconnect.vllm.offload.place import Opened
+from kvconnect.vllm.offload.place import Opened, no_device
 
 
 class Rank(NamedTuple):
@@ -33,7 +34,7 @@ class Rank(NamedTuple):
 class Ranks:
     """A tensor-parallel group of threads; ``models``: of each rank's cache."""
 
-    def __init__(self, models, pin=lambda place: None, pp_size=1, **options):
+    def __init__(self, models, pin=no_device, pp_size=1, **options):
         self.models, self.pin, self.pp_size = models, pin, pp_size
         self.config = parse({"cpu_bytes_to_use": 1 << 20} | options, OffloadConfig, "test")
         self.caches = [Cache(model, BLOCKS) for model in models]
@@ -176,9 +177,9 @@ def test_if_one_cannot_all_store_their_own(group, caplog, whose):
     """Memory of another host, another container, or that cannot be pinned."""
     refused = []
 
-    def pin(place):
-        if place.stores == whose and not refused:
-            refused.append(place)
+    def pin(memory, to_write):
+        if to_write == whose and not refused:
+            refused.append(memory)
             raise StoreError(Reason.FAILED, "it is not to be had")
 
     ranks = group([MODEL] * 2, pin=pin)
@@ -189,7 +190,7 @@ def test_if_one_cannot_all_store_their_own(group, caplog, whose):
 
 
 def test_if_there_is_no_memory_every_rank_says_so(group):
-    ranks = group([MODEL] * 2, cpu_bytes_to_use=1 << 20, block_size=1 << 10, pin=lambda _: fail())
+    ranks = group([MODEL] * 2, cpu_bytes_to_use=1 << 20, block_size=1 << 10, pin=lambda *_: fail())
     assert all(isinstance(one, StoreError) for one in ranks.places)
 
 
@@ -224,6 +225,22 @@ def test_a_follower_does_not_wait_for_ever(group, monkeypatch):
         runner.step()
     assert report.answers[0].error
     assert [loss.key for loss in report.lost] == [key_of(9)], "nobody is to be told it is there"
+    assert ranks.load(3) == [True, True]
+
+
+def test_what_the_device_cannot_read_yet_is_not_lost(group, monkeypatch):
+    monkeypatch.setattr(follower_module, "PATIENCE_S", 0.0)
+    pinning = SimpleNamespace(ready=0, close=lambda: None)
+    ranks = group([MODEL] * 2, pin=lambda _, to_write: None if to_write else pinning)
+    ranks.store(3)
+    ranks.put(Fill(50, key_of(3), 0, (4, 5)))
+    assert ranks.errors(50, [0]) == [""]
+    runner = ranks.places[1].runner
+    while not (report := runner.take()).answers:
+        runner.step()
+    assert report.answers[0].error
+    assert report.lost == []
+    pinning.ready = ranks.places[0].memory.spec.nbytes
     assert ranks.load(3) == [True, True]
 
 

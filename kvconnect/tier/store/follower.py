@@ -47,13 +47,16 @@ class Follower:
         packings: Sequence[Packing],
         found: tuple[list[bytes], list[bytes]],
         clock: Callable[[], float] = time.monotonic,
+        ready: Callable[[], int] | None = None,
     ) -> None:
-        """``found``: what the leader held in memory and on disk when it started."""
+        """``found``: what the leader held in memory and on disk when it started; ``ready``: how
+        many of its slots our device can read by now, by default all."""
         none = make(Spec(1, 1, bytes(32)))  # a store wants one of its own; nothing is put there
         self.host = HostStore(Shelf(none), packings, leader)
         self._leader = leader
         self._found = found
         self._clock = clock
+        self._ready = ready
         self._looked_at = float("-inf")
         self._beside: set[bytes] = set()
         self._waiting: list[_Waiting] = []
@@ -70,7 +73,7 @@ class Follower:
 
     def holds(self, key: bytes, on_disk: bool) -> bool:
         """Of the disk only the leader knows: whatever it is asked to spill, it is right here."""
-        return on_disk or self._leader.find(key) is not None
+        return on_disk or self._is_there(key)
 
     def look_around(self) -> tuple[set[bytes], set[bytes]]:
         """Keys that came and went since the last call, the leader's own among them."""
@@ -127,20 +130,25 @@ class Follower:
         self._leader.close()
         self.host.shelf.arena.close()
 
+    def _is_there(self, key: bytes) -> bool:
+        found = self._leader.find(key)
+        return found is not None and (self._ready is None or found.entry.slot < self._ready())
+
     def _start(self) -> None:
         """All that is there by now, and what has been waited for long enough."""
         now = self._clock()
-        missing = [one for one in self._waiting if self._leader.find(one.key) is None]
+        missing = any(not self._is_there(one.key) for one in self._waiting)
         if missing and now - self._looked_at >= RETRY_S:
             self._looked_at = now
             self._leader.refresh()
         waiting, self._waiting = self._waiting, []
         for one in waiting:
-            if self._leader.find(one.key) is not None:
+            if self._is_there(one.key):
                 if not self.host.load(*one[:-1]):
                     self._ended.append(Ended(one.ticket, one.key, "damaged at the leader", 0))
             elif now < one.until_s:
                 self._waiting.append(one)
             else:
                 self._ended.append(Ended(one.ticket, one.key, "not at the leader", 0))
-                self._lost.append(Loss(one.key, False))
+                if self._leader.find(one.key) is None:  # else our device cannot read it yet
+                    self._lost.append(Loss(one.key, False))

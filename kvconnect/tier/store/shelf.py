@@ -9,15 +9,20 @@ still read it, so that it is free once the last reader is done.
 """
 
 from collections import Counter
+from collections.abc import Callable
 
 from kvconnect.tier.store.arena import Arena, Entry
 
 
 class Shelf:
-    """Not thread-safe: the thread that owns the arena owns it."""
+    """Not thread-safe: the thread that owns the arena owns it.
 
-    def __init__(self, arena: Arena) -> None:
+    ``ready``: how many slots, from the first on, can be used by now; by default all.
+    """
+
+    def __init__(self, arena: Arena, ready: Callable[[], int] | None = None) -> None:
         self.arena = arena
+        self._ready = ready or (lambda: arena.spec.slots)
         self._held: dict[bytes, Entry] = {}
         self._users: Counter[int] = Counter()  # slot → how many read it
         self._leaving: set[int] = set()
@@ -55,11 +60,14 @@ class Shelf:
 
         Raises OSError, and nothing has changed, if its header cannot be written.
         """
-        if not self._free:
+        ready = self._ready()
+        places = reversed(range(len(self._free)))
+        place = next((one for one in places if self._free[one] < ready), None)
+        if place is None:
             return None
-        slot = self._free[-1]
+        slot = self._free[place]
         self.arena.begin(slot)
-        self._free.pop()
+        self._free.pop(place)
         self._filling.add(slot)
         return slot
 
@@ -83,10 +91,11 @@ class Shelf:
         self._free.append(slot)
 
     def use(self, key: bytes) -> Entry | None:
-        """The slot that holds ``key``, whose payload stays until `done`; None if none does."""
+        """The slot that holds ``key``, whose payload stays until `done`; None: no ready one."""
         entry = self._held.get(key)
-        if entry is not None:
-            self._users[entry.slot] += 1
+        if entry is None or entry.slot >= self._ready():
+            return None
+        self._users[entry.slot] += 1
         return entry
 
     def done(self, entry: Entry) -> None:

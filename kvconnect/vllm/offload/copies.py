@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvconnect.errors import StoreError
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.store.packing import Packing
-from kvconnect.vllm.offload.place import Lead, Opened, follow, open_place
+from kvconnect.vllm.offload.place import Lead, Opened, Pin, follow, open_place
 
 if TYPE_CHECKING:
     from kvconnect.vllm.worker import Rank
@@ -31,13 +31,12 @@ def open_copy(
     rank: "Rank",
     fingerprint_of: Callable[[int], bytes],
     packings: Sequence[Packing],
-    pin: Callable[[Opened], None],
+    pin: Pin,
     gather: Gather,
 ) -> Opened:
     """This rank's place, or its leader's; raises StoreError, on this rank at least.
 
-    ``fingerprint_of``: of the KV that the rank of this number stores. ``pin`` makes a place's
-    memory one that the device can use; raises StoreError.
+    ``fingerprint_of``: of the KV that the rank of this number stores.
     """
     formats = tuple(packing.format for packing in packings)
     leaders: dict[tuple[str, ...], int] = {}
@@ -49,7 +48,7 @@ def open_copy(
         place = _together(config, rank.index, leader, copies, fingerprint_of, packings, pin, gather)
         if place is not None:
             return place
-    return _pinned(open_place(config, rank.count, fingerprint_of(rank.index), packings), pin)
+    return open_place(config, rank.count, fingerprint_of(rank.index), packings, pin)
 
 
 def _together(
@@ -59,7 +58,7 @@ def _together(
     copies: int,
     fingerprint_of: Callable[[int], bytes],
     packings: Sequence[Packing],
-    pin: Callable[[Opened], None],
+    pin: Pin,
     gather: Gather,
 ) -> Opened | None:
     """A place that some ranks share; None on all of them if one of them cannot."""
@@ -67,14 +66,14 @@ def _together(
     place, problem = None, ""
     if index == leader:
         try:
-            place = _pinned(open_place(config, copies, fingerprint, packings, followed=True), pin)
+            place = open_place(config, copies, fingerprint, packings, pin, followed=True)
         except StoreError as e:
             problem = str(e)
     leads: dict[int, Lead | None] = dict(gather((index, place and place.lead)))
     lead = leads[leader]
     if index != leader and lead is not None:
         try:
-            place = _pinned(follow(config, lead, fingerprint, packings), pin)
+            place = follow(config, lead, fingerprint, packings, pin)
         except StoreError as e:
             problem = str(e)
     problems = [one for one in gather(problem) if one]
@@ -86,15 +85,6 @@ def _together(
         "kvconnect: ranks hold the same KV, and yet each stores its own copy: %s", problems[0]
     )
     return None
-
-
-def _pinned(place: Opened, pin: Callable[[Opened], None]) -> Opened:
-    try:
-        pin(place)
-    except StoreError:
-        place.close()
-        raise
-    return place
 
 
 def gather_over_tp(value: Any) -> list[Any]:

@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from kvconnect.tier.store.host import HostStore
 from kvconnect.tier.store.lanes import Lanes
 from kvconnect.tier.store.neighbours import Neighbours, claim, paths_beside
 from kvconnect.tier.store.packing import Packing, slot_bytes
+from kvconnect.tier.store.pinning import Pinning
 from kvconnect.tier.store.places import Filed, Wrap, mapped
 from kvconnect.tier.store.runner import Runner
 from kvconnect.tier.store.shelf import Shelf
@@ -27,6 +28,14 @@ from kvconnect.tier.store.vault import Vault
 logger = logging.getLogger("vllm.kvconnect")
 
 SHARED_MEMORY = "/dev/shm/kvconnect-{}"  # noqa: S108 - ours alone: `_own_folder` looks
+
+
+Pin = Callable[[Arena, bool], Pinning | None]
+"""(memory, ours to write?) → what pins it, which was started; raises StoreError."""
+
+
+def no_device(_memory: Arena, _to_write: bool) -> None:
+    """`Pin` of engines on CPUs."""
 
 
 class Closes(Protocol):
@@ -71,6 +80,7 @@ def open_place(
     copies: int,
     fingerprint: bytes,
     packings: Sequence[Packing],
+    pin: Pin = no_device,
     followed: bool = False,
 ) -> Opened:
     """This rank's share of memory and disk. Without the disk, memory serves alone.
@@ -89,7 +99,12 @@ def open_place(
         beside = _beside(config, folder, fingerprint, path, mapped)
     else:
         arena = make(spec, followed)
-    host = HostStore(Shelf(arena), packings, beside)
+    try:
+        pinning = pin(arena, True)
+    except StoreError:
+        arena.close()
+        raise
+    host = HostStore(Shelf(arena, _ready(arena, pinning)), packings, beside)
     disk = None
     try:
         disk = _open_disk(config, copies, fingerprint, nbytes)
@@ -114,12 +129,16 @@ def open_place(
     runner = Runner(hand, [packing.block_bytes for packing in packings], counts)
     disk_slots = disk.shelf.arena.spec.slots if disk else 0
     lead = Lead(str(arena.path), arena.identity, spec.slots, disk_slots, keys)
-    parts = [part for part in (disk, beside, arena) if part is not None]
+    parts = [part for part in (disk, beside, pinning, arena) if part is not None]
     return Opened(runner, arena, True, lead, tuple(parts))
 
 
 def follow(
-    config: OffloadConfig, lead: Lead, fingerprint: bytes, packings: Sequence[Packing]
+    config: OffloadConfig,
+    lead: Lead,
+    fingerprint: bytes,
+    packings: Sequence[Packing],
+    pin: Pin = no_device,
 ) -> Opened:
     """A place that loads what another rank of this host stores; raises StoreError."""
     paths = [Path(lead.path)]
@@ -131,14 +150,27 @@ def follow(
     if memory is None:
         beside.close()
         raise StoreError(Reason.FOREIGN, f"{lead.path} is not there, or another arena")
-    follower = Follower(beside, packings, lead.keys)
+    try:
+        pinning = pin(memory, False)
+    except StoreError:
+        beside.close()
+        raise
+    follower = Follower(beside, packings, lead.keys, ready=_ready(memory, pinning))
 
     def counts() -> Counter[str]:
         return Counter({f"host_{name}": n for name, n in follower.host.counts.items()})
 
     each = [packing.block_bytes for packing in packings]
     runner = Runner(Hand(follower), each, counts, stores=False)
-    return Opened(runner, memory, False, lead, (follower,))
+    parts = (follower,) if pinning is None else (pinning, follower)
+    return Opened(runner, memory, False, lead, parts)
+
+
+def _ready(arena: Arena, pinning: Pinning | None) -> Callable[[], int] | None:
+    """How many of its slots the device can use by now; None: all."""
+    if pinning is None:
+        return None
+    return lambda: (pinning.ready - arena.spec.payload_offset) // arena.spec.stride
 
 
 def _open_disk(

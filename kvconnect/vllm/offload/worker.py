@@ -14,7 +14,9 @@ from kvconnect.errors import Reason, StoreError
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.jobs import Answer, Fill, Save
 from kvconnect.tier.keys import arena_fingerprint
+from kvconnect.tier.store.arena import Arena
 from kvconnect.tier.store.packing import Packing
+from kvconnect.tier.store.pinning import Pinning
 from kvconnect.tier.store.runner import Fence
 from kvconnect.vllm.layout import Place, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
@@ -173,23 +175,25 @@ class OffloadWorker:
         self._found = found
         self._done.found[rank] = found
 
-    def _pin(self, place: Opened) -> None:
-        """Make host memory one that the device's kernels can read and write; raises StoreError."""
-        if self._device is None or self._device.type != "cuda":
-            return
+    def _pin(self, memory: Arena, to_write: bool) -> Pinning | None:
+        """Make host memory one that the device's kernels can use; raises StoreError."""
+        device = self._device
+        if device is None or device.type != "cuda":
+            return None
         if self._config.share:
             raise StoreError(
                 Reason.FAILED, "share is for CPU engines: neighbours' memory is not pinned"
             )
-        memory = place.memory.place.bytes
-        flags = 0 if place.stores else READ_ONLY
-        code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, flags)
-        if int(code):
-            raise StoreError(
-                Reason.FAILED,
-                f"{memory.nbytes} bytes of host memory cannot be pinned (CUDA error {int(code)}); "
-                "raise the limit on locked memory, or lower cpu_bytes_to_use",
-            )
+        cudart, flags = torch.cuda.cudart(), 0 if to_write else READ_ONLY
+
+        def register(address: int, nbytes: int) -> int:
+            with torch.cuda.device(device):  # of this thread: else it makes a context on the first
+                return int(cudart.cudaHostRegister(address, nbytes, flags))
+
+        content = memory.place.bytes
+        pinning = Pinning(content.ctypes.data, content.nbytes, register)
+        pinning.start()
+        return pinning
 
     def _answer(self, number: int, failed: bool) -> None:
         self._done.answers[number] = 1, int(failed)

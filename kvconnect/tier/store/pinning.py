@@ -1,0 +1,96 @@
+"""Memory made known to a device piece by piece, on threads, so that nobody waits for all of it.
+
+* The first piece is pinned before `start` returns, and its failure raised: a limit on locked
+  memory is an error at the start. The rest follows; what fails there is logged, and the memory
+  from there on stays unused.
+* `ready` is how much is pinned, from the start on without a gap.
+* Knows no CUDA: ``register`` takes an address and bytes, and returns 0 or an error code.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from kvconnect.errors import Reason, StoreError
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 256 << 20
+THREADS = 4  # registering is spent in the kernel, page by page; it scales to about so many
+
+Register = Callable[[int, int], int]
+
+
+class Pinning:
+    """See the module's contract."""
+
+    def __init__(
+        self, address: int, nbytes: int, register: Register, piece_bytes: int = PIECE_BYTES
+    ) -> None:
+        starts = range(0, nbytes, piece_bytes)
+        self._pieces = [(at, min(piece_bytes, nbytes - at)) for at in starts]
+        self._address = address
+        self._register = register
+        self._lock = threading.Lock()  # guards the three below
+        self._next = 0
+        self._pinned: set[int] = set()
+        self._stopping = False
+        self._ready = 0  # of pieces
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def ready(self) -> int:
+        """Bytes from the start on that the device can use."""
+        with self._lock:
+            while self._ready in self._pinned:
+                self._ready += 1
+        return sum(nbytes for _, nbytes in self._pieces[: self._ready])
+
+    def start(self, threads: int = THREADS) -> None:
+        """Pin the first piece, and the others on threads; raises StoreError."""
+        if code := self._pin_next():
+            nbytes = self._pieces[0][1]
+            raise StoreError(
+                Reason.FAILED,
+                f"{nbytes} bytes of host memory cannot be pinned (CUDA error {code}); "
+                "raise the limit on locked memory, or lower cpu_bytes_to_use",
+            )
+        for _ in range(min(threads, len(self._pieces) - 1)):
+            thread = threading.Thread(target=self._run, name="kvconnect-pin", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """Pin nothing more; returns when nothing is being pinned. Idempotent."""
+        with self._lock:
+            self._stopping = True
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _run(self) -> None:
+        while (code := self._pin_next()) == 0:
+            pass
+        if code is not None:
+            logger.error(
+                "kvconnect: only %.2f GB of host memory could be pinned (CUDA error %d); the rest "
+                "stays unused; raise the limit on locked memory, or lower cpu_bytes_to_use",
+                self.ready / 1e9,
+                code,
+            )
+
+    def _pin_next(self) -> int | None:
+        """The register's answer; None if there is nothing left."""
+        with self._lock:
+            number = self._next
+            if self._stopping or number == len(self._pieces):
+                return None
+            self._next += 1
+        at, nbytes = self._pieces[number]
+        code = self._register(self._address + at, nbytes)
+        with self._lock:
+            if code:
+                self._stopping = True
+            else:
+                self._pinned.add(number)
+        return code

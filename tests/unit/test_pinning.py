@@ -1,0 +1,117 @@
+"""Pinning piece by piece, and a store that serves meanwhile. No device is there."""
+
+import threading
+
+import pytest
+from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
+
+from kvconnect.errors import StoreError
+from kvconnect.ops import load
+from kvconnect.testing.geometry import Cache
+from kvconnect.tier.store.arena import make
+from kvconnect.tier.store.header import Spec
+from kvconnect.tier.store.host import HostStore
+from kvconnect.tier.store.packing import Packing, slot_bytes
+from kvconnect.tier.store.pinning import Pinning
+from kvconnect.tier.store.shelf import Shelf
+
+
+class Device:
+    """Registers what it is let to; fails at ``broken``."""
+
+    def __init__(self, broken=()):
+        self.broken, self.seen = broken, []
+        self.gate = threading.Event()
+        self.reached = threading.Semaphore(0)
+
+    def register(self, address, nbytes):
+        self.seen.append((address, nbytes))
+        self.reached.release()
+        if address > 1000:
+            self.gate.wait(10)
+        return 2 if address in self.broken else 0
+
+
+def test_the_first_piece_is_there_at_once_and_the_rest_in_time():
+    device = Device()
+    pinning = Pinning(1000, 25, device.register, piece_bytes=10)
+    pinning.start(threads=2)
+    assert pinning.ready == 10
+    device.gate.set()
+    for thread in list(pinning._threads):
+        thread.join(10)
+    assert pinning.ready == 25
+    assert sorted(device.seen) == [(1000, 10), (1010, 10), (1020, 5)]
+    pinning.close()
+    pinning.close()
+
+
+def test_a_gap_is_not_passed_over():
+    """What is behind it is pinned, and yet no slot may lie across it."""
+    done = threading.Event()
+
+    def register(address, _nbytes):
+        if address == 10:
+            done.wait(10)
+        return 0
+
+    pinning = Pinning(0, 30, register, piece_bytes=10)
+    pinning.start(threads=2)
+    while len(pinning._pinned) < 2:
+        pass
+    assert pinning.ready == 10
+    done.set()
+    pinning.close()
+    assert pinning.ready == 30
+
+
+def test_if_the_first_cannot_be_pinned_the_start_fails():
+    with pytest.raises(StoreError, match=r"CUDA error 2\).* locked memory"):
+        Pinning(1000, 25, Device(broken=[1000]).register, piece_bytes=10).start()
+
+
+def test_if_a_later_one_cannot_the_rest_stays_unused(caplog):
+    device = Device(broken=[1010])
+    device.gate.set()
+    pinning = Pinning(1000, 40, device.register, piece_bytes=10)
+    pinning.start(threads=1)
+    for thread in list(pinning._threads):
+        thread.join(10)
+    assert pinning.ready == 10
+    assert len(device.seen) == 2, "it went on behind the gap"
+    assert "stays unused" in caplog.text
+    pinning.close()
+
+
+def test_who_closes_does_not_wait_for_all_of_it():
+    device = Device()
+    pinning = Pinning(1000, 10_000, device.register, piece_bytes=10)
+    pinning.start(threads=1)
+    for _ in range(2):
+        device.reached.acquire(timeout=10)
+    threading.Timer(0.01, device.gate.set).start()
+    pinning.close()
+    assert len(device.seen) < 1000
+
+
+def test_slots_serve_as_they_become_ready():
+    cache = Cache(MODEL, BLOCKS)
+    packing = Packing(cache.shard, 0, CHUNK, load("cpu"))
+    arena = make(Spec(4, slot_bytes([packing]), FINGERPRINT))
+    ready = 4
+    store = HostStore(Shelf(arena, lambda: ready), [packing])
+    for seed in range(4):
+        assert store.store(seed, key_of(seed), 0, (0, 1))
+    assert len(store.poll()) == 4
+    ready = 2  # as if it had been started again
+    assert store.load(9, key_of(1), 0, (2, 3))
+    assert not store.load(9, key_of(3), 0, (2, 3)), "the device cannot read it yet"
+    for seed in range(4):
+        store.drop(key_of(seed))
+    store.poll()
+    assert [store.store(n, key_of(n), 0, (0, 1)) for n in range(3)] == [True, True, False]
+    assert {entry.slot for entry in map(store.shelf.use, (key_of(0), key_of(1))) if entry} <= {0, 1}
+    ready = 4
+    assert store.store(5, key_of(5), 0, (0, 1))
+    store.poll()
+    arena.close()
