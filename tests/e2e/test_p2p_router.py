@@ -1,7 +1,13 @@
 """Two prefill and two decode engines behind a router that names them in request ids."""
 
-from pair import eventually, in_parallel, words
+import sys
+from collections.abc import Iterator
+
+import pytest
+from pair import Client, eventually, in_parallel, words
 from xpyd import Xpyd, free_port
+
+from kvconnect.cli.processes import HOST
 
 USAGE = "vllm:kv_cache_usage_perc"
 FAILED = "vllm:nixl_num_failed_transfers_total"
@@ -24,8 +30,19 @@ def test_40_prompts_are_handed_over_and_answered_as_by_an_engine_alone(xpyd: Xpy
     alone = in_parallel(xpyd.prefills[0].tokens, prompts)
     wrong = [len(p) for p, a, b in zip(prompts, through, alone, strict=True) if a != b]
     assert not wrong, f"prompts of {wrong} tokens got other answers"
-    for client in xpyd.prefills:  # leases of 90 s: they were closed, and did not expire
+    check_leases_were_closed(xpyd)
+
+
+def check_leases_were_closed(xpyd: Xpyd) -> None:
+    for client in xpyd.prefills:  # within less than the 90 s after which they expire
         eventually(lambda c=client: c.metric(USAGE) == 0, 20, "all blocks are freed")
+
+
+def test_what_decode_has_already_is_not_fetched_and_its_lease_is_released(xpyd: Xpyd):
+    prompt = words(700, seed=4050)
+    answers = [xpyd.router.tokens(prompt) for _ in range(8)]  # each pair of engines twice
+    assert answers == [answers[0]] * 8
+    check_leases_were_closed(xpyd)
 
 
 def test_several_prompts_and_answers_of_one_request_are_told_apart(xpyd: Xpyd):
@@ -65,3 +82,36 @@ def test_ids_that_name_no_prefill_engine_do_no_harm(xpyd: Xpyd):
     for name, answer in answers.items():
         assert answer == prefill.tokens(prompts[name], 8), name
     assert decode.metric(FAILED) + decode.metric(INVALID) - unusable == len(ids)
+
+
+@pytest.fixture
+def vllm_router(xpyd: Xpyd) -> Iterator[Client]:
+    """github.com/vllm-project/router in the place of ours, told of engines by pings alone."""
+    xpyd.end(xpyd.router)
+    mode = ["--vllm-pd-disaggregation", "--policy", "round_robin", "--host", HOST]
+    told = ["--vllm-discovery-address", f"{HOST}:{xpyd.discovery_port}"]
+    metrics = ["--prometheus-port", str(free_port())]
+    start = [sys.executable, "-P", "-m", "vllm_router.launch_router", *mode, *told, *metrics]
+    router = xpyd.start("vllm-router", lambda port: [*start, "--port", str(port)])
+
+    def answers() -> bool:
+        try:
+            return router.post(words(40, seed=1), max_tokens=1)[0] == 200
+        except OSError:
+            return False
+
+    eventually(answers, 60, "vllm-router has heard of engines")
+    yield router
+    xpyd.end(router)
+    xpyd.router = xpyd.start_router()
+    eventually(xpyd.router.server.is_up, 60, "our router has heard of all engines again")
+
+
+def test_behind_vllms_own_router_params_go_before_ids(xpyd: Xpyd, vllm_router: Client):
+    """It names engines in ids and passes params on."""
+    transferred = xpyd.at_decode(TRANSFERRED)
+    prompts = [words(100 + 50 * n, seed=4300 + n) for n in range(8)]
+    through = in_parallel(vllm_router.tokens, prompts)
+    assert xpyd.at_decode(TRANSFERRED) - transferred == sum(map(len, prompts)) - len(prompts)
+    assert through == in_parallel(xpyd.prefills[0].tokens, prompts)
+    check_leases_were_closed(xpyd)

@@ -2,7 +2,7 @@
 
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,23 +33,35 @@ class Xpyd:
     """The engines and the router of one setup."""
 
     def __init__(self, fleet: Fleet, setup: XpydSetup) -> None:
+        self.fleet = fleet
         self.setup = setup
-        self._discovery_port = free_port()
+        self.discovery_port = free_port()
         self.kv_ports = [free_port() for _ in setup.prefill]
-        prefills = [self._start(fleet, "prefill", i, o) for i, o in enumerate(setup.prefill)]
-        decodes = [self._start(fleet, "decode", i, o) for i, o in enumerate(setup.decode)]
-        wanted = [str(self._discovery_port), str(len(prefills)), str(len(decodes))]
-        router = fleet.start(
-            "router",
-            lambda port: [sys.executable, str(HERE / "xpyd_router.py"), str(port), *wanted],
-        )
-        fleet.wait_up([*prefills, *decodes, router], START_TIMEOUT_S)
-        name = setup.model.name
-        self.prefills = [Client(server, name) for server in prefills]
-        self.decodes = [Client(server, name) for server in decodes]
-        self.router = Client(router, name)
+        prefills = [self._start("prefill", i, o) for i, o in enumerate(setup.prefill)]
+        decodes = [self._start("decode", i, o) for i, o in enumerate(setup.decode)]
+        self.prefills = [Client(server, setup.model.name) for server in prefills]
+        self.decodes = [Client(server, setup.model.name) for server in decodes]
+        self.router = self.start_router()
+        fleet.wait_up([*prefills, *decodes, self.router.server], START_TIMEOUT_S)
 
-    def _start(self, fleet: Fleet, role: str, number: int, options: Sequence[str]) -> Server:
+    def start_router(self) -> Client:
+        """Ours; not waited for."""
+        script = str(HERE / "xpyd_router.py")
+        wanted = [self.discovery_port, len(self.prefills), len(self.decodes)]
+        return self.start(
+            "router", lambda port: [sys.executable, script, *map(str, [port, *wanted])]
+        )
+
+    def start(self, name: str, command: Callable[[int], Sequence[str]]) -> Client:
+        """A router; not waited for."""
+        server = self.fleet.start(name, command, engine_env())
+        return Client(server, self.setup.model.name)
+
+    def end(self, router: Client) -> None:
+        router.server.kill()
+        self.fleet.servers.remove(router.server)
+
+    def _start(self, role: str, number: int, options: Sequence[str]) -> Server:
         kv_port = self.kv_ports[number] if role == "prefill" else 0  # 0: a free one
 
         def command(port: int) -> list[str]:
@@ -60,7 +72,7 @@ class Xpyd:
                 "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {
                     "proxy_ip": "127.0.0.1",
-                    "proxy_port": str(self._discovery_port),
+                    "proxy_port": str(self.discovery_port),
                     "http_port": str(port),
                     "send_type": "PUT_ASYNC",
                     "kv_buffer_size": "1e1" if role == "prefill" else "8e9",
@@ -70,7 +82,7 @@ class Xpyd:
             }
             return Engine(self.setup.model, config, [*self.setup.both, *options]).command(port)
 
-        return fleet.start(f"{role} {number}", command, engine_env())
+        return self.fleet.start(f"{role} {number}", command, engine_env())
 
     def at_decode(self, source: str) -> float:
         """Prompt tokens of the decode engines, by where vLLM counts that they came from."""
