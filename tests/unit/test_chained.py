@@ -7,9 +7,12 @@ import pytest
 from kvconnect.order import Cancel, Fetch, Watch
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault
+from kvconnect.tier.cache import CacheTier
 from kvconnect.tier.chain import Rates
 from kvconnect.tier.chained import Abort, Chained, ChainedLoad, Ended, Piece
-from kvconnect.tier.jobs import Fill
+from kvconnect.tier.eviction import make
+from kvconnect.tier.jobs import Fill, Forget
+from kvconnect.tier.offload import Chunk, OffloadTier
 from kvconnect.tier.peer import Offer
 
 SEED, SPARE = 7, 15
@@ -236,3 +239,17 @@ def test_rates_are_measured_where_bytes_are_moved():
     chained.abort(Abort("cut short"))
     assert chained.filled(3, "", clock[0] + 50.0)
     assert rates.start_s("disk") + rates.seconds("disk", 1 << 20) == pytest.approx(2.0)
+
+
+def test_a_chunk_from_disk_that_some_rank_declined_is_not_in_memory():
+    """It would be promoted by being filled, and that rank has not got it there."""
+    host, disk = (CacheTier(name, make("lru", 2)) for name in ("host", "disk"))
+    tier = OffloadTier(host, disk, ranks=2)
+    tier.recovered([], [b"k"])
+    (fill,) = tier.load("r", [Chunk(b"k", 0, (1,))]).jobs
+    assert isinstance(fill, Fill)
+    result = tier.declined(fill.number)
+    assert result.jobs == [Forget(b"k", False)]
+    assert result.loaded == {"r": []}, "nothing has failed"
+    assert (tier.whence(b"k"), tier.busy) == ("disk", False)
+    assert "chunks_failed" not in tier.counts
