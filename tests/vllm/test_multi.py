@@ -404,7 +404,7 @@ def test_the_peers_head_and_the_stores_tail_are_one_load(store):
     assert chain(store).match(request("alone", blocks=6), 0) == 0
     assert both.match(asks, 0) == 6 * BLOCK
     both.admitted(asks, table(store, [21, 22, 23, 24, 25, 26, 27]), 6 * BLOCK)
-    ((load),) = both.take_orders()
+    (load,) = both.take_orders()
     assert isinstance(load, ChainedLoad)
     assert [p.blocks for p in load.pieces] == [((i, 21 + i),) for i in range(6)]
     assert [p.store for p in load.pieces] == ["", "", "host", "host", "host", "host"]
@@ -462,7 +462,7 @@ def test_who_needs_time_makes_the_chain_wait(store):
 
 
 def test_peers_alone_are_a_chain_of_blocks():
-    both = chain(None, Peer(5), Peer(9))
+    both = chain(None, Peer(9), Peer(5))
     asks = request("r", blocks=2)
     assert both.match(asks, 0) == 9
     both.admitted(asks, table(None, [5, 6, 7]), 9)
