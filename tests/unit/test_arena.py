@@ -439,6 +439,18 @@ def test_of_two_slots_with_one_key_the_newer_is_held_and_the_other_forgotten(pat
     assert held(arena) == {}
 
 
+def test_a_slot_that_two_read_is_free_when_both_are_done():
+    shelf = Shelf(make(SPEC._replace(slots=1)))
+    slot = shelf.fill()
+    shelf.commit(slot, key(1), 0, 16, 10, 0)
+    first, second = shelf.use(key(1)), shelf.use(key(1))
+    shelf.drop(key(1))
+    shelf.done(first)
+    assert shelf.fill() is None
+    shelf.done(second)
+    assert shelf.fill() == slot
+
+
 @pytest.mark.slow
 def test_the_lock_of_a_killed_writer_is_free(path):
     code = f"""

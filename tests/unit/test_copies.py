@@ -18,6 +18,7 @@ from kvconnect.testing.geometry import Cache
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.jobs import Fill, Forget, Save, Spill
 from kvconnect.tier.store import follower as follower_module
+from kvconnect.tier.store import runner as runner_module
 from kvconnect.tier.store.packing import Packing
 from kvconnect.vllm.offload.copies import open_copy
 from kvconnect.vllm.offload.place import Opened, no_device
@@ -213,6 +214,16 @@ def test_a_follower_waits_for_what_comes_from_disk(group, tmp_path):
     assert ranks.errors(50, [0]) == [""]
     assert ranks.errors(50, [1]) == [""]
     assert all(cache.holds_fill([(0, 4), (1, 5)], 3) for cache in ranks.caches)
+
+
+def test_what_was_just_stored_is_found_at_once(group, monkeypatch):
+    """Not only when the follower looks around again, up to a second later."""
+    monkeypatch.setattr(runner_module, "LOOK_AROUND_S", 1e9)
+    monkeypatch.setattr(follower_module, "PATIENCE_S", 0.0)
+    ranks = group([MODEL] * 2)
+    ranks.store(3)
+    ranks.store(4)
+    assert ranks.load(4) == [True, True]
 
 
 def test_a_follower_does_not_wait_for_ever(group, monkeypatch):

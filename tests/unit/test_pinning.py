@@ -27,7 +27,7 @@ class Device:
     def register(self, address, nbytes):
         self.seen.append((address, nbytes))
         self.reached.release()
-        if address > 1000:
+        if address > 1000 and address not in self.broken:
             self.gate.wait(10)
         return 2 if address in self.broken else 0
 
@@ -72,15 +72,15 @@ def test_if_the_first_cannot_be_pinned_the_start_fails():
 
 def test_if_a_later_one_cannot_the_rest_stays_unused(caplog):
     device = Device(broken=[1010])
+    pinning = Pinning(1000, 400, device.register, piece_bytes=10)
+    pinning.start(threads=2)
+    while sum(thread.is_alive() for thread in pinning._threads) > 1:
+        pass  # one fails at once, the other is held at the gate
     device.gate.set()
-    pinning = Pinning(1000, 40, device.register, piece_bytes=10)
-    pinning.start(threads=1)
-    for thread in list(pinning._threads):
-        thread.join(10)
-    assert pinning.ready == 10
-    assert len(device.seen) == 2, "it went on behind the gap"
-    assert "stays unused" in caplog.text
     pinning.close()
+    assert pinning.ready == 10
+    assert len(device.seen) <= 3, "it went on behind the gap"
+    assert "stays unused" in caplog.text
 
 
 def test_who_closes_does_not_wait_for_all_of_it():
