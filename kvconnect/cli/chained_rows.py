@@ -7,11 +7,13 @@ from rich import box
 from rich.table import Table
 
 CAPTION = """\
-[b]Peer, Host[/b]: prompt tokens that the decode engine loaded from the prefill engine, and from
-its own host memory, in one load (vllm:kvconnect_chain_tokens_from_…); [b]Computed[/b]: prefilled
-there. [b]First token[/b]: from when it received the request; [b]× faster[/b]: than where it
-computed a prompt of that length. [b]=[/b]: answers equal to the prefill engine's own.
-† the prefill engine was killed after it had handed over its ticket."""
+[b]Peer, Host[/b]: prompt tokens that the decode engine loaded from the prefill
+engine, and from its own host memory, in one load
+(vllm:kvconnect_chain_tokens_from_…); [b]Computed[/b]: prefilled there.
+[b]First token[/b]: from when it received the request; [b]× faster[/b]: than where it
+computed a prompt of that length. [b]=[/b]: equal to the prefill engine's own answer.
+† the prefill engine was killed after it had handed out its ticket; the load
+waits for it (handshake_timeout) before the rest is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)

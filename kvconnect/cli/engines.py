@@ -96,7 +96,7 @@ def offload_config(**options: Any) -> dict[str, Any]:
 def multi_config(**options: Any) -> dict[str, Any]:
     """``--kv-transfer-config`` of either engine of a pair that hands over, and offloads so."""
     children = [transfer_config("nixl", "decode"), offload_config(**options)]
-    children[0]["kv_role"] = "kv_both"
+    children[0] |= {"kv_role": "kv_both", "kv_connector_extra_config": {"handshake_timeout": 3}}
     config = {"kv_connector": "KVConnectMulti", "kv_role": "kv_both"}
     return config | {"kv_connector_extra_config": {"connectors": children}}
 

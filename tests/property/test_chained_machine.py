@@ -44,6 +44,7 @@ class Rank:
         self.fills: dict[int, Fill] = {}
         self.declined: list[int] = []
         self.aborted: set[str] = set()
+        self.loads: dict[int, str] = {}  # number of a fill → load
         self.released: Counter = Counter()
         self.firsts: dict[str, set[int]] = {}  # load → first blocks of its groups
         self.filled: dict[str, set[int]] = {}  # load → blocks that hold the right bytes
@@ -67,6 +68,7 @@ class Rank:
     def fill(self, fills):
         for fill in fills:
             assert fill.number not in self.fills
+            assert self.loads[fill.number] not in self.aborted, "a fill for nobody"
             self.fills[fill.number] = fill
 
     def decline(self, fills):
@@ -158,6 +160,7 @@ class Machine(RuleBasedStateMachine):
         self.loads[name] = load = ChainedLoad(name, pieces, offers)
         for rank in self.ranks:
             rank.filled[name] = set()
+            rank.loads |= {fill.number: name for fill in fills.values()}
             rank.firsts[name] = {blocks[0, group][0] for group in range(groups)}
             rank.chained.begin(load)
 

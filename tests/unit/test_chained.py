@@ -4,16 +4,17 @@ import logging
 
 import pytest
 
-from kvconnect.order import Cancel, Fetch, Watch
+from kvconnect.order import Cancel, Fetch, Source, Watch
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault
+from kvconnect.tier.base import Load
 from kvconnect.tier.cache import CacheTier
 from kvconnect.tier.chain import Rates
 from kvconnect.tier.chained import Abort, Chained, ChainedLoad, Ended, Piece
 from kvconnect.tier.eviction import make
 from kvconnect.tier.jobs import Fill, Forget
 from kvconnect.tier.offload import Chunk, OffloadTier
-from kvconnect.tier.peer import Offer
+from kvconnect.tier.peer import Offer, PeerTier
 
 SEED, SPARE = 7, 15
 
@@ -238,6 +239,10 @@ def test_rates_are_measured_where_bytes_are_moved():
     chained.begin(ChainedLoad("cut short", (Piece(0, ((0, 1),), 1, 1, fill, "disk"),)))
     chained.abort(Abort("cut short"))
     assert chained.filled(3, "", clock[0] + 50.0)
+    more = tuple(Fill(n, b"", 0, (n,)) for n in (4, 5))
+    pieces = tuple(Piece(0, ((0, fill.number),), 1, 1, fill, "disk") for fill in more)
+    chained.begin(ChainedLoad("half of it", pieces))
+    assert chained.filled(4, "", clock[0] + 70.0) and chained.filled(5, "damaged", clock[0] + 70.0)
     assert rates.start_s("disk") + rates.seconds("disk", 1 << 20) == pytest.approx(2.0)
 
 
@@ -253,3 +258,15 @@ def test_a_chunk_from_disk_that_some_rank_declined_is_not_in_memory():
     assert result.loaded == {"r": []}, "nothing has failed"
     assert (tier.whence(b"k"), tier.busy) == ("disk", False)
     assert "chunks_failed" not in tier.counts
+
+
+def test_an_offer_that_was_handed_over_is_its_new_owners_to_release():
+    tier = PeerTier(1.0)
+    offer = Offer(Source((), "p", "g", 1.0), 5, b"")
+    tier.offer("r", offer)
+    assert tier.hand_over("r") is offer
+    assert (tier.match("r"), tier.hand_over("r"), tier.settle("r")) == (0, None, [])
+    tier.offer("loading", offer)
+    tier.open_load(Load("loading", ()))
+    assert tier.hand_over("loading") is None
+    assert tier.settle("loading") == [Cancel("loading")]
