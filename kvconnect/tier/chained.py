@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     end_token: int
     """Who has the prompt up to here has the piece."""
     tokens: int
-    """Of the prompt that the blocks stand for; 0 in groups after the first."""
+    """Of the prompt that the blocks stand for; 0 in all groups but one."""
     fill: Fill | None = None
     """Has a store fill it …"""
     store: str = ""

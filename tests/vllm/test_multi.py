@@ -22,14 +22,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvconnect.errors import ConfigError
 from kvconnect.order import Source
 from kvconnect.tier.chained import Abort, ChainedLoad, Piece
-from kvconnect.tier.jobs import Fill
+from kvconnect.tier.jobs import Fill, Forget
 from kvconnect.tier.peer import Offer
 from kvconnect.vllm.multi.chain import ChainScheduler
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents
 from kvconnect.vllm.multi.metrics import ChainStats, MultiPromMetrics, rebuild
 from kvconnect.vllm.multi.params import BESIDE, labels, merged, split
-from kvconnect.vllm.offload.messages import Done
+from kvconnect.vllm.offload.messages import Done, Found
 
 HERE = Path(__file__).parent
 UNIT = "tests/v1/kv_connector/unit"
@@ -429,22 +429,23 @@ def test_what_only_the_peer_has_may_end_amid_a_block(store):
 
 
 def test_of_a_sliding_window_only_what_it_sees_is_a_piece(monkeypatch):
-    """vLLM gives null blocks for the rest; tokens are those of the first group."""
-    store = Engine(monkeypatch, windows=(None, 2 * BLOCK))
+    """vLLM gives null blocks for the rest; tokens are counted where all of them are."""
+    windows = (2 * BLOCK, None)
+    store = Engine(monkeypatch, windows=windows)
     one = request(blocks=6)
-    tables = ([1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 8, 9, 10, 11])
+    tables = ([0, 0, 0, 8, 9, 10, 11], [1, 2, 3, 4, 5, 6, 7])
     store.half.match(one, 0)
     store.answer(store.step(one, tables, one.num_tokens))
-    both = chain(store, Peer(6 * BLOCK + 1), windows=(None, 2 * BLOCK))
+    both = chain(store, Peer(6 * BLOCK + 1), windows=windows)
     asks = request("again", blocks=6, extra=2)
     assert both.match(asks, 0) == 6 * BLOCK + 1
     full, window = range(21, 28), [0, 0, 0, 0, 31, 32, 33]
-    blocks = SimpleNamespace(blocks=[table(store, ids).blocks[0] for ids in (full, window)])
+    blocks = SimpleNamespace(blocks=[table(store, ids).blocks[0] for ids in (window, full)])
     both.admitted(asks, blocks, 6 * BLOCK + 1)
     (load,) = both.take_orders()
-    assert [p.blocks[0][1] for p in load.pieces] == [*full, 31, 32, 33]
-    assert [p.fill is not None for p in load.pieces] == [True] * 6 + [False, True, True, False]
-    assert [p.tokens for p in load.pieces] == [BLOCK] * 6 + [1] + [0] * 3
+    assert [p.blocks[0][1] for p in load.pieces] == [31, 32, 33, *full]
+    assert [p.fill is not None for p in load.pieces] == [True, True, False] + [True] * 6 + [False]
+    assert [p.tokens for p in load.pieces] == [0] * 3 + [BLOCK] * 6 + [1]
 
 
 def test_where_nothing_is_loaded_peers_are_let_go(store):
@@ -507,14 +508,33 @@ def test_fills_that_ranks_declined_or_carried_out_give_back_their_pins(store):
     assert store.half.match(request("new", blocks=3), 0) == 3 * BLOCK
 
 
+def test_what_a_rank_declined_of_the_disk_has_not_come_to_memory(monkeypatch):
+    engine = Engine(monkeypatch, ranks=2)
+    asks = request(blocks=1)
+    engine.half.match(asks, 0)
+    ((key,),) = engine.half._requests["r"].keys()
+    found = Found(16, 16, [], [key])
+    engine.half.named({(0, 0): found, (0, 1): found})
+    both = chain(engine, Peer(BLOCK))
+    both.match(asks, 0)
+    both.admitted(asks, table(engine, [21, 22]), BLOCK)
+    ((piece,),) = (load.pieces for load in both.take_orders())
+    assert piece.store == "disk"
+    answers = {piece.fill.number: (1, 0)}
+    engine.half.received(Done(answers))
+    declined = Done(answers)
+    declined.declined.update([piece.fill.number])
+    engine.half.received(declined)
+    assert engine.step().jobs == [Forget(key, False)]
+    assert engine.half._tier.whence(key) == "disk"
+
+
 def test_engines_below_in_trees_multi_connector_are_told_by_their_workers(monkeypatch):
     """It gave this one another child's handshake: until both ranks have spoken, "ask again"."""
     engine = Engine(monkeypatch)
     half = engine.half
     half.waits_to_be_named = True
     half._vllm_config.parallel_config = SimpleNamespace(world_size=2)
-    from kvconnect.vllm.offload.messages import Found
-
     found = Found(16, 0, [], [])
     assert half.match(request(), 0) is None
     half.received(Done(found={1: found}))

@@ -113,8 +113,8 @@ class ChainScheduler:
                 ids = tuple(ours.get(place, NO_BLOCK) for place in range(first, first + size))
                 wanted.append(Wanted(group, first // size, ids))
                 last = min((max(ours) + 1) * each, end)
-                count = last - min(ours) * each if group == 0 else 0
-                pieces.append(Piece(group, tuple(ours.items()), last, count))
+                pieces.append(Piece(group, tuple(ours.items()), last, last - min(ours) * each))
+        pieces = _counted_once(pieces)
         if not self._store:
             return tuple(pieces)
         spares = self._store.spares(request, wanted)
@@ -207,6 +207,15 @@ class ChainWorker:
         """The same."""
         if self._store is not None:
             self._store.decline(fills)
+
+
+def _counted_once(pieces: list[Piece]) -> list[Piece]:
+    """Tokens of the group that is to get most of them: a sliding window's get only the last."""
+    of_group: Counter[int] = Counter()
+    for piece in pieces:
+        of_group[piece.group] += piece.tokens
+    [(most, _)] = of_group.most_common(1) or [(0, 0)]
+    return [p if p.group == most else p._replace(tokens=0) for p in pieces]
 
 
 def _block_bytes(kv_cache_config: Any) -> list[int]:
