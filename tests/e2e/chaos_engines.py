@@ -65,14 +65,21 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
+def lasting_port():
+    """A free port that no connection takes for its own end while the engine is gone."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # below Linux's ephemeral ones
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+
+
 class Killable:
     """One engine, always at the same address."""
 
     def __init__(self, nursery, role, number, connector, path, folder):
         self.nursery, self.role, self.name = nursery, role, f"{role}-{number}"
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            self.port = probe.getsockname()[1]
+        self.port = lasting_port()
         self.url = f"http://{HOST}:{self.port}"
         config = transfer_config(connector, role) | {"kv_load_failure_policy": "recompute"}
         config["kv_connector_extra_config"] = {
