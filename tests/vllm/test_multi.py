@@ -20,11 +20,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect.errors import ConfigError
-from kvconnect.order import Source
+from kvconnect.order import Fetch, Outcome, Release, Source
 from kvconnect.tier.chained import Abort, ChainedLoad, Piece
 from kvconnect.tier.jobs import Fill, Forget
 from kvconnect.tier.peer import Offer
-from kvconnect.vllm.multi.chain import ChainScheduler
+from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents
 from kvconnect.vllm.multi.metrics import ChainStats, MultiPromMetrics, rebuild
@@ -541,3 +541,71 @@ def test_engines_below_in_trees_multi_connector_are_told_by_their_workers(monkey
     assert half.match(request(), 0) is None
     half.received(Done(found={0: found}))
     assert half.match(request(), 0) == 0
+
+
+class PeerWorker:
+    """The worker's half of a peer connector, whose fetches end as they are told to."""
+
+    def __init__(self):
+        self.fetches, self.released = [], 0
+        self.next = Outcome()
+
+    def obey(self, orders):
+        for order in orders:
+            if isinstance(order, Fetch):
+                self.fetches.append(order)
+            else:
+                self.released += isinstance(order, Release)
+
+    def outcome(self):
+        outcome, self.next = self.next, Outcome()
+        return outcome, set()
+
+
+def rank(*peers, groups=1):
+    kinds = [SimpleNamespace(kv_cache_spec=spec(), layer_names=["a", "b"]) for _ in range(groups)]
+    config = SimpleNamespace(kv_cache_groups=kinds)
+    return ChainWorker(config, {f"P{i}": peer for i, peer in enumerate(peers)}, None)
+
+
+def loading(worker, name, places):
+    pieces = tuple(Piece(0, ((place, 20 + place),), place + 1, 1) for place in places)
+    offer = Offer(Source((), name, None, 1.0), 100, b"")
+    worker.obey([ChainedLoad(name, pieces, (("P0", offer),))])
+
+
+def test_of_one_group_lost_blocks_are_told_and_of_several_the_request_has_failed():
+    for groups, places, failed, lost in (
+        (1, (3, 4), set(), {23, 24}),
+        (1, (0, 1), {"r"}, set()),  # vLLM starts over, as it must where nothing is left
+        (2, (3, 4), {"r"}, set()),
+    ):
+        peer = PeerWorker()
+        worker = rank(peer, groups=groups)
+        loading(worker, "r", places)
+        (fetch,) = peer.fetches
+        assert worker.results() == ([], set(), set())
+        peer.next = Outcome({"s"}, {fetch.request_id}, {fetch.request_id: "why"})
+        peer.next.ended_s = {fetch.request_id: 1.0}
+        assert worker.results() == (["s"], {"r"}, failed)
+        assert worker.take_lost() == lost
+        assert worker.take_lost() == set()
+        assert peer.released == 1
+
+
+def test_tokens_are_counted_by_one_rank_and_what_else_happened_by_each():
+    peer = PeerWorker()
+    worker = rank(peer)
+    for first in (False, True):
+        worker._first_rank = first
+        loading(worker, "r", (0, 1))
+        name = peer.fetches[-1].request_id
+        peer.next = Outcome(received={name}, ended_s={name: 1.0})
+        worker.results()
+        assert worker.take_counts() == ({"tokens_from_peers": 2} if first else None)
+        loading(worker, "r", (0,))
+        name = peer.fetches[-1].request_id
+        peer.next = Outcome(received={name}, failed={name: "why"}, ended_s={name: 1.0})
+        worker.results()
+        lost = {"tokens_lost": 1} if first else {}
+        assert worker.take_counts() == {"pieces_failed": 1} | lost
