@@ -9,7 +9,9 @@ from halves import Block, Engine
 from vllm.v1.request import RequestStatus
 
 from kvconnect.config import MooncakeConfig
+from kvconnect.errors import ConfigError
 from kvconnect.order import Expect, Fetch, Grant, Release, Watch, Withdraw
+from kvconnect.vllm.mooncake import place
 from kvconnect.vllm.mooncake.contract import MooncakeContract
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "xfer-1"}
@@ -79,6 +81,18 @@ def test_a_prompt_is_shortened_once_however_many_connectors_see_it(make, monkeyp
     request = one.arrives(PREFILL)
     other.scheduler.arrived(request)
     assert request.num_prompt_tokens == len(request.prompt_token_ids) == 39
+
+
+def test_a_port_that_nobody_chose_may_be_taken_where_an_engine_may_be_either_side(
+    p, make, monkeypatch
+):
+    with pytest.raises(ConfigError, match=str(p.port)):
+        make("Q", "kv_both")
+    monkeypatch.delenv("VLLM_MOONCAKE_BOOTSTRAP_PORT")
+    monkeypatch.setattr(place, "DEFAULT_PORT", str(p.port))
+    make("Q", "kv_both")
+    with pytest.raises(ConfigError, match=str(p.port)):
+        make("Q", "kv_producer")
 
 
 def test_a_request_waits_in_the_queue_while_prefill_is_looked_up(p, d):

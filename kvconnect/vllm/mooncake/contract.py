@@ -8,6 +8,8 @@ What is not signed here is proved there: with a secret, the endpoint's answer an
 greeting. The digest of the prompt protects what a transfer id alone would not.
 """
 
+import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,11 +24,13 @@ from kvconnect.vllm.mooncake.allowed import Allowed, Endpoint, parse_endpoint
 from kvconnect.vllm.mooncake.client import Client
 from kvconnect.vllm.mooncake.directory import Directory, registrations
 from kvconnect.vllm.mooncake.loop import LoopThread
-from kvconnect.vllm.mooncake.place import place_of
+from kvconnect.vllm.mooncake.place import PORT, place_of
 from kvconnect.vllm.mooncake.resolver import Resolver
 from kvconnect.vllm.mooncake.server import BootstrapServer
 from kvconnect.vllm.params import TICKET_KEY, Prompt, Ticket, check_engine, text_of
 from kvconnect.wire import Address
+
+logger = logging.getLogger("vllm.kvconnect")
 
 THREAD_NAME = "kvconnect-resolver"
 REGISTER_TIMEOUT_S = 120.0
@@ -47,9 +51,7 @@ class MooncakeContract(Contract):
         self._thread: LoopThread | None = None  # from the first time that somebody is asked
         self._resolver = Resolver(self._ask, time.monotonic)
         if us.role != "kv_consumer" and self._place.registers_at is None:
-            self._server = BootstrapServer(
-                self._place.port, self._directory, self._allowed, us.secret
-            )
+            self._server = self._serve()
 
     @property
     def port(self) -> int | None:
@@ -105,6 +107,17 @@ class MooncakeContract(Contract):
         sizes: dict[str, int],
     ) -> dict[str, Any] | None:
         return None if self.name(request) else super().answer(request, ticket, tables, sizes)
+
+    def _serve(self) -> BootstrapServer:
+        told = self._directory, self._allowed, self.us.secret
+        try:
+            return BootstrapServer(self._place.port, *told)
+        except ConfigError as e:
+            # whoever can be either side may be there for other routers, and nobody chose the port
+            if self.us.role != "kv_both" or PORT in os.environ:
+                raise
+            logger.warning("kvconnect: Mooncake's own routers do not find this engine: %s", e)
+            return BootstrapServer(0, *told)
 
     def _source(self, request: Any) -> Source | None:
         """None: being found out."""
