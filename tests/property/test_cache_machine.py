@@ -189,6 +189,7 @@ def test_an_end_waits_for_what_is_pinned_lost_or_not_stored():
     tier.ended(KEYS[:4])
     tier.lose(KEYS[0])
     tier.unpin(pins)
+    tier.touch(KEYS[2:3])
     tier.settle(KEYS[3], False)
     assert tier.admit(KEYS[8:11]).evicted == [KEYS[2]], "1 and then 2 are the prefix"
 

@@ -176,9 +176,10 @@ def test_every_stage_has_its_share(group):
 @pytest.mark.parametrize("whose", [True, False], ids=["the leader's", "a follower's"])
 def test_if_one_cannot_all_store_their_own(group, caplog, whose):
     """Memory of another host, another container, or that cannot be pinned."""
-    refused = []
+    refused, opened = [], []
 
     def pin(memory, to_write):
+        opened.append(memory)
         if to_write == whose and not refused:
             refused.append(memory)
             raise StoreError(Reason.FAILED, "it is not to be had")
@@ -186,6 +187,8 @@ def test_if_one_cannot_all_store_their_own(group, caplog, whose):
     ranks = group([MODEL] * 2, pin=pin)
     assert ranks.stores == [True, True]
     assert "stores its own copy: it is not to be had" in caplog.text
+    used = [place.memory for place in ranks.places]
+    assert not any(memory.place.bytes.size for memory in opened if memory not in used)
     ranks.store(3)
     assert ranks.load(3) == [True, True]
 

@@ -77,10 +77,12 @@ def test_if_a_later_one_cannot_the_rest_stays_unused(caplog):
     while sum(thread.is_alive() for thread in pinning._threads) > 1:
         pass  # one fails at once, the other is held at the gate
     device.gate.set()
-    pinning.close()
+    for thread in list(pinning._threads):
+        thread.join(10)
     assert pinning.ready == 10
     assert len(device.seen) <= 3, "it went on behind the gap"
     assert "stays unused" in caplog.text
+    pinning.close()
 
 
 def test_who_closes_does_not_wait_for_all_of_it():

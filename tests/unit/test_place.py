@@ -13,7 +13,7 @@ from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.jobs import Fill, Save, Spill
 from kvconnect.tier.store.packing import Packing
 from kvconnect.vllm.offload import place as module
-from kvconnect.vllm.offload.place import open_place
+from kvconnect.vllm.offload.place import follow, open_place
 
 MEMORY = 1 << 20
 UNHAD = 1 << 49  # more than a file can be long
@@ -22,11 +22,11 @@ UNHAD = 1 << 49  # more than a file can be long
 class Rank:
     """A place over a cache; `run` carries out a job."""
 
-    def __init__(self, ranks=1, fingerprint=FINGERPRINT, **options):
+    def __init__(self, ranks=1, fingerprint=FINGERPRINT, followed=False, **options):
         self.cache = Cache(MODEL, BLOCKS)
         config = parse({"cpu_bytes_to_use": MEMORY} | options, OffloadConfig, "test")
         packing = Packing(self.cache.shard, 0, CHUNK, load("cpu"))
-        self.place = open_place(config, ranks, fingerprint, [packing])
+        self.place = open_place(config, ranks, fingerprint, [packing], followed=followed)
 
     def run(self, job):
         """Its error; empty if it went well."""
@@ -112,6 +112,22 @@ def test_what_another_fingerprint_stored_is_never_found(opened, tmp_path):
     other = opened(fingerprint=b"\x06" * 32, **options)
     assert other.place.lead.keys == ([], [])
     assert not other.load(3)
+
+
+def test_who_follows_takes_no_other_arena_for_the_leader_s(opened):
+    """A path in /proc is another file's, once its process has ended."""
+    leader = opened(followed=True)
+    config = parse({"cpu_bytes_to_use": MEMORY}, OffloadConfig, "test")
+    packing = Packing(leader.cache.shard, 0, CHUNK, load("cpu"))
+    follow(config, leader.place.lead, FINGERPRINT, [packing]).close()
+    for other in (
+        leader.place.lead._replace(identity=bytes(16)),
+        leader.place.lead._replace(path="/proc/self/fd/9999"),
+    ):
+        with pytest.raises(StoreError, match="is not there, or another arena"):
+            follow(config, other, FINGERPRINT, [packing])
+    with pytest.raises(StoreError):
+        follow(config, leader.place.lead, bytes(32), [packing])
 
 
 def test_memory_in_dev_shm_lies_in_a_folder_of_ours_alone(opened, tmp_path, monkeypatch):

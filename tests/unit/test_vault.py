@@ -125,6 +125,12 @@ def test_a_packed_layout_moves_whole_and_is_a_format_of_its_own(bench):
     before = raw.copy()
     packed = packing.gather((3, 4), payload.ctypes.data)
     assert packed.done()
+    for byte in (0, packing.block_bytes - 300):  # of the packed layer, of dense ones
+        damaged = payload.copy()
+        damaged[byte] ^= 1
+        read = packing.scatter((8, 9), damaged.ctypes.data)[0]
+        assert read.done()
+        assert read.sums()[0] != packed.sums()[0]
     digest = packing.put_sums(payload, packed.sums())
     raw[:] = 0
     found = packing.scatter((3, NO_BLOCK), payload.ctypes.data)
