@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, Bench, key_of
 
-from kvconnect.blocks import BlockView
+from kvconnect.blocks import BlockView, Heads
 from kvconnect.errors import GeometryError
 from kvconnect.ops import load
 from kvconnect.plan import NO_BLOCK
@@ -80,6 +81,65 @@ def test_another_shard_or_chunk_is_another_format(bench):
     packings = [Packing(shard, 0, CHUNK, load("cpu")) for shard in shards]
     packings.append(Packing(bench.cache.shard, 0, CHUNK + 1, load("cpu")))
     assert len({p.format for p in packings} | {bench.packing.format}) == 4
+
+
+def altered(view, part=None, **fields):
+    """A view with fields of its own, or of its first part, changed."""
+    parts = (replace(view.parts[0], **part), *view.parts[1:]) if part else view.parts
+    return replace(view, parts=parts, **fields)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer": "model.layers.7"},
+        {"block_tokens": 8},
+        {"dtype": "float16"},
+        {"layout": "packed by X"},
+        {"heads": Heads(2, 2, 4)},
+        {"part": {"name": "v"}},
+        {"part": {"itemsize": 1}},
+        {"part": {"scale": 2.0}},
+        {"part": {"shape": (2, 4, 8)}},
+    ],
+    ids=str,
+)
+def test_whatever_tells_bytes_apart_is_in_the_format(bench, change):
+    shard = bench.cache.shard
+    other = replace(shard, views=(altered(shard.views[0], **change), *shard.views[1:]))
+    assert Packing(other, 0, CHUNK, load("cpu")).format != bench.packing.format
+
+
+def test_parts_that_changed_places_are_not_taken_for_one_another(bench):
+    """Two pieces of 64 bytes that the kernels move apart, since their blocks have other tokens."""
+    raw = np.random.default_rng(0).integers(0, 256, (2, BLOCKS, 64), np.uint8)
+    part = type(bench.cache.shard.views[0].parts[0])
+    parts = [
+        part(base=int(raw[0].ctypes.data), strides=(64, 32, 32, 1), shape=(2, 1, 32), itemsize=1),
+        part(base=int(raw[1].ctypes.data), strides=(64, 32, 16, 1), shape=(2, 2, 16), itemsize=1),
+    ]
+    views = tuple(
+        replace(bench.cache.shard.views[0], layer=f"packed {n}", layout="X", parts=(one,))
+        for n, one in enumerate(parts)
+    )
+    packing = Packing(replace(bench.cache.shard, views=views), 0, CHUNK, load("cpu"))
+    payload = np.zeros(packing.nbytes, np.uint8)
+    packed = packing.gather((3, 4), payload.ctypes.data)
+    swapped = payload.copy()
+    swapped[:64], swapped[256:320] = payload[256:320], payload[:64]
+    assert packing.scatter((8, 9), swapped.ctypes.data)[0].sums()[0] != packed.sums()[0]
+
+
+def test_a_slot_of_another_group_is_not_loaded():
+    """Of as many bytes and tokens."""
+    cache = Cache(Model(layers=2, heads=2, block_tokens=4, content=32, groups=2), BLOCKS)
+    packings = [Packing(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
+    arena = make_arena(Spec(2, slot_bytes(packings), FINGERPRINT))
+    store = HostStore(Shelf(arena), packings)
+    assert store.store(1, key_of(1), 0, (0, 1))
+    store.poll()
+    assert not store.load(2, key_of(1), 1, (2, 3))
+    arena.close()
 
 
 def test_a_stage_without_layers_of_a_group_has_nothing_to_move_and_moves_it():
@@ -382,6 +442,17 @@ def test_a_disk_that_only_fails_is_left_alone(bench):
     assert not bench.spill(1)
     assert bench.file.operations == seen
     assert bench.disk.counts["writes_dropped_disk_off"] == 1
+
+
+def test_only_failures_in_a_row_turn_a_disk_off(bench):
+    assert bench.save(1)
+    for _ in range(2):
+        bench.file.usual = DiskFault.FULL
+        for _ in range(MOST_FAILURES - 1):
+            assert not bench.spill(1)
+        bench.file.usual = DiskFault.NONE
+        assert bench.spill(1)
+        bench.vault.forget_on_disk(key_of(1))
 
 
 @pytest.mark.parametrize("at", ["payload", "sums"])
