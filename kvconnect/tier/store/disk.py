@@ -106,7 +106,7 @@ class DiskStore:
         entry, arena, own = self.shelf.use(key), self.shelf.arena, True
         if entry is None and self.neighbours and (found := self.neighbours.find(key)):
             arena, entry, own = *found, False
-        if entry is None or not self._lanes.room or pages(entry.nbytes) > into.nbytes:
+        if entry is None or not self._lanes.room:
             self.counts["reads_missed" if entry is None else "reads_refused"] += 1
             if entry is not None and own:
                 self.shelf.done(entry)

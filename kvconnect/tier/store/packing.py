@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from kvconnect.blocks import DENSE, MAX_BLOCKS, BlockView, Part, Shard
+from kvconnect.blocks import MAX_BLOCKS, BlockView, Part, Shard
 from kvconnect.errors import GeometryError
 from kvconnect.ops import WIRE_ALIGN, Copy, Kernels, Launch, Prepared, Type, chunk_bytes
 from kvconnect.plan import NO_BLOCK
@@ -174,8 +174,7 @@ def _format(views: Sequence[BlockView], chunk_blocks: int) -> str:
         )
         for view in views
     ]
-    layouts = {view.layout for view in views} - {DENSE}
-    text = msgspec.msgpack.encode([WIRE_ALIGN, chunk_blocks, sorted(layouts), pieces])
+    text = msgspec.msgpack.encode([WIRE_ALIGN, chunk_blocks, pieces])
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
