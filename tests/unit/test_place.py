@@ -140,6 +140,12 @@ def test_memory_in_dev_shm_lies_in_a_folder_of_ours_alone(opened, tmp_path, monk
     with pytest.raises(StoreError, match="ours alone"):
         opened(persist=True)
     folder.chmod(0o700)
+    with monkeypatch.context() as patch:
+        other = os.getuid() + 1
+        patch.setattr(module.os, "getuid", lambda: other)
+        patch.setattr(module, "SHARED_MEMORY", str(folder))
+        with pytest.raises(StoreError, match="ours alone"):
+            opened(persist=True)
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match="ours alone"):

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -228,6 +227,6 @@ def _memory_folder(config: OffloadConfig) -> Path:
     except OSError as e:
         raise StoreError(Reason.FAILED, f"{folder}: {e.strerror}") from e
     # anybody may make a folder there: what is not ours alone could be read or forged
-    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:  # a link has mode 0777
         raise StoreError(Reason.FOREIGN, f"{folder} is not a folder of ours alone; remove it")
     return folder
