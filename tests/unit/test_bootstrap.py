@@ -35,7 +35,7 @@ from kvconnect.vllm.mooncake.server import BootstrapServer
 from kvconnect.wire import Address
 
 SECRET, OTHER = b"a secret of 16 b", b"another of 16 by"
-SIZES = Sizes(dp=2, tp=2, pp=2)
+SIZES = Sizes(tp=2, pp=2)
 FOUR = [Address("10.0.0.1", 7000 + rank) for rank in range(4)]
 HERE = "127.0.0.1"
 PREFILL = Endpoint("p", 1)
@@ -77,7 +77,6 @@ def test_ipv6_addresses_come_back():
     [
         ({"engine_id": "Q"}, "mismatch"),
         ({"addr": "tcp://10.0.0.1:1"}, "already registered"),
-        ({"dp_rank": 2}, "no such rank"),
         ({"tp_rank": 2}, "no such rank"),
         ({"pp_rank": 2}, "no such rank"),
         ({"tp_rank": 1, "addr": "udp://10.0.0.1:1"}, "expected tcp"),

@@ -24,13 +24,14 @@ SIZES = {"tp_size": 2, "dcp_size": 1, "pp_size": 1}
 
 
 def parallel(**changed):
-    """The attributes of vLLM's ParallelConfig that are used."""
+    """The attributes of vLLM's ParallelConfig that are used.
+
+    Not the size of the group: vLLM says 1 to the engines of dense models.
+    """
     fields = {
         "local_engines_only": False,
         "data_parallel_rank_local": 0,
         "data_parallel_index": 0,
-        "data_parallel_size_local": 1,
-        "data_parallel_size": 1,
         "data_parallel_master_ip": "127.0.0.1",
         "tensor_parallel_size": 2,
         "pipeline_parallel_size": 1,
@@ -240,13 +241,11 @@ def test_a_lease_name_is_never_too_long_for_the_wire(alone):
 
 
 def test_a_group_of_engines_has_one_endpoint(make, monkeypatch):
-    first = make("P_dp0", "kv_producer", SECRET, parallel(data_parallel_size=2))
+    first = make("P_dp0", "kv_producer", SECRET, parallel())
     first.named(RANKS)
     port = first.port
     monkeypatch.setenv("VLLM_MOONCAKE_BOOTSTRAP_PORT", str(port))
-    second = make(
-        "P_dp1", "kv_producer", SECRET, parallel(data_parallel_size=2, data_parallel_index=1)
-    )
+    second = make("P_dp1", "kv_producer", SECRET, parallel(data_parallel_index=1))
     assert second.port is None
     others = tuple(Address("127.0.0.1", 7100 + rank) for rank in range(2))
     second.named(others)
@@ -259,9 +258,9 @@ def test_a_group_of_engines_has_one_endpoint(make, monkeypatch):
 
 
 def test_an_operators_endpoint_is_registered_at(make):
-    whole = make("first", "kv_both", None, parallel(data_parallel_size=3))
+    whole = make("first", "kv_both", None, parallel())
     port = whole.port
-    shape = parallel(data_parallel_index=2, data_parallel_size=3)
+    shape = parallel(data_parallel_index=2)
     ours = make("P", "kv_producer", None, shape, bootstrap_server_address=f"localhost:{port}")
     ours.named(RANKS)
     pair = Pair.__new__(Pair)
@@ -289,13 +288,13 @@ def test_ports_that_are_none_are_a_startup_error(monkeypatch):
 
 def test_a_group_cannot_look_for_its_endpoint_at_any_port():
     with pytest.raises(ConfigError, match="data-parallel"):
-        place_of(parallel(data_parallel_index=1, data_parallel_size=2), None)
+        place_of(parallel(data_parallel_index=1), None)
 
 
 @pytest.mark.parametrize(
     ("shape", "registers_at"),
     [
-        ({"data_parallel_index": 3, "data_parallel_size": 4}, Endpoint("10.0.0.9", 8998)),
+        ({"data_parallel_index": 3}, Endpoint("10.0.0.9", 8998)),
         (
             {"local_engines_only": True, "data_parallel_index": 3, "data_parallel_rank_local": 1},
             Endpoint("127.0.0.1", 8998),

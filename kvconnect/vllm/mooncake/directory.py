@@ -42,9 +42,8 @@ class Entry(msgspec.Struct):
 
 
 class Sizes(msgspec.Struct, frozen=True):
-    """Ranks that there are."""
+    """Of each engine. How many engines a group has, vLLM does not tell those of dense models."""
 
-    dp: int
     tp: int
     pp: int
 
@@ -59,8 +58,8 @@ class Directory:
     def register(self, new: Registration) -> str:
         """Note a rank; returns why it was refused, or ""; to repeat one is no error."""
         sizes = self._sizes
-        if new.dp_rank >= sizes.dp or new.tp_rank >= sizes.tp or new.pp_rank >= sizes.pp:
-            return f"there is no such rank here: DP {sizes.dp}, TP {sizes.tp}, PP {sizes.pp}"
+        if new.tp_rank >= sizes.tp or new.pp_rank >= sizes.pp:
+            return f"there is no such rank here: TP {sizes.tp}, PP {sizes.pp}"
         if address_of(new.addr) is None:
             return f"addr is {new.addr!r}, expected tcp://host:port"
         entry = self._entries.get(new.dp_rank)

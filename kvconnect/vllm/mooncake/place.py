@@ -28,8 +28,7 @@ def place_of(parallel: Any, server_address: str | None) -> Place:
     """From vLLM's parallel config and the option; raises ConfigError."""
     local = bool(getattr(parallel, "local_engines_only", False))  # each node for itself
     dp_rank = (parallel.data_parallel_rank_local if local else parallel.data_parallel_index) or 0
-    replicas = parallel.data_parallel_size_local if local else parallel.data_parallel_size
-    sizes = Sizes(replicas, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    sizes = Sizes(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
     port = _port()
     if server_address is not None:
         return Place(dp_rank, sizes, _endpoint(server_address), port)
