@@ -1,7 +1,7 @@
 """pytest plugin: points vLLM's own tests of MultiConnector at ours of that name.
 
 The in-tree class is replaced where it is defined, before the tests import it from there; so the
-name "MultiConnector" gives ours too. Models are a small local one instead of one from a hub.
+name "MultiConnector" gives ours too. Configurations name a small local model instead of a hub's.
 """
 
 import os
@@ -30,12 +30,6 @@ def _counting_init(self, *args, **options):
 utils.create_vllm_config = _create_small
 multi_connector.MultiConnector = MultiConnector
 MultiConnector.__init__ = _counting_init
-
-
-def pytest_collection_modifyitems(items):
-    for module in {item.module for item in items}:
-        if hasattr(module, "MODEL_NAME"):
-            module.MODEL_NAME = os.environ["KVCONNECT_TP_MODEL"]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -53,6 +53,8 @@ DESELECTED = [
     "test_multi_connector_overrides_all_base_methods",
     # needs an accelerator
     "test_multi_connector_handle_preemptions_integration",
+    # runs an engine in a process of its own, where the class is in-tree's: it would show nothing
+    "test_multi_example_connector_consistency",
 ]
 
 
