@@ -31,6 +31,7 @@ from kvconnect.order import Directory, Fetch, Grant, Shard, Source
 from kvconnect.settings import Settings
 from kvconnect.slots import GRANULE_BYTES, Staging
 from kvconnect.testing.geometry import GUARD_BYTES, Cache, Model
+from kvconnect.transport import mooncake, nixl
 from kvconnect.transport.registry import make_transport
 
 HOST = "127.0.0.1"
@@ -42,6 +43,8 @@ SLOTS = 256  # half to receive; those of a killed supplier's chunks are out of u
 UNDER_WAY = 4
 TTL_S, LOAD_TIMEOUT_S, HANDSHAKE_S = 3.0, 4.0, 2.0
 LATE_S = 1.0  # beyond the timeout: what a busy machine is granted
+FENCE_S = {"nixl": nixl.FENCE_S, "mooncake": mooncake.FENCE_S, "ucx": 0.0}
+"""Beyond that: until what a stopped peer could still touch is out of its reach."""
 MODES = ("direct", "staged")
 PATTERNS = [
     np.random.default_rng(seed).integers(0, 256, (MODEL.layers, PROMPT, ROW), dtype=np.uint8)
@@ -212,6 +215,7 @@ class Run:
         self.leases = deque(maxlen=4)  # (source, terms, seed) of the last ones
         self.number = 0
         self.since_restart = 0
+        self.fence_s = 0.0
 
     def go(self, times):
         for side in self.sides.values():
@@ -253,12 +257,14 @@ class Run:
     def freeze(self):
         """Stop the supplier amid fetches, which must end in time; then let it go on."""
         self.load(until=lambda: len(self.under_way) == UNDER_WAY, seconds=20.0)
+        self.fence_s = FENCE_S[self.name]
         began, pid = time.monotonic(), self.sides["supplier"].process.pid
         os.kill(pid, signal.SIGSTOP)
         try:
-            self.load(until=lambda: not self.under_way, seconds=20.0, more=False)
+            self.load(until=lambda: not self.under_way, seconds=40.0, more=False)
         finally:
             os.kill(pid, signal.SIGCONT)
+            self.fence_s = 0.0
         self.report.frozen_s = round(time.monotonic() - began, 2)
         self.since_restart = 0
 
@@ -296,7 +302,7 @@ class Run:
             if not right or stale:
                 report.wrong += 1
                 report.problems.append(f"{request_id}, {mode}: {right=} {stale=}")
-        late = time.monotonic() - LOAD_TIMEOUT_S - LATE_S
+        late = time.monotonic() - LOAD_TIMEOUT_S - LATE_S - self.fence_s
         for request_id, (mode, asked, _) in self.under_way.items():
             if asked < late:
                 raise TimeoutError(f"{request_id}, {mode}, hangs")
