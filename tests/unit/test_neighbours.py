@@ -114,8 +114,44 @@ def test_what_one_stored_the_other_loads_from_memory_and_from_disk(pair):
     assert mine.host.counts["promoted"] == 0
     assert mine.load(2)
     assert mine.host.counts["promoted"] == 1
-    assert mine.load(2), "it is in our own memory now"
-    assert key_of(1) not in mine.host.shelf
+    assert mine.load(2)
+    assert mine.host.counts["promoted"] == 2, "it only passes through our memory"
+    assert not mine.host.shelf.keys()
+    assert mine.host.shelf.free == 4
+
+
+def test_what_is_on_a_neighbours_disk_passes_through_the_one_slot_that_is_free(pair):
+    mine, other = pair
+    for seed in range(4):
+        assert other.save(seed)
+        assert other.spill(seed)
+        other.vault.forget(key_of(seed))
+    for seed in (5, 6, 7):
+        assert mine.save(seed)
+    refresh(mine)
+    tickets = {seed: mine.ticket() for seed in range(4)}
+    for seed, ticket in tickets.items():
+        assert mine.vault.load(ticket, key_of(seed), 0, (10 + 2 * seed, 11 + 2 * seed))
+    assert mine.settle() == dict.fromkeys(tickets.values(), "")
+    assert all(mine.holds(seed, (10 + 2 * seed, 11 + 2 * seed)) for seed in tickets)
+    assert mine.host.shelf.free == 1
+    assert mine.host.shelf.keys() == [key_of(5), key_of(6), key_of(7)]
+
+
+def test_what_was_saved_while_it_was_read_from_a_neighbours_disk_stays(pair):
+    mine, other = pair
+    assert other.save(1)
+    assert other.spill(1)
+    other.vault.forget(key_of(1))
+    refresh(mine)
+    save, load = mine.ticket(), mine.ticket()
+    assert mine.vault.load(load, key_of(1), 0, (10, 11))
+    mine.cache.fill((0, 1), 1)
+    assert mine.vault.save(save, key_of(1), 0, (0, 1))
+    assert mine.settle() == {save: "", load: ""}
+    assert mine.holds(1, (10, 11))
+    assert mine.host.shelf.keys() == [key_of(1)]
+    assert mine.host.shelf.free == 3
 
 
 def test_a_vault_tells_what_came_and_what_went_of_either_kind(pair):

@@ -20,6 +20,7 @@ from kvconnect.tier.store.header import Spec
 from kvconnect.tier.store.host import HostStore
 from kvconnect.tier.store.packing import Packing, slot_bytes
 from kvconnect.tier.store.shelf import Shelf
+from kvconnect.tier.store.vault import PATIENCE_S
 
 
 @pytest.fixture
@@ -342,7 +343,7 @@ def test_memory_may_forget_while_the_disk_still_writes(make):
     assert bench.load(1)
 
 
-def test_a_slow_disk_drops_writes_and_refuses_reads_rather_than_wait(make):
+def test_a_slow_disk_drops_writes_and_lets_reads_wait(make):
     bench = make(slots=6, most_jobs=2)
     on_disk_only(bench, 9)
     for seed in range(4):
@@ -350,12 +351,12 @@ def test_a_slow_disk_drops_writes_and_refuses_reads_rather_than_wait(make):
     bench.file.hold()
     started = [bench.vault.spill(bench.ticket(), key_of(seed)) for seed in range(4)]
     assert started == [True, True, False, False]
-    assert not bench.vault.load(bench.ticket(), key_of(9), 0, (10, 11))
+    ticket = bench.ticket()
+    assert bench.vault.load(ticket, key_of(9), 0, (10, 11))
     assert bench.disk.counts["writes_dropped_queue_full"] == 2
-    assert bench.disk.counts["reads_refused"] == 1
     bench.file.let_go()
-    bench.settle()
-    assert bench.load(9)
+    assert bench.settle()[ticket] == ""
+    assert bench.holds(9, (10, 11))
 
 
 def test_a_full_disk_tier_drops_writes(make):
@@ -366,6 +367,39 @@ def test_a_full_disk_tier_drops_writes(make):
     assert bench.disk.counts["writes_without_slot"] == 1
     bench.vault.forget_on_disk(key_of(0))
     assert bench.spill(2)
+
+
+def test_a_load_from_disk_waits_for_the_slot_that_is_being_written_to_disk(make):
+    """As write-back has it: what makes room is spilled, forgotten, and its slot wanted at once."""
+    bench = make(slots=1)
+    on_disk_only(bench, 1)
+    assert bench.save(2)
+    bench.file.hold()
+    spill, load = bench.ticket(), bench.ticket()
+    assert bench.vault.spill(spill, key_of(2))
+    bench.vault.forget(key_of(2))
+    assert bench.vault.load(load, key_of(1), 0, (10, 11))
+    assert not bench.vault.poll()
+    bench.file.let_go()
+    ended = bench.settle()
+    assert ended == {spill: "", load: ""}
+    assert bench.holds(1, (10, 11))
+
+
+def test_a_load_from_disk_does_not_wait_for_a_slot_for_ever(make):
+    bench = make(slots=2)
+    on_disk_only(bench, 1)
+    assert bench.save(2) and bench.save(3)
+    bench.file.hold()
+    assert bench.vault.spill(bench.ticket(), key_of(2))  # under way, and frees nothing
+    ticket = bench.ticket()
+    assert bench.vault.load(ticket, key_of(1), 0, (10, 11))
+    assert not bench.vault.poll()
+    bench.now += PATIENCE_S
+    (ended,) = bench.vault.poll()
+    assert ended.ticket == ticket and ended.error
+    bench.file.let_go()
+    bench.settle()
 
 
 def test_no_slot_to_promote_to_is_a_miss(make):

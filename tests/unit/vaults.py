@@ -60,7 +60,8 @@ class Bench:
             beside = neighbours_of(folder / "disk", path, Filed) if share else None
             self.neighbours += [beside] if share else []
             self.disk = DiskStore(Shelf(disk), Lanes(2, most_jobs), beside, self.open_file)
-        self.vault = Vault(self.host, self.disk)
+        self.now = 0.0
+        self.vault = Vault(self.host, self.disk, lambda: self.now)
         self.tickets = 0
 
     def open_file(self, arena):

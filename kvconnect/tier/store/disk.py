@@ -101,6 +101,17 @@ class DiskStore:
         self._jobs[number] = _Write(ticket, slot, entry)
         return True
 
+    @property
+    def room(self) -> bool:
+        """Whether `read` would start."""
+        return self._lanes.room > 0
+
+    def has(self, key: bytes) -> bool:
+        """Whether a key can be read, as far as is known."""
+        found = key in self.shelf or (self.neighbours and self.neighbours.find(key))
+        self.counts["reads_missed"] += not found
+        return bool(found)
+
     def read(self, ticket: Ticket, key: bytes, into: np.ndarray) -> Entry | None:
         """Start to read a payload; returns what it will be. None: a miss."""
         entry, arena, own = self.shelf.use(key), self.shelf.arena, True

@@ -1,15 +1,20 @@
 """Host memory with a disk behind it, as one rank moves KV between them and its paged cache.
 
 * `save` and `load` are between paged blocks and memory, `spill` from memory to disk. What is on
-  disk only is promoted on its way: read into a slot in memory, which then holds it as any other.
+  disk only is promoted on its way: read into a slot in memory, which then holds it as any other;
+  of a neighbour's disk it only passes through, and the slot is free again.
+* Such a load waits for a slot, and for room in the disk's queue, while something is under way
+  that may make it free; `PATIENCE_S` after the last promotion began or ended it fails.
 * A load falls back within itself: what is damaged in memory is taken from disk if it is there.
 * Decides nothing about who stays: slots must have been freed by `forget`. Where there is none,
-  the save is skipped, or the load is a miss.
+  the save is skipped, or the load fails.
 * Each ticket that was started ends once in `poll`. Not thread-safe: the mover's thread owns it.
 """
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +22,8 @@ from kvconnect.tier.jobs import Loss
 from kvconnect.tier.store.arena import Entry
 from kvconnect.tier.store.disk import DiskStore
 from kvconnect.tier.store.host import Ended, HostStore, Ticket
+
+PATIENCE_S = 5.0
 
 
 class _Wanted(NamedTuple):
@@ -36,28 +43,42 @@ class _Fetch:
     key: bytes
     slot: int
     entry: Entry  # on disk
+    passing: bool  # it is a neighbour's
     waiting: list[_Wanted]
 
 
 class Vault:
     """See the module's contract. Without ``disk`` it is memory only."""
 
-    def __init__(self, host: HostStore, disk: DiskStore | None = None) -> None:
+    def __init__(
+        self,
+        host: HostStore,
+        disk: DiskStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.host = host
         self.disk = disk
+        self._clock = clock
         self._numbers = itertools.count(1)  # tickets of our own
         self._saves: dict[int, Ticket] = {}
         self._loads: dict[int, tuple[_Wanted, Entry | None]] = {}  # → what on disk it came from
         self._spills: dict[int, tuple[Ticket, Entry]] = {}
         self._fetches: dict[int, _Fetch] = {}
         self._fetching: dict[bytes, _Fetch] = {}
+        self._queued: deque[tuple[_Wanted, float]] = deque()  # since then
+        self._promoted_at = clock()
         self._ended: list[Ended] = []
         self._beside: set[bytes] = set()
 
     @property
     def busy(self) -> bool:
         """Whether `poll` has something to wait for."""
-        return bool(self._saves or self._loads or self._spills or self._fetches or self._ended)
+        return bool(self._moving or self._queued or self._ended)
+
+    @property
+    def _moving(self) -> bool:
+        """Whether something is under way, which may free a slot when it ends."""
+        return bool(self._saves or self._loads or self._spills or self._fetches)
 
     def keys(self, on_disk: bool) -> list[bytes]:
         """What the disk, or memory, holds, oldest first."""
@@ -154,6 +175,7 @@ class Vault:
                 self._ended.append(done._replace(ticket=self._saves.pop(done.ticket)))
             else:
                 self._loaded(*self._loads.pop(done.ticket), done)
+        self._start_fetches()
         ended, self._ended = self._ended, []
         return ended
 
@@ -165,42 +187,64 @@ class Vault:
         return promoted is None and self._fetch(wanted)
 
     def _fetch(self, wanted: _Wanted) -> bool:
-        """Promote what is wanted, or wait for whoever does already."""
-        if self.disk is None:
+        """Promote what is wanted, once there is a slot for it; False: it is on no disk."""
+        if self.disk is None or not self.disk.has(wanted.key):
             return False
-        if fetch := self._fetching.get(wanted.key):
-            fetch.waiting.append(wanted)
-            return True
-        shelf = self.host.shelf
-        slot = shelf.fill()
-        if slot is None:
-            self.host.counts["promotions_without_slot"] += 1
-            return False
-        number = next(self._numbers)
+        self._queued.append((wanted, self._clock()))
+        self._start_fetches()
+        return True
+
+    def _start_fetches(self) -> None:
+        while self.disk is not None and self._queued:
+            wanted, since_s = self._queued.popleft()
+            if fetch := self._fetching.get(wanted.key):
+                fetch.waiting.append(wanted)
+            elif self.disk.room and (slot := self.host.shelf.fill()) is not None:
+                self._read(wanted, slot)
+            elif self._moving and self._clock() < max(since_s, self._promoted_at) + PATIENCE_S:
+                self._queued.appendleft((wanted, since_s))
+                return
+            else:
+                self.host.counts["promotions_without_slot"] += 1
+                self._ended.append(Ended(wanted.ticket, wanted.key, "no slot to read it to", 0))
+
+    def _read(self, wanted: _Wanted, slot: int) -> None:
+        """Promote it to ``slot``."""
+        assert self.disk is not None
+        number, shelf = next(self._numbers), self.host.shelf
+        passing = not self.holds(wanted.key, on_disk=True)
         entry = self.disk.read(number, wanted.key, shelf.arena.payload(slot))
         if entry is None:
             shelf.abandon(slot)
-            return False
-        fetch = _Fetch(wanted.key, slot, entry, [wanted])
+            self._ended.append(Ended(wanted.ticket, wanted.key, "not read", 0))
+            return
+        self._promoted_at = self._clock()
+        fetch = _Fetch(wanted.key, slot, entry, passing, [wanted])
         self._fetches[number] = self._fetching[wanted.key] = fetch
-        return True
 
     def _fetched(self, fetch: _Fetch, done: Ended) -> None:
         del self._fetching[fetch.key]
+        self._promoted_at = self._clock()
         shelf, entry = self.host.shelf, fetch.entry
         if done.error:
             shelf.abandon(fetch.slot)
             for wanted in fetch.waiting:
                 self._ended.append(done._replace(ticket=wanted.ticket))
             return
-        shelf.commit(
-            fetch.slot, *(entry.key, entry.group, entry.tokens, entry.nbytes, entry.digest)
-        )
-        self.host.counts["promoted"] += 1
+        saved = fetch.key in shelf  # meanwhile
+        if saved:
+            shelf.abandon(fetch.slot)
+        else:
+            shelf.commit(
+                fetch.slot, *(entry.key, entry.group, entry.tokens, entry.nbytes, entry.digest)
+            )
+            self.host.counts["promoted"] += 1
         for wanted in fetch.waiting:
             if not self._load(wanted, entry):
                 self._spoilt(entry)
                 self._ended.append(Ended(wanted.ticket, wanted.key, "damaged on disk", 0))
+        if fetch.passing and not saved:
+            self.host.drop(fetch.key)  # its slot is free once those loads have read it
 
     def _loaded(self, wanted: _Wanted, promoted: Entry | None, done: Ended) -> None:
         if done.error and promoted is not None:

@@ -26,6 +26,7 @@ from kvconnect.tier.store.vault import Vault
 
 logger = logging.getLogger("vllm.kvconnect")
 
+PASSING_SLOTS = 8  # for what is on neighbours' disks alone; the scheduler has the others
 SHARED_MEMORY = "/dev/shm/kvconnect-{}"  # noqa: S108 - ours alone: `_own_folder` looks
 
 
@@ -127,7 +128,8 @@ def open_place(
 
     runner = Runner(hand, [packing.block_bytes for packing in packings], counts)
     disk_slots = disk.shelf.arena.spec.slots if disk else 0
-    lead = Lead(str(arena.path), arena.identity, spec.slots, disk_slots, keys)
+    passing = min(PASSING_SLOTS, spec.slots // 2) if config.share and disk else 0
+    lead = Lead(str(arena.path), arena.identity, spec.slots - passing, disk_slots, keys)
     parts = [part for part in (disk, beside, pinning, arena) if part is not None]
     return Opened(runner, arena, True, lead, tuple(parts))
 
