@@ -324,7 +324,8 @@ def run(name, times, seed):
     try:
         chaos.go(times)
     except (TimeoutError, EOFError, OSError) as e:
-        chaos.report.problems.append(f"{type(e).__name__}: {e}")
+        ended = {name: side.process.exitcode for name, side in chaos.sides.items()}
+        chaos.report.problems.append(f"{type(e).__name__}: {e}; exit codes: {ended}")
     finally:
         for side in chaos.sides.values():
             side.kill()

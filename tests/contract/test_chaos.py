@@ -25,7 +25,7 @@ def test_ranks_that_are_killed_leave_nothing_wrong_held_or_hanging(name):
     )
     assert ended.stdout, ended.stderr
     report = json.loads(ended.stdout)
-    assert report["problems"] == [], report
+    assert report["problems"] == [], f"{report}\n{ended.stderr[-3000:]}"
     assert report["wrong"] == 0
     assert report["held"] == 0, "leases outlived their readers"
     assert report["kills"] == {"supplier": TIMES, "reader": TIMES}
