@@ -3,6 +3,7 @@
 They ask prefill and decode at once, and tell both one transfer id.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ from kvconnect.cli.processes import HOST, Server, ServerError
 
 EXAMPLE = "examples/disaggregated/mooncake_connector/mooncake_connector_proxy.py"
 LENGTHS = [2, 31, 64, 127, 128, 129, 255, 257, 400, 511, 513, 640, 700, 1000, 1023, 1025, 1500]
+SEEDS = itertools.count(10_000, 10_000)
 INVALID = "vllm:kvconnect_num_invalid_params_total"
 FAILED = "vllm:nixl_num_failed_transfers_total"
 
@@ -84,7 +86,7 @@ def loaded(pair: Pair) -> float:
 def test_all_prompt_tokens_come_through_behind_unmodified_routers(
     routed_pair: Pair, router: Client
 ):
-    pair, seed = routed_pair, hash(router.netloc) % 1000 * 10_000  # nothing cached
+    pair, seed = routed_pair, next(SEEDS)  # nothing is cached
     prompts = [words(length, seed + length) for length in LENGTHS]
     before, failed = (loaded(pair), pair.computed_at_decode()), pair.decode.metric(FAILED)
     through = in_parallel(router.tokens, prompts)
