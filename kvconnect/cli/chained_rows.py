@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+from kvconnect.cli.rows import failure
+
 CAPTION = """\
 [b]Peer, Host[/b]: prompt tokens that the decode engine loaded from the prefill
 engine, and from its own host memory, in one load
@@ -81,11 +83,8 @@ def table(rows: Sequence[Row]) -> Table:
 
 def verdict(rows: Sequence[Row], expected: int) -> tuple[bool, str]:
     """Whether all ``expected`` rows are there and right, in one line."""
-    faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults()]
-    if len(rows) < expected:
-        faults.append(f"{expected - len(rows)} of {expected} requests were not made")
-    if faults:
-        return False, "FAILED: " + "; ".join(faults)
+    if line := failure(rows, expected):
+        return False, line
     peer, host = sum(r.peer_tokens for r in rows), sum(r.host_tokens for r in rows)
     both = sum(bool(r.peer_tokens and r.host_tokens) for r in rows)
     return True, (

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+from kvconnect.cli.rows import failure
+
 CAPTION = """\
 [b]Host, Disk[/b]: prompt tokens whose KV was loaded from there; [b]Computed[/b]: prefilled
 (vllm:prompt_tokens_by_source), which is what does not fill a block, and the last token.
@@ -79,11 +81,8 @@ def table(rows: Sequence[Row]) -> Table:
 
 def verdict(rows: Sequence[Row], expected: int) -> tuple[bool, str]:
     """Whether all ``expected`` rows are there and right, in one line."""
-    faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults()]
-    if len(rows) < expected:
-        faults.append(f"{expected - len(rows)} of {expected} requests were not made")
-    if faults:
-        return False, "FAILED: " + "; ".join(faults)
+    if line := failure(rows, expected):
+        return False, line
     host, disk = sum(r.host_tokens for r in rows), sum(r.disk_tokens for r in rows)
     return True, (
         f"RIGHT: {host:,} prompt tokens from host memory, {disk:,} from disk after kill -9; all "

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from rich import box
 from rich.table import Table
@@ -101,13 +102,29 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def verdict(rows: Sequence[Row], expected: int) -> tuple[bool, str]:
-    """Whether all ``expected`` rows are there and right, in one line."""
+class Judged(Protocol):
+    """A row of any demo's table."""
+
+    @property
+    def name(self) -> str:
+        """What was asked."""
+
+    def faults(self) -> list[str]:
+        """What is wrong with it."""
+
+
+def failure(rows: Sequence[Judged], expected: int) -> str:
+    """What is wrong with rows, of which there should be ``expected``, in one line; or ""."""
     faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults()]
     if len(rows) < expected:
         faults.append(f"{expected - len(rows)} of {expected} requests were not made")
-    if faults:
-        return False, "FAILED: " + "; ".join(faults)
+    return "FAILED: " + "; ".join(faults) if faults else ""
+
+
+def verdict(rows: Sequence[Row], expected: int) -> tuple[bool, str]:
+    """Whether all ``expected`` rows are there and right, in one line."""
+    if line := failure(rows, expected):
+        return False, line
     together, alone = ([r for r in rows if r.alone is a] for a in (False, True))
     moved, of = (
         sum(r.moved_tokens for r in together),

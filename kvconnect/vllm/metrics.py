@@ -96,6 +96,21 @@ COUNTERS = {
 }
 
 
+class SummedStats(KVConnectorStats):
+    """Sums by name."""
+
+    def reset(self) -> None:
+        self.data: dict[str, Any] = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, number in other.data.items():
+            self.data[name] = self.data.get(name, 0) + number
+        return self
+
+    def is_empty(self) -> bool:
+        return not any(self.data.values())
+
+
 class KvConnectStats(KVConnectorStats):
     """Lists of observations by name; see `kvconnect.stats`."""
 

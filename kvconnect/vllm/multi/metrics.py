@@ -14,6 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.v1.metrics.utils import create_metric_per_engine
 
+from kvconnect.vllm.metrics import SummedStats
+
 logger = logging.getLogger("vllm.kvconnect")
 
 CHAIN = "chain"  # the label of what loads together
@@ -50,19 +52,8 @@ COUNTERS = {
 }
 
 
-class ChainStats(KVConnectorStats):
-    """Sums by name."""
-
-    def reset(self) -> None:
-        self.data: dict[str, Any] = {}
-
-    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        for name, number in other.data.items():
-            self.data[name] = self.data.get(name, 0) + number
-        return self
-
-    def is_empty(self) -> bool:
-        return not any(self.data.values())
+class ChainStats(SummedStats):
+    """See `COUNTERS`."""
 
     def reduce(self) -> dict[str, int | float]:
         return {name: self.data.get(name, 0) for name, _ in COUNTERS.values()}

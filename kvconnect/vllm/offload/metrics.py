@@ -5,11 +5,10 @@ Nothing here raises on odd data: an exception in stats would end the API server'
 
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
-    KVConnectorPromMetrics,
-    KVConnectorStats,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
 from vllm.v1.metrics.utils import create_metric_per_engine
+
+from kvconnect.vllm.metrics import SummedStats
 
 SKIPPED = ("host_keys_skipped_all_pinned", "host_stores_without_slot", "host_keys_not_stored")
 DROPPED = (
@@ -93,19 +92,8 @@ COUNTERS: dict[str, tuple[tuple[str, ...], float, str]] = {
 }
 
 
-class OffloadStats(KVConnectorStats):
-    """Sums by name."""
-
-    def reset(self) -> None:
-        self.data: dict[str, Any] = {}
-
-    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        for name, number in other.data.items():
-            self.data[name] = self.data.get(name, 0) + number
-        return self
-
-    def is_empty(self) -> bool:
-        return not any(self.data.values())
+class OffloadStats(SummedStats):
+    """See `COUNTERS`."""
 
     def reduce(self) -> dict[str, int | float]:
         def total(name: str) -> float:

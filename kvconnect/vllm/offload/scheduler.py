@@ -159,10 +159,11 @@ class OffloadScheduler:
 
     def received(self, done: Done) -> None:
         """Ranks have answered, lost something, or seen what engines beside hold."""
-        self._found |= done.found
-        ranks = self._vllm_config.parallel_config.world_size if self.waits_to_be_named else 0
-        if ranks and len(self._found) == ranks:
-            self.named({(0, rank): found for rank, found in self._found.items()})
+        if self.waits_to_be_named:
+            self._found |= done.found
+            if len(self._found) == self._vllm_config.parallel_config.world_size:
+                self.named({(0, rank): found for rank, found in self._found.items()})
+                self._found.clear()
         if self._tier is None:
             return
         self._declined += done.declined
