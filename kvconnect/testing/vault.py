@@ -99,7 +99,6 @@ class FakeVault:
         key: bytes,
         group: int,  # noqa: ARG002 - cells are of all groups
         blocks: Sequence[int],
-        after: int | None = None,  # noqa: ARG002 - nothing to wait for
     ) -> bool:
         fault = self._fault()
         if fault is VaultFault.REFUSED or not self.free():
@@ -121,7 +120,6 @@ class FakeVault:
         key: bytes,
         group: int,  # noqa: ARG002 - cells are of all groups
         blocks: Sequence[int],
-        after: int | None = None,  # noqa: ARG002 - nothing to wait for
     ) -> bool:
         fault = self._fault()
         on_disk = key not in self._held[False]

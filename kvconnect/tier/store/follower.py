@@ -34,7 +34,6 @@ class _Waiting(NamedTuple):
     key: bytes
     group: int
     blocks: Sequence[int]
-    after: int | None
     until_s: float
 
 
@@ -92,7 +91,6 @@ class Follower:
         key: bytes,
         group: int,  # noqa: ARG002 - the leader's
         blocks: Sequence[int],  # noqa: ARG002
-        after: int | None = None,  # noqa: ARG002
     ) -> bool:
         self._ended.append(Ended(ticket, key, "", 0))
         return True
@@ -103,11 +101,10 @@ class Follower:
         key: bytes,
         group: int,
         blocks: Sequence[int],
-        after: int | None = None,
     ) -> bool:
         """Start to fill those of ``blocks`` that are not NO_BLOCK, now or when it is there."""
         until_s = self._clock() + PATIENCE_S
-        self._waiting.append(_Waiting(ticket, key, group, blocks, after, until_s))
+        self._waiting.append(_Waiting(ticket, key, group, blocks, until_s))
         return True
 
     def spill(self, ticket: int, key: bytes) -> bool:

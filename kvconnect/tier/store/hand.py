@@ -20,14 +20,10 @@ class Vault(Protocol):
     def busy(self) -> bool:
         """Whether `poll` has something to wait for."""
 
-    def save(
-        self, ticket: int, key: bytes, group: int, blocks: Sequence[int], after: int | None = None
-    ) -> bool:
+    def save(self, ticket: int, key: bytes, group: int, blocks: Sequence[int]) -> bool:
         """Start to copy blocks into memory; False: skipped."""
 
-    def load(
-        self, ticket: int, key: bytes, group: int, blocks: Sequence[int], after: int | None = None
-    ) -> bool:
+    def load(self, ticket: int, key: bytes, group: int, blocks: Sequence[int]) -> bool:
         """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
 
     def spill(self, ticket: int, key: bytes) -> bool:
@@ -76,10 +72,10 @@ class Hand:
         """For `OffloadTier.beside`; reads headers, so not at every step."""
         return self._vault.look_around()
 
-    def put(self, jobs: Iterable[Job], after: int | None = None) -> None:
-        """Start jobs; ``after``: see `kvconnect.ops.Prepared`."""
+    def put(self, jobs: Iterable[Job]) -> None:
+        """Start jobs."""
         for job in jobs:
-            if not self._start(job, after):
+            if not self._start(job):
                 assert not isinstance(job, Forget)
                 self._answers.append(Answer(job.number, "not started"))
                 if not isinstance(job, Save):
@@ -94,13 +90,13 @@ class Hand:
         lost, self._lost = self._lost + self._vault.take_lost(), []
         return answers, lost
 
-    def _start(self, job: Job, after: int | None) -> bool:
+    def _start(self, job: Job) -> bool:
         vault = self._vault
         match job:
             case Save():
-                return vault.save(job.number, job.key, job.group, job.blocks, after)
+                return vault.save(job.number, job.key, job.group, job.blocks)
             case Fill():
-                return vault.load(job.number, job.key, job.group, job.blocks, after)
+                return vault.load(job.number, job.key, job.group, job.blocks)
             case Spill():
                 if vault.holds(job.key, on_disk=True):
                     self._answers.append(Answer(job.number, ""))

@@ -77,7 +77,6 @@ class HostStore:
         key: bytes,
         group: int,
         blocks: Sequence[int],
-        after: int | None = None,
     ) -> bool:
         """Start to copy ``blocks`` into a slot for ``key``; False: skipped."""
         slot = self.shelf.fill()
@@ -85,7 +84,7 @@ class HostStore:
             self.counts["stores_without_slot"] += 1
             return False
         packing = self._packings[group]
-        packed = packing.gather(blocks, self.shelf.arena.address(slot), after)
+        packed = packing.gather(blocks, self.shelf.arena.address(slot))
         self._stores[ticket] = _Store(key, group, slot, packed)
         return True
 
@@ -95,7 +94,6 @@ class HostStore:
         key: bytes,
         group: int,
         blocks: Sequence[int],
-        after: int | None = None,
     ) -> bool:
         """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
         packing = self._packings[group]
@@ -113,7 +111,7 @@ class HostStore:
             if own:
                 self.shelf.done(entry)
             return False
-        packed = packing.scatter(blocks, arena.address(entry.slot), after)
+        packed = packing.scatter(blocks, arena.address(entry.slot))
         nbytes = packing.block_bytes * sum(block != NO_BLOCK for block in blocks)
         self._loads[ticket] = _Load(entry, arena, own, packed, sums, nbytes)
         return True

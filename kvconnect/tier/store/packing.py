@@ -63,21 +63,19 @@ class Packing:
         self.nbytes = self._sums_at + chunk_blocks * SUM_BYTES
         """Of a slot's payload."""
 
-    def gather(self, blocks: Sequence[int], address: int, after: int | None = None) -> "Packed":
-        """Blocks → payload at ``address``; ``after``: see `kvconnect.ops.Prepared`."""
+    def gather(self, blocks: Sequence[int], address: int) -> "Packed":
+        """Blocks → payload at ``address``."""
         self._check(blocks)
         launches = []
         for place, block in enumerate(blocks):
             for bundle in self._bundles:
                 at = address + place * self.block_bytes + bundle.offset
                 segments = np.array([[block, 0, bundle.tokens, 0]], dtype=np.int32)
-                found = bundle.prepared.gather(segments, at, bundle.nbytes, 1, after=after)
+                found = bundle.prepared.gather(segments, at, bundle.nbytes, 1)
                 launches.append(found)
         return Packed(launches, len(blocks))
 
-    def scatter(
-        self, blocks: Sequence[int], address: int, after: int | None = None
-    ) -> "dict[int, Packed]":
+    def scatter(self, blocks: Sequence[int], address: int) -> "dict[int, Packed]":
         """Payload at ``address`` → blocks, except those that are NO_BLOCK; by place."""
         self._check([block for block in blocks if block != NO_BLOCK], len(blocks))
         found = {}
@@ -88,7 +86,7 @@ class Packing:
             for bundle in self._bundles:
                 at = address + place * self.block_bytes + bundle.offset
                 segments = np.array([[block, 0, bundle.tokens, 0]], dtype=np.int32)
-                call = bundle.prepared.scatter(segments, at, bundle.nbytes, 1, after=after)
+                call = bundle.prepared.scatter(segments, at, bundle.nbytes, 1)
                 launches.append(call)
             found[place] = Packed(launches, 1)
         return found

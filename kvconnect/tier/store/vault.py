@@ -33,7 +33,6 @@ class _Wanted(NamedTuple):
     key: bytes
     group: int
     blocks: tuple[int, ...]
-    after: int | None
 
 
 @dataclass
@@ -115,11 +114,10 @@ class Vault:
         key: bytes,
         group: int,
         blocks: Sequence[int],
-        after: int | None = None,
     ) -> bool:
         """Start to copy blocks into memory; False: skipped."""
         number = next(self._numbers)
-        if not self.host.store(number, key, group, blocks, after):
+        if not self.host.store(number, key, group, blocks):
             return False
         self._saves[number] = ticket
         return True
@@ -130,10 +128,9 @@ class Vault:
         key: bytes,
         group: int,
         blocks: Sequence[int],
-        after: int | None = None,
     ) -> bool:
         """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
-        return self._load(_Wanted(ticket, key, group, tuple(blocks), after))
+        return self._load(_Wanted(ticket, key, group, tuple(blocks)))
 
     def spill(self, ticket: Ticket, key: bytes) -> bool:
         """Start to write what memory holds to disk, where it may be forgotten meanwhile.
