@@ -35,6 +35,8 @@ class Pin:
     key: Key
     standing: Standing
     holders: int = 0
+    cleared: bool = False
+    """While FILLING, and so to leave as soon as it is settled."""
 
 
 class Admission(NamedTuple):
@@ -120,6 +122,7 @@ class CacheTier:
         assert known.standing is Standing.FILLING
         if not stored:
             self.counts["not_stored"] += 1
+        if not stored or known.cleared:
             return self._leave(key)
         known.standing = Standing.HELD
         self._release(known)
@@ -181,9 +184,14 @@ class CacheTier:
         return left
 
     def clear(self) -> list[Key]:
-        """Forget everything that is not FILLING or pinned; returns who left."""
-        idle = [known.key for known in self._known.values() if not known.holders]
-        return [left for key in idle for left in self._leave(key)]
+        """Forget everything; returns who left: also what is pinned, as by `lose`.
+
+        FILLING keys leave when they are settled. Their KV may be of weights that are none any more.
+        """
+        for known in self._known.values():
+            known.cleared = True
+        held = [key for key in self._known if self.holds(key)]
+        return [left for key in held for left in self._leave(key)]
 
     def take_changes(self) -> list[Change]:
         """Since the last call."""

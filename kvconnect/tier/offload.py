@@ -160,7 +160,7 @@ class OffloadTier:
             key = self._saves.pop(number)
             result.saved.append(number)
             self._forget(self.host.settle(key, well), self.host, result)
-            if well and self._writes is Writes.THROUGH:
+            if self._writes is Writes.THROUGH and self.host.holds(key):
                 self._spill(key, result, pin=True)
         elif number in self._spills:
             assert self.disk is not None
@@ -204,7 +204,7 @@ class OffloadTier:
                 del self._beside[key]
 
     def clear(self) -> Result:
-        """Forget everything that nothing is under way for."""
+        """Forget everything; what is under way is forgotten when it has ended."""
         result = Result()
         for tier in (self.host, self.disk):
             if tier:

@@ -24,6 +24,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.capacity, self.threshold = capacity, threshold
         self.tier = CacheTier("host", make(self.policy, capacity), threshold)
         self.held, self.filling = set(), set()
+        self.cleared = set()  # and FILLING
         self.pins = []  # (keys, pins)
         self.offers = {}
         self.events = set()
@@ -37,6 +38,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert key in self.held | self.filling
             self.held.discard(key)
             self.filling.discard(key)
+            self.cleared.discard(key)
 
     def admitted(self, admission, wanted):
         """``wanted``: absent keys that it should have tried to admit, in order."""
@@ -73,7 +75,7 @@ class CacheMachine(RuleBasedStateMachine):
     def settle(self, number, stored):
         key = sorted(self.filling)[number % len(self.filling)]
         left = self.tier.settle(key, stored)
-        if stored:
+        if stored and key not in self.cleared:
             assert left == []
             self.filling.remove(key)
             self.held.add(key)
@@ -112,9 +114,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def clear(self):
+        """What is pinned or being stored, too: it is not to be had again."""
         left = self.tier.clear()
-        assert set(left) == self.held - self.pinned()
+        assert set(left) == self.held
         self.leave(left)
+        self.cleared |= self.filling
+        self.pins = [([], pins) for _, pins in self.pins]
 
     @invariant()
     def it_knows_what_ranks_have(self):

@@ -23,8 +23,8 @@ BLOCKS = 24
 FREE = -7
 
 
-def content(key, rank, place):
-    return 100 * key[0] + 10 * rank + place
+def content(key, rank, place, weights=0):
+    return 1000 * weights + 100 * key[0] + 10 * rank + place
 
 
 class OffloadMachine(RuleBasedStateMachine):
@@ -42,7 +42,7 @@ class OffloadMachine(RuleBasedStateMachine):
         self.made = policy, writes, threshold
         self.cells = [[FREE] * BLOCKS for _ in range(ranks)]
         self.vaults = [FakeVault(cells, capacity + reserve, disk) for cells in self.cells]
-        self.requests = 0
+        self.requests = self.weights = 0
         self.begin()
 
     def begin(self):
@@ -55,7 +55,8 @@ class OffloadMachine(RuleBasedStateMachine):
         self.queues = [[] for _ in self.vaults]
         self.answers = {}  # number → {rank: well}
         self.saving = {}  # number → blocks
-        self.loading = {}  # request → chunks
+        self.loading = {}  # request → chunks, and the oldest weights they may be of
+        self.oldest = 0
         self.unnoticed = False
         self.free = set(range(BLOCKS))
         for cells in self.cells:
@@ -67,16 +68,18 @@ class OffloadMachine(RuleBasedStateMachine):
         for number in result.saved:
             self.give(self.saving.pop(number))
         for request, failed in result.loaded.items():
-            for chunk in self.loading.pop(request):
+            chunks, oldest = self.loading.pop(request)
+            for chunk in chunks:
                 if chunk.key not in failed:
-                    self.check(chunk)
+                    self.check(chunk, oldest)
                 self.give(chunk.blocks)
 
-    def check(self, chunk):
+    def check(self, chunk, oldest):
         for rank, cells in enumerate(self.cells):
             for place, block in enumerate(chunk.blocks):
                 if block != NO_BLOCK:
-                    assert cells[block] == content(chunk.key, rank, place), "wrong KV"
+                    assert cells[block] % 1000 == content(chunk.key, rank, place), "wrong KV"
+                    assert cells[block] // 1000 >= oldest, "KV of older weights"
 
     def take(self):
         blocks = tuple(sorted(self.free)[:2])
@@ -98,7 +101,7 @@ class OffloadMachine(RuleBasedStateMachine):
             blocks = self.take()
             for rank, cells in enumerate(self.cells):
                 for place, block in enumerate(blocks):
-                    cells[block] = content(key, rank, place)
+                    cells[block] = content(key, rank, place, self.weights)
             chunks.append(Chunk(key, 0, blocks))
         result = self.tier.store(chunks)
         saved = [
@@ -126,7 +129,7 @@ class OffloadMachine(RuleBasedStateMachine):
                 blocks = (NO_BLOCK, blocks[1])
             chunks.append(Chunk(key, 0, blocks))
         self.requests += 1
-        self.loading[f"r{self.requests}"] = chunks
+        self.loading[f"r{self.requests}"] = chunks, self.oldest
         self.follow(self.tier.load(f"r{self.requests}", chunks))
 
     @rule(first=st.integers(0, 6), count=st.integers(1, 4))
@@ -165,19 +168,23 @@ class OffloadMachine(RuleBasedStateMachine):
         for key, on_disk in lost:
             self.follow(self.tier.lost(key, on_disk))
 
-    @rule(kind=st.integers(0, 11), rank=picks, number=picks, on_disk=st.booleans())
+    @rule(kind=st.integers(0, 12), rank=picks, number=picks, on_disk=st.booleans())
     def something_rare(self, kind, rank, number, on_disk):
         if kind == 8:
             self.tier.ended(KEYS[number % len(KEYS) :])
         elif kind == 9:
+            self.follow(self.tier.clear())
+            assert not any(map(self.tier.has, KEYS))
+            self.weights = self.oldest = self.weights + 1
+        elif kind == 10:
             self.rest()
             self.follow(self.tier.clear())
             assert not self.tier.host._waiting, "something is waited for that nobody holds"
             assert self.tier.host.size == 0, "something is pinned by nobody"
             assert self.tier.disk is None or self.tier.disk.size == 0
-        elif kind == 10:
-            self.kill_and_start_again()
         elif kind == 11:
+            self.kill_and_start_again()
+        elif kind == 12:
             self.lose_unnoticed(rank, number, on_disk)
 
     def lose_unnoticed(self, rank, number, on_disk):

@@ -165,6 +165,41 @@ def test_what_every_rank_found_is_known_and_the_rest_forgotten():
     assert one.clear().jobs == [Forget(C, False), Forget(B, True)]
 
 
+def test_what_is_being_saved_when_all_is_cleared_is_never_held():
+    """It is of the weights that there were: it used to be found after they were updated."""
+    one = tier()
+    one.store(chunks(A))
+    assert one.clear().jobs == []
+    assert one.store(chunks(A)).jobs == [], "two saves of one key"
+    result = one.answered(1, True)
+    assert (result.saved, result.jobs) == ([1], [Forget(A, False)])
+    assert not one.has(A) and not one.busy
+    saved(one, A)
+    assert one.has(A)
+
+
+def test_what_is_being_written_to_disk_when_all_is_cleared_is_held_nowhere():
+    one = tier()
+    one.store(chunks(A))
+    (spill,) = one.answered(1, True).jobs
+    assert one.clear().jobs == [Forget(A, False)], "although it is pinned"
+    assert not one.has(A)
+    assert one.answered(spill.number, True).jobs == [Forget(A, True)]
+    assert not one.has(A) and not one.busy
+    assert one.host.size == one.disk.size == 0
+
+
+def test_what_is_being_loaded_when_all_is_cleared_is_not_kept_for_others():
+    one = tier(capacity=1)
+    saved(one, A)
+    saved(one, B)
+    (number,) = numbers(one.load("r", chunks(A)), Fill)
+    assert one.clear().jobs == [Forget(A, True), Forget(B, True)]
+    result = one.answered(number, True)
+    assert (result.loaded, result.jobs) == ({"r": []}, [Forget(A, False)])
+    assert not one.has(A)
+
+
 @pytest.mark.parametrize("disk", [0, 1])
 def test_a_disk_that_is_full_of_what_is_needed_takes_nothing_more(disk):
     one = tier(disk=disk)

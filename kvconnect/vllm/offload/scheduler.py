@@ -193,7 +193,7 @@ class OffloadScheduler:
         return waiting or (self._tier is not None and self._tier.busy)
 
     def clear(self) -> None:
-        """Forget all that nothing is under way for."""
+        """Forget everything; what is under way, when it has ended."""
         if self._tier is not None:
             self._absorb(self._tier.clear())
 
