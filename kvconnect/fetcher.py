@@ -119,13 +119,14 @@ class Fetcher:
         for fetch in self._fetches.values():
             if (index := fetch.tickets.pop(done.ticket, None)) is None:
                 continue
+            path = fetch.remote.paths[index]
+            assert path is not None
             if done.error is None:
+                path.was_read = True
                 self._stats.transfer(done)
                 self._measured(fetch, index, False, done.nbytes, done.wire_s)
             elif fetch.phase is Phase.READING:
-                self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {done.error}")
-                # its transport may have been made anew: learn of that by greeting it again
-                self._dialler.fail(fetch.remote.peers[index], f"a read failed: {done.error}")
+                self._not_read(fetch, index, path, done.error)
             return
 
     def tick(self) -> None:
@@ -284,6 +285,23 @@ class Fetcher:
             nbytes=chosen.nbytes,
         )
         fetch.tickets[self._transport.submit(work)] = index
+
+    def _not_read(self, fetch: _Fetch, index: int, path: Path, error: str) -> None:
+        """A direct read failed: fall back if the transport may have no way to read this peer."""
+        peer, could = fetch.remote.peers[index], path.route is not None
+        if not path.give_up_route():
+            if self._remotes.means.mode == "direct":
+                error += "; where hosts cannot read each other's memory, transfer_mode must be auto"
+            self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {error}")
+            # its transport may have been made anew: learn of that by greeting it again
+            self._dialler.fail(peer, f"a read failed: {error}")
+            return
+        if could:
+            logger.warning("peer %s: staged from now on, for reading failed: %s", peer, error)
+        try:
+            self._start_pull(fetch, index, path)
+        except (GeometryError, IndexError) as e:
+            self._fail(fetch, f"peer {peer}: {e}")
 
     def _start_pull(self, fetch: _Fetch, index: int, path: Path) -> None:
         assert path.staged is not None and isinstance(fetch.order, Fetch)

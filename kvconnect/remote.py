@@ -54,13 +54,22 @@ class Choice(NamedTuple):
     descriptors: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Path:
     """How one rank is read: by ``route``, ``staged``, or by the faster of the two."""
 
     route: Route | None
     staged: Staged | None
     costs: Costs = field(default_factory=Costs)
+    was_read: bool = False
+    """Whether a direct read has ever ended well."""
+
+    def give_up_route(self) -> bool:
+        """A direct read failed: only stage from now on, if none ever worked. Whether it is so."""
+        if self.was_read or self.staged is None:
+            return False
+        self.route = None
+        return True
 
     def choose_staged(
         self, tables: Sequence[Sequence[int]], blocks: Sequence[Sequence[tuple[int, int]]]

@@ -5,6 +5,11 @@
   rows that are neighbours on both sides.
 * No progress thread: `poll` makes progress, so an idle engine costs nothing. With UCX even a
   passive side must poll for a peer's read to end (its flush needs an answer).
+* UCX must really read and write host memory (RDMA, shared memory; over TCP only writes are real).
+  What it emulates, the peer answers with messages, and if we die meanwhile UCX 1.23 ends *its*
+  process (a reply that cannot be sent is fatal, or freed wrongly, in ``ucp_request.c``). So
+  emulation is off, a read that would need it fails, and the mover stages instead, which writes.
+  Device memory has no other way over TCP and keeps it; UCX_PROTO_EMULATION_ENABLE overrules both.
 * A transfer ends when NIXL says DONE or a backend error, never before: it is not released, and
   its peer's metadata is not removed, while it runs. Removing it makes NIXL *report* an end
   (NOT_FOUND) while bytes still arrive. A peer that was dropped and stays silent is fenced off by
@@ -163,10 +168,13 @@ class NixlTransport:
     def _make_agent(self) -> None:
         self._name = str(uuid.uuid4())
         config = self._api.nixl_agent_config(
-            enable_prog_thread=False, capture_telemetry=True, backends=list(self._backends)
+            enable_prog_thread=False, capture_telemetry=True, backends=[]
         )
         try:
             self._agent = self._api.nixl_agent(self._name, config)
+            for backend in self._backends:
+                if backend in self._agent.get_plugin_list():
+                    self._agent.create_backend(backend, self._parameters(backend))
         except self._errors_or(RuntimeError) as e:
             raise ConfigError(
                 f"NIXL cannot start with backends {', '.join(self._backends)}: {e}; if UCX_TLS "
@@ -182,6 +190,10 @@ class NixlTransport:
         for kind in {r.kind for r in self._regions}:
             self._register(kind)
         self._metadata = self._agent.get_agent_metadata()
+
+    def _parameters(self, backend: str) -> dict[str, str]:
+        host = all(r.kind == "DRAM" for r in self._regions)
+        return {"engine_config": "PROTO_EMULATION_ENABLE=n"} if backend == "UCX" and host else {}
 
     def _register(self, kind: str) -> None:
         rows = [(r.address, r.nbytes, r.device, "") for r in self._regions if r.kind == kind]

@@ -45,7 +45,7 @@ TTL_S, LOAD_TIMEOUT_S, HANDSHAKE_S = 3.0, 4.0, 2.0
 LATE_S = 1.0  # beyond the timeout: what a busy machine is granted
 FENCE_S = {"nixl": nixl.FENCE_S, "mooncake": mooncake.FENCE_S, "ucx": 0.0}
 """Beyond that: until what a stopped peer could still touch is out of its reach."""
-MODES = ("direct", "staged")
+MODES = ("auto", "staged")  # auto: one after the other, until it knows which is faster
 PATTERNS = [
     np.random.default_rng(seed).integers(0, 256, (MODEL.layers, PROMPT, ROW), dtype=np.uint8)
     for seed in range(8)

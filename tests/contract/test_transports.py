@@ -32,6 +32,7 @@ every_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 
 def real(name):
     """A transport's name as a parameter; skipped, with the reason, where its library is not."""
+    before = dict(os.environ)
     try:
         if name == "ucx":
             importlib.import_module("libucx").load_library()
@@ -39,6 +40,9 @@ def real(name):
         why_not = ""
     except ImportError as e:
         why_not = f"{name}: {e}"
+    finally:  # ucxx sets variables that keep NIXL's UCX from using shared memory
+        os.environ.clear()
+        os.environ.update(before)
     return pytest.param(
         name, marks=[pytest.mark.slow, pytest.mark.skipif(bool(why_not), reason=why_not)]
     )
@@ -46,7 +50,8 @@ def real(name):
 
 @pytest.fixture(autouse=True)
 def fakes(request, monkeypatch):
-    """What `make` wants for nccl."""
+    """What `make` wants for nccl; and NIXL reads even where its host has TCP alone."""
+    monkeypatch.setenv("UCX_PROTO_EMULATION_ENABLE", "y")
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if params.get("name") == "nccl":
         request.getfixturevalue("gpu")
@@ -175,6 +180,66 @@ def test_a_peer_that_is_killed_ends_its_tickets(name, reader):
     before = reader.memory.copy()
     assert reader.poll(1, seconds=0.3) == []
     assert np.array_equal(reader.memory, before), "memory changed after the tickets' end"
+
+
+class Rank:
+    """One of the scripts beside this file."""
+
+    def __init__(self, script, *args):
+        self.process = subprocess.Popen(
+            [sys.executable, RANK.with_name(script), *map(str, args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def says(self, word):
+        """The rest of the next line that begins with it; libraries print things, too."""
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word).strip()
+        raise AssertionError(f"it ended, with {self.process.wait()}, and did not say {word}")
+
+    def tell(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+OVER_TCP = pytest.param("nixl", {"UCX_TLS": "tcp"}, marks=real("nixl").marks, id="nixl-tcp")
+READERS = [pytest.param(*real(n).values, {}, marks=real(n).marks, id=n) for n in LIBRARY]
+
+
+@pytest.mark.parametrize(("name", "env"), [*READERS, OVER_TCP])
+def test_a_reader_that_is_killed_does_not_end_the_peer_it_reads(name, env, monkeypatch):
+    """What UCX 1.23 emulates by messages, as NIXL's reads over TCP, ends the process read."""
+    monkeypatch.delenv("UCX_PROTO_EMULATION_ENABLE")
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    nbytes = ROW * ROWS
+    peer, readers = Rank("passive_rank.py", name, nbytes), []
+    try:
+        where = peer.says("rank").split()
+        for _ in range(2):
+            readers.append(Rank("reading_rank.py", name, nbytes, *where))
+            error = readers[-1].says("ended")
+            if name != "nixl":
+                assert error == "None"
+            elif env:
+                assert error != "None", "it was emulated"
+            os.kill(peer.process.pid, signal.SIGSTOP)
+            readers[-1].tell()
+            readers[-1].says("reading")
+            readers[-1].end()
+            os.kill(peer.process.pid, signal.SIGCONT)
+        time.sleep(0.5)
+        assert peer.process.poll() is None, "the peer has ended"
+    finally:
+        for rank in (peer, *readers):
+            rank.end()
 
 
 @pytest.mark.parametrize("name", [real("mooncake"), real("ucx"), real("nccl")])

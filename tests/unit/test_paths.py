@@ -8,6 +8,7 @@ from kvconnect.lease import Terms
 from kvconnect.order import Fetch, Grant
 from kvconnect.stats import AVERAGES
 from kvconnect.testing.engines import Engine, World
+from kvconnect.testing.faulty import Fault
 from kvconnect.testing.geometry import Model
 
 # 12 blocks of it are 1.5 MiB, which is enough to learn from
@@ -64,6 +65,49 @@ def test_one_path_alone_is_measured_too(mode, staging):
     rates = [supplied.get(f"{what}_seconds_per_byte") for what in ("gather", "write")]
     chunks = sum(sum(t["num_descriptors"]) for t in told) if mode == "staged" else 0
     assert [len(rate or ()) for rate in rates] == [chunks, chunks]
+
+
+def test_a_peer_that_cannot_be_read_is_staged_within_the_same_fetch():
+    """As over TCP, where NIXL can only write."""
+    world, p, d = made("auto")
+    d.transports[0].plan(Fault.LOST)
+    told = [fetched(world, p, d, i) for i in range(3)]
+    assert [t.get("num_staged_transfers") for t in told] == [[1]] * 3
+    assert not any(t.get("num_failed_transfers") for t in told)
+
+
+def test_one_failed_read_of_two_peers_is_made_up_for_alone():
+    world = World()
+    p = Engine(world, MODEL, 12, tp_size=2, staging=(8, 4))
+    d = Engine(world, MODEL, 12, staging=(8, 4))
+    d.transports[0].plan(Fault.UNREPORTED)
+    told = [fetched(world, p, d, i) for i in range(2)]
+    assert sum(told[0]["num_staged_transfers"]) == 1
+
+
+def test_a_peer_that_was_read_before_is_greeted_anew_when_that_fails():
+    """Its transport may have been made anew; staging for ever would be slower."""
+    world, p, d = made("auto")
+    fetched(world, p, d, 0)
+    d.transports[0].plan(Fault.LOST)
+    fetched(world, p, d, 1)  # staged
+    terms = Terms("x", "x", (TABLE,), 192, b"d", 9.0)
+    p.put(Grant(terms))
+    d.put(Fetch("x", p.source(terms), (tuple(enumerate(range(12))),), 192, b"d"))
+    world.go_on(30)
+    assert "planned fault: lost" in d.ended["x"][0]
+    told = [fetched(world, p, d, i) for i in range(2, 4)]
+    assert "num_staged_transfers" not in told[0], "it is read directly again"
+
+
+def test_a_peer_that_cannot_be_read_fails_where_nothing_may_be_staged():
+    world, p, d = made("direct")
+    d.transports[0].plan(Fault.LOST)
+    terms = Terms("x", "x", (TABLE,), 192, b"d", 9.0)
+    p.put(Grant(terms))
+    d.put(Fetch("x", p.source(terms), (tuple(enumerate(range(12))),), 192, b"d"))
+    world.go_on(30)
+    assert "planned fault: lost; where hosts cannot read each other's memory" in d.ended["x"][0]
 
 
 def test_descriptors_are_those_left_when_neighbours_are_joined():

@@ -42,7 +42,11 @@ END_S = 5.0
 MODES: tuple[Mode, ...] = get_args(Mode)
 WIRES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     # UCX's shared memory needs TCP beside it, for control messages that notice a dead peer
-    "nixl": {"shm": {"UCX_TLS": "shm,tcp,self"}, "tcp": {"UCX_TLS": "tcp,self"}},
+    "nixl": {
+        "shm": {"UCX_TLS": "shm,tcp,self"},
+        # else nothing is read over TCP: see `transport.nixl`
+        "tcp": {"UCX_TLS": "tcp,self", "UCX_PROTO_EMULATION_ENABLE": "y"},
+    },
     "ucx": {"shm": {"UCX_TLS": "shm,tcp,self"}, "tcp": {"UCX_TLS": "tcp,self"}},
     "mooncake": {"tcp": {}},
 }
