@@ -234,7 +234,17 @@ def xpyd(folder: Path) -> XpydSetup:
 
 def multi_pair(folder: Path) -> multi.MultiSetup:
     """KVConnectMulti[KVConnectNixl, KVConnectOffloading]; the tests say what it prefers."""
-    return multi.ours(model("KVCONNECT_TP_MODEL"), folder, HERE)
+    return multi.ours(model("KVCONNECT_TP_MODEL"), folder)
+
+
+def coexisting_pair(folder: Path) -> multi.MultiSetup:
+    """Two prefill → decode children at both engines, which have them in another order."""
+    return multi.coexisting(model("KVCONNECT_TP_MODEL"), folder)
+
+
+def windowed_pair(folder: Path) -> multi.MultiSetup:
+    """The chain of `multi_pair` with sliding windows, TP 1 → 2."""
+    return multi.two_ranked(model("KVCONNECT_HMA_MODEL"), folder)
 
 
 def in_tree_pair(folder: Path) -> multi.MultiSetup:
@@ -261,6 +271,8 @@ SETUPS = (
     latent_keeper,
     sharers,
     multi_pair,
+    coexisting_pair,
+    windowed_pair,
     in_tree_pair,
 )
 ORDER = {setup.__name__: place for place, setup in enumerate(SETUPS)}
@@ -324,5 +336,7 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     latent_keeper_fixture,
     sharers_fixture,
     multi_fixture,
+    coexisting_fixture,
+    windowed_fixture,
     in_tree_fixture,
 ) = fixtures

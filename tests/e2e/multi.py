@@ -1,7 +1,7 @@
 """Pairs of engines with several connectors each, and what tests ask of them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,23 @@ from solo import flip_bits
 from kvconnect.cli.processes import Fleet
 
 BLOCK = 128
-NIXL = {
-    "kv_connector": "KVConnectNixl",
-    "kv_role": "kv_both",
-    "kv_connector_extra_config": {
-        "kv_lease_duration": 10,
-        "load_timeout": 15,
-        "handshake_timeout": 5,
-    },
-}
+
+
+def child(name: str, **options: Any) -> dict[str, Any]:
+    return {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": options}
+
+
+def nixl(**options: Any) -> dict[str, Any]:
+    short = {"kv_lease_duration": 10, "load_timeout": 15, "handshake_timeout": 5}
+    return child("KVConnectNixl", **short | options)
+
+
+def mooncake(**options: Any) -> dict[str, Any]:
+    return child("KVConnectMooncake", mooncake_protocol="tcp", load_timeout=15, **options)
 
 
 def offloading(**options: Any) -> dict[str, Any]:
-    return {
-        "kv_connector": "KVConnectOffloading",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes_to_use": 64 << 20, **options},
-    }
+    return child("KVConnectOffloading", cpu_bytes_to_use=64 << 20, **options)
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,60 @@ class MultiSetup(Setup):
         return MultiPair(fleet, self)
 
 
-def ours(model: Path, folder: Path, here: Path) -> MultiSetup:
+def ours(model: Path, folder: Path) -> MultiSetup:
     """KVConnectMulti[KVConnectNixl, KVConnectOffloading]."""
     arenas = folder / "memory"
-    children = [NIXL, offloading(persist=True, memory_path=str(arenas))]
-    (folder / "prefer").write_text("stores")
     return MultiSetup(
         model,
-        extra={"connectors": children},
+        extra={"connectors": [nixl(), offloading(persist=True, memory_path=str(arenas))]},
         policy="fail",  # the chain makes it recompute: it has a store
-        both=["--max-model-len", "2048"],
-        names={"kv_connector": "KVConnectMulti", "kv_connector_module_path": "preferring"},
-        env={
-            "PYTHONPATH": str(here),
-            "VLLM_SERVER_DEV_MODE": "1",
-            PREFER_FILE: str(folder / "prefer"),
-        },
         arenas=arenas,
+        **preferring(folder, "stores"),
     )
+
+
+def two_ranked(model: Path, folder: Path) -> MultiSetup:
+    """The same, decode with TP 2."""
+    setup = ours(model, folder)
+    # two ranks that spin leave little of two cores to anybody else: be patient
+    children = [nixl(kv_lease_duration=90, handshake_timeout=10), setup.extra["connectors"][1]]
+    return replace(setup, decode=["--tensor-parallel-size", "2"], extra={"connectors": children})
+
+
+def coexisting(model: Path, folder: Path) -> MultiSetup:
+    """KVConnectMulti[KVConnectNixl, KVConnectMooncake]; at decode the other way round."""
+    # a lease that is not released outlives the tests' patience
+    options = {"kv_lease_duration": 60, "handshake_timeout": 3}
+    children = [nixl(**options), mooncake(**options)]
+    return MultiSetup(
+        model,
+        extra={"connectors": children[::-1]},
+        prefill_extra={"connectors": children},
+        policy="recompute",
+        **preferring(folder, "peers"),
+    )
+
+
+def preferring(folder: Path, what: str) -> dict[str, Any]:
+    """Of a setup whose chains are told what to prefer, at first ``what``."""
+    file = folder / "prefer"
+    file.write_text(what)
+    return {
+        "names": {"kv_connector": "KVConnectMulti", "kv_connector_module_path": "preferring"},
+        "both": ["--max-model-len", "2048"],
+        "env": {
+            "PYTHONPATH": str(Path(__file__).parent),
+            "VLLM_SERVER_DEV_MODE": "1",
+            PREFER_FILE: str(file),
+        },
+    }
 
 
 def in_tree(model: Path) -> MultiSetup:
     """vLLM's own MultiConnector over the same two; NIXL's gets the other one's handshake."""
     return MultiSetup(
         model,
-        extra={"connectors": [offloading(), NIXL]},
+        extra={"connectors": [offloading(), nixl()]},
         policy="recompute",
         both=["--max-model-len", "2048"],
         names={"kv_connector": "MultiConnector"},
@@ -78,7 +107,7 @@ class MultiPair(Pair):
     setup: MultiSetup
 
     def prefer(self, what: str) -> None:
-        """Peers or stores, at both engines."""
+        """Peers, stores, or a child by its label, at both engines."""
         Path(self.setup.env[PREFER_FILE]).write_text(what)
 
     def chained(self, name: str) -> float:
@@ -95,12 +124,14 @@ class MultiPair(Pair):
         """What was added to `seen`, without what was not."""
         return {n: v - before[n] for n, v in self.seen().items() if v != before[n]}
 
-    def damage(self) -> None:
-        """Flip a bit of every chunk in every engine's memory."""
+    def damage(self, ranks: int | None = None) -> None:
+        """Flip a bit of every chunk in the decode engine's memory: of all ranks, or so many."""
         assert self.setup.arenas is not None
-        paths = list(self.setup.arenas.glob("*.kvarena"))
-        assert len(paths) == 2
-        for path in paths:
+        mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in self.decode.server.pids]
+        arenas = sorted(self.setup.arenas.glob("*.kvarena"))
+        own = [path for path in arenas if any(str(path) in maps for maps in mapped)]
+        assert len(own) == (2 if "--tensor-parallel-size" in self.setup.decode else 1)
+        for path in own[:ranks]:
             flip_bits(path)
 
 

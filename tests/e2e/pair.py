@@ -27,7 +27,7 @@ SPOIL_FILE = "KVCONNECT_TEST_SPOIL_FILE"
 """Variable that names a file: what it holds, the prefill engine's `spoiling` does to chunks."""
 
 PREFER_FILE = "KVCONNECT_TEST_PREFER_FILE"
-"""The same for what engines of `preferring` prefer: peers or stores."""
+"""The same for what engines of `preferring` prefer: peers, stores, or a child."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Setup:
     """Overrides of kv_connector and kv_connector_module_path."""
     prefill_names: Mapping[str, str] = field(default_factory=dict)
     """The same, of the prefill engine alone."""
+    prefill_extra: Mapping[str, Any] = field(default_factory=dict)
+    """More of ``extra``, of the prefill engine alone."""
     env: Mapping[str, str] = field(default_factory=dict)
     """More of the environment of both engines."""
 
@@ -119,10 +121,11 @@ class Pair:
         """Another engine of a role; not waited for."""
         setup = self.setup
         config = transfer_config(setup.connector, role) | dict(setup.names)
+        extra = {**config.get("kv_connector_extra_config", {}), **setup.extra}
         if role == "prefill":
             config |= setup.prefill_names
-        own = config.get("kv_connector_extra_config", {})
-        config["kv_connector_extra_config"] = {**own, **setup.extra}
+            extra |= setup.prefill_extra
+        config["kv_connector_extra_config"] = extra
         config["kv_load_failure_policy"] = setup.policy
         options = [*setup.both, *(setup.prefill if role == "prefill" else setup.decode)]
         name = f"{role} {len(self.fleet.servers)}"

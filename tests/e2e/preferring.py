@@ -1,4 +1,5 @@
-"""KVConnectMulti whose chain prefers peers, or stores, as the file named by PREFER_FILE says.
+"""KVConnectMulti whose chain prefers what the file named by PREFER_FILE says: peers, stores, or
+one child, by its label.
 
 Which is the cheaper is measured, and another machine measures otherwise.
 """
@@ -23,8 +24,9 @@ class Preferring(Rates):
         return 0.0
 
     def seconds(self, source: str, nbytes: int) -> float:
-        peers = Path(os.environ[PREFER_FILE]).read_text() == "peers"
-        return float(nbytes) if peers is (source in STORES_S) else 1e-9
+        preferred = Path(os.environ[PREFER_FILE]).read_text()
+        kind = "stores" if source in STORES_S else "peers"
+        return 1e-9 if preferred in (kind, source) else float(nbytes)
 
 
 kvconnect.tier.chained.Rates = Preferring
