@@ -1,9 +1,11 @@
 """The scheduler's half of offloading, with stand-ins for vLLM's requests, pool and workers."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from msgspec.structs import replace
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -11,10 +13,11 @@ from kvconnect.config import parse
 from kvconnect.errors import ConfigError
 from kvconnect.plan import NO_BLOCK
 from kvconnect.tier.config import OffloadConfig
+from kvconnect.tier.jobs import Forget, Loss, Spill
 from kvconnect.tier.keys import Identity
 from kvconnect.vllm.offload import scheduler as module
 from kvconnect.vllm.offload.identity import cuts
-from kvconnect.vllm.offload.messages import Done, Found
+from kvconnect.vllm.offload.messages import Done, Found, Wanted
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 
 BLOCK = 4
@@ -67,18 +70,32 @@ class Engine:
     """Steps a scheduler's half as vLLM would."""
 
     def __init__(
-        self, monkeypatch, windows=(None,), ranks=1, slots=16, problem="", events=True, **options
+        self,
+        monkeypatch,
+        windows=(None,),
+        ranks=1,
+        slots=16,
+        problem="",
+        events=True,
+        draft=0,
+        transferred=None,
+        **options,
     ):
-        monkeypatch.setattr(module, "identity", lambda *_: IDENTITY)
+        speculative = SimpleNamespace(num_speculative_tokens=draft) if draft else None
+        seeded = lambda config, cuts, seed: replace(IDENTITY, hashing=seed)  # noqa: E731
+        monkeypatch.setattr(module, "identity", seeded)
         monkeypatch.setattr(module, "hash_tokens", lambda *_: BLOCK)
         groups = [SimpleNamespace(kv_cache_spec=spec(window)) for window in windows]
         config = parse({"cpu_bytes_to_use": 1 << 20} | options, OffloadConfig, "test")
         self.half = OffloadScheduler(
             SimpleNamespace(
-                speculative_config=None,
+                speculative_config=speculative,
                 kv_events_config=SimpleNamespace(enable_kv_cache_events=events),
             ),
-            SimpleNamespace(kv_cache_groups=groups),
+            SimpleNamespace(
+                kv_cache_groups=groups,
+                transfer_group_ids=transferred or tuple(range(len(groups))),
+            ),
             config,
         )
         found = Found(slots, 0, [], [])
@@ -306,3 +323,177 @@ def test_without_events_nothing_is_kept_for_them(make):
     engine = make(events=False)
     engine.stored(request(), ([1, 2, 3],))
     assert engine.half.take_events() == []
+
+
+def test_a_chunk_that_one_rank_failed_to_save_is_not_there_whoever_answers_last(make):
+    engine = make(ranks=2)
+    one = request()
+    engine.half.match(one, 0)
+    work = engine.step(one, ([5, 6, 7, 8],), 13)
+    engine.answer(work, failures=1)
+    engine.answer(work)
+    assert engine.half.match(request("again"), 0) == 0
+    assert engine.pool.held() == []
+
+
+def named(engine, *found):
+    """The ranks say what they found, in place of what `make` gave."""
+    engine.half.named({(0, rank): one for rank, one in enumerate(found)})
+
+
+def test_the_rank_with_the_least_room_decides(make):
+    engine = make()
+    named(engine, Found(2, 1, [], []), Found(8, 4, [], []))
+    one = request()
+    engine.half.match(one, 0)
+    work = engine.step(one, ([1, 2, 3],), 13)
+    assert len(work.saves) == 2
+    engine.answer(work, ranks=2)
+    assert [type(job) for job in engine.step().jobs] == [Spill]
+
+
+def test_what_some_ranks_found_on_disk_is_forgotten_there(make):
+    engine = make()
+    a, b = b"a" * 32, b"b" * 32
+    named(engine, Found(8, 8, [], [a, b]), Found(8, 8, [], [a]))
+    assert engine.step().jobs == [Forget(b, True)]
+    assert engine.half._tier.whence(a) == "disk"
+
+
+def test_with_write_back_the_disk_gets_what_memory_evicts(make):
+    engine = make(disk_path="/d", disk_bytes=1 << 20, write_policy="write-back")
+    named(engine, Found(3, 8, [], []))
+    engine.stored(request(), ([1, 2, 3],))
+    assert engine.step().empty
+    work = engine.stored(request("other", seed=1), ([4, 5, 6],))
+    assert [type(job) for job in work.jobs] == [Spill, Forget] * 3
+
+
+def test_what_is_offered_too_seldom_is_not_stored(make):
+    engine = make(store_threshold=2)
+    assert engine.stored(request(), ([1, 2, 3],)).saves == []
+    assert len(engine.stored(request("again"), ([1, 2, 3],)).saves) == 3
+
+
+def test_what_is_beside_is_loaded_once_every_rank_has_said_so(make):
+    """Of an idle engine its workers are asked first; the answer may be as old as a request."""
+    engine = make(ranks=2, share=True)
+    one = request(blocks=2)
+    assert engine.half.match(one, 0) is None
+    assert engine.half.match(one, 0) == 0
+    keys = engine.half._requests["r"].keys()[0]
+    engine.half.received(Done(gained=Counter(keys)))
+    assert engine.half.match(one, 0) == 0
+    engine.half.received(Done(gained=Counter(keys)))
+    assert engine.half.match(one, 0) == 2 * BLOCK
+    engine.half.received(Done(gone=Counter(2 * keys[1:])))
+    assert engine.half.match(one, 0) == BLOCK
+    engine.half.received(Done(gained=Counter(keys[1:])))
+    assert engine.half.match(one, 0) == BLOCK, "of two ranks one has it"
+
+
+def test_what_is_cached_here_need_not_be_stored(make):
+    engine = make()
+    engine.stored(request(), ([1, 2, 3],))
+    engine.half.received(Done(lost=[Loss(engine.half._requests["r"].keys()[0][0], False)]))
+    assert engine.half.match(request("other"), 0) == 0
+    assert engine.half.match(request("other"), BLOCK) == 2 * BLOCK
+
+
+def test_where_nothing_is_loaded_workers_are_told_of_no_load(make):
+    """An id that does not wait for a load ends the engine when it is reported."""
+    engine = make()
+    engine.half.admitted(request(), SimpleNamespace(blocks=[[]]), 0)
+    assert engine.step().empty
+
+
+def test_a_load_from_disk_that_has_no_room_fails_and_is_not_tried_again(make):
+    engine = make(slots=1)
+    engine.stored(request(), ([1],))
+    keys = engine.half._requests["r"].keys()[0]
+    named(engine, Found(1, 8, [], keys))
+    other = request("other")
+    assert engine.half.match(other, 0) == 12
+    blocks = SimpleNamespace(blocks=[[engine.pool.blocks[n] for n in (11, 12, 13)]])
+    engine.half.admitted(other, blocks, 12)
+    work = engine.step()
+    assert len(work.jobs) == 1
+    assert work.loads["other"] == ((work.jobs[0].number,), True)
+    engine.answer(work)
+    assert engine.half.match(other, 0) == 0
+    assert engine.half.spares(other, [Wanted(0, 0, (11,))]) == [(None, "")]
+
+
+def test_tokens_are_counted_by_where_they_come_from_and_told_once(make):
+    engine = make(block_size=2 * BLOCK, windows=(None, None))
+    engine.stored(request(blocks=4), ([1, 2, 3, 4], [5, 6, 7, 8]))
+    engine.half.take_stats()
+    tables = ([11, 12, 13, 14], [21, 22, 23, 24])
+    engine.pool.blocks[11].block_hash = b"cached"
+    engine.load(request("other", blocks=4), tables, local=BLOCK)
+    assert engine.half.take_stats()["tokens_from_host"] == 3 * BLOCK
+    assert engine.half.take_stats() is None
+
+
+def test_a_spare_from_disk_makes_room_in_memory(make):
+    engine = make()
+    engine.stored(request(), ([1, 2, 3],))
+    first, second, _ = engine.half._requests["r"].keys()[0]
+    named(engine, Found(1, 8, [first], [second]))
+    ((fill, whence),) = engine.half.spares(request(), [Wanted(0, 1, (11,))])
+    assert (fill.blocks, whence) == ((11,), "disk")
+    assert engine.step().jobs == [Forget(first, False)]
+
+
+def test_a_request_whose_blocks_are_not_told_is_left_alone(make):
+    engine = make()
+    one = request()
+    engine.half.match(one, 0)
+    assert engine.step(one, None, 13).empty
+
+
+def test_groups_that_are_not_transferred_are_not_touched(make):
+    """vLLM's tables are of all groups; ours are of those that are transferred."""
+    engine = make(windows=(None, None), transferred=(1,))
+    saves = engine.stored(request(), ([1, 2, 3], [4, 5, 6])).saves
+    assert [(save.group, save.blocks) for save in saves] == [(0, (4,)), (0, (5,)), (0, (6,))]
+    fills = engine.load(request("other"), ([11, 12, 13, 14], [21, 22, 23, 24])).jobs
+    assert [(fill.group, fill.blocks) for fill in fills] == [(0, (21,)), (0, (22,)), (0, (23,))]
+
+
+def test_a_block_that_holds_local_tokens_is_not_filled_though_nothing_names_it(make):
+    engine = make()
+    engine.stored(request(), ([1, 2, 3],))
+    work = engine.load(request("other"), ([11, 12, 13, 14],), local=BLOCK)
+    assert [fill.blocks for fill in work.jobs] == [(12,), (13,)]
+
+
+def test_a_new_request_of_an_old_id_is_followed_by_its_own_tokens(make):
+    engine = make()
+    engine.stored(request(), ([1, 2, 3],))
+    assert engine.half.match(request(seed=1), 0) == 0
+    assert engine.half.match(request(), 0) == 12
+
+
+def test_drafted_tokens_are_stored_once_they_cannot_change(make):
+    engine = make(draft=3)
+    one = request()
+    engine.half.match(one, 0)
+    assert len(engine.step(one, ([5, 6, 7, 8],), 3 * BLOCK).saves) == 2
+    assert len(engine.step(one, ([5, 6, 7, 8],), 4).saves) == 1
+
+
+def test_tokens_that_were_scheduled_and_not_yet_sampled_are_not_stored(make):
+    engine = make()
+    one = request()
+    engine.half.match(one, 0)
+    one.num_computed_tokens, one.num_output_placeholders = 2 * BLOCK + 1, 2
+    assert len(engine.step(one, ([5, 6, 7, 8],), 1).saves) == 2
+
+
+def test_a_table_may_be_shorter_than_what_is_computed_and_longer_than_what_is_hashed(make):
+    engine = make()
+    one = request(blocks=2, extra=BLOCK)
+    engine.half.match(one, 0)
+    assert len(engine.step(one, ([5],), 12).saves) == 1
+    assert len(engine.step(one, ([5, 6, 7, 8],), 4).saves) == 1

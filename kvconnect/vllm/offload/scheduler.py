@@ -118,7 +118,6 @@ class OffloadScheduler:
         result = self._tier.load(request.request_id, chunks)
         fills = tuple(job.number for job in result.jobs if isinstance(job, Fill))
         failed = len(fills) < len(chunks)
-        tracked.no_loads = failed
         self._work.loads[request.request_id] = Loading(fills, failed)
         self._absorb(result)
 
