@@ -19,6 +19,7 @@ from kvconnect.testing.geometry import Cache
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.jobs import Fill, Forget, Save, Spill
 from kvconnect.tier.store import follower as follower_module
+from kvconnect.tier.store import numa
 from kvconnect.tier.store import runner as runner_module
 from kvconnect.tier.store.packing import Packing
 from kvconnect.vllm.offload.copies import open_copy
@@ -62,7 +63,9 @@ class Ranks:
             return bytes([of]) * 32
 
         try:
-            return open_copy(self.config, rank, fingerprint_of, [packing], self.pin, gather)
+            return open_copy(
+                self.config, rank, fingerprint_of, [packing], self.pin, gather, (index,)
+            )
         except StoreError as e:
             return e
 
@@ -172,6 +175,15 @@ def test_neighbours_that_hold_the_same_heads_have_a_leader_each(group):
     assert ranks.load(3) == [True] * 4
     assert ranks.places[1].memory.identity == ranks.places[0].memory.identity
     assert ranks.places[3].memory.identity == ranks.places[2].memory.identity
+
+
+def test_memory_is_wished_near_to_the_rank_that_stores(group, monkeypatch):
+    wished = []
+    monkeypatch.setattr(numa, "prefer", lambda _, nodes: nodes and wished.append(nodes))
+    group([MODEL] * 2)
+    assert wished == [(0,)], "the leader's"
+    group([MODEL, OTHER])
+    assert sorted(wished[1:]) == [(0,), (1,)]
 
 
 def test_every_stage_has_its_share(group):

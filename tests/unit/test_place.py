@@ -11,6 +11,7 @@ from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache
 from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.jobs import Fill, Save, Spill
+from kvconnect.tier.store import numa
 from kvconnect.tier.store.packing import Packing
 from kvconnect.vllm.offload import place as module
 from kvconnect.vllm.offload.place import follow, open_place
@@ -22,11 +23,13 @@ UNHAD = 1 << 49  # more than a file can be long
 class Rank:
     """A place over a cache; `run` carries out a job."""
 
-    def __init__(self, ranks=1, fingerprint=FINGERPRINT, followed=False, **options):
+    def __init__(self, ranks=1, fingerprint=FINGERPRINT, followed=False, nodes=(), **options):
         self.cache = Cache(MODEL, BLOCKS)
         config = parse({"cpu_bytes_to_use": MEMORY} | options, OffloadConfig, "test")
         packing = Packing(self.cache.shard, 0, CHUNK, load("cpu"))
-        self.place = open_place(config, ranks, fingerprint, [packing], followed=followed)
+        self.place = open_place(
+            config, ranks, fingerprint, [packing], nodes=nodes, followed=followed
+        )
 
     def run(self, job):
         """Its error; empty if it went well."""
@@ -150,3 +153,14 @@ def test_memory_in_dev_shm_lies_in_a_folder_of_ours_alone(opened, tmp_path, monk
     folder.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match="ours alone"):
         opened(persist=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"followed": True}, {"persist": True}], ids=str)
+def test_memory_is_wished_near_to_its_rank(opened, tmp_path, monkeypatch, options):
+    wished = []
+    monkeypatch.setattr(numa, "prefer", lambda memory, nodes: wished.append((memory.nbytes, nodes)))
+    if "persist" in options:
+        options = options | {"memory_path": str(tmp_path / "memory")}
+    disk = {"disk_path": str(tmp_path / "disk"), "disk_bytes": MEMORY}
+    rank = opened(nodes=(1,), **disk, **options)
+    assert wished == [(rank.place.memory.spec.nbytes, (1,))], "a disk is no memory"

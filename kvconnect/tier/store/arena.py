@@ -33,6 +33,7 @@ from kvconnect.tier.store.header import (
     SLOT_MAGIC,
     Spec,
 )
+from kvconnect.tier.store.numa import Nodes
 
 ATTEMPTS = 3  # to open a file that others create and replace meanwhile
 
@@ -188,12 +189,12 @@ class Arena:
         self.place.close()
 
 
-def make(spec: Spec, followed: bool = False) -> Arena:
+def make(spec: Spec, followed: bool = False, nodes: Nodes = ()) -> Arena:
     """An arena in memory of our own, empty; ``followed``: one that other processes `look` at.
 
-    Raises StoreError.
+    ``nodes``: where it had better lie. Raises StoreError.
     """
-    place = (places.nameless if followed else places.anonymous)(spec.nbytes)
+    place = (places.nameless if followed else places.anonymous)(spec.nbytes, nodes)
     identity = secrets.token_bytes(16)
     place.bytes[:HEAD_BYTES] = np.frombuffer(header.arena_head(spec, identity), np.uint8)
     return Arena(spec, place, identity)

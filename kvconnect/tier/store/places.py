@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from kvconnect.errors import Reason, StoreError
+from kvconnect.tier.store import numa
 from kvconnect.tier.store.header import HEAD_BYTES, Spec
 
 OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM}
@@ -55,15 +56,19 @@ Wrap = Callable[[int, bool, bool], Place]
 
 
 class Mapped:
-    """Memory, all of it. ``bytes`` is valid until `close`."""
+    """Memory, all of it, wished on ``nodes`` if it is new. ``bytes`` is valid until `close`."""
 
-    def __init__(self, memory: mmap.mmap, fd: int = -1, new: bool = True) -> None:
+    def __init__(
+        self, memory: mmap.mmap, fd: int = -1, new: bool = True, nodes: numa.Nodes = ()
+    ) -> None:
         self._memory = memory
         self.fd = fd
         self.bytes = np.frombuffer(memory, np.uint8)
         self.nbytes = self.bytes.nbytes
         self.new = new
         self.inode = None if fd < 0 else os.fstat(fd).st_ino
+        if new:  # what somebody has filled stays where it is
+            numa.prefer(self.bytes, nodes)
 
     def flush(self, offset: int, nbytes: int) -> None:
         """Nothing to do."""
@@ -80,13 +85,13 @@ class Mapped:
             self.fd = -1
 
 
-def anonymous(nbytes: int) -> Mapped:
+def anonymous(nbytes: int, nodes: numa.Nodes = ()) -> Mapped:
     """Zeros that no other process sees."""
     try:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as e:
         raise StoreError(Reason.FULL, f"{nbytes} bytes of memory: {e.strerror}") from e
-    return Mapped(_in_huge_pages(memory))
+    return Mapped(_in_huge_pages(memory), nodes=nodes)
 
 
 def _in_huge_pages(memory: mmap.mmap) -> mmap.mmap:
@@ -96,24 +101,24 @@ def _in_huge_pages(memory: mmap.mmap) -> mmap.mmap:
     return memory
 
 
-def nameless(nbytes: int) -> Mapped:
+def nameless(nbytes: int, nodes: numa.Nodes = ()) -> Mapped:
     """Zeros that other processes of ours can map, by way of /proc, as long as we live."""
     fd = -1
     try:
         fd = os.memfd_create("kvconnect", os.MFD_CLOEXEC)
         os.ftruncate(fd, nbytes)  # not reserved: whoever asks for too much is ended at once then
-        return mapped(fd, True, True)
+        return mapped(fd, True, True, nodes)
     except OSError as e:
         if fd >= 0:
             os.close(fd)
         raise StoreError(Reason.FULL, f"{nbytes} bytes of shared memory: {e.strerror}") from e
 
 
-def mapped(fd: int, to_write: bool, new: bool) -> Mapped:
+def mapped(fd: int, to_write: bool, new: bool, nodes: numa.Nodes = ()) -> Mapped:
     """All of a file as memory."""
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if to_write else 0)
     memory = mmap.mmap(fd, 0, prot=protection)  # empty: ValueError
-    return Mapped(_in_huge_pages(memory), fd, new)
+    return Mapped(_in_huge_pages(memory), fd, new, nodes)
 
 
 class Filed:
@@ -171,10 +176,11 @@ def create(path: Path, spec: Spec, head: bytes, wrap: Wrap) -> Place:
     try:
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.posix_fallocate(fd, 0, spec.nbytes)
+        os.ftruncate(fd, spec.nbytes)
         os.pwrite(fd, head, 0)
-        place = wrap(fd, True, True)
+        place = wrap(fd, True, True)  # before it has pages: it may say where they shall lie
         try:
+            os.posix_fallocate(fd, 0, spec.nbytes)
             os.link(draft, path)  # unlike rename, fails if another was faster
         except OSError:
             fd = -1

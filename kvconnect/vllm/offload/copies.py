@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvconnect.errors import StoreError
 from kvconnect.tier.config import OffloadConfig
+from kvconnect.tier.store.numa import Nodes
 from kvconnect.tier.store.packing import Packing
 from kvconnect.vllm.offload.place import Lead, Opened, Pin, follow, open_place
 
@@ -33,10 +34,11 @@ def open_copy(
     packings: Sequence[Packing],
     pin: Pin,
     gather: Gather,
+    nodes: Nodes = (),
 ) -> Opened:
     """This rank's place, or its leader's; raises StoreError, on this rank at least.
 
-    ``fingerprint_of``: of the KV that the rank of this number stores.
+    ``fingerprint_of``: of the KV that the rank of this number stores; ``nodes``: near to this one.
     """
     formats = tuple(packing.format for packing in packings)
     leaders: dict[tuple[str, ...], int] = {}
@@ -45,10 +47,12 @@ def open_copy(
     leader = leaders[formats]
     copies = len(leaders) * rank.pp_size
     if copies < rank.count:
-        place = _together(config, rank.index, leader, copies, fingerprint_of, packings, pin, gather)
+        place = _together(
+            config, rank.index, leader, copies, fingerprint_of, packings, pin, gather, nodes
+        )
         if place is not None:
             return place
-    return open_place(config, rank.count, fingerprint_of(rank.index), packings, pin)
+    return open_place(config, rank.count, fingerprint_of(rank.index), packings, pin, nodes)
 
 
 def _together(
@@ -60,13 +64,14 @@ def _together(
     packings: Sequence[Packing],
     pin: Pin,
     gather: Gather,
+    nodes: Nodes,
 ) -> Opened | None:
     """A place that some ranks share; None on all of them if one of them cannot."""
     fingerprint = fingerprint_of(leader)
     place, problem = None, ""
     if index == leader:
         try:
-            place = open_place(config, copies, fingerprint, packings, pin, followed=True)
+            place = open_place(config, copies, fingerprint, packings, pin, nodes, followed=True)
         except StoreError as e:
             problem = str(e)
     leads: dict[int, Lead | None] = dict(gather((index, place and place.lead)))

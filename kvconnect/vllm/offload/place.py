@@ -1,5 +1,6 @@
 """Opens a rank's place for stored KV: arenas, vault, and the thread that works on them."""
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -17,6 +18,7 @@ from kvconnect.tier.store.header import HEAD_BYTES, SLOT, Spec
 from kvconnect.tier.store.host import HostStore
 from kvconnect.tier.store.lanes import Lanes
 from kvconnect.tier.store.neighbours import Neighbours, claim, paths_beside
+from kvconnect.tier.store.numa import Nodes
 from kvconnect.tier.store.packing import Packing, slot_bytes
 from kvconnect.tier.store.pinning import Pinning
 from kvconnect.tier.store.places import Filed, Wrap, mapped
@@ -81,12 +83,13 @@ def open_place(
     fingerprint: bytes,
     packings: Sequence[Packing],
     pin: Pin = no_device,
+    nodes: Nodes = (),
     followed: bool = False,
 ) -> Opened:
     """This rank's share of memory and disk. Without the disk, memory serves alone.
 
-    ``copies``: how many ranks have one each; ``followed``: whether others read this one's.
-    Raises StoreError if there is no memory.
+    ``copies``: how many ranks have one each; ``nodes``: near to this one; ``followed``: whether
+    others read this one's. Raises StoreError if there is no memory.
     """
     nbytes = slot_bytes(packings)
     spec = _spec(config.cpu_bytes_to_use // copies, nbytes, fingerprint, "cpu_bytes_to_use")
@@ -95,10 +98,10 @@ def open_place(
     beside = None
     if config.persist or config.share:
         folder = _memory_folder(config)
-        arena, path = claim(folder, spec)
+        arena, path = claim(folder, spec, functools.partial(mapped, nodes=nodes))
         beside = _beside(config, folder, fingerprint, path, mapped)
     else:
-        arena = make(spec, followed)
+        arena = make(spec, followed, nodes)
     try:
         pinning = pin(arena, True)
     except StoreError:

@@ -15,6 +15,7 @@ from kvconnect.tier.config import OffloadConfig
 from kvconnect.tier.jobs import Answer, Fill, Save
 from kvconnect.tier.keys import arena_fingerprint
 from kvconnect.tier.store.arena import Arena
+from kvconnect.tier.store.numa import wanted
 from kvconnect.tier.store.packing import Packing
 from kvconnect.tier.store.pinning import Pinning
 from kvconnect.tier.store.runner import Fence
@@ -71,7 +72,8 @@ class OffloadWorker:
 
         try:
             place = open_copy(
-                self._config, rank, fingerprint_of, packings, self._pin, gather_over_tp
+                *(self._config, rank, fingerprint_of, packings, self._pin, gather_over_tp),
+                nodes=wanted(_pci_address(self._device)),
             )
         except StoreError as e:
             logger.error("kvconnect: rank %d stores no KV: %s", rank.index, e)
@@ -219,3 +221,11 @@ class OffloadWorker:
         event.record(torch.cuda.current_stream(device))
         computed: Fence = event.query
         return computed
+
+
+def _pci_address(device: torch.device) -> str | None:
+    """As sysfs names it; None of the CPU."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
