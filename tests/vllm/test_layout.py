@@ -121,6 +121,68 @@ def test_latent_attention_is_one_part_that_all_ranks_hold():
     assert torch.equal(held(part, tensors[view.layer]), as_bytes(tensors[view.layer]))
 
 
+def test_groups_are_counted_as_they_are_transferred_and_other_stages_layers_are_left_out():
+    """A layer may have a spec of its own in its group."""
+    names = [f"model.layers.{i}.attn" for i in range(8)]
+    other = replace(FULL, head_size=64, head_size_v=64, block_size=32)
+    of_each = dict(zip(names[4:6], (FULL, other), strict=True))
+    groups = [
+        SimpleNamespace(layer_names=names[:2], kv_cache_spec=FULL),
+        SimpleNamespace(layer_names=names[2:4], kv_cache_spec=FULL),
+        SimpleNamespace(
+            layer_names=names[4:6],
+            kv_cache_spec=SimpleNamespace(kv_cache_specs=of_each, block_size=64),
+        ),
+        SimpleNamespace(layer_names=names[6:], kv_cache_spec=FULL),
+    ]
+    config = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=groups, transfer_group_ids=(1, 2))
+    vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys(names, module())),
+        model_config=SimpleNamespace(
+            get_num_kv_heads=lambda _: 2, get_total_num_kv_heads=lambda: 2
+        ),
+        parallel_config=None,
+    )
+    tensors = dict(zip(names[:2], caches(FULL).values(), strict=True))
+    tensors[names[3]] = caches(FULL)[LAYERS[0]]
+    tensors[names[4]] = caches(FULL)[LAYERS[1]]
+    tensors[names[5]] = caches(other)[LAYERS[0]]
+    shard = describe(tensors, config, vllm_config, ALONE)
+    check_views(shard.views, shard.regions)
+    found = [
+        (view.layer, view.group, view.block_tokens, view.parts[0].shape) for view in shard.views
+    ]
+    assert found == [
+        (names[3], 0, 64, (2, 64, 32)),
+        (names[4], 1, 64, (2, 64, 32)),
+        (names[5], 1, 32, (2, 32, 64)),
+    ]
+    held_by = [cache.untyped_storage() for name, cache in tensors.items() if name in names[3:6]]
+    assert [(one.address, one.nbytes) for one in shard.regions] == [
+        (storage.data_ptr(), storage.nbytes()) for storage in held_by
+    ]
+    assert [view.data_ptr() for view in shard.memory] == [tensors[n].data_ptr() for n in names[3:6]]
+
+
+def test_layers_of_one_allocation_are_one_region_of_it_all():
+    tensors = caches(FULL, KVCacheLayout.LBNHC)
+    config = SimpleNamespace(
+        num_blocks=BLOCKS,
+        kv_cache_groups=[SimpleNamespace(layer_names=LAYERS, kv_cache_spec=FULL)],
+    )
+    vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        model_config=SimpleNamespace(
+            get_num_kv_heads=lambda _: 2, get_total_num_kv_heads=lambda: 2
+        ),
+        parallel_config=None,
+    )
+    (region,) = describe(tensors, config, vllm_config, ALONE).regions
+    assert region.nbytes == BLOCKS * len(LAYERS) * FULL.page_size_bytes
+    with pytest.raises(ConfigError, match="no KV cache that could be transferred"):
+        describe({}, config, vllm_config, ALONE)
+
+
 def test_kernel_blocks_become_tiles_of_tokens():
     tensors = caches(FULL, kernel_tokens=16)
     assert tensors[LAYERS[0]].shape[0] == 4 * BLOCKS

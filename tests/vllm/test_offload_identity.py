@@ -1,11 +1,12 @@
 """What names stored KV, as taken from vLLM's configuration and requests."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, UniformTypeKVCacheSpecs
 
 from kvconnect.config import parse
 from kvconnect.errors import ConfigError
@@ -81,7 +82,8 @@ def test_another_engine_s_kv_has_another_name(other):
 
 
 def test_another_cut_or_seed_has_another_name(monkeypatch):
-    found = [identity(engine(), cut(), seed="1"), identity(engine(), cut(), seed="2")]
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    found = [identity(engine(), cut(), seed=seed) for seed in ("", "1", "2")]
     found += [identity(engine(), cut(block_size=2 * BLOCK)), identity(engine(), cut(groups=2))]
     for seed in ("3", "4"):
         monkeypatch.setenv("PYTHONHASHSEED", seed)
@@ -103,7 +105,24 @@ def test_weights_that_were_written_anew_have_another_name(tmp_path):
     os.utime(weights, ns=(1, 2))
     longer = identity(engine(model=str(tmp_path)), cut())
     alone = identity(engine(model=str(weights)), cut())
-    assert len({repr(one) for one in (before, later, longer, alone)}) == 4
+    weights.rename(tmp_path / "other.safetensors")
+    renamed = identity(engine(model=str(tmp_path)), cut())
+    assert len({repr(one) for one in (before, later, longer, alone, renamed)}) == 5
+
+
+def test_layers_of_one_kind_are_cut_as_their_group_says():
+    of_each = {"a": spec(), "b": replace(spec(), head_size=16)}
+    group = SimpleNamespace(kv_cache_spec=UniformTypeKVCacheSpecs(BLOCK, of_each))
+    config = parse({"cpu_bytes_to_use": 1 << 20}, OffloadConfig, "test")
+    assert cuts(SimpleNamespace(kv_cache_groups=[group]), config) == cut()
+
+
+def test_recurrent_state_is_refused():
+    state = MambaSpec(block_size=BLOCK, shapes=((2, 2),), dtypes=(torch.float32,))
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=state)])
+    config = parse({"cpu_bytes_to_use": 1 << 20}, OffloadConfig, "test")
+    with pytest.raises(ConfigError, match="group 0 keeps MambaSpec state, which cannot be"):
+        cuts(groups, config)
 
 
 def test_what_cannot_be_cut_is_refused():

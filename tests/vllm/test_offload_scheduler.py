@@ -44,6 +44,7 @@ class Pool:
             SimpleNamespace(block_id=n, is_null=n == 0, block_hash=None, refs=0)
             for n in range(count)
         ]
+        self.freed = []
 
     def touch(self, blocks):
         for block in blocks:
@@ -54,6 +55,7 @@ class Pool:
         for block in blocks:
             assert block.refs > 0
             block.refs -= 1
+            self.freed.append(block.block_id)
 
     def held(self):
         return [block.block_id for block in self.blocks if block.refs]
@@ -497,3 +499,108 @@ def test_a_table_may_be_shorter_than_what_is_computed_and_longer_than_what_is_ha
     engine.half.match(one, 0)
     assert len(engine.step(one, ([5],), 12).saves) == 1
     assert len(engine.step(one, ([5, 6, 7, 8],), 4).saves) == 1
+
+
+def test_blocks_beyond_what_vllm_takes_of_an_answer_are_not_filled(make):
+    """It may take less: to compute a window again, it cuts the answer at a block of its own."""
+    engine = make(block_size=2 * BLOCK)
+    engine.stored(request(blocks=4), ([1, 2, 3, 4],))
+    other = request("other", blocks=4)
+    assert engine.half.match(other, 0) == 4 * BLOCK
+    blocks = SimpleNamespace(blocks=[[engine.pool.blocks[n] for n in (11, 12, 13, 14)]])
+    engine.half.admitted(other, blocks, 3 * BLOCK)
+    assert [fill.blocks for fill in engine.step().jobs] == [(11, 12), (13, NO_BLOCK)]
+
+
+@pytest.mark.parametrize(("window", "matched"), [(2 * BLOCK + 1, 5), (2 * BLOCK + 2, 0)])
+def test_a_window_holds_the_token_that_comes_next(make, window, matched):
+    """Of 2 blocks that are stored it sees all that it needs, or it lacks one token."""
+    engine = make(windows=(None, window))
+    engine.stored(request(blocks=5), ([1, 2, 3, 4, 5], [0, 0, 0, 14, 15]))
+    assert engine.half.match(request("other", blocks=5), 0) == matched * BLOCK
+
+
+def test_without_room_what_ranks_say_later_is_not_followed(make):
+    engine = make(problem="no room")
+    engine.half.received(Done({1: (1, 0)}, gained=Counter([b"k"]), lost=[Loss(b"k", False)]))
+    assert engine.half.take_stats() is None
+
+
+def test_of_a_request_that_ended_the_last_chunk_makes_room_and_nothing_is_kept(make):
+    engine = make(slots=3, ranks=2)
+    one = request()
+    engine.half.match(one, 0)
+    work = engine.step(one, ([1, 2, 3],), one.num_tokens)
+    engine.answer(work)
+    engine.answer(work)
+    engine.half.finished("r")
+    half = engine.half
+    assert not any((half._requests, half._held, half._answers, half._declined))
+    half.match(other := request("other", blocks=1, seed=1), 0)
+    engine.answer(engine.step(other, ([4],), 5), ranks=2)
+    assert half.match(request("again"), 0) == 2 * BLOCK
+
+
+def test_what_is_cleared_is_forgotten_by_the_ranks_in_a_step_of_its_own(make):
+    engine = make()
+    saves = engine.stored(request(), ([1, 2, 3],)).saves
+    assert not engine.half.busy
+    engine.half.clear()
+    assert engine.half.busy, "an idle engine would not step"
+    assert engine.step().jobs == [Forget(save.key, False) for save in saves]
+    assert not engine.half.busy
+
+
+def test_what_memory_does_with_keys_is_counted(make):
+    engine = make(slots=1)
+    engine.stored(request(blocks=1), ([1],))
+    engine.stored(request("other", blocks=1, seed=1), ([2],))
+    assert engine.half.take_stats()["host_keys_evicted"] == 1
+
+
+def test_a_chunk_of_which_some_blocks_are_out_of_the_window_is_not_saved(make):
+    engine = make(windows=(None, 2 * BLOCK), block_size=2 * BLOCK)
+    saves = engine.stored(request(blocks=4), ([1, 2, 3, 4], [0, 12, 13, 14])).saves
+    assert [(save.group, save.blocks) for save in saves] == [
+        (0, (1, 2)),
+        (0, (3, 4)),
+        (1, (13, 14)),
+    ]
+
+
+def test_a_request_offers_a_chunk_once_however_often_it_is_computed(make):
+    engine = make(store_threshold=2)
+    one = request()
+    engine.half.match(one, 0)
+    assert engine.step(one, ([5, 6],), 7).saves == []
+    assert engine.step(one, ([5, 6, 7],), 5).saves == []
+    one.num_computed_tokens = 0  # preempted
+    assert engine.step(one, ([8],), 5).saves == []
+    assert engine.step(one, ([8, 9, 10],), 7).saves == []
+
+
+def test_chunks_of_all_groups_are_saved_as_they_end_and_their_blocks_freed_from_the_end(make):
+    engine = make(windows=(None, None), block_size=2 * BLOCK)
+    saves = engine.stored(request(blocks=4), ([1, 2, 3, 4], [5, 6, 7, 8])).saves
+    assert [save.blocks for save in saves] == [(1, 2), (5, 6), (3, 4), (7, 8)]
+    assert engine.pool.freed == [2, 1, 6, 5, 4, 3, 8, 7]
+
+
+def test_who_loaded_well_may_load_again_after_preemption(make):
+    engine = make()
+    engine.stored(request(), ([1, 2, 3],))
+    other = request("other")
+    engine.answer(engine.load(other, ([11, 12, 13, 14],)))
+    assert engine.half.match(other, 0) == 12
+
+
+def test_what_is_offered_again_is_still_told_when_it_leaves_the_disk(make):
+    engine = make()
+    named(engine, Found(8, 8, [], []))
+    engine.stored(request(), ([1, 2, 3],))
+    engine.answer(engine.step())
+    engine.stored(request("again"), ([4, 5, 6],))
+    engine.half.take_events()
+    engine.half.clear()
+    left = [(type(event).__name__, event.medium) for event in engine.half.take_events()]
+    assert left == [("BlockRemoved", "CPU")] * 3 + [("BlockRemoved", "STORAGE")] * 3

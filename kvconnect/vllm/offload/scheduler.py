@@ -232,7 +232,7 @@ class OffloadScheduler:
                 places = range(first, first + cut.chunk_blocks)
                 wanted = tuple(
                     table[place].block_id
-                    if place * cut.block_tokens < tokens and _is_empty(table, place)
+                    if place * cut.block_tokens < tokens and _is_empty(table[place])
                     else NO_BLOCK
                     for place in places
                 )
@@ -290,9 +290,6 @@ class OffloadScheduler:
                 tracked.no_loads = True
 
 
-def _is_empty(table: Any, place: int) -> bool:
+def _is_empty(block: Any) -> bool:
     """Whether a block is the request's own, to be filled."""
-    if place >= len(table):
-        return False
-    block = table[place]
     return block.block_hash is None and not block.is_null
