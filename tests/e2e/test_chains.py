@@ -148,7 +148,8 @@ def test_params_of_one_child_alone_are_seen_by_both_and_only_its_like_can_use_th
         coexisting_pair.prefer(preferred)
         prompt = words(3 * BLOCK + 9, seed=seed + 120)
         params = coexisting_pair.prefilled(prompt)
-        own = params | params.pop(BESIDE)["others"].get(label, {})
+        beside = params.pop(BESIDE)
+        own = beside["others"].get(label, params)
         before = coexisting_pair.seen()
         answer = coexisting_pair.decode.tokens(prompt, kv_transfer_params=own)
         assert answer == coexisting_pair.prefill.tokens(prompt)
@@ -174,7 +175,7 @@ def test_with_tp_2_and_sliding_windows_memory_and_the_peer_make_one_load(windowe
 
     The last token is left to decode.
     """
-    prompt, short = words(6 * BLOCK + 9, seed=121), words(7 * BLOCK + 2, seed=122)
+    prompt = words(6 * BLOCK + 9, seed=121)
     stored(windowed_pair.decode, prompt, 4)
     expected, before = windowed_pair.prefill.tokens(prompt), windowed_pair.seen()
     assert windowed_pair.tokens(prompt) == expected
@@ -183,12 +184,13 @@ def test_with_tp_2_and_sliding_windows_memory_and_the_peer_make_one_load(windowe
         "tokens_from_peers": 2 * BLOCK + 8,
         "computed": 1,
     }
-    expected = windowed_pair.prefill.tokens(short)
-    stored(windowed_pair.decode, short, 7)
-    params = windowed_pair.prefilled(short[: 3 * BLOCK + 1])
+    prompt = words(7 * BLOCK + 2, seed=122)
+    expected = windowed_pair.prefill.tokens(prompt)
+    stored(windowed_pair.decode, prompt, 7)
+    params = windowed_pair.prefilled(prompt[: 3 * BLOCK + 1])
     windowed_pair.prefer("peers")
     before = windowed_pair.seen()
-    assert windowed_pair.decode.tokens(short, kv_transfer_params=params) == expected
+    assert windowed_pair.decode.tokens(prompt, kv_transfer_params=params) == expected
     assert windowed_pair.since(before) == {
         "tokens_from_peers": 3 * BLOCK,
         "tokens_from_host": 4 * BLOCK,
