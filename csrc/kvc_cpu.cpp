@@ -92,24 +92,30 @@ void run_threads(const Call& call, uint32_t units, uint64_t* sums, int threads) 
 }
 
 int call_cpu(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-             uint32_t n_segments, void* wire, uint64_t wire_bytes, uint64_t* sums, uint32_t units,
+             uint32_t n_segments, const kvc::Wires& wires, uint64_t* sums, uint32_t units,
              int threads, bool gather) {
   try {
     std::vector<Part> parts(n_copies);
     uint64_t tokens = 0;
-    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, wire_bytes, units,
+    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, wires, units,
                                    parts.data(), &tokens))
       return error;
     if (sums) memset(sums, 0, units * sizeof(uint64_t));
     if (tokens == 0 || n_copies == 0) return KVC_OK;
     const Part& last = parts.back();
     const uint64_t bytes = last.wire + last.c.heads * tokens * last.wire_row;
-    const Call call = {parts.data(), n_copies,       segments, n_segments,
-                       tokens,       (uint8_t*)wire, gather,   bytes >= KVC_STREAM_FROM};
-    if (threads > 1 && uint64_t(threads) <= tokens)
-      run_threads(call, units, sums, threads);
-    else
-      isa().run(call, 0, tokens, sums);
+    for (uint32_t i = 0; i < wires.n; ++i) {
+      uint32_t n = 0;
+      for (uint64_t found = 0; found < tokens; ++n) found += segments[n].count;
+      const Call call = {parts.data(), n_copies,           segments,
+                         n,            tokens,             (uint8_t*)wires.addresses[i],
+                         gather,       bytes >= KVC_STREAM_FROM};
+      if (threads > 1 && uint64_t(threads) <= tokens)
+        run_threads(call, units, sums, threads);
+      else
+        isa().run(call, 0, tokens, sums);
+      segments += n;
+    }
     return KVC_OK;
   } catch (const std::bad_alloc&) {
     return KVC_NO_MEMORY;
@@ -121,17 +127,17 @@ int call_cpu(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segme
 }  // namespace
 
 KVC_EXPORT int kvc_gather(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-                          uint32_t n_segments, void* wire, uint64_t wire_bytes, uint64_t* sums,
-                          uint32_t units, int threads) {
-  return call_cpu(copies, n_copies, segments, n_segments, wire, wire_bytes, sums, units, threads,
-                  true);
+                          uint32_t n_segments, const uint64_t* wires, uint32_t n_wires,
+                          uint64_t wire_bytes, uint64_t* sums, uint32_t units, int threads) {
+  return call_cpu(copies, n_copies, segments, n_segments, {wires, n_wires, wire_bytes}, sums, units,
+                  threads, true);
 }
 
 KVC_EXPORT int kvc_scatter(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-                           uint32_t n_segments, const void* wire, uint64_t wire_bytes,
-                           uint64_t* sums, uint32_t units, int threads) {
-  return call_cpu(copies, n_copies, segments, n_segments, const_cast<void*>(wire), wire_bytes,
-                  sums, units, threads, false);
+                           uint32_t n_segments, const uint64_t* wires, uint32_t n_wires,
+                           uint64_t wire_bytes, uint64_t* sums, uint32_t units, int threads) {
+  return call_cpu(copies, n_copies, segments, n_segments, {wires, n_wires, wire_bytes}, sums, units,
+                  threads, false);
 }
 
 KVC_EXPORT const char* kvc_strerror(int error) { return kvc::describe(error); }

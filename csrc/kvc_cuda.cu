@@ -406,22 +406,25 @@ KVC_EXPORT void kvc_cuda_free(void* context, int pinned, void* memory) {
     cudaFree(memory);
 }
 
-// Cache -> wire if `gather`, else wire -> cache. `after`, if not null, points to the handle of a
-// stream whose work so far comes first. *launch is for kvc_cuda_done, _sums and _release.
+// Cache -> wire if `gather`, else wire -> cache; a kernel per path, however many chunks. `after`, if
+// not null, points to the handle of a stream whose work so far comes first. *launch is for
+// kvc_cuda_done, _sums and _release.
 KVC_EXPORT int kvc_cuda_launch(void* handle, int gather, const kvc_copy* copies, uint32_t n_copies,
-                               const kvc_segment* segments, uint32_t n_segments, void* wire,
-                               uint64_t wire_bytes, uint32_t units, int checksum,
-                               const uint64_t* after, void** launch) {
+                               const kvc_segment* segments, uint32_t n_segments,
+                               const uint64_t* wires, uint32_t n_wires, uint64_t wire_bytes,
+                               uint32_t units, int checksum, const uint64_t* after,
+                               void** launch) {
   Context* context = (Context*)handle;
   try {
     std::vector<Part> parts(n_copies);
     uint64_t tokens = 0;
-    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, wire_bytes, units,
+    const kvc::Wires to = {wires, n_wires, wire_bytes};
+    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, to, units,
                                    parts.data(), &tokens))
       return error;
     Plan plan;
     if (tokens && n_copies)
-      if (int error = make_grid(parts, segments, n_segments, tokens, (uint64_t)wire, &plan))
+      if (int error = make_grid(parts, segments, n_segments, tokens, to, &plan))
         return error;
     return in_slot(context, after, launch, [&](Slot* slot) {
       return launch_plan(context, plan, units, checksum != 0, gather != 0, slot);

@@ -45,18 +45,18 @@ void run_plan(const Plan& plan, uint32_t warps, uint64_t* sums) {
 }
 
 int call_grid(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-              uint32_t n_segments, void* wire, uint64_t wire_bytes, uint64_t* sums, uint32_t units,
+              uint32_t n_segments, const kvc::Wires& wires, uint64_t* sums, uint32_t units,
               uint32_t warps, bool gather, uint32_t* paths) {
   try {
     std::vector<Part> parts(n_copies);
     uint64_t tokens = 0;
-    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, wire_bytes, units,
+    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, wires, units,
                                    parts.data(), &tokens))
       return error;
     if (sums) memset(sums, 0, units * sizeof(uint64_t));
     if (tokens == 0 || n_copies == 0) return KVC_OK;
     Plan plan;
-    if (int error = make_grid(parts, segments, n_segments, tokens, uint64_t(wire), &plan))
+    if (int error = make_grid(parts, segments, n_segments, tokens, wires, &plan))
       return error;
     for (const Group& group : plan.groups)
       if (paths) *paths |= 1u << uint32_t(group.path);
@@ -71,17 +71,19 @@ int call_grid(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segm
 
 // As kvc_gather and kvc_scatter. Bits of *paths, if not null, are set for the paths taken.
 KVC_EXPORT int kvc_grid_gather(const kvc_copy* copies, uint32_t n_copies,
-                               const kvc_segment* segments, uint32_t n_segments, void* wire,
-                               uint64_t wire_bytes, uint64_t* sums, uint32_t units, uint32_t warps,
+                               const kvc_segment* segments, uint32_t n_segments,
+                               const uint64_t* wires, uint32_t n_wires, uint64_t wire_bytes,
+                               uint64_t* sums, uint32_t units, uint32_t warps,
                                uint32_t* paths) {
-  return call_grid(copies, n_copies, segments, n_segments, wire, wire_bytes, sums, units, warps,
-                   true, paths);
+  return call_grid(copies, n_copies, segments, n_segments, {wires, n_wires, wire_bytes}, sums, units,
+                   warps, true, paths);
 }
 
 KVC_EXPORT int kvc_grid_scatter(const kvc_copy* copies, uint32_t n_copies,
-                                const kvc_segment* segments, uint32_t n_segments, const void* wire,
-                                uint64_t wire_bytes, uint64_t* sums, uint32_t units,
-                                uint32_t warps, uint32_t* paths) {
-  return call_grid(copies, n_copies, segments, n_segments, const_cast<void*>(wire), wire_bytes,
-                   sums, units, warps, false, paths);
+                                const kvc_segment* segments, uint32_t n_segments,
+                                const uint64_t* wires, uint32_t n_wires, uint64_t wire_bytes,
+                                uint64_t* sums, uint32_t units, uint32_t warps,
+                                uint32_t* paths) {
+  return call_grid(copies, n_copies, segments, n_segments, {wires, n_wires, wire_bytes}, sums, units,
+                   warps, false, paths);
 }

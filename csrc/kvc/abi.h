@@ -1,8 +1,11 @@
 // The C ABI of libkvc_cpu and libkvc_cuda: strided paged KV cells <-> dense wire, in one pass.
 //
-// Wire of one call (a chunk), in this order: the copies in sequence, each at an offset rounded up
-// to KVC_WIRE_ALIGN; within a copy dense [head][tau][content], tau counting the tokens of all
+// Wire of a chunk, in this order: the copies in sequence, each at an offset rounded up to
+// KVC_WIRE_ALIGN; within a copy dense [head][tau][content], tau counting the tokens of the chunk's
 // segments in order. Bytes between copies are neither read nor written nor summed.
+//
+// A call moves any number of chunks of equally many tokens, each at an address of its own: the
+// segments of the first, then those of the second, ...
 //
 // Everything is checked before a byte is written, except that addresses are mapped.
 #ifndef KVC_ABI_H
@@ -10,7 +13,7 @@
 
 #include <stdint.h>
 
-#define KVC_ABI_VERSION 2
+#define KVC_ABI_VERSION 3
 #define KVC_WIRE_ALIGN 256
 
 #if defined(_WIN32)
@@ -45,6 +48,7 @@ enum kvc_error {
   KVC_NO_DEVICE = -9,
   KVC_DEVICE_FAILED = -10,
   KVC_MISALIGNED = -11,
+  KVC_BAD_CHUNKS = -12,
 };
 
 // How plain runs are copied by libkvc_cuda.

@@ -1,4 +1,4 @@
-// A checked call, as the CPU's instruction-set variants get it.
+// A chunk of a checked call, as the CPU's instruction-set variants get it.
 #ifndef KVC_CPU_CALL_H
 #define KVC_CPU_CALL_H
 

@@ -36,8 +36,8 @@ inline Divisor divisor(uint32_t d) {
 }
 
 struct GridPart {
-  uint64_t kv, wire;         // addresses: of block 0, and of the part's first wire byte
-  uint64_t offset;           // of that byte in the chunk
+  uint64_t kv;               // address of block 0
+  uint64_t offset;           // of the part in a chunk
   uint64_t wire_head;        // bytes of a head on the wire
   int64_t block_stride, head_stride, token_stride, token_outer, content_stride, content_outer;
   uint32_t first_item, items;
@@ -55,7 +55,8 @@ struct GridPart {
 
 struct Piece {  // some tokens of a segment
   int32_t block, token, count, unit;
-  uint64_t tau;
+  uint64_t tau;   // in its chunk
+  uint64_t wire;  // address of its chunk
 };
 
 enum class Path : uint32_t {
@@ -284,8 +285,8 @@ struct Cursor {
     Item item;
     item.first_unit = slice * p.slice_units;
     item.kv = p.kv + int64_t(piece.block) * p.block_stride + int64_t(head) * p.head_stride;
-    const uint64_t place = head * p.wire_head + piece.tau * p.wire_row;
-    item.wire = p.wire + place, item.offset = p.offset + place;
+    item.offset = p.offset + head * p.wire_head + piece.tau * p.wire_row;
+    item.wire = piece.wire + item.offset;
     item.token = piece.token, item.unit = piece.unit;
     const uint32_t rest = p.row_units - item.first_unit;
     if (rest > p.slice_units || item.first_unit) {  // a slice: the piece has one token

@@ -28,7 +28,8 @@ inline bool multiples(const Part& p, uint64_t wire, uint64_t of_kv, uint64_t of_
   return ((c.base | strides) % of_kv) == 0 && ((wire | p.wire | p.wire_row) % of_wire) == 0;
 }
 
-// The path of a part. `p` becomes one of bytes, or of larger elements, where that is its path.
+// The path of a part; `wire` has the bits of all chunks' addresses. `p` becomes one of bytes, or of
+// larger elements, where that is its path.
 inline int choose_path(Part& p, uint64_t wire, Path* path) {
   kvc_copy& c = p.c;
   *path = Path::CELLS;
@@ -65,14 +66,14 @@ inline uint32_t unit_bytes_of(Path path, const Part& p) {  // on the wire
   return 8 * p.wire_item;
 }
 
-inline int make_grid_part(const Part& p, Path path, uint64_t wire, uint64_t tokens,
-                          uint32_t pieces, uint32_t piece_tokens, GridPart* out) {
+inline int make_grid_part(const Part& p, Path path, uint64_t tokens, uint32_t pieces,
+                          uint32_t piece_tokens, GridPart* out) {
   GridPart g = {};
   const kvc_copy& c = p.c;
   const uint32_t unit = unit_bytes_of(path, p);
   const uint64_t row_units = (p.wire_row + unit - 1) / unit;
   if (p.wire_row >= (1u << 31)) return KVC_BAD_SHAPE;
-  g.kv = c.base, g.wire = wire + p.wire, g.offset = p.wire;
+  g.kv = c.base, g.offset = p.wire;
   g.wire_head = tokens * p.wire_row, g.wire_row = uint32_t(p.wire_row);
   g.block_stride = c.block_stride, g.head_stride = c.head_stride;
   g.token_stride = c.token_stride, g.token_outer = c.token_outer;
@@ -94,30 +95,34 @@ inline int make_grid_part(const Part& p, Path path, uint64_t wire, uint64_t toke
 }
 
 inline int make_grid(std::vector<Part>& parts, const kvc_segment* segments, uint32_t n_segments,
-                     uint64_t tokens, uint64_t wire, Plan* plan) {
+                     uint64_t tokens, const Wires& wires, Plan* plan) {
   uint64_t longest = 1;
   for (const Part& p : parts) longest = p.wire_row > longest ? p.wire_row : longest;
   const uint32_t piece_tokens = longest < ITEM_BYTES ? uint32_t(ITEM_BYTES / longest) : 1;
-  uint64_t tau = 0;
+  uint64_t tau = 0, all = 0;
+  for (uint32_t i = 0; i < wires.n; ++i) all |= wires.addresses[i];
+  const uint64_t* wire = wires.addresses;
   for (uint32_t i = 0; i < n_segments; ++i) {
     const kvc_segment& s = segments[i];
+    if (tau == tokens) tau = 0, ++wire;
     for (int32_t done = 0; done < s.count; done += piece_tokens) {
       const int32_t rest = s.count - done, most = int32_t(piece_tokens);
-      plan->pieces.push_back({s.block, s.token + done, rest < most ? rest : most, s.unit, tau + done});
+      plan->pieces.push_back(
+          {s.block, s.token + done, rest < most ? rest : most, s.unit, tau + done, *wire});
     }
     tau += s.count;
   }
   if (plan->pieces.size() >= (1u << 31)) return KVC_BAD_SHAPE;
   std::vector<Path> paths(parts.size());
   for (size_t i = 0; i < parts.size(); ++i)
-    if (int error = choose_path(parts[i], wire, &paths[i])) return error;
+    if (int error = choose_path(parts[i], all, &paths[i])) return error;
   for (uint32_t path = 0; path <= uint32_t(Path::CONVERT_4_2); ++path) {
     Group group = {Path(path), uint32_t(plan->parts.size()), 0, 0};
     for (size_t i = 0; i < parts.size(); ++i) {
       if (paths[i] != Path(path)) continue;
       GridPart g;
-      if (int error = make_grid_part(parts[i], Path(path), wire, tokens,
-                                     uint32_t(plan->pieces.size()), piece_tokens, &g))
+      if (int error = make_grid_part(parts[i], Path(path), tokens, uint32_t(plan->pieces.size()),
+                                     piece_tokens, &g))
         return error;
       g.first_item = group.items;
       if (uint64_t(group.items) + g.items >= (1u << 31)) return KVC_BAD_SHAPE;

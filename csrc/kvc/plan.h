@@ -9,7 +9,7 @@ namespace kvc {
 
 struct Part {
   kvc_copy c;
-  uint64_t wire;  // offset in the chunk
+  uint64_t wire;  // offset in a chunk
   uint64_t kv_row, wire_row;  // bytes of a token of one head
   uint32_t kv_item, wire_item;
   bool convert;  // types differ, or a factor applies
@@ -69,9 +69,16 @@ inline Part derive(const kvc_copy& c) {
   return p;
 }
 
-// Fills parts[copies]; returns an error, or KVC_OK with the tokens of the chunk in *tokens.
+// Where chunks are on the wire; each has room for `bytes`.
+struct Wires {
+  const uint64_t* addresses;
+  uint32_t n;
+  uint64_t bytes;
+};
+
+// Fills parts[copies]; returns an error, or KVC_OK with the tokens of a chunk in *tokens.
 inline int make_plan(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-                     uint32_t n_segments, uint64_t wire_bytes, uint32_t units, Part* parts,
+                     uint32_t n_segments, const Wires& wires, uint32_t units, Part* parts,
                      uint64_t* tokens) {
   uint64_t blocks = 1ull << 31, block_tokens = 1ull << 31, total = 0, end = 0;
   for (uint32_t i = 0; i < n_copies; ++i) {
@@ -89,16 +96,23 @@ inline int make_plan(const kvc_copy* copies, uint32_t n_copies, const kvc_segmen
     if (s.unit < 0 || uint32_t(s.unit) >= units) return KVC_BAD_UNIT;
     total += s.count;
   }
+  const uint64_t each = wires.n ? total / wires.n : 0;
+  if (each * wires.n != total) return KVC_BAD_CHUNKS;
+  for (uint64_t i = 0, at = 0; i < n_segments; ++i) {
+    at += segments[i].count;
+    if (at > each) return KVC_BAD_CHUNKS;
+    if (at == each) at = 0;
+  }
   for (uint32_t i = 0; i < n_copies; ++i) {
     uint64_t bytes;
     end = (end + KVC_WIRE_ALIGN - 1) / KVC_WIRE_ALIGN * KVC_WIRE_ALIGN;
     parts[i].wire = end;
-    if (!product(&bytes, total, copies[i].heads) || !product(&bytes, bytes, parts[i].wire_row))
+    if (!product(&bytes, each, copies[i].heads) || !product(&bytes, bytes, parts[i].wire_row))
       return KVC_WIRE_TOO_SMALL;
     end += bytes;
-    if (end > wire_bytes) return KVC_WIRE_TOO_SMALL;
+    if (end > wires.bytes) return KVC_WIRE_TOO_SMALL;
   }
-  *tokens = total;
+  *tokens = each;
   return KVC_OK;
 }
 
@@ -121,6 +135,7 @@ inline const char* describe(int error) {
     case KVC_NO_DEVICE: return "no usable CUDA device or driver";
     case KVC_DEVICE_FAILED: return "a CUDA call or kernel failed";
     case KVC_MISALIGNED: return "an address or stride is not a multiple of its element";
+    case KVC_BAD_CHUNKS: return "segments do not fill all chunks with equally many tokens";
     default: return "unknown error";
   }
 }

@@ -12,6 +12,7 @@ from kvconnect.ops.copies import (
     Launch,
     Prepared,
     Type,
+    Wires,
     chunk_bytes,
     wire_offsets,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "Launch",
     "Prepared",
     "Type",
+    "Wires",
     "chunk_bytes",
     "load",
     "wire_offsets",

@@ -1,9 +1,11 @@
 """What a copy between cache and wire is, and what every implementation of it promises.
 
-Wire of one call (a *chunk*): the copies in sequence, each at an offset rounded up to
-`WIRE_ALIGN`; within a copy dense ``[head][τ][content]``, τ counting the tokens of all segments
-in order. Bytes between copies are neither read nor written nor summed.
+Wire of a *chunk*: the copies in sequence, each at an offset rounded up to `WIRE_ALIGN`; within a
+copy dense ``[head][τ][content]``, τ counting the tokens of the chunk's segments in order. Bytes
+between copies are neither read nor written nor summed.
 
+* A call moves a chunk, or any number of chunks of equally many tokens, each at an address of its
+  own: on a device that is one launch.
 * All arguments are checked before a byte is written; what is wrong raises GeometryError.
 * Whether addresses are mapped memory is for the caller to know.
 * ``sums[unit]`` is a 64-bit sum over the wire bytes of a unit's rows, keyed by their place in
@@ -12,7 +14,7 @@ in order. Bytes between copies are neither read nor written nor summed.
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -82,6 +84,10 @@ class Copy(NamedTuple):
     content_outer: int = 0
 
 
+Wires = int | Sequence[int] | np.ndarray
+"""Address of a chunk, or of several."""
+
+
 class Launch(Protocol):
     """A gather or scatter under way."""
 
@@ -96,14 +102,14 @@ class Launch(Protocol):
 class Prepared(Protocol):
     """Copies made ready. ``segments`` is int32 ``[n, 4]``: block, first token, tokens, unit.
 
-    ``wire`` is an address; ``after`` the handle of a CUDA stream whose work
-    so far comes first.
+    ``wires``: of the chunks, with ``wire_bytes`` each; the segments of the first come first.
+    ``after``: handle of a CUDA stream whose work so far comes before this.
     """
 
     def gather(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -115,7 +121,7 @@ class Prepared(Protocol):
     def scatter(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -201,7 +207,7 @@ def span(copy: Copy) -> int:
 
 
 def check_segments(
-    copies: Sequence[Copy], segments: np.ndarray, wire_bytes: int, units: int
+    copies: Sequence[Copy], segments: np.ndarray, chunks: int, wire_bytes: int, units: int
 ) -> None:
     """Raise GeometryError that names the first segment or size that is wrong."""
     blocks = min((c.num_blocks for c in copies), default=1 << 31)
@@ -222,9 +228,24 @@ def check_segments(
                 f"{what} {values[bad[0]]} is outside [{low}, {end})"
             )
     total = int(wide[:, 2].sum())
-    needed = chunk_bytes(copies, total)
+    each = total // max(chunks, 1)
+    ends = set(np.cumsum(wide[:, 2]).tolist())
+    if each * chunks != total or not ends.issuperset(range(each, total, max(each, 1))):
+        raise GeometryError(f"segments of {total} tokens do not fill {chunks} chunks equally")
+    needed = chunk_bytes(copies, each)
     if wire_bytes < needed:
-        raise GeometryError(f"wire has {wire_bytes} bytes, {total} tokens need {needed}")
+        raise GeometryError(f"wire has {wire_bytes} bytes, {each} tokens need {needed}")
+
+
+def split(segments: np.ndarray, wires: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Each chunk's segments and address, of what was checked."""
+    ends = np.cumsum(segments[:, 2], dtype=np.int64)
+    each = int(ends[-1]) // len(wires) if len(wires) and len(ends) else 0
+    first = 0
+    for number, address in enumerate(wires.tolist(), 1):
+        last = int(np.searchsorted(ends, number * each)) + 1
+        yield segments[first:last], address
+        first = last
 
 
 def as_segments(segments: np.ndarray) -> np.ndarray:
@@ -240,3 +261,8 @@ def as_segments(segments: np.ndarray) -> np.ndarray:
             raise GeometryError(f"segments reach {array.min()}..{array.max()}, beyond int32")
         array = array.astype(np.int32)
     return np.ascontiguousarray(array)
+
+
+def as_wires(wires: Wires) -> np.ndarray:
+    """``wires`` as C-contiguous uint64 ``[n]``."""
+    return np.ascontiguousarray(wires, dtype=np.uint64).reshape(-1)

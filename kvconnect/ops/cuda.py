@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kvconnect.errors import ConfigError, GeometryError, TransportError
-from kvconnect.ops.copies import Copy, as_segments, check_segments, checked
+from kvconnect.ops.copies import Copy, Wires, as_segments, as_wires, check_segments, checked
 from kvconnect.ops.native import copy_table, open_library
 
 NO_DEVICE, DEVICE_FAILED, NO_MEMORY = -9, -10, -8  # csrc/kvc/abi.h
@@ -70,7 +70,7 @@ class CudaPrepared:
     def gather(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -78,12 +78,12 @@ class CudaPrepared:
         after: int | None = None,
     ) -> CudaLaunch:
         """Cache → wire."""
-        return self._launch(True, as_segments(segments), wire, wire_bytes, units, checksum, after)
+        return self._launch(True, as_segments(segments), wires, wire_bytes, units, checksum, after)
 
     def scatter(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -91,24 +91,26 @@ class CudaPrepared:
         after: int | None = None,
     ) -> CudaLaunch:
         """Wire → cache."""
-        return self._launch(False, as_segments(segments), wire, wire_bytes, units, checksum, after)
+        return self._launch(False, as_segments(segments), wires, wire_bytes, units, checksum, after)
 
     def _launch(
         self,
         gather: bool,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         checksum: bool,
         after: int | None,
     ) -> CudaLaunch:
         table = (self._table.ctypes.data, len(self._table), segments.ctypes.data, len(segments))
-        call = (gather, *table, wire, wire_bytes, units, checksum)
+        at = as_wires(wires)
+        call = (gather, *table, at.ctypes.data, len(at), wire_bytes, units, checksum)
         try:
             return self._kernels.launch(call, units if checksum else 0, after)
         except GeometryError:
-            check_segments(self._copies, segments, wire_bytes, units)  # says what was wrong
+            # says what was wrong
+            check_segments(self._copies, segments, len(at), wire_bytes, units)
             raise
 
 
@@ -246,9 +248,9 @@ class CudaKernels:
         library.kvc_cuda_free.argtypes = (pointer, flag, pointer)
         library.kvc_cuda_close.argtypes = (pointer,)
         library.kvc_cuda_has_batch.argtypes = (pointer,)
-        table = (pointer, u32, pointer, u32)
+        table = (pointer, u32) * 3
         ends = (after, ctypes.POINTER(pointer))
-        library.kvc_cuda_launch.argtypes = (pointer, flag, *table, pointer, u64, u32, flag, *ends)
+        library.kvc_cuda_launch.argtypes = (pointer, flag, *table, u64, u32, flag, *ends)
         library.kvc_cuda_copy_runs.argtypes = (pointer, flag, *(pointer,) * 3, u64, *ends)
         library.kvc_cuda_done.argtypes = (pointer,)
         library.kvc_cuda_sums.argtypes = (pointer,)

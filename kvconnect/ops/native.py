@@ -14,7 +14,9 @@ from kvconnect.errors import GeometryError
 from kvconnect.ops.copies import (
     Copy,
     Kernels,
+    Wires,
     as_segments,
+    as_wires,
     check_segments,
     checked,
 )
@@ -23,7 +25,7 @@ from kvconnect.ops.plain import PlainKernels, PlainLaunch
 logger = logging.getLogger(__name__)
 
 LIB = Path(__file__).parents[1] / "lib"
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 # kvc_copy of csrc/kvc/abi.h
 COPY = np.dtype(
@@ -100,7 +102,7 @@ class CpuPrepared:
     def gather(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -108,12 +110,12 @@ class CpuPrepared:
         after: int | None = None,  # noqa: ARG002 - nothing to wait for
     ) -> PlainLaunch:
         """Cache → wire."""
-        return self._call("gather", as_segments(segments), wire, wire_bytes, units, checksum)
+        return self._call("gather", as_segments(segments), wires, wire_bytes, units, checksum)
 
     def scatter(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -121,26 +123,29 @@ class CpuPrepared:
         after: int | None = None,  # noqa: ARG002 - nothing to wait for
     ) -> PlainLaunch:
         """Wire → cache."""
-        return self._call("scatter", as_segments(segments), wire, wire_bytes, units, checksum)
+        return self._call("scatter", as_segments(segments), wires, wire_bytes, units, checksum)
 
     def _call(
         self,
         verb: str,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         checksum: bool,
     ) -> PlainLaunch:
+        at = as_wires(wires)
         sums = np.empty(units if checksum else 0, dtype=np.uint64)
         error = self._kernels.call(
             verb,
             *(self._table.ctypes.data, len(self._table)),
             *(segments.ctypes.data, len(segments)),
-            *(wire, wire_bytes, sums.ctypes.data if checksum else None, units),
+            *(at.ctypes.data, len(at), wire_bytes),
+            *(sums.ctypes.data if checksum else None, units),
         )
         if error:
-            check_segments(self._copies, segments, wire_bytes, units)  # says what was wrong
+            # says what was wrong
+            check_segments(self._copies, segments, len(at), wire_bytes, units)
             raise GeometryError(self._kernels.explain(error))
         return PlainLaunch(sums)
 
@@ -152,7 +157,7 @@ class CpuKernels:
         self._library = open_library("kvc_cpu")
         self._threads = threads
         pointer, u32, u64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64
-        common = (pointer, u32, pointer, u32, pointer, u64, pointer, u32)
+        common = (*(pointer, u32) * 3, u64, pointer, u32)
         for verb in ("gather", "scatter"):
             getattr(self._library, f"kvc_{verb}").argtypes = (*common, ctypes.c_int)
             getattr(self._library, f"kvc_grid_{verb}").argtypes = (*common, u32, pointer)

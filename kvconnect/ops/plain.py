@@ -14,11 +14,14 @@ import numpy as np
 from kvconnect.ops.copies import (
     Copy,
     Type,
+    Wires,
     as_segments,
+    as_wires,
     check_segments,
     checked,
     shape,
     span,
+    split,
     strides,
     wire_offsets,
 )
@@ -65,7 +68,7 @@ class PlainPrepared:
     def gather(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -73,12 +76,12 @@ class PlainPrepared:
         after: int | None = None,  # noqa: ARG002 - nothing to wait for
     ) -> PlainLaunch:
         """Cache → wire."""
-        return self._run(segments, (wire, wire_bytes), units, checksum, gather=True)
+        return self._run(segments, wires, wire_bytes, units, checksum, gather=True)
 
     def scatter(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -86,30 +89,38 @@ class PlainPrepared:
         after: int | None = None,  # noqa: ARG002 - nothing to wait for
     ) -> PlainLaunch:
         """Wire → cache."""
-        return self._run(segments, (wire, wire_bytes), units, checksum, gather=False)
+        return self._run(segments, wires, wire_bytes, units, checksum, gather=False)
 
     def _run(
         self,
         segments: np.ndarray,
-        wire: tuple[int, int],
+        wires: Wires,
+        wire_bytes: int,
         units: int,
         checksum: bool,
         *,
         gather: bool,
     ) -> PlainLaunch:
-        segments = as_segments(segments)
-        check_segments(self._copies, segments, wire[1], units)
+        segments, at = as_segments(segments), as_wires(wires)
+        check_segments(self._copies, segments, len(at), wire_bytes, units)
+        sums = np.zeros(units if checksum else 0, dtype=np.uint64)
+        for mine, wire in split(segments, at):
+            self._run_chunk(mine, wire, sums, gather=gather)
+        return PlainLaunch(sums)
+
+    def _run_chunk(
+        self, segments: np.ndarray, wire: int, sums: np.ndarray, *, gather: bool
+    ) -> None:
         block, first, count, unit = segments.T.astype(np.int64)
         blocks, units_of = np.repeat(block, count), np.repeat(unit, count)
         ends = np.cumsum(count)
         tokens = np.arange(len(blocks)) - np.repeat(ends - count, count) + np.repeat(first, count)
-        sums = np.zeros(units if checksum else 0, dtype=np.uint64)
         if not len(blocks):
-            return PlainLaunch(sums)
+            return
         offsets = wire_offsets(self._copies, len(blocks))
         for copy, cells, offset in zip(self._copies, self._cells, offsets, strict=False):
             dims = (copy.heads, len(blocks), copy.content)
-            dense = _memory(wire[0] + offset, dims, copy.wire_type)
+            dense = _memory(wire + offset, dims, copy.wire_type)
             # [τ, head, content tile, element]: what stands between two index arrays goes second
             at = (blocks, slice(None), tokens // copy.token_tile, tokens % copy.token_tile)
             if gather:
@@ -119,9 +130,8 @@ class PlainPrepared:
                 found = convert(dense, copy.wire_type, copy.kv_type, copy.factor)
                 tiled = (dims[0], dims[1], -1, copy.content_tile)
                 cells[at] = found.reshape(tiled).transpose(1, 0, 2, 3)
-            if checksum:
+            if len(sums):
                 np.add.at(sums, units_of, row_sums(dense, offset).sum(axis=0, dtype=np.uint64))
-        return PlainLaunch(sums)
 
 
 class PlainKernels:

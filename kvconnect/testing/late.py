@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvconnect.errors import TransportError
-from kvconnect.ops import Copy, Kernels, Launch, Prepared
+from kvconnect.ops import Copy, Kernels, Launch, Prepared, Wires
 
 
 class LateLaunch:
@@ -47,7 +47,7 @@ class LatePrepared:
     def gather(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -56,14 +56,14 @@ class LatePrepared:
     ) -> LateLaunch:
         return self._later(
             lambda: self._prepared.gather(
-                segments, wire, wire_bytes, units, checksum=checksum, after=after
+                segments, wires, wire_bytes, units, checksum=checksum, after=after
             )
         )
 
     def scatter(
         self,
         segments: np.ndarray,
-        wire: int,
+        wires: Wires,
         wire_bytes: int,
         units: int,
         *,
@@ -72,7 +72,7 @@ class LatePrepared:
     ) -> LateLaunch:
         return self._later(
             lambda: self._prepared.scatter(
-                segments, wire, wire_bytes, units, checksum=checksum, after=after
+                segments, wires, wire_bytes, units, checksum=checksum, after=after
             )
         )
 

@@ -30,6 +30,7 @@ class Case:
     nbytes: int
     segments: np.ndarray
     units: int
+    chunks: int = 1
 
     def __repr__(self):
         return f"make_case({self.seed})"
@@ -40,7 +41,13 @@ class Case:
 
     @property
     def wire_bytes(self):
-        return chunk_bytes(self.copies, int(self.segments[:, 2].sum()))
+        """Of a chunk."""
+        return chunk_bytes(self.copies, int(self.segments[:, 2].sum()) // self.chunks)
+
+    @property
+    def stride(self):
+        """From one chunk's wire to the next one's: with a guard, and aligned as the first."""
+        return -(-self.wire_bytes // GUARD) * GUARD + GUARD
 
 
 def make_case(seed, *, aligned=False, layouts=LAYOUTS):
@@ -58,9 +65,10 @@ def make_case(seed, *, aligned=False, layouts=LAYOUTS):
         at += span(checked(copy)) + rng.choice((0, 1, 16, 64)) * (not aligned)
         copies.append(_sliced(rng, copy))
     units = rng.randint(1, 4)
-    return Case(
-        seed, copies, at + GUARD, make_segments(rng, num_blocks, block_tokens, units), units
-    )
+    segments, chunks = make_segments(rng, num_blocks, block_tokens, units), 1
+    if rng.random() < 0.3:
+        segments, chunks = make_chunks(rng, num_blocks, block_tokens, units)
+    return Case(seed, copies, at + GUARD, segments, units, chunks)
 
 
 def _one_copy(rng, num_blocks, block_tokens, layout):
@@ -137,9 +145,24 @@ def make_segments(rng, num_blocks, block_tokens, units, *, repeat=True):
     return np.array(segments, dtype=np.int32).reshape(-1, 4)
 
 
+def make_chunks(rng, num_blocks, block_tokens, units):
+    """Segments of several chunks, and how many: some blocks each, cut in two; no token twice."""
+    each = rng.randint(1, num_blocks)
+    chunks, ids = num_blocks // each, rng.sample(range(num_blocks), num_blocks)
+    segments = []
+    for chunk in range(chunks):
+        found = []
+        for block in ids[chunk * each : (chunk + 1) * each]:
+            cut = rng.choice((0, block_tokens, rng.randint(0, block_tokens)))
+            for token, count in ((0, cut), (cut, block_tokens - cut)):
+                found.append((block, token, count, rng.randrange(units)))
+        segments += rng.sample(found, len(found))
+    return np.array(segments, dtype=np.int32), chunks
+
+
 def distinct(case, rng):
     """The same case, but no token twice: scatter's result does not depend on an order."""
-    if not case.copies:
+    if not case.copies or case.chunks > 1:
         return case
     first = case.copies[0]
     segments = make_segments(rng, first.num_blocks, first.block_tokens, case.units, repeat=False)
@@ -162,7 +185,7 @@ def check_equal(kernels, case, verb, memory=HostMemory):
     """``kernels`` do what the oracle does, and write nothing else."""
     rng = np.random.default_rng(case.seed)
     cache = rng.integers(0, 256, case.nbytes, dtype=np.uint8)
-    wire = rng.integers(0, 256, GUARD + case.wire_bytes + GUARD, dtype=np.uint8)
+    wire = rng.integers(0, 256, GUARD + case.chunks * case.stride, dtype=np.uint8)
     mine = memory(cache), memory(wire)
     theirs = HostMemory(cache), HostMemory(wire)
     found = _run(kernels, case, verb, *mine)
@@ -174,7 +197,8 @@ def check_equal(kernels, case, verb, memory=HostMemory):
 
 def _run(kernels, case, verb, cache, wire):
     call = getattr(kernels.prepare(case.at(cache.address)), verb)
-    launch = call(case.segments, wire.address + GUARD, case.wire_bytes, case.units)
+    wires = [wire.address + GUARD + i * case.stride for i in range(case.chunks)][::-1]
+    launch = call(case.segments, wires, case.wire_bytes, case.units)
     while not launch.done():
         pass
     return launch.sums

@@ -94,6 +94,30 @@ def test_copies_begin_at_multiples_of_256():
     assert chunk_bytes([], 5) == 0
 
 
+@pytest.mark.parametrize("verb", ["gather", "scatter"])
+def test_many_chunks_in_one_call_are_as_many_calls(kernels, verb):
+    rng = np.random.default_rng(5)
+    cache = rng.integers(0, 256, (6, 4, 96), dtype=np.uint8)
+    given = rng.integers(0, 256, (3, 1024), dtype=np.uint8)
+    segments = whole([4, 0, 5, 1, 3, 2], 4, unit=lambda i: i)
+    found = []
+    for together in (True, False):
+        mine, wires = cache.copy(), given.copy()
+        halves = (mine[:, :, :48], mine[:, :, 48:])
+        call = getattr(kernels.prepare([dense(x, Type.RAW1, Type.RAW1) for x in halves]), verb)
+        at = [wires[i].ctypes.data for i in (2, 0, 1)]
+        size = 1024
+        if together:
+            sums = call(segments, at, size, 6).sums
+        else:
+            calls = zip(np.split(segments, 3), at, strict=True)
+            sums = sum(call(some, [address], size, 6).sums for some, address in calls)
+        found.append((mine, wires, sums))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (found[0][0] != cache).any() or (found[0][1] != given).any()
+
+
 # ---- sums
 
 
@@ -182,6 +206,19 @@ def test_what_cannot_be_is_refused_before_a_byte_is_written(kernels, verb, messa
     assert (cache == 7).all() and (wire == 9).all()
 
 
+@pytest.mark.parametrize("counts", [(4, 4, 4), (3, 4, 1), (4, 4, 4, 3), (2, 4, 2)], ids=str)
+@pytest.mark.parametrize("chunks", [0, 2])
+@pytest.mark.parametrize("verb", ["gather", "scatter"])
+def test_chunks_that_are_not_filled_equally_are_refused(kernels, verb, counts, chunks):
+    cache, wires = np.full((4, 4, 16), 7, dtype=np.uint8), np.full((2, 1024), 9, dtype=np.uint8)
+    segments = np.array([(i, 0, count, 0) for i, count in enumerate(counts)], dtype=np.int32)
+    prepared = kernels.prepare([dense(cache, Type.RAW1, Type.RAW1)])
+    at = [wire.ctypes.data for wire in wires][:chunks]
+    with pytest.raises(GeometryError, match=f"do not fill {chunks} chunks equally"):
+        getattr(prepared, verb)(segments, at, 1024, 1)
+    assert (cache == 7).all() and (wires == 9).all()
+
+
 @pytest.mark.parametrize(
     "segments",
     [np.zeros((2, 3), np.int32), np.zeros(4, np.int32), np.zeros((1, 4), np.float32)],
@@ -236,7 +273,7 @@ def test_the_library_checks_copies_too(change, error):
     copy = dense(np.zeros((4, 4, 16), dtype=np.uint8), Type.RAW1, Type.RAW1)
     copy = copy._replace(token_tile=4, content_tile=16)._replace(**change)
     table = copy_table([copy])
-    assert kernels.call("gather", table.ctypes.data, 1, None, 0, None, 0, None, 1) == error
+    assert kernels.call("gather", table.ctypes.data, 1, *(None, 0) * 2, 0, None, 1) == error
     assert kernels.explain(error) not in ("no error", "unknown error")
 
 
