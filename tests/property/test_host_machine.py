@@ -50,7 +50,8 @@ class HostMachine(RuleBasedStateMachine):
         self.restart()
 
     def restart(self):
-        self.busy = {}  # ticket → (verb, seed, group, blocks)
+        self.busy = {}  # ticket → (verb, seed, group, blocks, damaged)
+        self.launched = {}  # ticket → whether the launch it is part of will fail
         shelf = Shelf(attach(self.spec, Path(self.folder.name) / "arena"))
         self.store = HostStore(shelf, self.packings[self.engine])
         self.free = set(range(BLOCKS))
@@ -70,14 +71,13 @@ class HostMachine(RuleBasedStateMachine):
         self.free -= set(blocks)
         return blocks
 
-    def begin(self, verb, seed, group, blocks, asked, fails=False):
+    def begin(self, verb, seed, group, blocks):
         self.tickets += 1
-        self.kernels.asked, self.kernels.fails = asked, fails
         key = key_of(seed, group)
         damaged = verb == "load" and self.held.get(key, False)
         started = getattr(self.store, verb)(self.tickets, key, group, blocks)
         if started:
-            self.busy[self.tickets] = verb, seed, group, blocks, fails, damaged
+            self.busy[self.tickets] = verb, seed, group, blocks, damaged
         else:
             self.free |= set(blocks) - {NO_BLOCK}
         self.forget_lost()
@@ -92,21 +92,19 @@ class HostMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2),
         group=st.integers(0, GROUPS - 1),
         number=picks,
-        asked=st.sampled_from([1, 1, 2, 4]),
-        fails=st.integers(0, 9).map(lambda n: n == 9),
     )
-    def store_chunk(self, seed, group, number, asked, fails):
+    def store_chunk(self, seed, group, number):
         blocks = self.take(number, CHUNK)
         self.cache.fill(blocks, seed)
         room = self.store.shelf.free
-        assert self.begin("store", seed, group, blocks, asked, fails) == (room > 0)
+        assert self.begin("store", seed, group, blocks) == (room > 0)
 
     @precondition(lambda self: len(self.free) >= CHUNK and self.held)
-    @rule(number=picks, asked=st.sampled_from([1, 3]))
-    def load_what_is_held(self, number, asked):
+    @rule(number=picks)
+    def load_what_is_held(self, number):
         seed, group = list(self.held)[number % len(self.held)][:2]
         damaged = self.held[key_of(seed, group)]
-        assert self.begin("load", seed, group, self.take(number, CHUNK), asked) or damaged
+        assert self.begin("load", seed, group, self.take(number, CHUNK)) or damaged
 
     @precondition(lambda self: len(self.free) >= CHUNK)
     @rule(
@@ -114,15 +112,13 @@ class HostMachine(RuleBasedStateMachine):
         group=st.integers(0, GROUPS - 1),
         number=picks,
         skip=st.sampled_from([(), (0,), (1,)]),
-        asked=st.sampled_from([1, 1, 2, 4]),
-        fails=st.integers(0, 9).map(lambda n: n == 9),
     )
-    def load_chunk(self, seed, group, number, skip, asked, fails):
+    def load_chunk(self, seed, group, number, skip):
         blocks = self.take(number, CHUNK)
         self.free |= {blocks[i] for i in skip}
         blocks = [NO_BLOCK if i in skip else block for i, block in enumerate(blocks)]
         known = key_of(seed, group) in self.held
-        started = self.begin("load", seed, group, blocks, asked, fails)
+        started = self.begin("load", seed, group, blocks)
         assert known or not started
 
     @rule(seed=st.integers(0, 2), group=st.integers(0, GROUPS - 1))
@@ -161,10 +157,17 @@ class HostMachine(RuleBasedStateMachine):
             self.poll()
         assert not self.busy
 
-    @rule()
-    def poll(self):
+    @rule(
+        asked=st.sampled_from([1, 1, 2, 4]),
+        fails=st.integers(0, 9).map(lambda n: n == 9),
+    )
+    def poll(self, asked=1, fails=False):
+        """What has been started is launched: it takes ``asked`` polls, or fails."""
+        self.kernels.asked, self.kernels.fails = asked, fails
+        self.launched = dict.fromkeys(self.busy, fails) | self.launched
         for ended in self.store.poll():
-            verb, seed, group, blocks, fails, damaged = self.busy.pop(ended.ticket)
+            verb, seed, group, blocks, damaged = self.busy.pop(ended.ticket)
+            fails = self.launched.pop(ended.ticket)
             assert ended.key == key_of(seed, group)
             if verb == "store" and not ended.error:
                 self.held.pop(ended.key, None)

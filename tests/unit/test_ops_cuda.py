@@ -14,11 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ops_cases import check_equal, distinct, make_case
+from vaults import Bench, key_of
 
 from kvconnect.errors import ConfigError, GeometryError, TransportError
 from kvconnect.ops import Copy, Type, load, native, ways
 from kvconnect.ops.cuda import CudaKernels, Way
 from kvconnect.ops.ways import CopyWays, Cost, Direction
+from kvconnect.plan import NO_BLOCK
+from kvconnect.tier.jobs import Fill, Save
+from kvconnect.tier.store.hand import Hand
+from kvconnect.tier.store.runner import TOGETHER_BYTES, Runner
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -217,6 +222,49 @@ def test_launches_that_fail_keep_no_memory(kernels, fake):
     assert failures == 60
     # a second slot, for the launch that follows while work before the failure may still run
     assert fake.kvc_fake_count(b"memory") <= held + 2
+
+
+# ---- stored chunks
+
+
+def carried_out(runner, numbers):
+    """Whether each job went well; at most so many steps as a launch on its own stream takes."""
+    found = {}
+    for _ in range(8):
+        runner.step()
+        found |= dict(runner.take().answers)
+    assert found.keys() == set(numbers)
+    return not any(found.values())
+
+
+def test_all_chunks_of_a_step_are_one_launch(kernels, fake, tmp_path):
+    """It used to be one for each block."""
+    bench = Bench(tmp_path, slots=8, disk_slots=0, kernels=kernels)
+    runner = Runner(Hand(bench.vault), [bench.packing.block_bytes])
+    for n in range(8):
+        bench.cache.fill((2 * n, 2 * n + 1), n)
+    runner.put([Save(n, key_of(n), 0, (2 * n, 2 * n + 1)) for n in range(8)])
+    before = fake.kvc_fake_count(b"launches"), fake.kvc_fake_count(b"copies")
+    assert carried_out(runner, range(8))
+    saved = fake.kvc_fake_count(b"launches"), fake.kvc_fake_count(b"copies")
+    assert (saved[0] - before[0], saved[1] - before[1]) == (1, 2)  # tables up, sums down
+    bench.cache.fill(range(16), 99)
+    fills = [Fill(n, key_of(n), 0, (15 - n, NO_BLOCK if n % 2 else 7 - n)) for n in range(8)]
+    runner.put(fills)
+    assert carried_out(runner, range(8))
+    assert fake.kvc_fake_count(b"launches") - saved[0] == 1
+    assert all(bench.holds(fill.number, fill.blocks) for fill in fills)
+    bench.close()
+
+
+def test_more_than_goes_together_is_more_launches(kernels, fake, tmp_path):
+    bench = Bench(tmp_path, slots=8, disk_slots=0, kernels=kernels)
+    runner = Runner(Hand(bench.vault), [TOGETHER_BYTES // 4])  # said to be: two blocks a chunk
+    runner.put([Save(n, key_of(n), 0, (2 * n, 2 * n + 1)) for n in range(5)])
+    before = fake.kvc_fake_count(b"launches")
+    assert carried_out(runner, range(5))
+    assert fake.kvc_fake_count(b"launches") - before == 3
+    bench.close()
 
 
 # ---- plain runs

@@ -1,13 +1,14 @@
 """KV in host memory, as one rank moves it: paged blocks ↔ slots.
 
 * Nothing blocks. `store` and `load` start something and say whether they did; how it ended comes
-  out of `poll`, once per ticket.
+  out of `poll`, once per ticket. What was started between two polls is moved together: on a device
+  a launch of its own for each chunk, or block, would cost more than small ones take.
 * A store that finds no free slot is skipped; a load of what is not there, or is damaged, is a
   miss. Both are counted, neither raises.
 * A load that fails may have written to its blocks: they hold nothing then.
 * Our own arena first, then those of neighbours, whose slots may change while they are read:
   sums are of what was read, so that never counts as a hit.
-* Not thread-safe: the mover's thread owns it. On CPU the kernels run within the call.
+* Not thread-safe: the mover's thread owns it. On CPU the kernels run within `poll`.
 """
 
 from collections import Counter
@@ -15,14 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from kvconnect.errors import TransportError
 from kvconnect.plan import NO_BLOCK
-from kvconnect.tier.store.arena import Arena, Entry
+from kvconnect.tier.store.arena import Entry
 from kvconnect.tier.store.neighbours import Neighbours
 from kvconnect.tier.store.packing import Packed, Packing
 from kvconnect.tier.store.shelf import Shelf
 
 Ticket = int
+NONE = np.empty(0, np.uint64)
 
 
 class Ended(NamedTuple):
@@ -36,20 +40,35 @@ class Ended(NamedTuple):
 
 @dataclass
 class _Store:
+    ticket: Ticket
     key: bytes
     group: int
+    blocks: Sequence[int]
     slot: int
-    packed: Packed
+    address: int
 
 
 @dataclass
 class _Load:
+    ticket: Ticket
     entry: Entry
-    arena: Arena
+    group: int
+    blocks: Sequence[int]
+    address: int
     own: bool
-    packed: dict[int, Packed]
-    sums: list[int]
-    nbytes: int
+    sums: np.ndarray
+
+
+_Job = _Store | _Load
+
+
+@dataclass
+class _Batch:
+    """What one launch moves: all of one kind and group."""
+
+    kind: type[_Job]
+    jobs: Sequence[_Job]
+    packed: Packed
 
 
 class HostStore:
@@ -66,8 +85,8 @@ class HostStore:
         self._packings = packings
         self.neighbours = neighbours
         self._lost: list[bytes] = []
-        self._stores: dict[Ticket, _Store] = {}
-        self._loads: dict[Ticket, _Load] = {}
+        self._waiting: list[_Job] = []  # for the next launch
+        self._batches: list[_Batch] = []
         self._ended: list[Ended] = []
         self.counts["half_written_discarded"] += shelf.discarded
 
@@ -83,9 +102,8 @@ class HostStore:
         if slot is None:
             self.counts["stores_without_slot"] += 1
             return False
-        packing = self._packings[group]
-        packed = packing.gather(blocks, self.shelf.arena.address(slot))
-        self._stores[ticket] = _Store(key, group, slot, packed)
+        address = self.shelf.arena.address(slot)
+        self._waiting.append(_Store(ticket, key, group, blocks, slot, address))
         return True
 
     def load(
@@ -111,17 +129,16 @@ class HostStore:
             if own:
                 self.shelf.done(entry)
             return False
-        packed = packing.scatter(blocks, arena.address(entry.slot))
-        nbytes = packing.block_bytes * sum(block != NO_BLOCK for block in blocks)
-        self._loads[ticket] = _Load(entry, arena, own, packed, sums, nbytes)
+        address = arena.address(entry.slot)
+        self._waiting.append(_Load(ticket, entry, group, blocks, address, own, sums))
         return True
 
     def poll(self) -> list[Ended]:
-        """What ended since the last call."""
-        for ticket, store in list(self._stores.items()):
-            self._end_store(ticket, store)
-        for ticket, load in list(self._loads.items()):
-            self._end_load(ticket, load)
+        """Launch what was started since the last call; what ended since then."""
+        self._launch()
+        # stores first: what was stored anew is not lost when a load finds the old one damaged
+        for batch in sorted(self._batches, key=lambda one: one.kind is _Load):
+            self._end_batch(batch)
         ended, self._ended = self._ended, []
         return ended
 
@@ -137,49 +154,69 @@ class HostStore:
     @property
     def busy(self) -> bool:
         """Whether `poll` has something to wait for."""
-        return bool(self._stores or self._loads)
+        return bool(self._waiting or self._batches)
 
-    def _end_store(self, ticket: Ticket, store: _Store) -> None:
-        packing = self._packings[store.group]
+    def _launch(self) -> None:
+        """All that waits, by one launch for each kind and group."""
+        waiting, self._waiting = self._waiting, []
+        batches: dict[tuple[type[_Job], int], list[_Job]] = {}
+        for job in waiting:
+            batches.setdefault((type(job), job.group), []).append(job)
+        for (kind, group), jobs in batches.items():
+            packing = self._packings[group]
+            move = packing.gather if kind is _Store else packing.scatter
+            try:
+                packed = move([(job.blocks, job.address) for job in jobs])
+            except TransportError as e:
+                self._end(jobs, str(e))
+            else:
+                self._batches.append(_Batch(kind, jobs, packed))
+
+    def _end_batch(self, batch: _Batch) -> None:
         try:
-            if not store.packed.done():
+            if not batch.packed.done():
                 return
         except TransportError as e:
-            del self._stores[ticket]
+            self._end(batch.jobs, str(e))
+        else:
+            self._end(batch.jobs, "", batch.packed.sums())
+        self._batches.remove(batch)
+
+    def _end(self, jobs: Sequence[_Job], error: str, sums: np.ndarray = NONE) -> None:
+        """``sums``: of all blocks that were moved, in their order."""
+        for job in jobs:
+            moved = [place for place, block in enumerate(job.blocks) if block != NO_BLOCK]
+            mine, sums = sums[: len(moved)], sums[len(moved) :]
+            if isinstance(job, _Store):
+                self._end_store(job, error, mine)
+            else:
+                self._end_load(job, error, np.array_equal(mine, job.sums[moved]), len(moved))
+
+    def _end_store(self, store: _Store, error: str, sums: np.ndarray) -> None:
+        if error:
             self.shelf.abandon(store.slot)
             self.counts["stores_failed"] += 1
-            self._ended.append(Ended(ticket, store.key, str(e), 0))
+            self._ended.append(Ended(store.ticket, store.key, error, 0))
             return
-        del self._stores[ticket]
-        payload = self.shelf.arena.payload(store.slot)
-        digest = packing.put_sums(payload, store.packed.sums())
+        packing = self._packings[store.group]
+        digest = packing.put_sums(self.shelf.arena.payload(store.slot), sums)
         self.shelf.commit(
             store.slot, store.key, store.group, packing.tokens, packing.nbytes, digest
         )
         self.counts["stored"] += 1
-        self._ended.append(Ended(ticket, store.key, "", packing.nbytes))
+        self._ended.append(Ended(store.ticket, store.key, "", packing.nbytes))
 
-    def _end_load(self, ticket: Ticket, load: _Load) -> None:
-        error = ""
-        try:
-            if not all(packed.done() for packed in load.packed.values()):
-                return
-        except TransportError as e:
-            error = str(e)
+    def _end_load(self, load: _Load, error: str, right: bool, blocks: int) -> None:
+        if error:
             self.counts["loads_failed"] += 1
-        del self._loads[ticket]
-        key = load.entry.key
-        if not error and not self._is_right(load):
+        elif not right:
             error = "its sums are not those of what was stored"
             self._damaged(load.entry, load.own)
         if load.own:
             self.shelf.done(load.entry)
         self.counts["loaded"] += not error
-        self._ended.append(Ended(ticket, key, error, 0 if error else load.nbytes))
-
-    def _is_right(self, load: _Load) -> bool:
-        read = {place: packed.sums()[0] for place, packed in load.packed.items()}
-        return all(load.sums[place] == total for place, total in read.items())
+        nbytes = 0 if error else blocks * self._packings[load.group].block_bytes
+        self._ended.append(Ended(load.ticket, load.entry.key, error, nbytes))
 
     def _damaged(self, entry: Entry, own: bool) -> None:
         if own:

@@ -22,8 +22,10 @@ from kvconnect.ops import WIRE_ALIGN, Copy, Kernels, Launch, Prepared, Type, chu
 from kvconnect.plan import NO_BLOCK
 
 SUM_BYTES = 8
-_ODD = 0x9E3779B97F4A7C15  # keeps sums of a block's bundles apart
-_MASK = (1 << 64) - 1
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # keeps sums of a block's bundles apart
+
+Chunk = tuple[Sequence[int], int]
+"""Its blocks, and the address of its payload."""
 
 
 class _Bundle:
@@ -31,9 +33,26 @@ class _Bundle:
 
     def __init__(self, kernels: Kernels, copies: Sequence[Copy], offset: int) -> None:
         self.tokens = copies[0].block_tokens
-        self.offset = offset
+        self.offset = np.uint64(offset)
         self.nbytes = chunk_bytes(copies, self.tokens)
-        self.prepared: Prepared = kernels.prepare(copies)
+        self._prepared: Prepared = kernels.prepare(copies)
+
+    def gather(self, blocks: np.ndarray, payloads: np.ndarray) -> Launch:
+        """Blocks → where the payload of each is, all at once; a sum for each."""
+        return self._prepared.gather(*self._call(blocks, payloads))
+
+    def scatter(self, blocks: np.ndarray, payloads: np.ndarray) -> Launch:
+        """The reverse."""
+        return self._prepared.scatter(*self._call(blocks, payloads))
+
+    def _call(
+        self, blocks: np.ndarray, payloads: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """To the kernels each block is a chunk of its own, so that it can be loaded alone."""
+        segments = np.zeros((len(blocks), 4), np.int32)
+        segments[:, 0], segments[:, 2] = blocks, self.tokens
+        segments[:, 3] = np.arange(len(blocks))
+        return segments, payloads + self.offset, self.nbytes, len(blocks)
 
 
 class Packing:
@@ -63,56 +82,49 @@ class Packing:
         self.nbytes = self._sums_at + chunk_blocks * SUM_BYTES
         """Of a slot's payload."""
 
-    def gather(self, blocks: Sequence[int], address: int) -> "Packed":
-        """Blocks → payload at ``address``."""
-        self._check(blocks)
-        launches = []
-        for place, block in enumerate(blocks):
-            for bundle in self._bundles:
-                at = address + place * self.block_bytes + bundle.offset
-                segments = np.array([[block, 0, bundle.tokens, 0]], dtype=np.int32)
-                found = bundle.prepared.gather(segments, at, bundle.nbytes, 1)
-                launches.append(found)
-        return Packed(launches, len(blocks))
+    def gather(self, chunks: Sequence[Chunk]) -> "Packed":
+        """All blocks of ``chunks`` → their payloads."""
+        for blocks, _ in chunks:
+            if NO_BLOCK in blocks:
+                raise GeometryError(f"blocks {list(blocks)} are not all there")
+        found = self._places(chunks)
+        return Packed([bundle.gather(*found) for bundle in self._bundles], len(found[0]))
 
-    def scatter(self, blocks: Sequence[int], address: int) -> "dict[int, Packed]":
-        """Payload at ``address`` → blocks, except those that are NO_BLOCK; by place."""
-        self._check([block for block in blocks if block != NO_BLOCK], len(blocks))
-        found = {}
-        for place, block in enumerate(blocks):
-            if block == NO_BLOCK:
-                continue
-            launches = []
-            for bundle in self._bundles:
-                at = address + place * self.block_bytes + bundle.offset
-                segments = np.array([[block, 0, bundle.tokens, 0]], dtype=np.int32)
-                call = bundle.prepared.scatter(segments, at, bundle.nbytes, 1)
-                launches.append(call)
-            found[place] = Packed(launches, 1)
-        return found
+    def scatter(self, chunks: Sequence[Chunk]) -> "Packed":
+        """Payloads → blocks, except those that are NO_BLOCK, which have no sum."""
+        found = self._places(chunks)
+        return Packed([bundle.scatter(*found) for bundle in self._bundles], len(found[0]))
 
-    def put_sums(self, payload: np.ndarray, sums: Sequence[int]) -> int:
+    def put_sums(self, payload: np.ndarray, sums: np.ndarray) -> int:
         """Write the sums of all blocks behind them; returns the digest."""
-        raw = np.array(sums, dtype="<u8").tobytes()
+        raw = sums.astype("<u8").tobytes()
         payload[self._sums_at : self.nbytes] = np.frombuffer(raw, np.uint8)
         return _digest(raw)
 
-    def sums(self, payload: np.ndarray, digest: int) -> list[int] | None:
+    def sums(self, payload: np.ndarray, digest: int) -> np.ndarray | None:
         """Sums of all blocks; None if they are not those of ``digest``."""
         raw = payload[self._sums_at : self.nbytes].tobytes()
-        found: list[int] = np.frombuffer(raw, "<u8").tolist()
+        found = np.frombuffer(raw, "<u8")
         return found if _digest(raw) == digest else None
 
-    def _check(self, blocks: Sequence[int], count: int | None = None) -> None:
-        count = len(blocks) if count is None else count
-        if count != self.chunk_blocks:
-            raise GeometryError(f"{count} blocks for a chunk of {self.chunk_blocks}")
-        if blocks and not 0 <= min(blocks) <= max(blocks) < self.num_blocks:
-            raise GeometryError(f"blocks {list(blocks)} are not all in [0, {self.num_blocks})")
+    def _places(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks, and the address of the payload of each."""
+        moved: list[int] = []
+        places: list[int] = []
+        for blocks, address in chunks:
+            if len(blocks) != self.chunk_blocks:
+                raise GeometryError(f"{len(blocks)} blocks for a chunk of {self.chunk_blocks}")
+            for place, block in enumerate(blocks):
+                if block != NO_BLOCK:
+                    moved.append(block)
+                    places.append(address + place * self.block_bytes)
+        if moved and not 0 <= min(moved) <= max(moved) < self.num_blocks:
+            raise GeometryError(f"blocks {moved} are not all in [0, {self.num_blocks})")
+        return np.array(moved, np.int64), np.array(places, np.uint64)
 
 
 class Packed:
-    """``blocks`` under way, with equally many launches each."""
+    """``blocks`` under way, by one launch for each bundle."""
 
     def __init__(self, launches: Sequence[Launch], blocks: int) -> None:
         self._launches = launches
@@ -122,17 +134,12 @@ class Packed:
         """Whether all bytes are written; raises TransportError if the device failed."""
         return all(launch.done() for launch in self._launches)
 
-    def sums(self) -> list[int]:
-        """One per block; valid once done."""
-        each = [int(launch.sums[0]) for launch in self._launches]
-        found = []
-        bundles = len(each) // self._blocks
-        for block in range(self._blocks):
-            total = 0
-            for value in each[block * bundles : (block + 1) * bundles]:
-                total = (total * _ODD + value) & _MASK
-            found.append(total)
-        return found
+    def sums(self) -> np.ndarray:
+        """uint64 ``[blocks]``, in their order; valid once done."""
+        total = np.zeros(self._blocks, np.uint64)
+        for launch in self._launches:
+            total = total * _ODD + launch.sums
+        return total
 
 
 def slot_bytes(packings: Sequence[Packing]) -> int:

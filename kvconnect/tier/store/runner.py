@@ -5,6 +5,8 @@ what is under it. The thread's body is `step`, which tests call without a thread
 
 * Saves wait behind everything else: a request waits for a fill, nobody for a save. Forgets keep
   their place before whatever takes their room.
+* What is ready is carried out together, up to `TOGETHER_BYTES`: more than that has no use for a
+  device, and would let a fill wait long behind saves on a CPU.
 * Looks around for other engines' KV once a second.
 * A programming fault in the thread is raised in the engine's thread by the next `take`.
 """
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 THREAD_NAME = "kvconnect-offload"
 LOOK_AROUND_S = 1.0
 BUSY_PAUSE_S = 200e-6
+TOGETHER_BYTES = 16 << 20
 
 Fence = Callable[[], bool]
 """True once the device has finished what was submitted before the jobs were given."""
@@ -135,11 +138,9 @@ class Runner:
     # -- the runner's thread ----------------------------------------------------------
 
     def step(self) -> bool:
-        """Start a job, and see what ended; says whether there was any."""
-        job = self._next()
-        if job is not None:
-            self._note(job)
-            self._hand.put([job])
+        """Start some jobs, and see what ended; says whether there were any."""
+        jobs = self._next()
+        self._hand.put(jobs)
         answers, lost = self._hand.take()
         gained: set[bytes] = set()
         gone: set[bytes] = set()
@@ -147,7 +148,7 @@ class Runner:
             self._looked_at = self._clock()
             gained, gone = self._hand.look_around()
         self._publish(answers, lost, gained, gone)
-        return bool(job or answers)
+        return bool(jobs or answers)
 
     def _run(self) -> None:
         try:
@@ -162,32 +163,47 @@ class Runner:
             with self._lock:
                 self._fault = e
 
-    def _next(self) -> Job | None:
+    def _next(self) -> list[Job]:
+        """The first ones of a queue, as many as are to go together."""
+        jobs: list[Job] = []
+        nbytes, now_s = 0, self._clock()
         with self._lock:
             for queue in (self._urgent, self._saves):
-                if queue and ((fence := queue[0][1]) is None or fence()):
-                    return queue.popleft()[0]
-        return None
+                while queue and nbytes < TOGETHER_BYTES:
+                    job, fence = queue[0]
+                    if fence is not None and not fence():
+                        break
+                    queue.popleft()
+                    nbytes += self._note(job, now_s)
+                    jobs.append(job)
+                if jobs:
+                    break
+        return jobs
 
-    def _note(self, job: Job) -> None:
+    def _note(self, job: Job, now_s: float) -> int:
+        """Remember what is started; how many bytes it moves."""
         if isinstance(job, Forget):
-            return
+            return 0
         verb, blocks = "", 0
         if isinstance(job, Fill) or (isinstance(job, Save) and self._stores):
             verb = "store" if isinstance(job, Save) else "load"
             blocks = sum(block != NO_BLOCK for block in job.blocks)
         each = self._block_bytes[job.group] if blocks and self._block_bytes else 0  # type: ignore[union-attr]
-        self._started[job.number] = _Started(verb, blocks * each, self._clock())
+        self._started[job.number] = _Started(verb, blocks * each, now_s)
+        return blocks * each
 
     def _publish(
         self, answers: list[Answer], lost: list[Loss], gained: set[bytes], gone: set[bytes]
     ) -> None:
         counts: Counter[str] = Counter()
+        moved: set[tuple[str, float]] = set()
         for answer in answers:
             verb, nbytes, at_s = self._started.pop(answer.number)
             if verb and not answer.error:
                 counts[f"{verb}_bytes"] += nbytes
-                counts[f"{verb}_us"] += round(1e6 * (self._clock() - at_s))
+                moved.add((verb, at_s))
+        for verb, at_s in moved:  # once for what went together
+            counts[f"{verb}_us"] += round(1e6 * (self._clock() - at_s))
         now = self._counts()
         counts += now - self._counted
         self._counted = now
