@@ -38,6 +38,7 @@ SAME = {
     "the model at another path": config(model="/elsewhere/a/"),
     "a field that another transformers adds": config(text={"new_in_6": True, "use_cache": False}),
     "rope told twice": config(text={"rope_theta": 10_000.0}),
+    "rope in another order": config(text={"rope_parameters": dict(reversed(ROPE.items()))}),
 }
 
 
@@ -56,6 +57,23 @@ OTHER = {
 }
 
 
+@pytest.mark.parametrize("size", ["hidden_size", "num_attention_heads", "vocab_size"])
+def test_every_size_tells_models_apart(size):
+    assert fingerprint(config(text={size: 7}), None)["sizes"] != REFERENCE["sizes"]
+
+
+def test_a_window_tells_models_apart():
+    windowed = fingerprint(config(text={"sliding_window": 64}), None)
+    assert windowed["positions"] != REFERENCE["positions"]
+
+
+def test_a_model_without_named_architectures_has_none():
+    assert fingerprint(config(architectures=()), None)["architectures"] == ""
+    unnamed = config()
+    unnamed.model_config.hf_config.architectures = None
+    assert fingerprint(unnamed, None)["architectures"] == ""
+
+
 @pytest.mark.parametrize(("field", "other"), OTHER.items(), ids=OTHER)
 def test_what_kv_depends_on_is_named(field, other):
     found = fingerprint(other, None)
@@ -63,10 +81,12 @@ def test_what_kv_depends_on_is_named(field, other):
 
 
 def test_rope_as_older_configs_have_it_tells_models_apart():
-    def old(theta):
-        return fingerprint(config(text={"rope_parameters": None, "rope_theta": theta}), None)
+    def old(theta, scaling=None):
+        text = {"rope_parameters": None, "rope_theta": theta, "rope_scaling": scaling}
+        return fingerprint(config(text=text), None)
 
     assert old(1e4) != old(5e5)
+    assert old(1e4) != old(1e4, {"factor": 8.0})
 
 
 def test_model_id_names_a_model_whose_paths_differ():

@@ -42,7 +42,7 @@ def caches(spec, layout=KVCacheLayout.LBHNC, kernel_tokens=None):
     return dict(zip(LAYERS, views, strict=True))
 
 
-def views_of(tensors, spec, layer=None, *, heads=2, place=ALONE, dtype=torch.bfloat16):
+def views_of(tensors, spec, layer=None, *, heads=2, place=ALONE, dtype=torch.bfloat16, total=None):
     layer = layer or module()
     config = SimpleNamespace(
         num_blocks=BLOCKS,
@@ -53,7 +53,7 @@ def views_of(tensors, spec, layer=None, *, heads=2, place=ALONE, dtype=torch.bfl
         model_config=SimpleNamespace(
             dtype=dtype,
             get_num_kv_heads=lambda _: heads,
-            get_total_num_kv_heads=lambda: heads * place.tp_size,
+            get_total_num_kv_heads=lambda: total or heads * place.tp_size,
         ),
         cache_config=SimpleNamespace(cache_dtype=layer.kv_cache_dtype),
         parallel_config=None,
@@ -111,6 +111,44 @@ def test_k_and_v_are_two_parts_of_a_tokens_row(layout, values):
         cache = tensors[view.layer]
         assert torch.equal(held(k, cache), as_bytes(cache[..., :32]))
         assert torch.equal(held(v, cache), as_bytes(cache[..., 32:]))
+
+
+def test_heads_are_those_of_the_rank_where_neighbours_hold_the_same_too():
+    tensors = caches(FULL)
+    (view, _) = views_of(tensors, FULL, place=Place(1, 2))
+    assert view.heads == Heads(2, 2, 4)
+    one = replace(FULL, num_kv_heads=1)
+    (view, _) = views_of(caches(one), one, heads=1, total=2, place=Place(3, 4))
+    assert view.heads == Heads(1, 1, 2)
+
+
+def test_heads_of_a_layer_that_has_others_than_the_model_are_its_own():
+    """As a draft's."""
+    (view, _) = views_of(caches(FULL), FULL, heads=1, total=2, place=Place(1, 2))
+    assert view.heads == Heads(2, 2, 4)
+
+
+class WithoutViews(kvi.FullAttentionSpec):
+    """As those of vLLM whose tensors are of more than one layer."""
+
+    has_layer_views = False
+
+
+def test_caches_that_are_no_layers_own_are_refused():
+    fields = {"block_size": 64, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
+    with pytest.raises(ConfigError, match="WithoutViews state"):
+        views_of(caches(FULL), WithoutViews(**fields))
+    with pytest.raises(ConfigError, match="4 tokens per state"):
+        views_of(caches(FULL), replace(FULL, tokens_per_state=4))
+
+
+def test_caches_of_another_vllm_are_refused():
+    flat = {name: cache.flatten(2) for name, cache in caches(FULL).items()}
+    with pytest.raises(ConfigError, match=r"of 3 dimensions, expected \[B, H, N, C\]"):
+        views_of(flat, FULL)
+    fewer = {name: cache[1:] for name, cache in caches(FULL, kernel_tokens=16).items()}
+    with pytest.raises(ConfigError, match="11 kernel blocks for 3 blocks; set --block-size"):
+        views_of(fewer, FULL)
 
 
 def test_latent_attention_is_one_part_that_all_ranks_hold():
@@ -231,9 +269,10 @@ def test_a_layer_that_keeps_the_models_dtype_among_fp8_ones_says_so():
 
 
 def test_scales_of_single_heads_are_not_converted():
-    layer = module(kv_cache_dtype="fp8", _k_scale=torch.ones(2), _k_scale_float=1.0)
-    view, _ = views_of(caches(FP8), FP8, layer)
-    assert view.layout == DENSE and view.dtype == "fp8_e4m3 with a scale per head"
+    for name in ("_k_scale", "_v_scale"):
+        layer = module(kv_cache_dtype="fp8", _k_scale_float=1.0, **{name: torch.ones(2)})
+        view, _ = views_of(caches(FP8), FP8, layer)
+        assert view.layout == DENSE and view.dtype == "fp8_e4m3 with a scale per head"
 
 
 # -- packed -----------------------------------------------------------------------------------
@@ -263,6 +302,9 @@ def test_content_that_no_spec_explains_moves_whole(case):
         (part,) = view.parts
         assert view.layout == f"packed by OWN{suffix}" and view.dtype == (dtype or named)
         assert part.itemsize == 1 and part.shape[1] == 1 and part.name == "kv"
+        if suffix:  # slots, of which each rank has its own
+            slots = part.shape[0]
+            assert view.heads == Heads(slots, slots, 2 * slots)
         # every byte of the block, in order
         cache = tensors[view.layer]
         assert torch.equal(held(part, cache).flatten(), as_bytes(cache).flatten())
@@ -325,6 +367,7 @@ def test_recurrent_state_moves_whole(page):
     for view in views_of(tensors, spec):
         (part,) = view.parts
         assert view.layout == "state float16[3, 1024], float32[16, 32]"
+        assert view.block_tokens >= 1 << 20, "one block is all of a request"
         assert view.heads == Heads(0, 1, 1)
         assert part.shape[2] <= 1 << 16, "a row has to fit a staging slot"
         cells = held(part, tensors[view.layer]).reshape(BLOCKS, -1)
