@@ -197,6 +197,14 @@ def test_a_chunk_is_named_once_all_its_blocks_are_known_by_the_last():
     assert one.keys()[0][0] == first, "the last block's hash chains those before it"
 
 
+def test_a_session_that_says_something_else_has_other_keys():
+    one = tracked()
+    before = list(one.keys()[0])
+    one.request.block_hashes = [*one.request.block_hashes[:2], b"y" * 32, b"z" * 32]
+    assert one.keys()[0][:2] == before[:2]
+    assert not set(one.keys()[0][2:]) & set(before)
+
+
 def test_chunks_of_all_groups_are_in_the_order_in_which_they_end():
     names = Names(identity(engine(), cut(groups=2)))
     one = Tracked(request(), names, cut(groups=2), BLOCK)

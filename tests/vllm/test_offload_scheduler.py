@@ -489,7 +489,7 @@ def test_tokens_that_were_scheduled_and_not_yet_sampled_are_not_stored(make):
     engine = make()
     one = request()
     engine.half.match(one, 0)
-    one.num_computed_tokens, one.num_output_placeholders = 2 * BLOCK + 1, 2
+    one.num_computed_tokens, one.num_output_placeholders = 3 * BLOCK - 1, 2
     assert len(engine.step(one, ([5, 6, 7, 8],), 1).saves) == 2
 
 
