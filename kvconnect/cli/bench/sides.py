@@ -37,16 +37,12 @@ LAYERS, BLOCK_TOKENS, ITEM_BYTES = 32, 16, 2
 HEAD_ELEMENTS = 256
 """Of K and V together."""
 SEED = 1
-LEASE_S, LOOK_S = 120.0, 0.0002
-END_S = 5.0
+LEASE_S, LOOK_S, END_S = 120.0, 0.0002, 5.0
+WITH_READS = {"UCX_PROTO_EMULATION_ENABLE": "y"}  # which `transport.nixl` has not over TCP, else
 MODES: tuple[Mode, ...] = get_args(Mode)
 WIRES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     # UCX's shared memory needs TCP beside it, for control messages that notice a dead peer
-    "nixl": {
-        "shm": {"UCX_TLS": "shm,tcp,self"},
-        # else nothing is read over TCP: see `transport.nixl`
-        "tcp": {"UCX_TLS": "tcp,self", "UCX_PROTO_EMULATION_ENABLE": "y"},
-    },
+    "nixl": {"shm": {"UCX_TLS": "shm,tcp,self"}, "tcp": {"UCX_TLS": "tcp,self", **WITH_READS}},
     "ucx": {"shm": {"UCX_TLS": "shm,tcp,self"}, "tcp": {"UCX_TLS": "tcp,self"}},
     "mooncake": {"tcp": {}},
 }
