@@ -397,6 +397,8 @@ def test_state_of_another_shape_is_refused():
     spec, tensors = state()
     with pytest.raises(ConfigError, match=r"state of shape \[3, 8192\], expected \[B, 1, 1"):
         views_of({name: cache[:, 0, 0] for name, cache in tensors.items()}, spec)
+    with pytest.raises(ConfigError, match=r"state of shape \[3, 2, 1, 4096\], expected"):
+        views_of({name: cache.reshape(3, 2, 1, -1) for name, cache in tensors.items()}, spec)
 
 
 def test_content_that_is_neither_attention_nor_state_is_refused():

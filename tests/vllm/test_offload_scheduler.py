@@ -599,8 +599,8 @@ def test_what_is_offered_again_is_still_told_when_it_leaves_the_disk(make):
     named(engine, Found(8, 8, [], []))
     engine.stored(request(), ([1, 2, 3],))
     engine.answer(engine.step())
+    assert len(engine.half.take_events()) == 6
     engine.stored(request("again"), ([4, 5, 6],))
-    engine.half.take_events()
     engine.half.clear()
     left = [(type(event).__name__, event.medium) for event in engine.half.take_events()]
     assert left == [("BlockRemoved", "CPU")] * 3 + [("BlockRemoved", "STORAGE")] * 3
