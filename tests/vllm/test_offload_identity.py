@@ -223,3 +223,10 @@ def test_a_limit_is_kept():
     assert tracked(kv_transfer_params={"max_offload_tokens": 0}).most_tokens == 0
     assert tracked(kv_transfer_params="odd").most_tokens == NO_LIMIT
     assert tracked().most_tokens == NO_LIMIT
+
+
+def test_hashes_may_be_of_less_than_a_block():
+    """As vLLM has them where groups have blocks of several sizes."""
+    of_whole = tracked(block_hashes=[bytes([n]) * 32 for n in (1, 3)]).keys()
+    names = Names(identity(engine(), cut()))
+    assert Tracked(request(), names, cut(), BLOCK // 2).keys() == of_whole
