@@ -89,10 +89,8 @@ def weights_at(place: str) -> str | None:
     """
     path = Path(place)
     try:
-        files = (
-            [one for one in path.iterdir() if one.suffix in WEIGHTS] if path.is_dir() else [path]
-        )
-        found = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+        files = [p for p in path.iterdir() if p.suffix in WEIGHTS] if path.is_dir() else [path]
+        found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
     except OSError:
         return None
     return hashlib.blake2b(repr(found).encode(), digest_size=16).hexdigest()
