@@ -67,11 +67,18 @@ class Report:
 
 def lasting_port():
     """A free port that no connection takes for its own end while the engine is gone."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)  # below Linux's ephemeral ones
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((HOST, port))
-            return port
+    while not is_free(port := random.SystemRandom().randrange(20_000, 32_000)):
+        pass  # above, Linux gives them to connections
+    return port
+
+
+def is_free(port):
+    """Whether a server may listen there."""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((HOST, port))
+        return True
+    return False
 
 
 class Killable:
@@ -94,6 +101,8 @@ class Killable:
 
     def start(self):
         self.started = time.monotonic()
+        while not is_free(self.port) and time.monotonic() < self.started + RECOVER_S:
+            time.sleep(0.05)  # the last thread of who was killed has not closed it yet
         self.pid = self.nursery.start(self.arguments, self.log)
 
     def is_up(self):
