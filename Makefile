@@ -40,6 +40,7 @@ crash: setup ## kill -9 during stores
 
 chaos: setup ## kill -9 of ranks and of engines, 20 times each side, over every transport (an hour)
 	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one $(ARGS); done
+	@$(RUN) UCX_TLS=tcp python tests/contract/chaos_movers.py nixl $(ARGS)
 	@$(RUN) for one in nixl mooncake ucx p2p; do python tests/e2e/chaos_engines.py $$one $(ARGS); done
 
 test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, no setup
