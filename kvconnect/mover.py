@@ -20,16 +20,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvconnect import wire
-from kvconnect.blocks import Shard
-from kvconnect.channel import Channel
-from kvconnect.dialler import Dialler
-from kvconnect.fetcher import Fetcher
+from kvconnect.consumer.fetch import Fetcher
+from kvconnect.consumer.remote import Means, Remotes
+from kvconnect.control import wire
+from kvconnect.control.channel import Channel
+from kvconnect.control.dialer import Dialler
+from kvconnect.control.listener import Listener
+from kvconnect.geometry.blocks import Shard
 from kvconnect.lease import Clock
-from kvconnect.lender import Lender
-from kvconnect.listener import Listener
 from kvconnect.ops import Kernels
-from kvconnect.order import (
+from kvconnect.orders import (
     Cancel,
     Directory,
     Expect,
@@ -41,11 +41,11 @@ from kvconnect.order import (
     Watch,
     Withdraw,
 )
-from kvconnect.remote import Means, Remotes
+from kvconnect.producer.leases import Lender
+from kvconnect.producer.stage import Supplier
 from kvconnect.settings import Settings
-from kvconnect.slots import Slots, Staging
+from kvconnect.staging import Slots, Staging
 from kvconnect.stats import Stats
-from kvconnect.supplier import Supplier
 from kvconnect.transport.base import Transport
 
 logger = logging.getLogger(__name__)

@@ -4,11 +4,11 @@ Match → open → settle. Knows no vLLM: `kvconnect.vllm.connector` translates.
 that arrived with an offer ends in exactly one of: a load, a release, a cancelled load.
 """
 
-from kvconnect.order import Directory, Grant, Order
+from kvconnect.control.wire import Address
+from kvconnect.orders import Directory, Grant, Order
 from kvconnect.stats import Stats
-from kvconnect.tier.base import Load, Store
-from kvconnect.tier.peer import Offer, PeerTier
-from kvconnect.wire import Address
+from kvconnect.tier_base import Load, Store
+from kvconnect.tier_peer import Offer, PeerTier
 
 
 class Planner:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from kvconnect.blocks import Region
+from kvconnect.geometry.blocks import Region
 from kvconnect.ops import native
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from kvconnect.cli.inspected import Engine, Pair
-    from kvconnect.wire import Address
+    from kvconnect.control.wire import Address
 
 PREFIXES = ("vllm:kvconnect_", "vllm:nixl_")
 MAX_METRICS_BYTES = 16 << 20
@@ -69,7 +69,7 @@ def inspect(
 
 
 def _address(text: str) -> "Address":
-    from kvconnect.wire import Address
+    from kvconnect.control.wire import Address
 
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:

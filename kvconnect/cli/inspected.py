@@ -1,7 +1,7 @@
 """What an engine says of itself to a peer, and how two engines would be paired.
 
 Greets as any peer does, asks for nothing else and hangs up: no lease is opened, no memory is
-reached, and what the engine keeps of the greeting is bounded there (`kvconnect.listener`).
+reached, and what the engine keeps of the greeting is bounded there (`kvconnect.control.listener`).
 """
 
 import itertools
@@ -9,15 +9,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from kvconnect.blocks import DENSE, BlockView, Part
-from kvconnect.channel import ZmqChannel
-from kvconnect.course import Course
-from kvconnect.dialler import Dialler, Peer, State
+from kvconnect.control.channel import ZmqChannel
+from kvconnect.control.dialer import Dialler, Peer, State
+from kvconnect.control.wire import Address, Body
 from kvconnect.errors import GeometryError, KvConnectError
-from kvconnect.plan import Rect, assign, joined, why_not_direct
-from kvconnect.rows import Memory, Route
-from kvconnect.slots import MOST_SLOT_BYTES
-from kvconnect.wire import Address, Body
+from kvconnect.geometry.blocks import DENSE, BlockView, Part
+from kvconnect.geometry.chunks import Course
+from kvconnect.geometry.intersect import Rect, assign, joined, why_not_direct
+from kvconnect.geometry.rows import Memory, Route
+from kvconnect.staging import MOST_SLOT_BYTES
 
 LOOK_S = 0.05
 

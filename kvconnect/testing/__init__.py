@@ -1,8 +1,8 @@
 """The shipped test kit: verified fakes, and the contracts that they and the real ones are held to.
 
 * `check_transport` holds any transport to `kvconnect.transport.base`; `check_channel` any
-  control channel to `kvconnect.channel`; `check_vault` any rank's stored KV to
-  `kvconnect.tier.store.hand.Vault`. Our own run them, fakes included.
+  control channel to `kvconnect.control.channel`; `check_vault` any rank's stored KV to
+  `kvconnect.offload.store.hand.Vault`. Our own run them, fakes included.
 * `FakeClock`, `Network`, `Faulty`, `geometry` and `engines` let a test drive movers by `step`,
   without threads, sleeps or vLLM.
 * Imports no test framework and no transport library.

@@ -1,4 +1,4 @@
-"""What every control channel must do: `check_channel` holds one to `kvconnect.channel`.
+"""What every control channel must do: `check_channel` holds one to `kvconnect.control.channel`.
 
 Each check takes ``make``, which returns a new channel that others made by it can reach, and
 closes what it made. `CHECKS` has them by name, for ``pytest.mark.parametrize``.
@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvconnect.channel import Channel, Frame, Link
+from kvconnect.control.channel import Channel, Frame, Link
+from kvconnect.control.wire import Address
 from kvconnect.errors import WireError
-from kvconnect.wire import Address
 
 PATIENCE_S = 10.0
 SHORT_S = 0.02

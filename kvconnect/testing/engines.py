@@ -13,20 +13,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvconnect.blocks import Region
+from kvconnect.control.wire import Address
+from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import Kernels, load
-from kvconnect.order import Directory, Grant, Order, Outcome, Shard, Source
+from kvconnect.orders import Directory, Grant, Order, Outcome, Shard, Source
 from kvconnect.settings import Mode, Settings
-from kvconnect.slots import GRANULE_BYTES, Staging
+from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Faulty
 from kvconnect.testing.geometry import Cache, Model, engine
 from kvconnect.testing.network import Network
 from kvconnect.transport.base import Transport
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
-from kvconnect.wire import Address
 
 MakeTransport = Callable[[Sequence[Region]], Transport]
 TINY = Model(layers=2, heads=2, block_tokens=1, content=2, itemsize=1)

@@ -18,8 +18,17 @@ from typing import Literal
 
 import numpy as np
 
-from kvconnect.blocks import DENSE, UNTILED, BlockView, Part, Region, Shard, Tile, held_heads
-from kvconnect.plan import FLOATS
+from kvconnect.geometry.blocks import (
+    DENSE,
+    UNTILED,
+    BlockView,
+    Part,
+    Region,
+    Shard,
+    Tile,
+    held_heads,
+)
+from kvconnect.geometry.intersect import FLOATS
 from kvconnect.testing.numbers import bits_at
 
 ORDERS = ("LBHNC", "LBNHC", "BLHNC", "LHBNC", "BLNHC", "BHLNC")

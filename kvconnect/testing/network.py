@@ -16,9 +16,9 @@ import threading
 from collections import deque
 from typing import NamedTuple
 
-from kvconnect.channel import Frame, Link
+from kvconnect.control.channel import Frame, Link
+from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, WireError
-from kvconnect.wire import Address
 
 
 class Pending(NamedTuple):
@@ -91,7 +91,7 @@ class Network:
 
 
 class MemoryChannel:
-    """See `kvconnect.channel`; made by `Network.channel`."""
+    """See `kvconnect.control.channel`; made by `Network.channel`."""
 
     def __init__(self, network: Network, address: Address) -> None:
         self.address = address

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvconnect.plan import FLOATS
+from kvconnect.geometry.intersect import FLOATS
 
 NUMBERS = np.array(
     [s * (1 + m / 4) * 2.0**e for s in (1, -1) for m in range(4) for e in range(-4, 4)],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvconnect.tier.eviction import Policy
+from kvconnect.offload.eviction import Policy
 
 Trace = Sequence[int]
 

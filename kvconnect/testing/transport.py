@@ -19,9 +19,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
-from kvconnect.rows import RowTable
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
 from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
 
 PATIENCE_S = 20.0

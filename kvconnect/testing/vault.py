@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvconnect.plan import NO_BLOCK
-from kvconnect.tier.jobs import Loss
-from kvconnect.tier.store.host import Ended
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.jobs import Loss
+from kvconnect.offload.store.host import Ended
 
 GARBAGE = -1
 

@@ -1,10 +1,10 @@
-"""What every vault does: the contract of `kvconnect.tier.store.hand.Vault`, run on a `Rig`."""
+"""What every vault does: the contract of `kvconnect.offload.store.hand.Vault`, run on a `Rig`."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kvconnect.plan import NO_BLOCK
-from kvconnect.tier.store.hand import Vault
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.store.hand import Vault
 
 
 class Rig(Protocol):

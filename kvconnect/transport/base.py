@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from kvconnect.rows import RowTable
+from kvconnect.geometry.rows import RowTable
 
 Ticket = int
 

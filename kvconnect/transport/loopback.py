@@ -8,8 +8,8 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 
-from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
+from kvconnect.geometry.blocks import Region
 from kvconnect.transport.base import Done, Op, Ticket, Work
 
 

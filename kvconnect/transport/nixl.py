@@ -27,9 +27,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvconnect.blocks import Region
 from kvconnect.errors import ConfigError, TransportError
-from kvconnect.rows import RowTable
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
 from kvconnect.transport.base import Done, Ticket, Work
 from kvconnect.transport.greeting import read_hello
 

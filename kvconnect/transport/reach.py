@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
+from kvconnect.geometry.blocks import Region
 from kvconnect.transport.base import Work
 
 Spans = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -9,12 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from kvconnect.blocks import Region
 from kvconnect.errors import ConfigError
+from kvconnect.geometry.blocks import Region
 from kvconnect.transport.base import Transport
 
 GROUP = "kvconnect.transports"
-BUILT_IN = {name: f"kvconnect.transport.{name}" for name in ("nixl", "mooncake", "nccl", "ucx")}
+BUILT_IN = {
+    "nixl": "kvconnect.transport.nixl",
+    "mooncake": "kvconnect.transport.mooncake.transport",
+    "nccl": "kvconnect.transport.nccl.transport",
+    "ucx": "kvconnect.transport.ucx.transport",
+}
 
 Make = Callable[[Sequence[Region], str, Mapping[str, Any]], Transport]
 """(memory, host that peers reach us at, options) → transport; raises ConfigError."""

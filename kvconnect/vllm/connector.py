@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvconnect.config import PeerConfig, parse
 from kvconnect.errors import ConfigError
-from kvconnect.order import Order
+from kvconnect.orders import Order
 from kvconnect.vllm import _compat
 from kvconnect.vllm.contract import Contract
 from kvconnect.vllm.metrics import KvConnectPromMetrics, KvConnectStats

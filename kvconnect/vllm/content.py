@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from msgspec.structs import replace
 
-from kvconnect.blocks import DENSE, UNTILED, Part, Tile
+from kvconnect.geometry.blocks import DENSE, UNTILED, Part, Tile
 from kvconnect.vllm.probe import Axis, Kernel, Packing, packings
 
 # vLLM stores fp8 as bytes; of which format, the layer's kv_cache_dtype tells ("fp8" is e4m3 on

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvconnect.config import PeerConfig
+from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.tier.peer import Offer
+from kvconnect.tier_peer import Offer
 from kvconnect.vllm.params import (
     TICKET_KEY,
     Prompt,
@@ -21,7 +22,6 @@ from kvconnect.vllm.params import (
     wants_remote_decode,
     wants_remote_prefill,
 )
-from kvconnect.wire import Address
 
 
 class Us(NamedTuple):

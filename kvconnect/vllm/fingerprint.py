@@ -3,8 +3,8 @@
 Only what KV depends on and geometry does not show: which weights, and how positions enter. vLLM
 and transformers may be of other versions on the two sides, so a model's config is never hashed
 whole: versions add fields to it. Geometry (block size, layout, dtype, heads, head size, layer
-names) is compared layer by layer in `kvconnect.plan`, which can say more about a difference than
-a hash; adapters, salts and multimodal inputs are a request's own and in its digest.
+names) is compared layer by layer in `kvconnect.geometry.intersect`, which can say more about a
+difference than a hash; adapters, salts and multimodal inputs are a request's own and in its digest.
 """
 
 import hashlib

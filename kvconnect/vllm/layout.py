@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
-from kvconnect.blocks import DENSE, BlockView, Heads, Region, Shard, held_heads
 from kvconnect.errors import ConfigError
+from kvconnect.geometry.blocks import DENSE, BlockView, Heads, Region, Shard, held_heads
 from kvconnect.vllm import _compat
 from kvconnect.vllm.content import (
     Cells,

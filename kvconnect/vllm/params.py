@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kvconnect.blocks import Name
+from kvconnect.control.session import sign
+from kvconnect.control.wire import MAX_RANKS, Address, Count, Generation, RequestId, Short
 from kvconnect.errors import OfferError
-from kvconnect.order import Shard, Source
-from kvconnect.session import sign
-from kvconnect.tier.peer import Offer
-from kvconnect.wire import MAX_RANKS, Address, Count, Generation, RequestId, Short
+from kvconnect.geometry.blocks import Name
+from kvconnect.orders import Shard, Source
+from kvconnect.tier_peer import Offer
 
 TICKET_KEY = "kvconnect"
 MAX_TICKET_CHARS = 1 << 20

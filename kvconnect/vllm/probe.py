@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kvconnect.blocks import UNTILED, Tile
+from kvconnect.geometry.blocks import UNTILED, Tile
 
 BASE = 8  # digits are written as 1 … 8, exact in fp8 e5m2 (two bits of mantissa) and all others
 

@@ -11,17 +11,17 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
 from kvconnect.config import PeerConfig, read_secret
+from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.order import Order
-from kvconnect.plan import NO_BLOCK
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.orders import Order
 from kvconnect.planner import Planner
-from kvconnect.tier.base import Load, Store
-from kvconnect.tier.peer import Offer, PeerTier
+from kvconnect.tier_base import Load, Store
+from kvconnect.tier_peer import Offer, PeerTier
 from kvconnect.vllm import _compat
 from kvconnect.vllm.contract import Contract, Us
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.worker import RankMetadata
-from kvconnect.wire import Address
 
 logger = logging.getLogger("vllm.kvconnect")
 

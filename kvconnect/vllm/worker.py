@@ -14,16 +14,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect import __version__
-from kvconnect.blocks import Region, Shard
-from kvconnect.channel import ZmqChannel
 from kvconnect.config import PeerConfig, read_secret
+from kvconnect.control.channel import ZmqChannel
 from kvconnect.errors import ConfigError
+from kvconnect.geometry.blocks import Region, Shard
 from kvconnect.mover import Fence, Mover
 from kvconnect.ops import Kernels, load
 from kvconnect.ops.pages import use_huge_pages
-from kvconnect.order import Fetch, Order, Outcome
+from kvconnect.orders import Fetch, Order, Outcome
 from kvconnect.settings import Settings
-from kvconnect.slots import Staging, staging_slot_bytes
+from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import Place, describe

@@ -13,7 +13,7 @@ from collections import deque
 import msgspec
 
 from kvconnect.errors import ConfigError, TransportError
-from kvconnect.transport.messages import MessageTransport
+from kvconnect.transport.ucx.messages import MessageTransport
 
 HEAD = struct.Struct("<QQ")  # tag, bytes
 ADDRESS_BYTES, PART_BYTES = 16, 1 << 20
@@ -88,7 +88,7 @@ class Connection:
 
 
 class Line:
-    """See `kvconnect.transport.post.Line`."""
+    """See `kvconnect.transport.ucx.post.Line`."""
 
     def __init__(self, host, port):
         self.address, self._rooms = os.urandom(ADDRESS_BYTES), {}
@@ -128,7 +128,7 @@ class Line:
 
 
 class Post:
-    """See `kvconnect.transport.post.Post`."""
+    """See `kvconnect.transport.ucx.post.Post`."""
 
     def __init__(self, host):
         self._listening = socket.create_server((host, 0))

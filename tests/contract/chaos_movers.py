@@ -22,16 +22,17 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from kvconnect.blocks import Region
-from kvconnect.channel import ZmqChannel
+from kvconnect.control.channel import ZmqChannel
+from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
-from kvconnect.order import Directory, Fetch, Grant, Shard, Source
+from kvconnect.orders import Directory, Fetch, Grant, Shard, Source
 from kvconnect.settings import Settings
-from kvconnect.slots import GRANULE_BYTES, Staging
+from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.geometry import GUARD_BYTES, Cache, Model
-from kvconnect.transport import mooncake, nixl
+from kvconnect.transport import nixl
+from kvconnect.transport.mooncake import transport as mooncake
 from kvconnect.transport.registry import make_transport
 
 HOST = "127.0.0.1"

@@ -13,7 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fake_gpu
 
-from kvconnect.blocks import Region
+from kvconnect.geometry.blocks import Region
 from kvconnect.transport.registry import make_transport
 
 

@@ -9,8 +9,8 @@ import time
 import numpy as np
 from passive_rank import make
 
-from kvconnect.blocks import Region
-from kvconnect.rows import RowTable
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
 from kvconnect.transport.base import Op, Work
 
 ROW = 1 << 13

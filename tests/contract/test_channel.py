@@ -2,11 +2,11 @@
 
 import pytest
 
-from kvconnect.channel import ZmqChannel
+from kvconnect.control.channel import ZmqChannel
+from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
 from kvconnect.testing import Network, check_channel
 from kvconnect.testing.channels import CHECKS
-from kvconnect.wire import Address
 
 every_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 

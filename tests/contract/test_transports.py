@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from passive_rank import contents, make
 
-from kvconnect.blocks import Region
 from kvconnect.errors import ConfigError
-from kvconnect.rows import RowTable
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
 from kvconnect.testing import Faulty, check_transport
 from kvconnect.testing.transport import CHECKS
-from kvconnect.transport import mooncake, registry
+from kvconnect.transport import registry
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
+from kvconnect.transport.mooncake import transport as mooncake
 from kvconnect.transport.registry import make_transport
 
 LIBRARY = {"nixl": "nixl", "mooncake": "mooncake.engine", "ucx": "ucxx", "nccl": "fake_gpu"}

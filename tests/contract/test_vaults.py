@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvconnect.plan import NO_BLOCK
+from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.testing.vault import FakeVault, VaultFault
 from kvconnect.testing.vault_contract import check_vault
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pair import PREFER_FILE
 
-import kvconnect.tier.chained
-from kvconnect.tier.chain import Rates
-from kvconnect.tier.chained import STORES_S
+import kvconnect.chain.load
+from kvconnect.chain.load import STORES_S
+from kvconnect.chain.plan import Rates
 from kvconnect.vllm.multi.connector import KVConnectMulti
 
 __all__ = ["KVConnectMulti"]
@@ -29,4 +29,4 @@ class Preferring(Rates):
         return 1e-9 if preferred in (kind, source) else float(nbytes)
 
 
-kvconnect.tier.chained.Rates = Preferring
+kvconnect.chain.load.Rates = Preferring

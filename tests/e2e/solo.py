@@ -12,7 +12,7 @@ from pair import Client, eventually
 
 from kvconnect.cli.engines import START_TIMEOUT_S, Engine, engine_env, offload_config
 from kvconnect.cli.processes import Fleet, Server
-from kvconnect.tier.store.header import read_head
+from kvconnect.offload.store.header import read_head
 
 
 @dataclass(frozen=True)

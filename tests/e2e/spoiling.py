@@ -13,8 +13,8 @@ import numpy as np
 from pair import SPOIL_FILE
 
 import kvconnect.mover
-import kvconnect.supplier
-from kvconnect.supplier import Supplier
+import kvconnect.producer.stage
+from kvconnect.producer.stage import Supplier
 from kvconnect.vllm import KVConnectNixl
 
 LATE_S = 20.0  # longer than the decode engine's load_timeout
@@ -30,18 +30,18 @@ class SpoilingSupplier(Supplier):
 
     def _gather(self, link, want):
         if fault() == "out of range":
-            found = kvconnect.supplier.segments
+            found = kvconnect.producer.stage.segments
 
             def beyond(*args):
                 chosen = found(*args)
                 chosen[-1, 0] = 1 << 30
                 return chosen
 
-            kvconnect.supplier.segments = beyond
+            kvconnect.producer.stage.segments = beyond
             try:
                 super()._gather(link, want)
             finally:
-                kvconnect.supplier.segments = found
+                kvconnect.producer.stage.segments = found
         else:
             super()._gather(link, want)
 

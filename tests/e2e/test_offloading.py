@@ -7,7 +7,7 @@ import torch
 from pair import eventually, in_parallel, words
 from solo import Solo
 
-from kvconnect.tier.store.runner import LOOK_AROUND_S
+from kvconnect.offload.store.runner import LOOK_AROUND_S
 
 BLOCK = 128  # vLLM's default on CPU
 LENGTHS = [1, 127, 128, 129, 300, 641]

@@ -12,7 +12,7 @@ from nccl_cases import ONE_RANK, TWO_RANKS
 
 from kvconnect.errors import ConfigError
 from kvconnect.testing.transport import CHECKS
-from kvconnect.transport.nccl_library import Nccl, find
+from kvconnect.transport.nccl.library import Nccl, find
 from kvconnect.transport.registry import make_transport
 
 SHARED_GPU = 2_30_00  # the first NCCL that lets two ranks have one GPU

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
-from kvconnect.rows import RowTable
-from kvconnect.transport import agent, reach
-from kvconnect.transport.agent import Agent, Piece
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
+from kvconnect.transport import reach
 from kvconnect.transport.base import Op, Work
+from kvconnect.transport.ucx import agent
+from kvconnect.transport.ucx.agent import Agent, Piece
 
 SIZE = 1 << 14
 CONTENTS = np.random.default_rng(1).integers(0, 256, (3, SIZE), dtype=np.uint8)

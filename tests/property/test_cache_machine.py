@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.tier.cache import CacheTier, Standing
-from kvconnect.tier.eviction import POLICIES, Lru, make
+from kvconnect.offload.cache import CacheTier, Standing
+from kvconnect.offload.eviction import POLICIES, Lru, make
 
 picks = st.integers(0, 1 << 16)
 KEYS = [bytes([n]) * 4 for n in range(14)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect.tier.chain import Hop, Load, Rates, Source, plan, reach
+from kvconnect.chain.plan import Hop, Load, Rates, Source, plan, reach
 
 MOST = 6
 

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvconnect.order import Cancel, Fetch, Release, Source
-from kvconnect.tier.cache import CacheTier
-from kvconnect.tier.chained import Abort, Chained, ChainedLoad, Piece
-from kvconnect.tier.eviction import make
-from kvconnect.tier.jobs import Fill
-from kvconnect.tier.offload import Chunk, OffloadTier
-from kvconnect.tier.peer import Offer
+from kvconnect.chain.load import Abort, Chained, ChainedLoad, Piece
+from kvconnect.offload.cache import CacheTier
+from kvconnect.offload.eviction import make
+from kvconnect.offload.jobs import Fill
+from kvconnect.offload.tiers import Chunk, OffloadTier
+from kvconnect.orders import Cancel, Fetch, Release, Source
+from kvconnect.tier_peer import Offer
 
 RANKS, CHUNK, MOST = 2, 4, 5
 PEERS = ("one", "two")

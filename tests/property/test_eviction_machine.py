@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.tier.eviction import Arc, Lru, S3Fifo
+from kvconnect.offload.eviction import Arc, Lru, S3Fifo
 
 picks = st.integers(0, 1 << 16)
 

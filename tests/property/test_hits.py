@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect.tier.hits import Group, Need, hit_tokens, needed
+from kvconnect.offload.hits import Group, Need, hit_tokens, needed
 
 groups = st.lists(
     st.builds(Group, st.sampled_from([2, 4]), st.sampled_from([None, None, 1, 3, 5])),

@@ -13,15 +13,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.store.arena import attach
+from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.host import HostStore
+from kvconnect.offload.store.packing import Packing, slot_bytes
+from kvconnect.offload.store.shelf import Shelf
 from kvconnect.ops import load
-from kvconnect.plan import NO_BLOCK
 from kvconnect.testing.geometry import Cache, Model
 from kvconnect.testing.late import LateKernels
-from kvconnect.tier.store.arena import attach
-from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.host import HostStore
-from kvconnect.tier.store.packing import Packing, slot_bytes
-from kvconnect.tier.store.shelf import Shelf
 
 picks = st.integers(0, 1 << 16)
 GROUPS, CHUNK, BLOCKS = 2, 2, 14

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect import wire
+from kvconnect.control import wire
 from kvconnect.lease import Terms
-from kvconnect.order import Fetch, Grant
+from kvconnect.orders import Fetch, Grant
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.geometry import Model
 

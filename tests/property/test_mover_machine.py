@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvconnect.lease import Terms
-from kvconnect.order import (
+from kvconnect.orders import (
     Cancel,
     Expect,
     Fetch,

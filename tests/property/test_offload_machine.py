@@ -9,13 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.plan import NO_BLOCK
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.cache import CacheTier
+from kvconnect.offload.eviction import POLICIES, make
+from kvconnect.offload.jobs import Forget
+from kvconnect.offload.store.hand import Hand, common
+from kvconnect.offload.tiers import Chunk, OffloadTier, Writes
 from kvconnect.testing.vault import FakeVault, VaultFault
-from kvconnect.tier.cache import CacheTier
-from kvconnect.tier.eviction import POLICIES, make
-from kvconnect.tier.jobs import Forget
-from kvconnect.tier.offload import Chunk, OffloadTier, Writes
-from kvconnect.tier.store.hand import Hand, common
 
 picks = st.integers(0, 1 << 16)
 KEYS = [bytes([n]) * 4 for n in range(7)]

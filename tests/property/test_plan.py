@@ -13,10 +13,10 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from kvconnect.blocks import UNTILED, BlockView, Heads, Part, Tile
 from kvconnect.errors import GeometryError
-from kvconnect.plan import NO_BLOCK, Rect, assign, check_mappable, why_not_direct
-from kvconnect.rows import Memory, Route, rows_of
+from kvconnect.geometry.blocks import UNTILED, BlockView, Heads, Part, Tile
+from kvconnect.geometry.intersect import NO_BLOCK, Rect, assign, check_mappable, why_not_direct
+from kvconnect.geometry.rows import Memory, Route, rows_of
 from kvconnect.testing.geometry import ITEM_BYTES, LAYOUTS, Cache, Model, engine
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
@@ -189,7 +189,7 @@ def test_a_place_that_the_source_does_not_hold_is_refused(transfer, data):
 @pytest.mark.slow
 @given(transfers(), st.sampled_from([1 << 31, 1 << 62, -2, -(1 << 62)]))
 def test_a_block_id_that_cannot_be_is_refused(transfer, hostile):
-    """Ids beyond 63 bits are refused before, by `kvconnect.wire`."""
+    """Ids beyond 63 bits are refused before, by `kvconnect.control.wire`."""
     _, source, target, tables, blocks = transfer
     if not legal(source, target):
         return

@@ -12,10 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.tier.store import places
-from kvconnect.tier.store.arena import attach, look
-from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.shelf import Shelf
+from kvconnect.offload.store import places
+from kvconnect.offload.store.arena import attach, look
+from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.shelf import Shelf
 
 picks = st.integers(0, 1 << 16)
 KEYS = [bytes([n]) * 32 for n in range(8)]

@@ -19,16 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvconnect import ops
-from kvconnect.blocks import BlockView, Heads, Part
-from kvconnect.course import Course, segments, source_copy
+from kvconnect.control.wire import Piece
 from kvconnect.errors import GeometryError
+from kvconnect.geometry.blocks import BlockView, Heads, Part
+from kvconnect.geometry.chunks import Course, segments, source_copy
+from kvconnect.geometry.intersect import FLOATS, NO_BLOCK, assign, why_not_direct
+from kvconnect.geometry.rows import Memory, Route
 from kvconnect.ops.plain import PlainKernels
-from kvconnect.plan import FLOATS, NO_BLOCK, assign, why_not_direct
-from kvconnect.rows import Memory, Route
 from kvconnect.testing.geometry import LAYOUTS, Cache, Model
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
-from kvconnect.wire import Piece
 
 # HYPOTHESIS_PROFILE says how many: ci 2,100, dev 280
 EXAMPLES = 7 * settings.default.max_examples

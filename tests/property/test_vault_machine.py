@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.plan import NO_BLOCK
+from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.testing.files import DiskFault
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))

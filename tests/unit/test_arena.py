@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from kvconnect.errors import Reason, StoreError
-from kvconnect.tier.store import arena as arenas
-from kvconnect.tier.store import header, places
-from kvconnect.tier.store.arena import attach, look, make
-from kvconnect.tier.store.header import HEAD_BYTES, SLOT, Spec
-from kvconnect.tier.store.shelf import Shelf
+from kvconnect.offload.store import arena as arenas
+from kvconnect.offload.store import header, places
+from kvconnect.offload.store.arena import attach, look, make
+from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
+from kvconnect.offload.store.shelf import Shelf
 
 SPEC = Spec(slots=8, slot_bytes=5000, fingerprint=b"\x07" * 32)
 

@@ -4,7 +4,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from kvconnect.blocks import (
+from kvconnect.errors import GeometryError
+from kvconnect.geometry.blocks import (
     DENSE,
     MAX_ADDRESS,
     MAX_LAYERS,
@@ -18,7 +19,6 @@ from kvconnect.blocks import (
     held_heads,
     part_extent,
 )
-from kvconnect.errors import GeometryError
 from kvconnect.testing.geometry import LAYOUTS, Cache, Model
 
 PART = Part(0x1000, (64, 32, 8, 2), (2, 4, 4), 2)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
 from kvconnect.testing import FakeClock
 from kvconnect.vllm.mooncake import resolver as resolver_module
@@ -32,7 +33,6 @@ from kvconnect.vllm.mooncake.loop import LoopThread
 from kvconnect.vllm.mooncake.proof import CHALLENGE, NONCE, PROOF, prove_answer
 from kvconnect.vllm.mooncake.resolver import FAULT_KEPT_S, KEPT_S, Resolver
 from kvconnect.vllm.mooncake.server import BootstrapServer
-from kvconnect.wire import Address
 
 SECRET, OTHER = b"a secret of 16 b", b"another of 16 by"
 SIZES = Sizes(tp=2, pp=2)

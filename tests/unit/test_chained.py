@@ -4,17 +4,17 @@ import logging
 
 import pytest
 
-from kvconnect.order import Cancel, Fetch, Source, Watch
+from kvconnect.chain.load import Abort, Chained, ChainedLoad, Ended, Piece
+from kvconnect.chain.plan import Rates
+from kvconnect.offload.cache import CacheTier
+from kvconnect.offload.eviction import make
+from kvconnect.offload.jobs import Fill, Forget
+from kvconnect.offload.tiers import Chunk, OffloadTier
+from kvconnect.orders import Cancel, Fetch, Source, Watch
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault
-from kvconnect.tier.base import Load
-from kvconnect.tier.cache import CacheTier
-from kvconnect.tier.chain import Rates
-from kvconnect.tier.chained import Abort, Chained, ChainedLoad, Ended, Piece
-from kvconnect.tier.eviction import make
-from kvconnect.tier.jobs import Fill, Forget
-from kvconnect.tier.offload import Chunk, OffloadTier
-from kvconnect.tier.peer import Offer, PeerTier
+from kvconnect.tier_base import Load
+from kvconnect.tier_peer import Offer, PeerTier
 
 SEED, SPARE = 7, 15
 
@@ -144,7 +144,7 @@ def test_the_lease_stays_open_for_what_the_store_turns_out_not_to_have(world, pr
     assert prefill.sent == []
     assert decode.ended == []
     decode.hold = False
-    with caplog.at_level(logging.WARNING, "kvconnect.tier.chained"):
+    with caplog.at_level(logging.WARNING, "kvconnect.chain.load"):
         decode.go_on()
     assert decode.ended == [Ended("d")]
     assert decode.holds(BLOCKS)

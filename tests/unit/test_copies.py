@@ -14,14 +14,14 @@ from vaults import BLOCKS, CHUNK, MODEL, key_of
 
 from kvconnect.config import parse
 from kvconnect.errors import Reason, StoreError
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.jobs import Fill, Forget, Save, Spill
+from kvconnect.offload.store import follower as follower_module
+from kvconnect.offload.store import numa
+from kvconnect.offload.store import runner as runner_module
+from kvconnect.offload.store.packing import Packing
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.jobs import Fill, Forget, Save, Spill
-from kvconnect.tier.store import follower as follower_module
-from kvconnect.tier.store import numa
-from kvconnect.tier.store import runner as runner_module
-from kvconnect.tier.store.packing import Packing
 from kvconnect.vllm.offload.copies import open_copy
 from kvconnect.vllm.offload.place import Opened, no_device
 

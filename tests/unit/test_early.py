@@ -3,14 +3,14 @@
 import msgspec
 import pytest
 
-from kvconnect import early as early_module
-from kvconnect import wire
-from kvconnect.channel import Link
-from kvconnect.early import MAX_WAIT_S, SILENT_S, EarlyReaders
+from kvconnect.control import wire
+from kvconnect.control.channel import Link
+from kvconnect.control.listener import Incoming
 from kvconnect.lease import Terms
-from kvconnect.lender import Lender
-from kvconnect.listener import Incoming
-from kvconnect.order import Cancel, Expect, Fetch, Grant, Release, Source, Watch, Withdraw
+from kvconnect.orders import Cancel, Expect, Fetch, Grant, Release, Source, Watch, Withdraw
+from kvconnect.producer import early as early_module
+from kvconnect.producer.early import MAX_WAIT_S, SILENT_S, EarlyReaders
+from kvconnect.producer.leases import Lender
 from kvconnect.testing import FakeClock, Fault
 from kvconnect.testing.engines import Engine, World
 

@@ -3,8 +3,8 @@
 import pytest
 
 from kvconnect.errors import ConfigError
+from kvconnect.offload.eviction import POLICIES, make
 from kvconnect.testing.traces import belady_hits, hits, scans, zipf
-from kvconnect.tier.eviction import POLICIES, make
 
 KEYS, ACCESSES = 2000, 20_000
 

@@ -3,8 +3,9 @@
 import msgspec
 import pytest
 
-from kvconnect import wire
-from kvconnect.order import (
+from kvconnect.control import wire
+from kvconnect.control.session import PLAIN, SEALED
+from kvconnect.orders import (
     Cancel,
     Directory,
     Expect,
@@ -16,7 +17,6 @@ from kvconnect.order import (
     Watch,
     Withdraw,
 )
-from kvconnect.session import PLAIN, SEALED
 from kvconnect.testing import Fault
 from kvconnect.testing.engines import TINY, Engine, World
 

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect import dialler as dialler_module
-from kvconnect import listener as listener_module
-from kvconnect import wire
-from kvconnect.channel import Frame, Link
-from kvconnect.dialler import RESEND_S, Dialler, State
-from kvconnect.listener import Listener
-from kvconnect.session import DIALLER, LISTENER, PLAIN, SEALED, Session
+from kvconnect.control import dialer as dialler_module
+from kvconnect.control import listener as listener_module
+from kvconnect.control import wire
+from kvconnect.control.channel import Frame, Link
+from kvconnect.control.dialer import RESEND_S, Dialler, State
+from kvconnect.control.listener import Listener
+from kvconnect.control.session import DIALLER, LISTENER, PLAIN, SEALED, Session
 from kvconnect.testing import FakeClock, Network
 from kvconnect.testing.geometry import Cache, Model
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kvconnect.blocks import Region
-from kvconnect.channel import ZmqChannel
 from kvconnect.cli import main
+from kvconnect.control.channel import ZmqChannel
+from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
-from kvconnect.order import Directory, Fetch, Grant, Shard, Source
+from kvconnect.orders import Directory, Fetch, Grant, Shard, Source
 from kvconnect.settings import Settings
-from kvconnect.slots import GRANULE_BYTES, Staging
+from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.geometry import Model, engine
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect.tier.keys import Context, Identity, Item, Names, arena_fingerprint
+from kvconnect.offload.keys import Context, Identity, Item, Names, arena_fingerprint
 
 ENGINE = Identity(
     model="llama",

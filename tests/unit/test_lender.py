@@ -2,13 +2,13 @@
 
 import pytest
 
-from kvconnect import lender as lender_module
-from kvconnect import wire
-from kvconnect.channel import Link
+from kvconnect.control import wire
+from kvconnect.control.channel import Link
+from kvconnect.control.listener import Incoming
+from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.lease import Terms
-from kvconnect.lender import Lender
-from kvconnect.listener import Incoming
-from kvconnect.plan import NO_BLOCK
+from kvconnect.producer import leases as lender_module
+from kvconnect.producer.leases import Lender
 from kvconnect.testing import FakeClock
 
 NEAR, FAR = Link(False, b"engine 1"), Link(False, b"engine 2")

@@ -5,12 +5,12 @@ import time
 import numpy as np
 import pytest
 
-from kvconnect.blocks import Region
 from kvconnect.errors import TransportError
-from kvconnect.rows import RowTable
-from kvconnect.transport import agent, messages
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
 from kvconnect.transport.base import Op, Work
-from kvconnect.transport.messages import SERVED, WINDOW, MessageTransport
+from kvconnect.transport.ucx import agent, messages
+from kvconnect.transport.ucx.messages import SERVED, WINDOW, MessageTransport
 
 ROW, ROWS = 64, 32
 

@@ -8,14 +8,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvconnect.blocks import Region
 from kvconnect.errors import ConfigError, TransportError
-from kvconnect.rows import RowTable
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
 from kvconnect.testing import FakeClock
-from kvconnect.transport import mooncake
 from kvconnect.transport.base import Op, Work
-from kvconnect.transport.mooncake import FENCE_S, WINDOW, MooncakeTransport
-from kvconnect.transport.mooncake_engine import MooncakeOptions
+from kvconnect.transport.mooncake import transport as mooncake
+from kvconnect.transport.mooncake.engine import MooncakeOptions
+from kvconnect.transport.mooncake.transport import FENCE_S, WINDOW, MooncakeTransport
 
 ROW, ROWS = 64, 256
 RUNNING, ENDED, FAILED, LATE = 0, 1, -1, -2

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvconnect.config import MooncakeConfig
+from kvconnect.control.wire import Address, RequestId
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.order import Shard
+from kvconnect.orders import Shard
 from kvconnect.vllm.contract import Us
 from kvconnect.vllm.mooncake import contract as contract_module
 from kvconnect.vllm.mooncake.allowed import Endpoint
 from kvconnect.vllm.mooncake.contract import MooncakeContract
 from kvconnect.vllm.mooncake.place import place_of
 from kvconnect.vllm.params import TICKET_KEY, Prompt, Ticket
-from kvconnect.wire import Address, RequestId
 
 SECRET = b"a secret of 16 b"
 RANKS = (Address("127.0.0.1", 7000), Address("127.0.0.1", 7001))

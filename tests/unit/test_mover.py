@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from kvconnect.channel import ZmqChannel
+from kvconnect.control.channel import ZmqChannel
 from kvconnect.mover import IDLE_WAIT_S, Mover
-from kvconnect.order import Expect, Fetch, Release, Watch
+from kvconnect.orders import Expect, Fetch, Release, Watch
 from kvconnect.testing import Faulty, Network
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.geometry import Cache

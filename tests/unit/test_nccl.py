@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from fake_gpu import as_device, options
 
-from kvconnect.blocks import Region
-from kvconnect.channel import ZmqChannel
+from kvconnect.control.channel import ZmqChannel
 from kvconnect.errors import ConfigError, TransportError
-from kvconnect.order import Fetch
-from kvconnect.rows import RowTable
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
+from kvconnect.orders import Fetch
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.engines import Engine, World
-from kvconnect.transport import nccl, nccl_line
 from kvconnect.transport.base import Op, Work
-from kvconnect.transport.nccl import NcclOptions, NcclTransport
-from kvconnect.transport.nccl_words import (
+from kvconnect.transport.nccl import line as nccl_line
+from kvconnect.transport.nccl import transport as nccl
+from kvconnect.transport.nccl.transport import NcclOptions, NcclTransport
+from kvconnect.transport.nccl.words import (
     Ask,
     Bye,
     Failed,

@@ -12,8 +12,8 @@ from nccl_cases import ONE_RANK, TWO_RANKS, ranks
 
 from kvconnect.errors import ConfigError, TransportError
 from kvconnect.ops import native
-from kvconnect.transport import nccl_library
-from kvconnect.transport.nccl_library import Nccl, find
+from kvconnect.transport.nccl import library as nccl_library
+from kvconnect.transport.nccl.library import Nccl, find
 
 pytestmark = pytest.mark.slow  # a compiler runs first
 VARIABLE = "KVCONNECT_NCCL_LIBRARY"

@@ -4,10 +4,10 @@ import pytest
 from vaults import FINGERPRINT, Bench, key_of
 
 from kvconnect.errors import Reason, StoreError
-from kvconnect.tier.store import neighbours as module
-from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.neighbours import Neighbours, claim, paths_beside
-from kvconnect.tier.store.places import Filed, mapped
+from kvconnect.offload.store import neighbours as module
+from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
+from kvconnect.offload.store.places import Filed, mapped
 
 SPEC = Spec(8, 64, FINGERPRINT)
 

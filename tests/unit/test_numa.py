@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvconnect.tier.store import numa
-from kvconnect.tier.store.arena import attach, look, make
-from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.numa import of_cores, prefer, wanted
-from kvconnect.tier.store.places import mapped
+from kvconnect.offload.store import numa
+from kvconnect.offload.store.arena import attach, look, make
+from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.numa import of_cores, prefer, wanted
+from kvconnect.offload.store.places import mapped
 
 SPEC = Spec(slots=8, slot_bytes=1 << 18, fingerprint=b"\x07" * 32)
 DEFAULT, PREFERRED, BIND, INTERLEAVE = range(4)

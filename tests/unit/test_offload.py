@@ -2,11 +2,11 @@
 
 import pytest
 
-from kvconnect.tier.cache import CacheTier
-from kvconnect.tier.eviction import Lru
-from kvconnect.tier.jobs import Fill, Forget, Loss, Save, Spill
-from kvconnect.tier.offload import Chunk, OffloadTier, Writes
-from kvconnect.tier.store.hand import Hand, common
+from kvconnect.offload.cache import CacheTier
+from kvconnect.offload.eviction import Lru
+from kvconnect.offload.jobs import Fill, Forget, Loss, Save, Spill
+from kvconnect.offload.store.hand import Hand, common
+from kvconnect.offload.tiers import Chunk, OffloadTier, Writes
 
 A, B, C, D = (bytes([n]) * 32 for n in range(4))
 

@@ -17,13 +17,13 @@ from ops_cases import check_equal, distinct, make_case
 from vaults import Bench, key_of
 
 from kvconnect.errors import ConfigError, GeometryError, TransportError
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.jobs import Fill, Save
+from kvconnect.offload.store.hand import Hand
+from kvconnect.offload.store.runner import TOGETHER_BYTES, Runner
 from kvconnect.ops import Copy, Type, load, native, ways
 from kvconnect.ops.cuda import CudaKernels, Way
 from kvconnect.ops.ways import CopyWays, Cost, Direction
-from kvconnect.plan import NO_BLOCK
-from kvconnect.tier.jobs import Fill, Save
-from kvconnect.tier.store.hand import Hand
-from kvconnect.tier.store.runner import TOGETHER_BYTES, Runner
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvconnect.config import parse
+from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.order import Shard, Source
-from kvconnect.transport import nccl_library
+from kvconnect.orders import Shard, Source
+from kvconnect.transport.nccl import library as nccl_library
 from kvconnect.vllm.contract import Us
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.contract import P2pContract
 from kvconnect.vllm.p2p.ids import parse_pairing
 from kvconnect.vllm.p2p.pings import Pings
-from kvconnect.wire import Address
 
 P, D = Address("10.0.0.1", 21001), Address("10.0.1.1", 22001)
 UUID = "0123456789abcdef0123456789abcdef"

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.order import Shard
+from kvconnect.orders import Shard
 from kvconnect.vllm.params import (
     TICKET_KEY,
     Prompt,
@@ -24,7 +25,6 @@ from kvconnect.vllm.params import (
     wants_remote_decode,
     wants_remote_prefill,
 )
-from kvconnect.wire import Address
 
 SECRET = b"a secret of 16 b"
 TTL_S = 30.0

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kvconnect.lease import Terms
-from kvconnect.order import Fetch, Grant
+from kvconnect.orders import Fetch, Grant
 from kvconnect.stats import AVERAGES
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault

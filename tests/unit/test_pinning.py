@@ -6,14 +6,14 @@ import pytest
 from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
 
 from kvconnect.errors import StoreError
+from kvconnect.offload.store.arena import make
+from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.host import HostStore
+from kvconnect.offload.store.packing import Packing, slot_bytes
+from kvconnect.offload.store.pinning import Pinning
+from kvconnect.offload.store.shelf import Shelf
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache
-from kvconnect.tier.store.arena import make
-from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.host import HostStore
-from kvconnect.tier.store.packing import Packing, slot_bytes
-from kvconnect.tier.store.pinning import Pinning
-from kvconnect.tier.store.shelf import Shelf
 
 
 class Device:

@@ -7,12 +7,12 @@ from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
 
 from kvconnect.config import parse
 from kvconnect.errors import StoreError
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.jobs import Fill, Save, Spill
+from kvconnect.offload.store import numa
+from kvconnect.offload.store.packing import Packing
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.jobs import Fill, Save, Spill
-from kvconnect.tier.store import numa
-from kvconnect.tier.store.packing import Packing
 from kvconnect.vllm.offload import place as module
 from kvconnect.vllm.offload.place import follow, open_place
 

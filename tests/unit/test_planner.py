@@ -5,7 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, multiple, rule
 
-from kvconnect.order import (
+from kvconnect.control.wire import Address
+from kvconnect.orders import (
     Cancel,
     Directory,
     Expect,
@@ -18,9 +19,8 @@ from kvconnect.order import (
     Withdraw,
 )
 from kvconnect.planner import Planner
-from kvconnect.tier.base import Load, Store
-from kvconnect.tier.peer import Offer, PeerTier
-from kvconnect.wire import Address
+from kvconnect.tier_base import Load, Store
+from kvconnect.tier_peer import Offer, PeerTier
 
 ADDRESS = Address("host", 1)
 SOURCE = Source((Shard(ADDRESS, "i"),), "remote", "g", 5.0)

@@ -4,11 +4,11 @@ import time
 
 import pytest
 
+from kvconnect.offload.jobs import Answer, Fill, Forget, Save
+from kvconnect.offload.store.hand import Hand
+from kvconnect.offload.store.runner import LOOK_AROUND_S, Runner
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.vault import FakeVault
-from kvconnect.tier.jobs import Answer, Fill, Forget, Save
-from kvconnect.tier.store.hand import Hand
-from kvconnect.tier.store.runner import LOOK_AROUND_S, Runner
 
 A, B = (bytes([n]) * 32 for n in range(2))
 

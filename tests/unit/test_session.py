@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvconnect.control.session import DIALLER, LISTENER, Session, sign
 from kvconnect.errors import WireError
-from kvconnect.session import DIALLER, LISTENER, Session, sign
 
 SECRET = b"a secret of 16 b"
 

@@ -6,11 +6,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvconnect import wire
+from kvconnect.control import wire
 from kvconnect.lease import Terms
 from kvconnect.ops import load
-from kvconnect.order import Cancel, Fetch, Grant
-from kvconnect.slots import ENDED_S, GRANULE_BYTES, QUARANTINE_S
+from kvconnect.orders import Cancel, Fetch, Grant
+from kvconnect.staging import ENDED_S, GRANULE_BYTES, QUARANTINE_S
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.geometry import Model
 from kvconnect.testing.late import LateKernels
@@ -249,7 +249,7 @@ def test_a_repeated_want_is_gathered_once():
 
 
 def test_more_chunks_than_may_wait_are_refused(monkeypatch):
-    monkeypatch.setattr("kvconnect.supplier.MAX_WAITING", 1)
+    monkeypatch.setattr("kvconnect.producer.stage.MAX_WAITING", 1)
     world, model = World(), replace(MODEL, content=64)
     p = make(world, model, mode="staged", staging=(2, 1))
     d = make(world, model, mode="staged", staging=(16, 1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvconnect.errors import TransportError
-from kvconnect.transport import ucx
+from kvconnect.transport.ucx import transport as ucx
 
 TAG = 7
 

@@ -7,20 +7,20 @@ import pytest
 from msgspec.structs import replace
 from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, Bench, key_of
 
-from kvconnect.blocks import BlockView, Heads
 from kvconnect.errors import GeometryError, TransportError
+from kvconnect.geometry.blocks import BlockView, Heads
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.store.arena import make as make_arena
+from kvconnect.offload.store.disk import MOST_FAILURES
+from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.host import HostStore
+from kvconnect.offload.store.packing import Packing, slot_bytes
+from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.vault import PATIENCE_S
 from kvconnect.ops import load
-from kvconnect.plan import NO_BLOCK
 from kvconnect.testing.files import DiskFault
 from kvconnect.testing.geometry import LAYOUTS, Cache, Model
 from kvconnect.testing.late import LateKernels
-from kvconnect.tier.store.arena import make as make_arena
-from kvconnect.tier.store.disk import MOST_FAILURES
-from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.host import HostStore
-from kvconnect.tier.store.packing import Packing, slot_bytes
-from kvconnect.tier.store.shelf import Shelf
-from kvconnect.tier.store.vault import PATIENCE_S
 
 
 @pytest.fixture

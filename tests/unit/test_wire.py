@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect import wire
+from kvconnect.control import wire
 from kvconnect.errors import WireError
 from kvconnect.testing.geometry import Cache, Model
 

@@ -16,16 +16,16 @@ from unittest import mock
 import msgspec
 import pytest
 
-from kvconnect import wire
-from kvconnect.blocks import BlockView, Heads, Part, Region
-from kvconnect.channel import Frame, Link
-from kvconnect.dialler import Dialler, State
+from kvconnect.control import wire
+from kvconnect.control.channel import Frame, Link
+from kvconnect.control.dialer import Dialler, State
+from kvconnect.control.listener import Listener
+from kvconnect.control.session import LISTENER, PLAIN, Session
+from kvconnect.control.wire import Address
+from kvconnect.geometry.blocks import BlockView, Heads, Part, Region
 from kvconnect.lease import Terms
-from kvconnect.lender import Lender
-from kvconnect.listener import Listener
-from kvconnect.session import LISTENER, PLAIN, Session
+from kvconnect.producer.leases import Lender
 from kvconnect.testing import FakeClock
-from kvconnect.wire import Address
 
 FOLDER = Path(__file__).parent / "recorded"
 SECRET = b"a secret of 16 b"

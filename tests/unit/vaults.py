@@ -4,18 +4,18 @@ import time
 
 import numpy as np
 
+from kvconnect.offload.store.disk import DiskStore, system_file
+from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.host import HostStore
+from kvconnect.offload.store.lanes import Lanes
+from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
+from kvconnect.offload.store.packing import Packing, slot_bytes
+from kvconnect.offload.store.places import Filed, mapped
+from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.vault import Vault
 from kvconnect.ops import load
 from kvconnect.testing.files import FaultyFile
 from kvconnect.testing.geometry import Cache, Model
-from kvconnect.tier.store.disk import DiskStore, system_file
-from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.host import HostStore
-from kvconnect.tier.store.lanes import Lanes
-from kvconnect.tier.store.neighbours import Neighbours, claim, paths_beside
-from kvconnect.tier.store.packing import Packing, slot_bytes
-from kvconnect.tier.store.places import Filed, mapped
-from kvconnect.tier.store.shelf import Shelf
-from kvconnect.tier.store.vault import Vault
 
 FINGERPRINT = b"\x05" * 32
 MODEL = Model(layers=2, heads=2, block_tokens=4, content=32)

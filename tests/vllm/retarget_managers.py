@@ -12,10 +12,10 @@ from tests.v1.kv_offload.cpu import test_manager
 from vllm.v1.kv_offload.base import LookupResult, Medium, OffloadingEvent, PrepareStoreOutput
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
-from kvconnect.tier.cache import CacheTier, Standing
-from kvconnect.tier.eviction import make
-from kvconnect.tier.jobs import Forget
-from kvconnect.tier.offload import Chunk, OffloadTier
+from kvconnect.offload.cache import CacheTier, Standing
+from kvconnect.offload.eviction import make
+from kvconnect.offload.jobs import Forget
+from kvconnect.offload.tiers import Chunk, OffloadTier
 
 FOUND = {
     Standing.ABSENT: LookupResult.MISS,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from kvconnect import wire
+from kvconnect.control import wire
 from kvconnect.vllm.fingerprint import fingerprint
 
 ROPE = {"rope_theta": 10_000.0, "rope_type": "default"}

@@ -11,9 +11,9 @@ from vllm import _custom_ops as ops
 from vllm.v1 import kv_cache_interface as kvi
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from kvconnect.blocks import DENSE, UNTILED, Heads, Part, Tile, check_views, part_extent
 from kvconnect.errors import ConfigError, GeometryError
-from kvconnect.plan import assign
+from kvconnect.geometry.blocks import DENSE, UNTILED, Heads, Part, Tile, check_views, part_extent
+from kvconnect.geometry.intersect import assign
 from kvconnect.vllm import probe
 from kvconnect.vllm.layout import Place, describe
 

@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from kvconnect.config import MooncakeConfig
 from kvconnect.errors import ConfigError
-from kvconnect.order import Expect, Fetch, Grant, Release, Watch, Withdraw
+from kvconnect.orders import Expect, Fetch, Grant, Release, Watch, Withdraw
 from kvconnect.vllm.mooncake import place
 from kvconnect.vllm.mooncake.contract import MooncakeContract
 

@@ -19,11 +19,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvconnect.chain.load import Abort, ChainedLoad, Piece
 from kvconnect.errors import ConfigError
-from kvconnect.order import Fetch, Outcome, Release, Source
-from kvconnect.tier.chained import Abort, ChainedLoad, Piece
-from kvconnect.tier.jobs import Fill, Forget
-from kvconnect.tier.peer import Offer
+from kvconnect.offload.jobs import Fill, Forget
+from kvconnect.orders import Fetch, Outcome, Release, Source
+from kvconnect.tier_peer import Offer
 from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents

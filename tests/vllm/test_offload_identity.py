@@ -10,8 +10,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, UniformType
 
 from kvconnect.config import parse
 from kvconnect.errors import ConfigError
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.keys import Names
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.keys import Names
 from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.tracked import NO_LIMIT, Tracked
 

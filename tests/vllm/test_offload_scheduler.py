@@ -11,10 +11,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvconnect.config import parse
 from kvconnect.errors import ConfigError
-from kvconnect.plan import NO_BLOCK
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.jobs import Forget, Loss, Spill
-from kvconnect.tier.keys import Identity
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.jobs import Forget, Loss, Spill
+from kvconnect.offload.keys import Identity
 from kvconnect.vllm.offload import scheduler as module
 from kvconnect.vllm.offload.identity import cuts
 from kvconnect.vllm.offload.messages import Done, Found, Wanted

@@ -6,10 +6,10 @@ import pytest
 from halves import Block, Engine
 from vllm.v1.request import RequestStatus
 
-from kvconnect.order import Expect, Fetch, Grant, Release, Shard, Watch
+from kvconnect.control.wire import Address
+from kvconnect.orders import Expect, Fetch, Grant, Release, Shard, Watch
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.contract import P2pContract
-from kvconnect.wire import Address
 
 P, D = ("10.0.0.1", 21001), ("10.0.1.1", 22001)
 NAMED = "cmpl-___prefill_addr_10.0.0.1:21001___decode_addr_10.0.1.1:22001_0123456789abcdef-0"

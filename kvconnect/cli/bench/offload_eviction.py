@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvconnect.offload.eviction import POLICIES, make
 from kvconnect.testing.traces import Trace, belady_hits, hits, scans, zipf
-from kvconnect.tier.eviction import POLICIES, make
 
 KEYS, ACCESSES = 20_000, 200_000
 CAPACITIES = (KEYS // 50, KEYS // 10, KEYS // 4)

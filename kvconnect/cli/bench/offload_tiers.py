@@ -15,18 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
+from kvconnect.offload.store.arena import attach, make
+from kvconnect.offload.store.disk import DiskStore
+from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.host import HostStore
+from kvconnect.offload.store.lanes import Lanes, SystemFile
+from kvconnect.offload.store.neighbours import claim
+from kvconnect.offload.store.packing import Packing, slot_bytes
+from kvconnect.offload.store.places import Filed, Wrap, anonymous, mapped
+from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.vault import Vault
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache, Model
-from kvconnect.tier.store.arena import attach, make
-from kvconnect.tier.store.disk import DiskStore
-from kvconnect.tier.store.header import Spec
-from kvconnect.tier.store.host import HostStore
-from kvconnect.tier.store.lanes import Lanes, SystemFile
-from kvconnect.tier.store.neighbours import claim
-from kvconnect.tier.store.packing import Packing, slot_bytes
-from kvconnect.tier.store.places import Filed, Wrap, anonymous, mapped
-from kvconnect.tier.store.shelf import Shelf
-from kvconnect.tier.store.vault import Vault
 
 HEADERS = 100_000
 # of a block of 16 tokens: 64 KiB a layer and 2 MiB in all, as of Llama-3.1-8B in bf16

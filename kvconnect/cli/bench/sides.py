@@ -17,17 +17,17 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from kvconnect.blocks import Region
-from kvconnect.channel import ZmqChannel
+from kvconnect.control.channel import ZmqChannel
 from kvconnect.errors import KvConnectError
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.rows import RowTable
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
 from kvconnect.ops.pages import use_huge_pages
-from kvconnect.order import Directory, Fetch, Grant, Shard, Source
-from kvconnect.rows import RowTable
+from kvconnect.orders import Directory, Fetch, Grant, Shard, Source
 from kvconnect.settings import Mode, Settings
-from kvconnect.slots import Staging, staging_slot_bytes
+from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.testing.geometry import Cache, Model
 from kvconnect.transport.base import Op, Transport, Work
 from kvconnect.transport.registry import make_transport

@@ -16,9 +16,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from kvconnect.config import MooncakeConfig, PeerConfig
+from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.order import Shard, Source
-from kvconnect.tier.peer import Offer
+from kvconnect.orders import Shard, Source
+from kvconnect.tier_peer import Offer
 from kvconnect.vllm.contract import Contract, Us
 from kvconnect.vllm.mooncake.allowed import Allowed, Endpoint, parse_endpoint
 from kvconnect.vllm.mooncake.client import Client
@@ -28,7 +29,6 @@ from kvconnect.vllm.mooncake.place import PORT, place_of
 from kvconnect.vllm.mooncake.resolver import Resolver
 from kvconnect.vllm.mooncake.server import BootstrapServer
 from kvconnect.vllm.params import TICKET_KEY, Prompt, Ticket, check_engine, text_of
-from kvconnect.wire import Address
 
 logger = logging.getLogger("vllm.kvconnect")
 

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from kvconnect.control.wire import MAX_RANKS, Address
 from kvconnect.errors import OfferError
-from kvconnect.wire import MAX_RANKS, Address
 
 MAX_ANSWER_BYTES = 1 << 20
 MAX_REGISTRATION_BYTES = 1 << 16

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
 from kvconnect.lease import Clock
 from kvconnect.vllm.mooncake.allowed import Endpoint
 from kvconnect.vllm.mooncake.directory import Entry, engines_in, ranks_of
-from kvconnect.wire import Address
 
 KEPT_S = 10.0
 FAULT_KEPT_S = 1.0

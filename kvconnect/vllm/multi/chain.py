@@ -1,18 +1,18 @@
 """Both halves of a chain: connectors of ours that load together, from where vLLM calls them.
 
 Who of them has what is asked when vLLM asks; who gives what is each rank's own decision, see
-`kvconnect.tier.chained`. What they save, lend and count they do as if they were alone.
+`kvconnect.chain.load`. What they save, lend and count they do as if they were alone.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvconnect.order import Cancel, Fetch, Release
-from kvconnect.plan import NO_BLOCK
-from kvconnect.tier.chained import Abort, Chained, ChainedLoad, Piece
-from kvconnect.tier.jobs import Fill
-from kvconnect.tier.peer import Offer
+from kvconnect.chain.load import Abort, Chained, ChainedLoad, Piece
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.jobs import Fill
+from kvconnect.orders import Cancel, Fetch, Release
+from kvconnect.tier_peer import Offer
 from kvconnect.vllm import _compat
 from kvconnect.vllm.offload.messages import Wanted
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
@@ -195,7 +195,7 @@ class ChainWorker:
     # -- Carriers ------------------------------------------------------------------------
 
     def tell(self, peer: str, order: Fetch | Cancel | Release) -> None:
-        """See `kvconnect.tier.chained.Carriers`."""
+        """See `kvconnect.chain.load.Carriers`."""
         self._peers[peer].obey([order])
 
     def fill(self, fills: Sequence[Fill]) -> None:

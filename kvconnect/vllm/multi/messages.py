@@ -7,7 +7,7 @@ from vllm.distributed.kv_events import KVConnectorKVEvents
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorMetadata
 
-from kvconnect.tier.chained import Abort, ChainedLoad
+from kvconnect.chain.load import Abort, ChainedLoad
 
 
 @dataclass

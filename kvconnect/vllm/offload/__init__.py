@@ -1,1 +1,1 @@
-"""``KVConnectOffloading``: vLLM's interface over `kvconnect.tier.offload`."""
+"""``KVConnectOffloading``: vLLM's interface over `kvconnect.offload.tiers`."""

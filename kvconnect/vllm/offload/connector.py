@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect.config import parse
-from kvconnect.tier.config import OffloadConfig
+from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm import _compat
 from kvconnect.vllm.connector import check_parallelism
 from kvconnect.vllm.offload.messages import Done, Found, Work

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvconnect.errors import StoreError
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.store.numa import Nodes
-from kvconnect.tier.store.packing import Packing
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.store.numa import Nodes
+from kvconnect.offload.store.packing import Packing
 from kvconnect.vllm.offload.place import Lead, Opened, Pin, follow, open_place
 
 if TYPE_CHECKING:

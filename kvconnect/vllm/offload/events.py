@@ -11,8 +11,8 @@ from typing import Any
 from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvconnect.tier.cache import CacheTier
-from kvconnect.tier.eviction import Key
+from kvconnect.offload.cache import CacheTier
+from kvconnect.offload.eviction import Key
 from kvconnect.vllm.offload.identity import Cut
 
 MEDIA = {"host": MEDIUM_CPU, "disk": MEDIUM_STORAGE}

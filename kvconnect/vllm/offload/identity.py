@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvconnect.errors import ConfigError
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.hits import Group
-from kvconnect.tier.keys import Identity
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.hits import Group
+from kvconnect.offload.keys import Identity
 from kvconnect.vllm import _compat
 from kvconnect.vllm.fingerprint import fingerprint
 

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvconnect.tier.jobs import Job, Loss, Save
+from kvconnect.offload.jobs import Job, Loss, Save
 
 
 @dataclass

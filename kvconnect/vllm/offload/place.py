@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from kvconnect.errors import Reason, StoreError
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.store.arena import Arena, make
-from kvconnect.tier.store.disk import DiskStore
-from kvconnect.tier.store.follower import Follower
-from kvconnect.tier.store.hand import Hand
-from kvconnect.tier.store.header import HEAD_BYTES, SLOT, Spec
-from kvconnect.tier.store.host import HostStore
-from kvconnect.tier.store.lanes import Lanes
-from kvconnect.tier.store.neighbours import Neighbours, claim, paths_beside
-from kvconnect.tier.store.numa import Nodes
-from kvconnect.tier.store.packing import Packing, slot_bytes
-from kvconnect.tier.store.pinning import Pinning
-from kvconnect.tier.store.places import Filed, Wrap, mapped
-from kvconnect.tier.store.runner import Runner
-from kvconnect.tier.store.shelf import Shelf
-from kvconnect.tier.store.vault import Vault
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.store.arena import Arena, make
+from kvconnect.offload.store.disk import DiskStore
+from kvconnect.offload.store.follower import Follower
+from kvconnect.offload.store.hand import Hand
+from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
+from kvconnect.offload.store.host import HostStore
+from kvconnect.offload.store.lanes import Lanes
+from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
+from kvconnect.offload.store.numa import Nodes
+from kvconnect.offload.store.packing import Packing, slot_bytes
+from kvconnect.offload.store.pinning import Pinning
+from kvconnect.offload.store.places import Filed, Wrap, mapped
+from kvconnect.offload.store.runner import Runner
+from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.vault import Vault
 
 logger = logging.getLogger("vllm.kvconnect")
 

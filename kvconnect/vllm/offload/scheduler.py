@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvconnect.plan import NO_BLOCK
-from kvconnect.tier.cache import CacheTier
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.eviction import Key, make
-from kvconnect.tier.hits import hit_tokens, needed
-from kvconnect.tier.jobs import Fill, Forget, Save
-from kvconnect.tier.keys import Names
-from kvconnect.tier.offload import Chunk, OffloadTier, Result, Writes
-from kvconnect.tier.store.hand import common
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.cache import CacheTier
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.eviction import Key, make
+from kvconnect.offload.hits import hit_tokens, needed
+from kvconnect.offload.jobs import Fill, Forget, Save
+from kvconnect.offload.keys import Names
+from kvconnect.offload.store.hand import common
+from kvconnect.offload.tiers import Chunk, OffloadTier, Result, Writes
 from kvconnect.vllm.offload.events import Events
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
 from kvconnect.vllm.offload.identity import cuts, identity

@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from kvconnect.tier.eviction import Key
-from kvconnect.tier.keys import Context, Item, Names
+from kvconnect.offload.eviction import Key
+from kvconnect.offload.keys import Context, Item, Names
 from kvconnect.vllm.offload.identity import Cut, weights_at
 
 logger = logging.getLogger("vllm.kvconnect")

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from kvconnect.errors import Reason, StoreError
-from kvconnect.tier.config import OffloadConfig
-from kvconnect.tier.jobs import Answer, Fill, Save
-from kvconnect.tier.keys import arena_fingerprint
-from kvconnect.tier.store.arena import Arena
-from kvconnect.tier.store.numa import wanted
-from kvconnect.tier.store.packing import Packing
-from kvconnect.tier.store.pinning import Pinning
-from kvconnect.tier.store.runner import Fence
+from kvconnect.offload.config import OffloadConfig
+from kvconnect.offload.jobs import Answer, Fill, Save
+from kvconnect.offload.keys import arena_fingerprint
+from kvconnect.offload.store.arena import Arena
+from kvconnect.offload.store.numa import wanted
+from kvconnect.offload.store.packing import Packing
+from kvconnect.offload.store.pinning import Pinning
+from kvconnect.offload.store.runner import Fence
 from kvconnect.vllm.layout import Place, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity

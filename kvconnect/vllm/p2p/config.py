@@ -81,7 +81,7 @@ class P2pNcclConfig(PeerConfig, frozen=True, kw_only=True):
 def _has_nccl(device: str) -> bool:
     if device != "cuda":
         return False
-    from kvconnect.transport import nccl_library
+    from kvconnect.transport.nccl import library as nccl_library
 
     try:
         nccl_library.find()

@@ -3,12 +3,12 @@
 import logging
 from typing import Any
 
+from kvconnect.control.wire import Address
 from kvconnect.vllm.connector import PeerConnector
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.contract import P2pContract
 from kvconnect.vllm.p2p.pings import Pings
 from kvconnect.vllm.worker import this_rank
-from kvconnect.wire import Address
 
 logger = logging.getLogger("vllm.kvconnect")
 

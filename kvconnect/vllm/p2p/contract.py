@@ -10,13 +10,13 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
+from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.order import Shard, Source
-from kvconnect.tier.peer import Offer
+from kvconnect.orders import Shard, Source
+from kvconnect.tier_peer import Offer
 from kvconnect.vllm.contract import Contract
 from kvconnect.vllm.p2p.ids import MARK, Pairing, parse_pairing
 from kvconnect.vllm.params import Prompt
-from kvconnect.wire import Address
 
 
 class _Part(enum.Enum):

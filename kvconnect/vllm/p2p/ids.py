@@ -11,8 +11,8 @@ Ids may be a client's: whatever is in one, it is a `Pairing`, None or an OfferEr
 import re
 from typing import NamedTuple
 
+from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.wire import Address
 
 MARK = "___prefill_addr_"
 MAX_CHARS = 1024  # of a name: wire.RequestId

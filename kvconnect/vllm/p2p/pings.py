@@ -13,8 +13,8 @@ import threading
 import msgspec
 import zmq
 
+from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
-from kvconnect.wire import Address
 
 logger = logging.getLogger(__name__)
 

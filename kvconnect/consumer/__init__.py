@@ -1,0 +1,1 @@
+"""The side that reads: fetches, chunks received, remote engines and their leases."""

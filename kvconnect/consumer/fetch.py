@@ -1,0 +1,382 @@
+"""The consumer's half of a mover: fills our blocks from leased blocks of remote engines.
+
+A fetch is GREETING → OPENING → READING → CLOSING → ended. Its data counts only if every rank
+that was read says, after the read, that the lease still stood: late is failed. Whatever goes
+wrong moves it to FAILING, where it stays until no transport can touch our blocks any more.
+
+* An id is reported exactly once, and only if it was ordered by a Fetch.
+* Every remote rank, read or not, is told when we are done with its blocks.
+* A watched request's lease is renewed (`kvconnect.consumer.renew`) until its fetch or release ends.
+"""
+
+import enum
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvconnect.consumer.remote import Path, Remote, Remotes
+from kvconnect.consumer.renew import Watcher
+from kvconnect.consumer.stage import Pull
+from kvconnect.control import wire
+from kvconnect.control.dialer import Call, Dialler, State
+from kvconnect.errors import GeometryError
+from kvconnect.lease import Clock
+from kvconnect.orders import Cancel, Fetch, Release, Watch
+from kvconnect.stats import Stats
+from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+TRANSFER, HANDSHAKE = "num_failed_transfers", "num_failed_handshakes"
+
+
+class Phase(enum.Enum):
+    """How far a fetch has come."""
+
+    GREETING = "greeting"
+    OPENING = "opening"
+    READING = "reading"
+    CLOSING = "closing"
+    FAILING = "failing"
+
+
+@dataclass
+class _Fetch:
+    order: Fetch | Release
+    remote: Remote
+    deadline: float
+    phase: Phase = Phase.GREETING
+    error: str = ""
+    aborted: bool = False
+    opens: dict[int, Call] = field(default_factory=dict)  # index of the rank → call
+    closes: dict[int, Call] = field(default_factory=dict)
+    tickets: dict[Ticket, int] = field(default_factory=dict)  # running → index of the rank
+    pulls: dict[int, Pull] = field(default_factory=dict)  # index of the rank → running
+    pulled_from: float = 0.0  # when the pulls began
+    expected: dict[int, int] = field(default_factory=dict)  # index of the rank → descriptors
+
+    def generation_at(self, index: int) -> str | None:
+        """As that rank said when it was opened, else as any other did, else as the ticket says."""
+        asked = [self.opens[index]] if index in self.opens else []
+        for call in (*asked, *self.opens.values()):
+            if isinstance(call.reply, wire.Opened):
+                return call.reply.generation
+        return self.order.source.generation
+
+
+class Fetcher:
+    """All fetches of one rank. ``rank`` of ``ranks`` is our place in our engine."""
+
+    def __init__(
+        self,
+        dialler: Dialler,
+        remotes: Remotes,
+        transport: Transport,
+        clock: Clock,
+        stats: Stats,
+        rank: int,
+        ranks: int,
+        load_timeout_s: float,
+    ) -> None:
+        self._dialler = dialler
+        self._remotes = remotes
+        self._transport = transport
+        self._clock = clock
+        self._stats = stats
+        self._rank = rank
+        self._ranks = ranks
+        self._load_timeout_s = load_timeout_s
+        self._fetches: dict[str, _Fetch] = {}
+        self._watcher = Watcher(dialler, remotes, clock)
+        self._late: list[tuple[int, Call]] = []  # slots in quarantine → what may still fill them
+        self._received: set[str] = set()
+        self._failed: dict[str, str] = {}
+
+    @property
+    def reading(self) -> bool:
+        """Whether the transport has work of ours."""
+        return any(f.tickets or f.pulls for f in self._fetches.values())
+
+    def watch(self, order: Watch) -> None:
+        """Greet early and keep the lease alive while the request waits."""
+        self._watcher.watch(order)
+
+    def start(self, order: Fetch | Release) -> None:
+        """Begin a fetch, or a release, which is a fetch of nothing that reports nothing."""
+        remote = self._remotes.of(order.source)
+        deadline = self._clock() + order.source.wait_s + self._load_timeout_s
+        self._fetches[order.request_id] = _Fetch(order, remote, deadline)
+
+    def cancel(self, order: Cancel) -> None:
+        """The request ended; its fetch ends as failed once its reads have drained."""
+        if fetch := self._fetches.get(order.request_id):
+            fetch.aborted = True
+            self._fail(fetch, "the request was aborted")
+
+    def done(self, done: Done) -> None:
+        """Take in a ticket that ended."""
+        for fetch in self._fetches.values():
+            if (index := fetch.tickets.pop(done.ticket, None)) is None:
+                continue
+            path = fetch.remote.paths[index]
+            assert path is not None
+            if done.error is None:
+                path.was_read = True
+                self._stats.transfer(done)
+                self._measured(fetch, index, False, done.nbytes, done.wire_s)
+            elif fetch.phase is Phase.READING:
+                self._not_read(fetch, index, path, done.error)
+            return
+
+    def tick(self) -> None:
+        """Move every fetch on as far as it goes, and renew leases."""
+        self._remotes.tick()
+        self._look_after_slots()
+        for request_id, fetch in list(self._fetches.items()):
+            if self._advance(fetch):
+                del self._fetches[request_id]
+                self._watcher.forget(request_id)
+                if isinstance(fetch.order, Fetch):
+                    self._report(request_id, fetch)
+        self._watcher.tick()
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is worth calling next."""
+        times = [f.deadline for f in self._fetches.values()]
+        if (renewal := self._watcher.next_deadline()) is not None:
+            times.append(renewal)
+        return min(times, default=None)
+
+    def take(self) -> tuple[set[str], dict[str, str]]:
+        """Requests whose fetch ended, and of those the failed ones; each told once."""
+        taken = self._received, self._failed
+        self._received, self._failed = set(), {}
+        return taken
+
+    def _report(self, request_id: str, fetch: _Fetch) -> None:
+        self._received.add(request_id)
+        if fetch.error and not fetch.aborted:
+            self._failed[request_id] = fetch.error
+            logger.warning("request %s: KV was not loaded: %s", request_id, fetch.error)
+
+    # -- one fetch ----------------------------------------------------------------------
+
+    def _advance(self, fetch: _Fetch) -> bool:
+        """Move ``fetch`` on; True once it has ended."""
+        self._check_time(fetch)
+        if fetch.phase is not Phase.FAILING:
+            self._check(fetch)
+        if fetch.phase is Phase.GREETING and fetch.remote.state is State.READY:
+            self._open(fetch)
+        if fetch.phase is Phase.OPENING and all(c.reply for c in fetch.opens.values()):
+            self._read(fetch)
+        if fetch.phase is Phase.READING:
+            self._pull(fetch)
+        if fetch.phase is Phase.READING and not fetch.tickets and not fetch.pulls:
+            self._close(fetch)
+            fetch.phase = Phase.CLOSING
+        if fetch.phase is Phase.CLOSING:
+            return all(c.reply for i, c in fetch.closes.items() if i in fetch.opens)
+        if fetch.phase is Phase.FAILING and not fetch.tickets:
+            if any(pull.touches_blocks for pull in fetch.pulls.values()):
+                return False
+            for pull in fetch.pulls.values():
+                self._late += pull.abandon()
+            fetch.pulls.clear()
+            if not fetch.closes:  # else it failed while closing
+                self._close(fetch)
+            return True
+        return False
+
+    def _check(self, fetch: _Fetch) -> None:
+        """Fail a fetch that cannot succeed any more."""
+        remote = fetch.remote
+        remote.advance()
+        for index, call in (*fetch.opens.items(), *fetch.closes.items()):
+            if call.error and index in fetch.opens:
+                self._fail(fetch, call.error)
+            elif isinstance(call.reply, wire.Refused):
+                self._fail(fetch, f"peer {remote.peers[index]} refused: {call.reply.detail}")
+            elif (
+                isinstance(call.reply, wire.Closed)
+                and not call.reply.stood
+                and index in fetch.opens
+            ):
+                self._stats.count("num_late_reads")
+                self._fail(fetch, "the lease was over before the read had ended")
+        if remote.state is State.FAILED:
+            greeted = fetch.phase is not Phase.GREETING
+            self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)
+
+    def _check_time(self, fetch: _Fetch) -> None:
+        if self._clock() < fetch.deadline:
+            return
+        opened = fetch.phase in (Phase.READING, Phase.CLOSING)
+        waited = 0.0 if opened else fetch.order.source.wait_s
+        self._fail(fetch, f"not loaded within {self._load_timeout_s + waited:g} s")
+        if fetch.tickets and fetch.remote.state is not State.FAILED:
+            # the fence: without it a read could still land in blocks that get a new owner
+            fetch.remote.fail("a read did not end in time")
+
+    def _open(self, fetch: _Fetch) -> None:
+        order, source = fetch.order, fetch.order.source
+        if isinstance(order, Release) and not source.wait_s:
+            fetch.phase = Phase.READING  # of nothing
+            return
+        if fetch.remote.was_restarted(source):
+            self._fail(fetch, "the peer was restarted since the ticket was made")
+            return
+        if source.generation and any(source.generation in p.gone for p in fetch.remote.peers):
+            self._fail(fetch, "the lease is over")
+            return
+        for index, path in enumerate(fetch.remote.paths):
+            if path is not None:
+                fetch.opens[index] = self._dialler.call(
+                    fetch.remote.peers[index],
+                    lambda seq: wire.Open(
+                        seq=seq,
+                        generation=source.generation,
+                        request_id=source.request_id,
+                        reader=self._rank,
+                        # a release has none: it is refused, once there is a lease to close
+                        tokens=order.tokens if isinstance(order, Fetch) else 0,
+                        digest=order.digest if isinstance(order, Fetch) else b"",
+                        early_ms=round(source.wait_s * 1000),
+                    ),
+                    (wire.Opened, wire.Refused),
+                    fetch.deadline,
+                )
+        fetch.phase = Phase.OPENING
+
+    def _read(self, fetch: _Fetch) -> None:
+        if isinstance(fetch.order, Release):
+            self._fail(fetch, "there is nothing to read")
+            return
+        fetch.phase, fetch.pulled_from = Phase.READING, self._clock()
+        fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
+        for index, call in fetch.opens.items():
+            path = fetch.remote.paths[index]
+            assert path is not None and isinstance(call.reply, wire.Opened)
+            try:
+                found = path.choose_staged(call.reply.tables, fetch.order.blocks)
+                fetch.expected[index] = found.descriptors
+                if found.staged:
+                    self._start_pull(fetch, index, path)
+                else:
+                    self._submit(fetch, index, path, call.reply)
+            except (GeometryError, IndexError) as e:
+                self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
+                return
+
+    def _submit(self, fetch: _Fetch, index: int, path: Path, opened: wire.Opened) -> None:
+        route = path.route
+        assert route is not None and isinstance(fetch.order, Fetch)
+        chosen = route.select(opened.tables, fetch.order.blocks)
+        if not len(chosen.src):
+            return
+        work = Work(
+            op=Op.READ,
+            peer=fetch.remote.name_of(index),
+            local=route.dst,
+            local_index=chosen.dst,
+            remote=route.src,
+            remote_index=chosen.src,
+            nbytes=chosen.nbytes,
+        )
+        fetch.tickets[self._transport.submit(work)] = index
+
+    def _not_read(self, fetch: _Fetch, index: int, path: Path, error: str) -> None:
+        """A direct read failed: fall back if the transport may have no way to read this peer."""
+        peer, could = fetch.remote.peers[index], path.route is not None
+        if not path.give_up_route():
+            if self._remotes.means.mode == "direct":
+                error += "; where hosts cannot read each other's memory, transfer_mode must be auto"
+            self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {error}")
+            # its transport may have been made anew: learn of that by greeting it again
+            self._dialler.fail(peer, f"a read failed: {error}")
+            return
+        if could:
+            logger.warning("peer %s: staged from now on, for reading failed: %s", peer, error)
+        try:
+            self._start_pull(fetch, index, path)
+        except (GeometryError, IndexError) as e:
+            self._fail(fetch, f"peer {peer}: {e}")
+
+    def _start_pull(self, fetch: _Fetch, index: int, path: Path) -> None:
+        assert path.staged is not None and isinstance(fetch.order, Fetch)
+        pull = Pull(
+            path.staged,
+            fetch.order.blocks,
+            fetch.order.tokens,
+            self._transport.hello(),
+            fetch.deadline,
+        )
+        if not pull.done:
+            fetch.pulls[index] = pull
+
+    def _pull(self, fetch: _Fetch) -> None:
+        """Move the staged transfers of a fetch on."""
+        for index, pull in list(fetch.pulls.items()):
+            generation = fetch.generation_at(index)
+            assert generation is not None
+            if error := pull.advance(generation, self._rank):
+                self._fail(fetch, error)
+                return
+            if pull.done:
+                del fetch.pulls[index]
+                seconds = self._clock() - fetch.pulled_from
+                self._stats.transfer(Done(0, None, pull.nbytes, pull.chunks, 0.0, seconds))
+                self._measured(fetch, index, True, pull.nbytes, seconds)
+
+    def _measured(self, fetch: _Fetch, at: int, staged: bool, nbytes: int, seconds: float) -> None:
+        """For the next choice, and for people to see."""
+        if path := fetch.remote.paths[at]:
+            path.costs.measured(staged, fetch.expected.get(at, 0), nbytes, seconds)
+            self._stats.path(staged, path.costs)
+
+    def _look_after_slots(self) -> None:
+        """Slots of pulls that were given up are free once their source has answered."""
+        slots = self._remotes.means.slots
+        if slots is None:
+            return
+        for slot, call in list(self._late):
+            if call.reply is not None:
+                slots.give(slot)
+        slots.tick()
+        # answered, or quarantined for long enough: somebody else's by now
+        self._late = [(slot, call) for slot, call in self._late if slots.is_quarantined(slot)]
+
+    def _close(self, fetch: _Fetch) -> None:
+        """Tell every rank of the source that we are done with its blocks.
+
+        Samples of one prompt share its lease (vLLM's ``n`` > 1): the last one ends it.
+        """
+        source = fetch.order.source
+        final = not self._watcher.waits_for(source, but=fetch.order.request_id)
+
+        def close_of(generation: str | None) -> Callable[[int], wire.Close]:
+            return lambda seq: wire.Close(
+                seq=seq,
+                generation=generation,
+                request_id=source.request_id,
+                reader=self._rank,
+                readers=self._ranks,
+                final=final,
+            )
+
+        deadline = self._clock() + CLOSE_TIMEOUT_S
+        for index, peer in enumerate(fetch.remote.peers):
+            message = close_of(fetch.generation_at(index))
+            fetch.closes[index] = self._dialler.call(peer, message, (wire.Closed,), deadline)
+
+    def _fail(self, fetch: _Fetch, error: str, counted_as: str = TRANSFER) -> None:
+        if fetch.phase is Phase.FAILING:
+            return
+        fetch.phase, fetch.error = Phase.FAILING, error
+        if isinstance(fetch.order, Fetch) and not fetch.aborted:
+            self._stats.count(counted_as)
+        for index, call in fetch.opens.items():
+            self._dialler.cancel(fetch.remote.peers[index], call)
+        for ticket in fetch.tickets:
+            self._transport.cancel(ticket)

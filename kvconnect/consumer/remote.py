@@ -1,0 +1,229 @@
+"""A remote engine as one of our ranks sees it: its ranks, and paths from those we read.
+
+Becomes READY when every rank has been greeted and their geometries intersected with ours.
+Named by the addresses that a source gives; without a ticket rank 0 names the others. Tickets
+say nothing about a remote that greeting does not: a stale or forged one fails alone.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvconnect.consumer.stage import Staged
+from kvconnect.control.dialer import Dialler, Peer, State
+from kvconnect.control.wire import Address, Body
+from kvconnect.costs import Costs
+from kvconnect.errors import GeometryError, TransportError
+from kvconnect.geometry.blocks import Region
+from kvconnect.geometry.blocks import Shard as Memory
+from kvconnect.geometry.chunks import Course
+from kvconnect.geometry.intersect import Rect, assign, why_not_direct
+from kvconnect.geometry.rows import Memory as MemoryKind
+from kvconnect.geometry.rows import Route
+from kvconnect.ops import Kernels
+from kvconnect.orders import Source
+from kvconnect.settings import Mode
+from kvconnect.staging import Slots
+from kvconnect.transport.base import Transport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What all remotes of a rank share: our memory, and how it may be filled."""
+
+    dialler: Dialler
+    transport: Transport
+    mine: Memory
+    rank: int
+    mode: Mode = "auto"
+    allow_lossy: bool = False
+    kernels: Kernels | None = None
+    slots: Slots | None = None
+    """To be written to; without them nothing is staged."""
+    names: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+
+class Choice(NamedTuple):
+    """Of a path; ``descriptors`` is what the direct one takes or would take."""
+
+    staged: bool
+    descriptors: int
+
+
+@dataclass
+class Path:
+    """How one rank is read: by ``route``, ``staged``, or by the faster of the two."""
+
+    route: Route | None
+    staged: Staged | None
+    costs: Costs = field(default_factory=Costs)
+    was_read: bool = False
+    """Whether a direct read has ever ended well."""
+
+    def give_up_route(self) -> bool:
+        """A direct read failed: only stage from now on, if none ever worked. Whether it is so."""
+        if self.was_read or self.staged is None:
+            return False
+        self.route = None
+        return True
+
+    def choose_staged(
+        self, tables: Sequence[Sequence[int]], blocks: Sequence[Sequence[tuple[int, int]]]
+    ) -> Choice:
+        """How a transfer (see `Route.select`) is to be made."""
+        if self.route is None:
+            return Choice(True, 0)
+        found = self.route.descriptors(tables, blocks)
+        if self.staged is None:
+            return Choice(False, found)
+        staged = self.costs.choose_staged(found, self.route.nbytes(blocks))
+        return Choice(self.staged.fast and staged, found)
+
+
+class Remote:
+    """One remote engine. FAILED is final; `Remotes.of` then makes a new one."""
+
+    def __init__(self, addresses: Sequence[Address], means: Means) -> None:
+        self.state = State.GREETING
+        self.error = ""
+        self.peers: list[Peer] = [means.dialler.greet(address) for address in addresses]
+        self.paths: list[Path | None] = []
+        """Of each peer; None where we read nothing from it."""
+        self._means = means
+        self._dialler = means.dialler
+        self._transport = means.transport
+        self._added: dict[int, str] = {}  # index of a peer → the transport's name of it
+
+    def advance(self) -> None:
+        """See how its ranks stand; moves GREETING on to READY or FAILED, READY to FAILED."""
+        if self.state is State.FAILED:
+            return
+        failed = next((p for p in self.peers if p.state is State.FAILED), None)
+        if failed is not None:
+            self.fail(f"peer {failed}: {failed.error}")
+        elif self.state is State.GREETING and all(p.state is State.READY for p in self.peers):
+            self._greeted()
+
+    def fail(self, error: str) -> None:
+        """Give up on it: fences its transport, so that tickets to it end."""
+        if self.state is State.FAILED:
+            return
+        self.state, self.error = State.FAILED, error
+        for name in self._added.values():
+            self._transport.drop_peer(name)
+
+    def name_of(self, index: int) -> str:
+        """The transport's name of a rank that we read from."""
+        return self._added[index]
+
+    def was_restarted(self, source: Source) -> bool:
+        """Whether a READY remote is not the one that made the source's ticket.
+
+        A link to a process that ended breaks, so of two incarnations ours is the present one.
+        """
+        wanted = [shard.incarnation for shard in source.shards]
+        present = [peer.body.incarnation for peer in self.peers if peer.body]
+        return None not in wanted and wanted != present
+
+    def _greeted(self) -> None:
+        bodies = [p.body for p in self.peers if p.body]
+        if len(bodies) == 1 and len(bodies[0].shards) > 1:
+            self.peers = [self._dialler.greet(address) for address in bodies[0].shards]
+            return self.advance()
+        try:
+            self._connect()
+        except (GeometryError, TransportError) as e:
+            logger.error("remote engine at %s cannot be read from: %s", self.peers[0], e)
+            self.fail(str(e))
+            if len(bodies) == 1:  # perhaps it did not know its other ranks yet: ask again
+                self._dialler.fail(self.peers[0], str(e))
+        else:
+            self.state = State.READY
+
+    def _connect(self) -> None:
+        bodies = [p.body for p in self.peers if p.body]
+        self.paths = [None] * len(bodies)
+        means = self._means
+        rects = assign(
+            means.mine.views, [body.views for body in bodies], means.rank, means.allow_lossy
+        )
+        for index, (peer, body, wanted) in enumerate(zip(self.peers, bodies, rects, strict=True)):
+            if not wanted:
+                continue
+            route, not_direct = self._route(body, wanted)
+            staged, not_staged = self._staged(peer, body, wanted)
+            if route is None and staged is None:
+                raise GeometryError(
+                    f"peer {peer}: its KV cannot be read directly ({not_direct}), nor staged "
+                    f"({not_staged})"
+                )
+            if route is not None:
+                name = f"{peer}#{body.incarnation}#{next(means.names)}"
+                self._transport.add_peer(name, body.hello)
+                self._added[index] = name
+            self.paths[index] = Path(route, staged)
+
+    def _route(self, body: Body, wanted: list[Rect]) -> tuple[Route | None, str]:
+        """The direct path, or why there is none."""
+        if self._means.mode == "staged":
+            return None, "our transfer_mode is staged"
+        if not body.direct:
+            return None, "its transfer_mode is staged"
+        if differs := next(filter(None, map(why_not_direct, wanted)), ""):
+            return None, differs
+        try:
+            return Route(wanted, _kind(body.regions), _kind(self._means.mine.regions)), ""
+        except GeometryError as e:
+            return None, str(e)
+
+    def _staged(self, peer: Peer, body: Body, wanted: list[Rect]) -> tuple[Staged | None, str]:
+        """The staged path, or why there is none."""
+        means = self._means
+        if means.mode == "direct":
+            return None, "our transfer_mode is direct"
+        if means.kernels is None or means.slots is None:
+            return None, "we have no staging memory or no kernels for this device"
+        if not body.staged:
+            return None, "it does not stage: its transfer_mode is direct, or it is older"
+        try:
+            slot_bytes = min(means.slots.slot_bytes, body.slot_bytes or means.slots.slot_bytes)
+            course = Course(wanted, slot_bytes, join=body.joins)
+        except GeometryError as e:
+            return None, str(e)
+        return Staged(means.dialler, peer, course, means.kernels, means.slots), ""
+
+
+def _kind(regions: Sequence[Region]) -> MemoryKind:
+    kinds = {MemoryKind(r.kind, r.device) for r in regions}
+    if len(kinds) != 1:
+        raise GeometryError(f"KV memory lies in {sorted(kinds)}, expected one kind and device")
+    return kinds.pop()
+
+
+class Remotes:
+    """Remote engines by the addresses of their ranks."""
+
+    def __init__(self, means: Means) -> None:
+        self.means = means
+        self._by_addresses: dict[tuple[Address, ...], Remote] = {}
+
+    def of(self, source: Source) -> Remote:
+        """The engine at the source's addresses; greets it unless that is under way or done."""
+        key = tuple(s.address for s in source.shards)
+        remote = self._by_addresses.get(key)
+        if remote is not None:
+            remote.advance()
+        if remote is None or remote.state is State.FAILED:
+            remote = self._by_addresses[key] = Remote(key, self.means)
+        return remote
+
+    def tick(self) -> None:
+        """Advance all; forget the failed ones."""
+        for key, remote in list(self._by_addresses.items()):
+            remote.advance()
+            if remote.state is State.FAILED:
+                del self._by_addresses[key]

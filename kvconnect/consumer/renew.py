@@ -1,0 +1,84 @@
+"""Keeps leases alive while the requests that will fetch them wait to be scheduled.
+
+Greets their source early, and renews every third of the ttl from the mover's own clock. Knows no
+fetches: who ends one calls `forget`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvconnect.consumer.remote import Remote, Remotes
+from kvconnect.control import wire
+from kvconnect.control.dialer import Dialler, State
+from kvconnect.lease import Clock
+from kvconnect.orders import Source, Watch
+
+RENEWALS_PER_TTL = 3
+MIN_RENEWAL_S = 1.0  # whatever ttl a ticket claims
+
+
+@dataclass
+class _Watch:
+    source: Source
+    remote: Remote
+    renew_at: float
+
+
+class Watcher:
+    """The leases that one rank waits for."""
+
+    def __init__(self, dialler: Dialler, remotes: Remotes, clock: Clock) -> None:
+        self._dialler = dialler
+        self._remotes = remotes
+        self._clock = clock
+        self._watches: dict[str, _Watch] = {}
+
+    def watch(self, order: Watch) -> None:
+        """Greet early and keep the lease alive while the request waits."""
+        remote = self._remotes.of(order.source)
+        self._watches[order.request_id] = _Watch(order.source, remote, self._clock())
+
+    def forget(self, request_id: str) -> None:
+        """Its fetch or release has ended."""
+        self._watches.pop(request_id, None)
+
+    def waits_for(self, source: Source, but: str) -> bool:
+        """Whether a request other than ``but`` waits for this lease."""
+        return any(
+            request_id != but and watch.source == source
+            for request_id, watch in self._watches.items()
+        )
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is worth calling next."""
+        waiting = (w for w in self._watches.values() if w.remote.state is not State.GREETING)
+        return min((w.renew_at for w in waiting), default=None)
+
+    def tick(self) -> None:
+        """Renew what is due, many leases of one source in one message."""
+        now = self._clock()
+        due: dict[int, tuple[Remote, list[Source]]] = {}
+        for watch in self._watches.values():
+            if now < watch.renew_at:
+                continue
+            watch.remote.advance()
+            if watch.remote.state is State.GREETING:
+                continue
+            watch.renew_at = now + max(watch.source.ttl_s / RENEWALS_PER_TTL, MIN_RENEWAL_S)
+            if watch.remote.state is State.FAILED:  # it may be back before the request is loaded
+                watch.remote = self._remotes.of(watch.source)
+            elif not watch.remote.was_restarted(watch.source):
+                due.setdefault(id(watch.remote), (watch.remote, []))[1].append(watch.source)
+        for remote, sources in due.values():
+            for some in _batched(sources, wire.RENEWED_AT_ONCE):
+                renew = wire.Renew(
+                    generations=[s.generation for s in some if s.generation],
+                    request_ids=[s.request_id for s in some if not s.generation],
+                )
+                for peer in remote.peers:
+                    self._dialler.tell(peer, renew)
+
+
+def _batched(items: list[Source], size: int) -> Iterator[list[Source]]:
+    """``items`` in lists of at most ``size`` (itertools.batched, which Python 3.11 lacks)."""
+    return (items[i : i + size] for i in range(0, len(items), size))

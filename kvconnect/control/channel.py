@@ -1,0 +1,213 @@
+"""The control channel: small messages between ranks, without blocking.
+
+A `Link` is one conversation with one peer: dialled by us, or arrived. The channel carries
+opaque frames; who may say what is decided above it (`listener.py`, `dialler.py`).
+
+* One thread owns a channel, only `wake` may be called from others.
+* `poll` returns what arrived, waiting at most ``timeout_s``; `send` never blocks: a frame that
+  cannot be queued, or whose link was dropped, is lost, as on any network. Every exchange above
+  is idempotent and retried.
+* A dialled link whose connection broke is told by a Frame without data. ZMQ connects again by
+  itself, but whoever answers then may be another process.
+* `dial` raises WireError for an address that cannot be one: it may come from a client.
+* `ZmqChannel` is the real one; `kvconnect.testing.Network` is the in-memory one.
+"""
+
+import ipaddress
+import itertools
+import logging
+import socket
+from typing import Any, NamedTuple, Protocol
+
+import zmq
+
+from kvconnect.control.wire import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Address
+from kvconnect.errors import ConfigError, WireError
+
+logger = logging.getLogger(__name__)
+
+
+class Link(NamedTuple):
+    """One conversation; ``dialled``: we started it."""
+
+    dialled: bool
+    key: bytes
+
+
+class Frame(NamedTuple):
+    """Bytes that arrived on a link; None: its connection broke."""
+
+    link: Link
+    data: bytes | None
+
+
+class Channel(Protocol):
+    """What listener and dialler need of a control channel; see the module's contract."""
+
+    address: Address
+
+    def dial(self, address: Address) -> Link: ...
+    def send(self, link: Link, data: bytes) -> None: ...
+    def poll(self, timeout_s: float) -> list[Frame]: ...
+    def drop(self, link: Link) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+MAX_FRAMES_A_POLL = 64
+MAX_QUEUED = 256  # frames that wait inside ZMQ per connection that dialled us
+HEARTBEAT_MS = 20_000  # a host that vanished without a word is noticed after three of these
+
+
+class ZmqChannel:
+    """A ROUTER socket for whoever dials us and a DEALER socket per peer that we dial.
+
+    Binds to ``host``; ``port`` 0 takes a free one. Raises ConfigError where it cannot bind.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._context = zmq.Context()
+        # names are looked up in a context's own thread, where a slow one keeps all others waiting
+        self._named = zmq.Context()
+        self._router = self._socket(zmq.ROUTER)
+        self.address = Address(host, self._bind(host, port))
+        name = f"inproc://wake-{id(self)}"
+        self._woken = self._context.socket(zmq.PULL)
+        self._woken.bind(name)
+        self._waker = self._context.socket(zmq.PUSH)
+        self._waker.setsockopt(zmq.LINGER, 0)
+        self._waker.connect(name)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._woken, zmq.POLLIN)
+        self._dealers: dict[Link, zmq.Socket[bytes]] = {}
+        self._links: dict[zmq.Socket[bytes], Link] = {}  # of dealers and of their monitors
+        self._monitors: dict[Link, zmq.Socket[bytes]] = {}
+        self._numbers = itertools.count()
+
+    def dial(self, address: Address) -> Link:
+        link = Link(True, str(next(self._numbers)).encode())
+        try:
+            dealer = self._socket(zmq.DEALER, self._named if _is_name(address.host) else None)
+            monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        except zmq.ZMQError as e:  # each dialled peer takes some, until its greeting times out
+            raise WireError(f"{address} cannot be dialled ({e.strerror})") from e
+        try:
+            dealer.connect(f"tcp://{address}")
+        except (zmq.ZMQError, UnicodeError) as e:
+            dealer.disable_monitor()
+            monitor.close()
+            dealer.close()
+            raise WireError(f"{address} cannot be dialled ({e})") from e
+        self._dealers[link], self._monitors[link] = dealer, monitor
+        for waited in (dealer, monitor):
+            self._links[waited] = link
+            self._poller.register(waited, zmq.POLLIN)
+        return link
+
+    def send(self, link: Link, data: bytes) -> None:
+        try:
+            if link.dialled:
+                if (dealer := self._dealers.get(link)) is not None:
+                    dealer.send(data, zmq.DONTWAIT)
+            else:
+                self._router.send_multipart([link.key, data], zmq.DONTWAIT)
+        except zmq.Again:
+            logger.warning("control channel: the queue to a peer is full, a frame is lost")
+        except zmq.ZMQError as e:
+            # EHOSTUNREACH: whoever dialled us has gone; its leases expire
+            logger.debug("control channel: frame not sent: %s", e)
+
+    def poll(self, timeout_s: float) -> list[Frame]:
+        frames: list[Frame] = []
+        for ready, _ in self._poller.poll(max(0, round(timeout_s * 1000))):
+            for _ in range(MAX_FRAMES_A_POLL):
+                try:
+                    parts = ready.recv_multipart(zmq.DONTWAIT)
+                except zmq.Again:
+                    break
+                if ready is self._woken:
+                    continue
+                if ready is self._router:
+                    if len(parts) == 2:  # anything else is not ours: dropped
+                        frames.append(Frame(Link(False, parts[0]), parts[1]))
+                elif ready is self._monitors[self._links[ready]]:
+                    frames.append(Frame(self._links[ready], None))
+                elif len(parts) == 1:
+                    frames.append(Frame(self._links[ready], parts[0]))
+        return frames
+
+    def drop(self, link: Link) -> None:
+        if dealer := self._dealers.pop(link, None):
+            monitor = self._monitors.pop(link)
+            for waited in (dealer, monitor):
+                self._poller.unregister(waited)
+                del self._links[waited]
+            dealer.disable_monitor()
+            monitor.close()
+            dealer.close(linger=100)
+
+    def wake(self) -> None:
+        """End a running `poll`. From one other thread at a time."""
+        try:
+            self._waker.send(b"", zmq.DONTWAIT)
+        except zmq.ZMQError:  # full queue: it is awake; terminated: it is closing
+            return
+
+    def close(self) -> None:
+        """Close all sockets; frames already sent get 100 ms to leave. Idempotent."""
+        for context in (self._context, self._named):
+            context.destroy(linger=100)
+
+    def _socket(self, kind: int, context: zmq.Context[Any] | None = None) -> zmq.Socket[bytes]:
+        made = (context or self._context).socket(kind)
+        made.setsockopt(zmq.LINGER, 0)
+        largest = MAX_REQUEST_BYTES if kind == zmq.ROUTER else MAX_MESSAGE_BYTES
+        made.setsockopt(zmq.MAXMSGSIZE, largest + 1024)
+        made.setsockopt(zmq.RCVHWM, MAX_QUEUED)
+        made.setsockopt(zmq.SNDHWM, 10_000)
+        made.setsockopt(zmq.IPV6, 1)
+        made.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
+        return made
+
+    def _bind(self, host: str, port: int) -> int:
+        try:
+            where = _local_endpoint(host)
+            self._router.bind(f"{where}:{port or '*'}")
+        except (zmq.ZMQError, OSError) as e:
+            self._named.destroy(linger=0)
+            self._context.destroy(linger=0)
+            raise ConfigError(
+                f"control channel cannot listen on {host}:{port} ({e.strerror}); set "
+                "VLLM_NIXL_SIDE_CHANNEL_HOST to an address of this host, and give every engine on "
+                "it a port of its own: VLLM_NIXL_SIDE_CHANNEL_PORT, or unset it for a free one; of "
+                "KVConnectP2pNccl kv_port, or 0"
+            ) from e
+        endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        return int(endpoint.rstrip("\0").rpartition(":")[2])
+
+
+def _is_name(host: str) -> bool:
+    """Whether it has to be looked up."""
+    try:
+        ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return True
+    return False
+
+
+def _local_endpoint(host: str) -> str:
+    """ZMQ endpoint, without the port, that listens where ``host`` leads to.
+
+    A host that is not an address of this machine (a service name, NAT) is advertised as it is,
+    and we listen on all interfaces behind it.
+    """
+    family, *_, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address[0], 0))
+        except OSError:
+            logger.warning("%s is not an address of this host: listening on all interfaces", host)
+            return "tcp://*"
+    return f"tcp://[{address[0]}]" if family == socket.AF_INET6 else f"tcp://{address[0]}"

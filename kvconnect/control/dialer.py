@@ -1,0 +1,300 @@
+"""Peers that we dial: Hello → Challenge → Prove → Welcome, then requests and answers.
+
+Two round trips, once per pair of ranks. The peer's proof is checked before ours is sent, its
+fingerprint before its body is decoded, and its claims about memory before they are used.
+
+* `greet` returns a Peer at once; its state moves on in `receive` and `tick`.
+* `call` sends a request and repeats it until it is answered or its deadline passes.
+* What goes wrong with a peer makes it FAILED, with the reason; nothing is raised.
+"""
+
+import enum
+import itertools
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from kvconnect.control import wire
+from kvconnect.control.channel import Channel, Frame, Link
+from kvconnect.control.session import DIALLER, NONCE_BYTES, PLAIN, SEALED, Session, why_not_proved
+from kvconnect.control.wire import Address
+from kvconnect.errors import GeometryError, WireError
+from kvconnect.geometry.blocks import check_views
+from kvconnect.lease import Clock
+
+logger = logging.getLogger(__name__)
+
+RESEND_S = 1.0
+MAX_GREETINGS = 128  # under way at once; addresses may come from clients
+BACKOFF_S = (0.5, 4.0)  # between greetings of an address that fails: first, at most
+MAX_BACKOFFS = 1024
+MAX_GONE = 4096
+
+
+class State(enum.Enum):
+    """Of a dialled peer."""
+
+    GREETING = "greeting"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Call:
+    """A request to a peer; ``reply`` or ``error`` is set once it is over."""
+
+    def __init__(
+        self,
+        seq: int,
+        message: wire.Message,
+        accepts: tuple[type[wire.Message], ...],
+        deadline: float,
+        resend_at: float,
+    ) -> None:
+        self.seq = seq
+        self.message = message
+        self.accepts = accepts
+        self.deadline = deadline
+        self.resend_at = resend_at
+        self.reply: wire.Message | None = None
+        self.error = ""
+
+
+class Peer:
+    """A rank that we dialled. FAILED is final: greet again for a new Peer."""
+
+    def __init__(self, address: Address, link: Link, deadline: float) -> None:
+        self.address = address
+        self.link = link
+        self.deadline = deadline
+        self.state = State.GREETING
+        self.error = ""
+        self.body: wire.Body | None = None
+        self.version: tuple[int, int] | None = None
+        self.fingerprint: Mapping[str, str] = {}
+        self.gone: dict[str, None] = {}
+        """Generations that the peer said are over, the last `MAX_GONE` in their order."""
+        self.rejected = False  # once, while greeting
+        self.ended = False  # its connection broke: its process has ended, if not its host
+        self.resend_at = 0.0
+        self.calls: dict[int, Call] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Greet from the start: whoever answers now may be another process than before."""
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+        self.session: Session | None = None  # set once the peer has proved itself
+        self.greeting: wire.Message = wire.Hello(version=wire.VERSION, nonce=self.nonce)
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+
+class Dialler:
+    """All links that one rank dialled."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        clock: Clock,
+        fingerprint: Mapping[str, str] | None,
+        secret: bytes,
+        handshake_timeout_s: float,
+    ) -> None:
+        """``fingerprint`` None: of whatever model the peers are; only for looking at them."""
+        self._channel = channel
+        self._clock = clock
+        self._fingerprint = fingerprint
+        self._secret = secret
+        self._handshake_timeout_s = handshake_timeout_s
+        self._peers: dict[Address, Peer] = {}
+        self._by_link: dict[Link, Peer] = {}
+        # address that could not be greeted → (not before, then wait so long, why), oldest first
+        self._backoffs: OrderedDict[Address, tuple[float, float, str]] = OrderedDict()
+        self._seq = itertools.count(1)
+
+    def greet(self, address: Address) -> Peer:
+        """The peer at ``address``; dials it unless that is under way or done.
+
+        FAILED at once for an address that failed a moment ago or cannot be dialled.
+        """
+        if (peer := self._peers.get(address)) is not None:
+            return peer
+        deadline = self._clock() + self._handshake_timeout_s
+        try:
+            self._check_may_greet(address)
+            peer = Peer(address, self._channel.dial(address), deadline)
+        except WireError as e:
+            peer = Peer(address, Link(True, b""), deadline)
+            peer.state, peer.error = State.FAILED, str(e)
+            return peer
+        self._peers[address] = self._by_link[peer.link] = peer
+        self._send_greeting(peer)
+        return peer
+
+    def _check_may_greet(self, address: Address) -> None:
+        not_before, _, why = self._backoffs.get(address, (0.0, 0.0, ""))
+        if self._clock() < not_before:
+            raise WireError(why)
+        greeting = sum(p.state is State.GREETING for p in self._peers.values())
+        if greeting >= MAX_GREETINGS:
+            raise WireError(f"{greeting} other peers are being greeted, at most {MAX_GREETINGS}")
+
+    def _back_off(self, address: Address, why: str) -> None:
+        first, most = BACKOFF_S
+        _, wait_s, _ = self._backoffs.pop(address, (0.0, first, ""))
+        self._backoffs[address] = (self._clock() + wait_s, min(2 * wait_s, most), why)
+        if len(self._backoffs) > MAX_BACKOFFS:
+            self._backoffs.popitem(last=False)
+
+    def fail(self, peer: Peer, error: str) -> None:
+        """Give up on a peer: all its calls end, its link is closed. Idempotent."""
+        if peer.state is State.FAILED:
+            return
+        logger.warning("peer %s: %s", peer, error)
+        if peer.state is State.GREETING:
+            self._back_off(peer.address, error)
+        peer.state, peer.error = State.FAILED, error
+        for call in peer.calls.values():
+            call.error = f"peer {peer}: {error}"
+        peer.calls.clear()
+        del self._peers[peer.address], self._by_link[peer.link]
+        self._channel.drop(peer.link)
+
+    def call(
+        self,
+        peer: Peer,
+        make: Callable[[int], wire.Message],
+        accepts: tuple[type[wire.Message], ...],
+        deadline: float,
+    ) -> Call:
+        """Send the request ``make(seq)``, repeated until one of ``accepts`` answers it."""
+        seq = next(self._seq)
+        call = Call(seq, make(seq), accepts, deadline, self._clock() + RESEND_S)
+        if peer.state is State.READY:
+            peer.calls[seq] = call
+            self.tell(peer, call.message)
+        else:
+            call.error = f"peer {peer}: {peer.error or 'not greeted yet'}"
+        return call
+
+    def cancel(self, peer: Peer, call: Call) -> None:
+        """No answer is wanted any more: stop repeating."""
+        peer.calls.pop(call.seq, None)
+
+    def tell(self, peer: Peer, message: wire.Message) -> None:
+        """Send a message to a READY peer; no answer is expected."""
+        assert peer.session is not None
+        self._channel.send(peer.link, peer.session.seal(wire.encode(message)))
+
+    def tick(self) -> None:
+        """Repeat what went unanswered, give up on what is overdue."""
+        now = self._clock()
+        for peer in list(self._peers.values()):
+            if peer.state is State.GREETING and now >= peer.deadline:
+                self.fail(
+                    peer,
+                    f"did not complete the greeting within {self._handshake_timeout_s:g} s; is "
+                    "the engine up, and its side channel reachable from here?",
+                )
+            elif peer.state is State.GREETING and now >= peer.resend_at:
+                self._send_greeting(peer)
+            for seq, call in list(peer.calls.items()):
+                if now >= call.deadline:
+                    del peer.calls[seq]
+                    call.error = f"peer {peer} did not answer in time"
+                elif now >= call.resend_at:
+                    call.resend_at = now + RESEND_S
+                    self.tell(peer, call.message)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is worth calling next."""
+        times = [p.resend_at for p in self._peers.values() if p.state is State.GREETING]
+        times += [c.resend_at for p in self._peers.values() for c in p.calls.values()]
+        return min(times, default=None)
+
+    def receive(self, frame: Frame) -> None:
+        """Take in a frame of a link that we dialled."""
+        peer = self._by_link.get(frame.link)
+        if peer is None:
+            return
+        if frame.data is None:
+            if peer.state is State.READY:  # while greeting, the listener may only just come up
+                peer.ended = True
+                self.fail(peer, "closed the connection; has the engine ended?")
+            elif peer.session is not None:
+                peer.begin()
+                self._send_greeting(peer)
+            return
+        try:
+            self._receive(peer, frame.data)
+        except WireError as e:
+            logger.warning("peer %s: frame dropped: %s", peer, e)
+
+    def _receive(self, peer: Peer, data: bytes) -> None:
+        if data[:1] == SEALED:
+            if peer.session is not None:
+                self._take(peer, wire.decode(peer.session.unseal(data)))
+            return
+        if isinstance(message := wire.decode(data[1:]), wire.Reject):
+            # its proof was right, so its secret is ours: it has forgotten us, or was restarted
+            if peer.state is State.GREETING and peer.session is not None and not peer.rejected:
+                peer.rejected = True
+                peer.begin()
+                self._send_greeting(peer)
+            else:
+                self.fail(peer, f"rejected us: {message.detail}")
+        elif isinstance(message, wire.Challenge) and peer.session is None:
+            self._prove(peer, message)
+
+    def _take(self, peer: Peer, message: wire.Message) -> None:
+        if isinstance(message, wire.Welcome) and peer.state is State.GREETING:
+            self._welcomed(peer, message)
+        elif isinstance(message, wire.Reply):
+            call = peer.calls.get(message.seq)
+            if call is not None and isinstance(message, call.accepts):
+                del peer.calls[message.seq]
+                call.reply = message
+        elif isinstance(message, wire.Gone):
+            peer.gone |= dict.fromkeys(message.generations)
+            for oldest in list(peer.gone)[:-MAX_GONE]:
+                del peer.gone[oldest]
+
+    def _prove(self, peer: Peer, challenge: wire.Challenge) -> None:
+        peer.version = challenge.version
+        if challenge.version[0] != wire.VERSION[0]:
+            self.fail(peer, f"speaks wire version {challenge.version}, ours is {wire.VERSION}")
+            return
+        session = Session(DIALLER, self._secret, peer.nonce, challenge.nonce)
+        if not session.accepts(challenge.proof):
+            self.fail(peer, why_not_proved(ours=bool(self._secret), theirs=challenge.secret))
+            return
+        peer.session = session
+        peer.greeting = wire.Prove(proof=session.proof())
+        self._send_greeting(peer)
+
+    def _welcomed(self, peer: Peer, welcome: wire.Welcome) -> None:
+        peer.fingerprint = theirs = welcome.fingerprint
+        ours = theirs if self._fingerprint is None else self._fingerprint
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                self.fail(
+                    peer,
+                    f"{key} is {theirs.get(key)!r}, ours is {ours.get(key)!r}; both engines must "
+                    "serve the same model with the same settings",
+                )
+                return
+        try:
+            body = wire.decode_body(welcome.body)
+            check_views(body.views, body.regions)
+        except (WireError, GeometryError) as e:
+            self.fail(peer, f"bad description of its memory: {e}")
+            return
+        peer.body, peer.state = body, State.READY
+        self._backoffs.pop(peer.address, None)
+        version = body.versions.get("vllm", "unknown")
+        logger.info("peer %s is ready: %d layers, vLLM %.20r", peer, len(body.views), version)
+
+    def _send_greeting(self, peer: Peer) -> None:
+        peer.resend_at = self._clock() + RESEND_S
+        self._channel.send(peer.link, PLAIN + wire.encode(peer.greeting))

@@ -1,0 +1,1 @@
+"""Where KV is and how two shards of it overlap: views → rectangles → rows or chunks."""

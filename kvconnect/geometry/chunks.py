@@ -1,0 +1,285 @@
+"""The staged path: rectangles → pieces of a canonical wire order → chunks.
+
+What crosses is neutral to both sides' layout: a chunk holds some pieces (one part of some heads
+of a layer each) in sequence, each dense ``[head][token][content]``, of the tokens of some runs.
+Both sides map the same runs onto their own blocks (`segments`), so block sizes, layouts, tiles
+and dtypes of the two never meet.
+
+* A piece crosses in the smaller of the two dtypes; whichever side has the other converts.
+* A packed layout, recurrent state among them, moves whole blocks between equals: its runs count
+  the rows that its parts have, not tokens.
+* Knows no peers, slots or transports. `kvconnect.ops` moves the bytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvconnect.control.wire import MAX_RUNS, Piece
+from kvconnect.errors import GeometryError
+from kvconnect.geometry.blocks import DENSE, BlockView, Part
+from kvconnect.geometry.intersect import FLOATS, NO_BLOCK, Rect, joined, part_pairs
+from kvconnect.ops import Copy, Type, chunk_bytes
+
+TYPES = {
+    "bfloat16": Type.BF16,
+    "float16": Type.FP16,
+    "float32": Type.FP32,
+    "fp8_e4m3": Type.E4M3,
+    "fp8_e5m2": Type.E5M2,
+}
+
+Runs = tuple[tuple[int, int], ...]
+"""(first token, count), of the prompt."""
+
+
+class Bundle(NamedTuple):
+    """Pieces ``[first, first + num_pieces)`` that cross together, ``tokens`` at most at a time."""
+
+    first: int
+    num_pieces: int
+    kind: "Kind"
+    tokens: int
+
+
+class Kind(NamedTuple):
+    """What pieces must share to cross together."""
+
+    src_group: int
+    dst_group: int
+    block_tokens: int
+    """Of our side."""
+    whole: bool
+    """Whether blocks move whole, and "tokens" are rows of a packed part."""
+
+
+class Held(NamedTuple):
+    """A piece as the source has it; see `Kind`."""
+
+    copy: Copy
+    group: int
+    whole: bool
+
+
+class Chunk(NamedTuple):
+    """What one slot takes: a bundle, the runs, and where they go; see `segments`."""
+
+    bundle: Bundle
+    runs: Runs
+    segments: np.ndarray
+    nbytes: int
+
+
+class Course:
+    """How the rectangles from one source shard to our shard cross, in slots of ``slot_bytes``."""
+
+    def __init__(self, rects: Sequence[Rect], slot_bytes: int, *, join: bool = True) -> None:
+        """``join``: K and V cross as one piece where both sides have them side by side."""
+        self.pieces: list[Piece] = []
+        self.copies: list[Copy] = []  # of our side
+        kinds: list[Kind] = []
+        for rect in sorted(rects, key=lambda r: (r.src.group, r.dst.group)):
+            for src, dst in _pairs(rect, slot_bytes if join else 0):
+                piece, factor = _piece(rect, src, dst)
+                self.pieces.append(piece)
+                copy = copy_of(rect.dst, dst, piece, factor)
+                self.copies.append(copy)
+                whole = rect.dst.layout != DENSE
+                kinds.append(Kind(rect.src.group, rect.dst.group, copy.block_tokens, whole))
+        self.bundles = list(_bundles(self.copies, kinds, slot_bytes))
+
+    def chunks(self, blocks: Sequence[Sequence[tuple[int, int]]], tokens: int) -> Iterator[Chunk]:
+        """Chunks that fill ``blocks`` (`order.Fetch`) with the first ``tokens`` tokens."""
+        packed: dict[tuple[Kind, int], list[tuple[Runs, np.ndarray]]] = {}
+        for bundle in self.bundles:
+            copies = self.copies[bundle.first : bundle.first + bundle.num_pieces]
+            sizes: dict[int, int] = {}  # tokens → bytes: nearly all chunks have as many
+            known = packed.get((bundle.kind, bundle.tokens))
+            kept = packed.setdefault((bundle.kind, bundle.tokens), [])
+            for runs, found in known or self._runs(bundle, blocks[bundle.kind.dst_group], tokens):
+                if known is None:
+                    kept.append((runs, found))
+                total = sum(count for _, count in runs)
+                if total not in sizes:
+                    sizes[total] = chunk_bytes(copies, total)
+                yield Chunk(bundle, runs, found, sizes[total])
+
+    def _runs(
+        self, bundle: Bundle, blocks: Sequence[tuple[int, int]], tokens: int
+    ) -> Iterator[tuple[Runs, np.ndarray]]:
+        _, _, block_tokens, whole = bundle.kind
+        table = np.full(max((p for p, _ in blocks), default=-1) + 1, NO_BLOCK)
+        for place, block in blocks:
+            table[place] = block
+        end = len(table) * block_tokens if whole else tokens
+        wanted = (
+            (place * block_tokens, min(block_tokens, end - place * block_tokens))
+            for place, _ in blocks
+        )
+        for runs in _packed(wanted, bundle.tokens):
+            yield runs, segments(runs, table, block_tokens)
+
+
+def segments(runs: Runs, table: Sequence[int] | np.ndarray, block_tokens: int) -> np.ndarray:
+    """Where the tokens of ``runs`` are: int32 ``[n, 4]`` of (block, first token in it, count, run).
+
+    ``table[i]`` is the block of tokens ``[i, i + 1) * block_tokens`` or NO_BLOCK. Raises
+    GeometryError for a token that the table does not hold.
+    """
+    start, count = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+    end = start + count
+    first = start // block_tokens
+    pieces = (end - 1) // block_tokens - first + 1
+    run = np.repeat(np.arange(len(start)), pieces)
+    before = np.cumsum(pieces) - pieces
+    place = first[run] + np.arange(len(run)) - before[run]
+    blocks = np.asarray(table, dtype=np.int64)
+    if len(place) and (place.max() >= len(blocks) or (blocks[place] == NO_BLOCK).any()):
+        raise GeometryError(
+            f"tokens up to {end.max()} are needed, in blocks of {block_tokens}, but of the table's "
+            f"{len(blocks)} blocks {np.count_nonzero(blocks != NO_BLOCK)} are held"
+        )
+    low = np.maximum(start[run], place * block_tokens)
+    high = np.minimum(end[run], (place + 1) * block_tokens)
+    found = np.column_stack([blocks[place], low - place * block_tokens, high - low, run])
+    return found.astype(np.int32)
+
+
+def copy_of(view: BlockView, part: Part, piece: Piece, factor: float) -> Copy:
+    """One side's half of a piece: the part's cells of its heads."""
+    token, content = part.tiles
+    numbers = view.layout == DENSE and view.dtype in FLOATS
+    raw = None if numbers else Type.raw(part.itemsize)
+    return Copy(
+        base=part.base + (piece.first - view.heads.first) * part.strides[1],
+        block_stride=part.strides[0],
+        head_stride=part.strides[1],
+        token_stride=part.strides[2],
+        content_stride=part.strides[3],
+        heads=piece.count,
+        content=part.shape[2],
+        block_tokens=part.shape[1],
+        num_blocks=view.num_blocks,
+        kv_type=raw or TYPES[view.dtype],
+        wire_type=raw or TYPES[piece.dtype],
+        factor=1.0 if raw else factor,
+        token_tile=token.cells,
+        token_outer=token.stride,
+        content_tile=content.cells,
+        content_outer=content.stride,
+    )
+
+
+def source_copy(views: dict[str, BlockView], piece: Piece) -> Held:
+    """The source's half of a piece that a reader asked for.
+
+    Raises GeometryError if our caches do not hold it, or not so.
+    """
+    view = views.get(piece.layer)
+    part = _part(view, piece.part) if view else None
+    if view is None or part is None:
+        raise GeometryError(f"layer {piece.layer} part {piece.part} is not held here")
+    held = view.heads
+    if piece.first < held.first or piece.first + piece.count > held.first + held.count:
+        raise GeometryError(
+            f"layer {piece.layer}: heads [{piece.first}, {piece.first + piece.count}) are wanted, "
+            f"[{held.first}, {held.first + held.count}) are held here"
+        )
+    if piece.content != part.shape[2]:
+        raise GeometryError(
+            f"layer {piece.layer}: {piece.content} elements a token are wanted of "
+            f"{piece.part}, {part.shape[2]} are held here"
+        )
+    whole = view.layout != DENSE
+    convertible = not whole and {piece.dtype, view.dtype} <= FLOATS.keys()
+    if piece.dtype != view.dtype and not convertible:
+        raise GeometryError(
+            f"layer {piece.layer}: {view.dtype} cannot be converted to {piece.dtype}"
+        )
+    return Held(copy_of(view, part, piece, piece.factor), view.group, whole)
+
+
+def _pairs(rect: Rect, most_bytes: int) -> list[tuple[Part, Part]]:
+    """Parts that cross as a piece each: one, if a token of K and V has at most ``most_bytes``."""
+    src, dst = joined(rect.src), joined(rect.dst)
+    if src is None or dst is None:
+        return part_pairs(rect)
+    token_bytes = rect.num_heads * dst.shape[2] * min(src.itemsize, dst.itemsize)
+    return [(src, dst)] if token_bytes <= most_bytes else part_pairs(rect)
+
+
+def _part(view: BlockView, name: str) -> Part | None:
+    return next((part for part in view.parts if part.name == name), None) or (
+        joined(view) if name == "kv" else None
+    )
+
+
+def _piece(rect: Rect, src: Part, dst: Part) -> tuple[Piece, float]:
+    """How a part crosses, and the factor of our side."""
+    scale = src.scale / dst.scale
+    at_source = dst.itemsize <= src.itemsize  # the source converts, to our dtype
+    piece = Piece(
+        layer=rect.dst.layer,
+        part=dst.name,
+        first=rect.first,
+        count=rect.num_heads,
+        content=dst.shape[2],
+        dtype=rect.dst.dtype if at_source else rect.src.dtype,
+        factor=scale if at_source else 1.0,
+    )
+    return piece, 1.0 if at_source else scale
+
+
+def _bundles(copies: Sequence[Copy], kinds: Sequence[Kind], slot_bytes: int) -> Iterator[Bundle]:
+    """Neighbouring pieces of one kind, as many as fit with a whole block of ours."""
+    first = 0
+    while first < len(copies):
+        count = 1
+        kind = kinds[first]
+        while (
+            first + count < len(copies)
+            and kinds[first + count] == kind
+            and chunk_bytes(copies[first : first + count + 1], kind.block_tokens) <= slot_bytes
+        ):
+            count += 1
+        chosen = copies[first : first + count]
+        tokens = _most_tokens(chosen, slot_bytes)
+        if tokens < 1:
+            raise GeometryError(
+                f"one token of a layer is {chunk_bytes(chosen, 1)} bytes, a staging slot "
+                f"{slot_bytes}; raise staging_bytes"
+            )
+        yield Bundle(first, count, kind, tokens)
+        first += count
+
+
+def _most_tokens(copies: Sequence[Copy], slot_bytes: int) -> int:
+    """The largest number of tokens whose chunk fits."""
+    low, high = 0, slot_bytes
+    while low < high:
+        middle = (low + high + 1) // 2
+        if chunk_bytes(copies, middle) <= slot_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _packed(runs: Iterator[tuple[int, int]], most: int) -> Iterator[Runs]:
+    """``runs`` in lists of at most ``most`` tokens, cut where they must be, neighbours joined."""
+    packed: list[tuple[int, int]] = []
+    free = most
+    for start, count in runs:
+        while count > 0:
+            taken = min(count, free)
+            if packed and sum(packed[-1]) == start:
+                packed[-1] = packed[-1][0], packed[-1][1] + taken
+            else:
+                packed.append((start, taken))
+            start, count, free = start + taken, count - taken, free - taken
+            if not free or len(packed) == MAX_RUNS:
+                yield tuple(packed)
+                packed, free = [], most
+    if packed:
+        yield tuple(packed)

@@ -1,0 +1,255 @@
+"""Slots in memory, each with a header that is right at every instant.
+
+* One writer; any number of readers, in other processes, that cannot write. A slot belongs to
+  the writer of its arena. Engines that share have an arena each, and read each other's.
+* A slot goes FREE → FILLING → HELD → FREE. Its payload changes only between `begin` and
+  `commit`, while its header is invalid: a process killed at any instant, a power cut, and a
+  reader that was too slow all find either what was committed, or nothing.
+* Stores of one thread reach other threads in program order on x86; elsewhere and after a power
+  cut they may not, and then the payload's digest tells.
+* Headers are in memory or, of a file that is not mapped, written through; `begin` and `commit`
+  raise OSError if that fails, and then the slot is still being filled, or was not begun.
+* Not thread-safe. Knows no policy: who calls `begin` says which slot.
+"""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kvconnect.errors import Reason, StoreError
+from kvconnect.offload.store import header, places
+from kvconnect.offload.store.header import (
+    ARENA_MAGIC,
+    FILLING,
+    FORMAT,
+    FREE,
+    HEAD_BYTES,
+    HELD,
+    SLOT,
+    SLOT_MAGIC,
+    Spec,
+)
+from kvconnect.offload.store.numa import Nodes
+
+ATTEMPTS = 3  # to open a file that others create and replace meanwhile
+
+
+class Entry(NamedTuple):
+    """What a held slot's header says."""
+
+    slot: int
+    key: bytes
+    group: int
+    tokens: int
+    nbytes: int
+    digest: int
+    generation: int
+    order: int
+
+
+class Scan(NamedTuple):
+    """What an arena holds. ``entries`` in the order in which they were committed."""
+
+    entries: list[Entry]
+    discarded: list[int]
+    """Slots that say neither truthfully that they are held, nor that they are free."""
+
+
+class Arena:
+    """See the module's contract; made by `make`, `attach` or `look`."""
+
+    def __init__(self, spec: Spec, place: places.Place, identity: bytes) -> None:
+        self.spec = spec
+        self.identity = identity
+        self.place = place
+        self.new = place.new
+        """Whether it was made just now, empty."""
+        self._seed = header.seed_of(spec.fingerprint)
+        if isinstance(place, places.Filed):
+            place.extend(spec.payload_offset)
+        table = place.bytes[HEAD_BYTES : HEAD_BYTES + spec.slots * SLOT.itemsize]
+        self._table: np.ndarray = table.view(SLOT)
+        rows, held = self._snapshot()
+        self._order = int(rows["order"][held].max(initial=0))
+
+    # -- the writer ----------------------------------------------------------------------------
+
+    def begin(self, slot: int) -> None:
+        """The slot's content is invalid from here on, and may be written."""
+        row = self._table[slot : slot + 1]
+        row["check"] = 0
+        row["state"] = FILLING
+        row["generation"] += 1
+        self._flush(slot)
+
+    def commit(
+        self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
+    ) -> Entry:
+        """The payload is written; the slot holds ``key`` from here on."""
+        live = self._table[slot : slot + 1]
+        assert live["state"][0] == FILLING and nbytes <= self.spec.slot_bytes
+        self._order += 1
+        row = np.zeros(1, SLOT)
+        row["magic"], row["format"], row["state"] = SLOT_MAGIC, FORMAT, HELD
+        row["group"], row["tokens"], row["nbytes"], row["digest"] = group, tokens, nbytes, digest
+        row["generation"], row["order"] = live["generation"], self._order
+        row["key"] = np.frombuffer(key, np.uint8)
+        live[:] = row  # its check is 0 still
+        live["check"] = header.checks(row, np.array([slot]), self._seed)
+        try:
+            self._flush(slot)
+        except OSError:
+            live["check"], live["state"] = 0, FILLING
+            raise
+        return Entry(
+            slot, key, group, tokens, nbytes, digest, int(row["generation"][0]), self._order
+        )
+
+    def drop(self, slot: int) -> None:
+        """The slot holds nothing any more."""
+        row = self._table[slot : slot + 1]
+        row["check"] = 0
+        row["state"] = FREE
+        with contextlib.suppress(OSError):  # what it held is true still; `begin` will ask again
+            self._flush(slot)
+
+    # -- readers, the writer among them --------------------------------------------------------
+
+    def entry(self, slot: int) -> Entry | None:
+        """What the slot holds now; None if that is nothing valid."""
+        self.place.reload(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
+        row = self._table[slot : slot + 1].copy()  # once: another process may write to it
+        if not header.are_held(row, np.array([slot]), self._seed, self.spec.slot_bytes)[0]:
+            return None
+        return _entries(row, np.array([slot]))[0]
+
+    def still(self, entry: Entry) -> bool:
+        """Whether the slot held the same all the time since ``entry`` was read."""
+        return self.entry(entry.slot) == entry
+
+    def scan(self) -> Scan:
+        """All that is held now."""
+        rows, held = self._snapshot()
+        found = np.flatnonzero(held)[np.argsort(rows["order"][held], kind="stable")]
+        empty = ~held & (rows["state"] == FREE) & (rows["check"] == 0)
+        return Scan(_entries(rows[found], found), np.flatnonzero(~held & ~empty).tolist())
+
+    def _flush(self, slot: int) -> None:
+        self.place.flush(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
+
+    def _snapshot(self) -> tuple[np.ndarray, np.ndarray]:
+        """All headers at about this moment, and which of them are held."""
+        self.refresh()
+        rows = self._table.copy()
+        slots = np.arange(len(rows))
+        return rows, header.are_held(rows, slots, self._seed, self.spec.slot_bytes)
+
+    def refresh(self) -> None:
+        """See what other processes wrote."""
+        self.place.reload(HEAD_BYTES, self.spec.slots * SLOT.itemsize)
+
+    def generations(self) -> np.ndarray:
+        """A number per slot that changes whenever its content does, as last seen."""
+        held = (self._table["state"] == HELD).astype(np.uint64)
+        found: np.ndarray = self._table["generation"] * np.uint64(2) + held
+        return found
+
+    def address(self, slot: int) -> int:
+        """Where the slot's payload is in memory; only of an arena that is in memory."""
+        return int(self.place.bytes.ctypes.data) + self.offset(slot)
+
+    def offset(self, slot: int) -> int:
+        """Where the slot's payload is in the arena."""
+        return self.spec.payload_offset + slot * self.spec.stride
+
+    def payload(self, slot: int) -> np.ndarray:
+        """Bytes of the slot's payload in memory, all of its pages; not to be kept."""
+        start = self.offset(slot)
+        return self.place.bytes[start : start + self.spec.stride]
+
+    @property
+    def path(self) -> Path:
+        """Where other processes of ours find it while we live; not of `make` unless followed."""
+        return Path(f"/proc/{os.getpid()}/fd/{self.place.fd}")
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the file at ``path`` is still this arena, and has not been replaced."""
+        try:
+            return path.stat().st_ino == self.place.inode
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Let go of memory and lock; a file keeps its content. Idempotent."""
+        self._table = np.empty(0, SLOT)
+        self.place.close()
+
+
+def make(spec: Spec, followed: bool = False, nodes: Nodes = ()) -> Arena:
+    """An arena in memory of our own, empty; ``followed``: one that other processes `look` at.
+
+    ``nodes``: where it had better lie. Raises StoreError.
+    """
+    place = (places.nameless if followed else places.anonymous)(spec.nbytes, nodes)
+    identity = secrets.token_bytes(16)
+    place.bytes[:HEAD_BYTES] = np.frombuffer(header.arena_head(spec, identity), np.uint8)
+    return Arena(spec, place, identity)
+
+
+def attach(spec: Spec, path: Path, wrap: places.Wrap = places.mapped) -> Arena:
+    """The arena in the file at ``path``, with its content, ourselves its writer.
+
+    Made anew where there is none, or one that is not as ``spec`` says; a file that never was an
+    arena is left alone. Raises StoreError.
+    """
+    for _ in range(ATTEMPTS):
+        place = places.open_to_write(path, wrap)
+        if place is not None:
+            raw = place.bytes[:HEAD_BYTES].tobytes()
+            head = header.read_head(raw)
+            if not isinstance(head, str) and head[0] == spec and place.nbytes == spec.nbytes:
+                return Arena(spec, place, head[1])
+            start = raw[: len(ARENA_MAGIC)].rstrip(b"\0")  # cut short, it is ours still
+            if not ARENA_MAGIC.startswith(start):
+                place.close()
+                raise StoreError(Reason.FOREIGN, f"{path} is no arena of kvconnect; move it away")
+            with contextlib.suppress(OSError):
+                path.unlink()
+            place.close()
+        identity = secrets.token_bytes(16)
+        try:
+            place = places.create(path, spec, header.arena_head(spec, identity), wrap)
+        except StoreError as e:
+            if e.reason is Reason.TAKEN:  # another was faster: it is theirs, or left by now
+                continue
+            raise
+        return Arena(spec, place, identity)
+    raise StoreError(Reason.TAKEN, f"{path} is used by another process")
+
+
+def look(path: Path, fingerprint: bytes, wrap: places.Wrap = places.mapped) -> Arena:
+    """The arena in the file at ``path``, to read; its writer may be at work. Raises StoreError."""
+    place = places.open_to_read(path, wrap)
+    head = header.read_head(place.bytes[:HEAD_BYTES].tobytes())
+    if isinstance(head, str):
+        problem = head
+    elif head[0].fingerprint != fingerprint:
+        problem = "is of another model, shard or format"
+    elif place.nbytes != head[0].nbytes:
+        problem = f"is {place.nbytes} bytes long, expected {head[0].nbytes}"
+    else:
+        return Arena(head[0], place, head[1])
+    place.close()
+    raise StoreError(Reason.FOREIGN, f"{path} {problem}")
+
+
+def _entries(rows: np.ndarray, slots: np.ndarray) -> list[Entry]:
+    keys = np.ascontiguousarray(rows["key"]).tobytes()
+    names = ("group", "tokens", "nbytes", "digest", "generation", "order")
+    columns = [rows[name].tolist() for name in names]
+    found = zip(slots.tolist(), range(0, len(keys), 32), *columns, strict=True)
+    return [Entry(slot, keys[at : at + 32], *rest) for slot, at, *rest in found]

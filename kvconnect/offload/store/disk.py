@@ -1,0 +1,216 @@
+"""KV in a file, as one rank moves it: slots in memory ↔ slots on disk.
+
+* Nothing blocks but the write of a 128-byte header: payloads are moved by threads.
+* A write is dropped, with a counter, where there is no free slot, no room in the queue, or the
+  disk fails; after `MOST_FAILURES` in a row nothing is written any more. A read that fails, or
+  ends early, is a miss. Nothing raises.
+* What was read is verified by whoever scatters it: sums and digest travel with the payload.
+* Not thread-safe: the mover's thread owns it.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvconnect.offload.store.arena import Arena, Entry
+from kvconnect.offload.store.header import pages
+from kvconnect.offload.store.host import Ended, Ticket
+from kvconnect.offload.store.lanes import File, Lanes, SystemFile
+from kvconnect.offload.store.neighbours import Neighbours
+from kvconnect.offload.store.places import Filed
+from kvconnect.offload.store.shelf import Shelf
+
+logger = logging.getLogger(__name__)
+
+MOST_FAILURES = 8
+
+Open = Callable[[Arena], File]
+
+
+def system_file(arena: Arena) -> File:
+    """The file that an arena lies in."""
+    assert isinstance(arena.place, Filed)
+    return SystemFile(arena.place.fd, arena.place.to_write)
+
+
+@dataclass
+class _Write:
+    ticket: Ticket
+    slot: int
+    entry: Entry  # as it is in memory
+
+
+@dataclass
+class _Read:
+    ticket: Ticket
+    entry: Entry
+    arena: Arena
+    own: bool
+
+
+class DiskStore:
+    """See the module's contract. ``shelf`` is of an arena in a file that is not mapped."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        lanes: Lanes,
+        neighbours: Neighbours | None = None,
+        open_file: Open = system_file,
+    ) -> None:
+        self.shelf = shelf
+        self.counts: Counter[str] = Counter(half_written_discarded=shelf.discarded)
+        self.seconds = {"read": 0.0, "write": 0.0}
+        """Spent on what went well; with `nbytes`, the measured rates."""
+        self.nbytes = {"read": 0, "write": 0}
+        self._lanes = lanes
+        self.neighbours = neighbours
+        self._open_file = open_file
+        self._files: dict[bytes, File] = {shelf.arena.identity: open_file(shelf.arena)}
+        self._jobs: dict[int, _Write | _Read] = {}
+        self._failures = 0  # of writes, in a row
+        self._lost: list[bytes] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether `poll` has something to wait for."""
+        return bool(self._jobs)
+
+    def write(self, ticket: Ticket, entry: Entry, payload: np.ndarray) -> bool:
+        """Start to write what ``entry`` says is in ``payload``, which must stay; False: dropped."""
+        if self._failures >= MOST_FAILURES:
+            self.counts["writes_dropped_disk_off"] += 1
+            return False
+        if not self._lanes.room:
+            self.counts["writes_dropped_queue_full"] += 1
+            return False
+        try:
+            slot = self.shelf.fill()
+        except OSError as e:
+            self._failed(e)
+            return False
+        if slot is None:
+            self.counts["writes_without_slot"] += 1
+            return False
+        arena = self.shelf.arena
+        content = payload.data[: pages(entry.nbytes)]
+        number = self._lanes.write(self._files[arena.identity], content, arena.offset(slot))
+        self._jobs[number] = _Write(ticket, slot, entry)
+        return True
+
+    @property
+    def room(self) -> bool:
+        """Whether `read` would start."""
+        return self._lanes.room > 0
+
+    def has(self, key: bytes) -> bool:
+        """Whether a key can be read, as far as is known."""
+        found = key in self.shelf or (self.neighbours and self.neighbours.find(key))
+        self.counts["reads_missed"] += not found
+        return bool(found)
+
+    def read(self, ticket: Ticket, key: bytes, into: np.ndarray) -> Entry | None:
+        """Start to read a payload; returns what it will be. None: a miss."""
+        entry, arena, own = self.shelf.use(key), self.shelf.arena, True
+        if entry is None and self.neighbours and (found := self.neighbours.find(key)):
+            arena, entry, own = *found, False
+        if entry is None or not self._lanes.room:
+            self.counts["reads_missed" if entry is None else "reads_refused"] += 1
+            if entry is not None and own:
+                self.shelf.done(entry)
+            return None
+        file = self._files.get(arena.identity)
+        if file is None:
+            file = self._files[arena.identity] = self._open_file(arena)
+        content = into.data[: pages(entry.nbytes)]
+        number = self._lanes.read(file, content, arena.offset(entry.slot))
+        self._jobs[number] = _Read(ticket, entry, arena, own)
+        return entry
+
+    def poll(self) -> list[Ended]:
+        """What ended since the last call."""
+        ended = []
+        for number, error, nbytes, seconds in self._lanes.poll():
+            job = self._jobs.pop(number)
+            if error is None:
+                verb = "write" if isinstance(job, _Write) else "read"
+                self.seconds[verb] += seconds
+                self.nbytes[verb] += nbytes
+            ended.append(
+                self._end_write(job, error)
+                if isinstance(job, _Write)
+                else self._end_read(job, error)
+            )
+        return ended
+
+    def drop(self, key: bytes) -> None:
+        """Forget a key; its slot is free once nothing reads it."""
+        self.shelf.drop(key)
+
+    def damaged(self, entry: Entry) -> None:
+        """What was read of it turned out not to be what was written."""
+        self.counts["digest_mismatches"] += 1
+        if self.shelf.drop_entry(entry):
+            self._lost.append(entry.key)
+
+    def take_lost(self) -> list[bytes]:
+        """Keys that turned out to be damaged since the last call, and are gone."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def close(self) -> None:
+        """Wait for what runs; what was committed stays. Idempotent."""
+        self._lanes.close()
+        self.poll()
+        for file in self._files.values():
+            file.close()
+        self.shelf.arena.close()
+        if self.neighbours:
+            self.neighbours.close()
+
+    def _end_write(self, job: _Write, error: OSError | None) -> Ended:
+        memory = job.entry
+        if error is None:
+            try:
+                self.shelf.commit(
+                    job.slot,
+                    *(memory.key, memory.group, memory.tokens, memory.nbytes, memory.digest),
+                )
+            except OSError as e:
+                error = e
+        if error is not None:
+            self.shelf.abandon(job.slot)
+            self._failed(error)
+            return Ended(job.ticket, memory.key, f"not written: {error}", 0)
+        self._failures = 0
+        self.counts["written"] += 1
+        return Ended(job.ticket, memory.key, "", memory.nbytes)
+
+    def _end_read(self, job: _Read, error: OSError | None) -> Ended:
+        entry = job.entry
+        if job.own:
+            self.shelf.done(entry)
+        if error is None and not job.own and not job.arena.still(entry):
+            self.counts["neighbour_reads_spoilt"] += 1
+            return Ended(job.ticket, entry.key, "its writer overwrote it", 0)
+        if error is not None:
+            self.counts["reads_failed"] += 1
+            if job.own and self.shelf.drop_entry(entry):
+                self._lost.append(entry.key)
+            return Ended(job.ticket, entry.key, f"not read: {error}", 0)
+        self.counts["read"] += 1
+        return Ended(job.ticket, entry.key, "", entry.nbytes)
+
+    def _failed(self, error: OSError) -> None:
+        self.counts["writes_failed"] += 1
+        self._failures += 1
+        if self._failures == MOST_FAILURES:
+            logger.warning(
+                "kvconnect: %d writes in a row failed, the last with %s; no KV is written to disk "
+                "any more until the engine is started again",
+                MOST_FAILURES,
+                error,
+            )

@@ -1,0 +1,227 @@
+"""KV in host memory, as one rank moves it: paged blocks ↔ slots.
+
+* Nothing blocks. `store` and `load` start something and say whether they did; how it ended comes
+  out of `poll`, once per ticket. What was started between two polls is moved together: on a device
+  a launch of its own for each chunk, or block, would cost more than small ones take.
+* A store that finds no free slot is skipped; a load of what is not there, or is damaged, is a
+  miss. Both are counted, neither raises.
+* A load that fails may have written to its blocks: they hold nothing then.
+* Our own arena first, then those of neighbours, whose slots may change while they are read:
+  sums are of what was read, so that never counts as a hit.
+* Not thread-safe: the mover's thread owns it. On CPU the kernels run within `poll`.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from kvconnect.errors import TransportError
+from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.offload.store.arena import Entry
+from kvconnect.offload.store.neighbours import Neighbours
+from kvconnect.offload.store.packing import Packed, Packing
+from kvconnect.offload.store.shelf import Shelf
+
+Ticket = int
+NONE = np.empty(0, np.uint64)
+
+
+class Ended(NamedTuple):
+    """End of a ticket; ``error`` empty if it went well."""
+
+    ticket: Ticket
+    key: bytes
+    error: str
+    nbytes: int
+
+
+@dataclass
+class _Store:
+    ticket: Ticket
+    key: bytes
+    group: int
+    blocks: Sequence[int]
+    slot: int
+    address: int
+
+
+@dataclass
+class _Load:
+    ticket: Ticket
+    entry: Entry
+    group: int
+    blocks: Sequence[int]
+    address: int
+    own: bool
+    sums: np.ndarray
+
+
+_Job = _Store | _Load
+
+
+@dataclass
+class _Batch:
+    """What one launch moves: all of one kind and group."""
+
+    kind: type[_Job]
+    jobs: Sequence[_Job]
+    packed: Packed
+
+
+class HostStore:
+    """See the module's contract. ``packings``: of each KV cache group."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        packings: Sequence[Packing],
+        neighbours: Neighbours | None = None,
+    ) -> None:
+        self.shelf = shelf
+        self.counts: Counter[str] = Counter()
+        self._packings = packings
+        self.neighbours = neighbours
+        self._lost: list[bytes] = []
+        self._waiting: list[_Job] = []  # for the next launch
+        self._batches: list[_Batch] = []
+        self._ended: list[Ended] = []
+        self.counts["half_written_discarded"] += shelf.discarded
+
+    def store(
+        self,
+        ticket: Ticket,
+        key: bytes,
+        group: int,
+        blocks: Sequence[int],
+    ) -> bool:
+        """Start to copy ``blocks`` into a slot for ``key``; False: skipped."""
+        slot = self.shelf.fill()
+        if slot is None:
+            self.counts["stores_without_slot"] += 1
+            return False
+        address = self.shelf.arena.address(slot)
+        self._waiting.append(_Store(ticket, key, group, blocks, slot, address))
+        return True
+
+    def load(
+        self,
+        ticket: Ticket,
+        key: bytes,
+        group: int,
+        blocks: Sequence[int],
+    ) -> bool:
+        """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
+        packing = self._packings[group]
+        entry, arena, own = self.shelf.use(key), self.shelf.arena, True
+        if entry is None and self.neighbours and (found := self.neighbours.find(key)):
+            arena, entry, own = *found, False
+        if entry is None:
+            self.counts["loads_missed"] += 1
+            return False
+        sums = None
+        if (entry.group, entry.tokens, entry.nbytes) == (group, packing.tokens, packing.nbytes):
+            sums = packing.sums(arena.payload(entry.slot), entry.digest)
+        if sums is None:
+            self._damaged(entry, own)
+            if own:
+                self.shelf.done(entry)
+            return False
+        address = arena.address(entry.slot)
+        self._waiting.append(_Load(ticket, entry, group, blocks, address, own, sums))
+        return True
+
+    def poll(self) -> list[Ended]:
+        """Launch what was started since the last call; what ended since then."""
+        self._launch()
+        # stores first: what was stored anew is not lost when a load finds the old one damaged
+        for batch in sorted(self._batches, key=lambda one: one.kind is _Load):
+            self._end_batch(batch)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def drop(self, key: bytes) -> None:
+        """Forget a key; its slot is free once nothing reads it."""
+        self.shelf.drop(key)
+
+    def take_lost(self) -> list[bytes]:
+        """Keys that turned out to be damaged since the last call, and are gone."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    @property
+    def busy(self) -> bool:
+        """Whether `poll` has something to wait for."""
+        return bool(self._waiting or self._batches)
+
+    def _launch(self) -> None:
+        """All that waits, by one launch for each kind and group."""
+        waiting, self._waiting = self._waiting, []
+        batches: dict[tuple[type[_Job], int], list[_Job]] = {}
+        for job in waiting:
+            batches.setdefault((type(job), job.group), []).append(job)
+        for (kind, group), jobs in batches.items():
+            packing = self._packings[group]
+            move = packing.gather if kind is _Store else packing.scatter
+            try:
+                packed = move([(job.blocks, job.address) for job in jobs])
+            except TransportError as e:
+                self._end(jobs, str(e))
+            else:
+                self._batches.append(_Batch(kind, jobs, packed))
+
+    def _end_batch(self, batch: _Batch) -> None:
+        try:
+            if not batch.packed.done():
+                return
+        except TransportError as e:
+            self._end(batch.jobs, str(e))
+        else:
+            self._end(batch.jobs, "", batch.packed.sums())
+        self._batches.remove(batch)
+
+    def _end(self, jobs: Sequence[_Job], error: str, sums: np.ndarray = NONE) -> None:
+        """``sums``: of all blocks that were moved, in their order."""
+        for job in jobs:
+            moved = [place for place, block in enumerate(job.blocks) if block != NO_BLOCK]
+            mine, sums = sums[: len(moved)], sums[len(moved) :]
+            if isinstance(job, _Store):
+                self._end_store(job, error, mine)
+            else:
+                self._end_load(job, error, np.array_equal(mine, job.sums[moved]), len(moved))
+
+    def _end_store(self, store: _Store, error: str, sums: np.ndarray) -> None:
+        if error:
+            self.shelf.abandon(store.slot)
+            self.counts["stores_failed"] += 1
+            self._ended.append(Ended(store.ticket, store.key, error, 0))
+            return
+        packing = self._packings[store.group]
+        digest = packing.put_sums(self.shelf.arena.payload(store.slot), sums)
+        self.shelf.commit(
+            store.slot, store.key, store.group, packing.tokens, packing.nbytes, digest
+        )
+        self.counts["stored"] += 1
+        self._ended.append(Ended(store.ticket, store.key, "", packing.nbytes))
+
+    def _end_load(self, load: _Load, error: str, right: bool, blocks: int) -> None:
+        if error:
+            self.counts["loads_failed"] += 1
+        elif not right:
+            error = "its sums are not those of what was stored"
+            self._damaged(load.entry, load.own)
+        if load.own:
+            self.shelf.done(load.entry)
+        self.counts["loaded"] += not error
+        nbytes = 0 if error else blocks * self._packings[load.group].block_bytes
+        self._ended.append(Ended(load.ticket, load.entry.key, error, nbytes))
+
+    def _damaged(self, entry: Entry, own: bool) -> None:
+        if own:
+            self.counts["digest_mismatches"] += 1
+            if self.shelf.drop_entry(entry):
+                self._lost.append(entry.key)
+        else:  # as often as not, its writer was faster than we
+            self.counts["neighbour_reads_spoilt"] += 1

@@ -1,0 +1,255 @@
+"""Host memory with a disk behind it, as one rank moves KV between them and its paged cache.
+
+* `save` and `load` are between paged blocks and memory, `spill` from memory to disk. What is on
+  disk only is promoted on its way: read into a slot in memory, which then holds it as any other;
+  of a neighbour's disk it only passes through, and the slot is free again.
+* Such a load waits for a slot, and for room in the disk's queue, while something is under way
+  that may make it free; `PATIENCE_S` after the last promotion began or ended it fails.
+* A load falls back within itself: what is damaged in memory is taken from disk if it is there.
+* Decides nothing about who stays: slots must have been freed by `forget`. Where there is none,
+  the save is skipped, or the load fails.
+* Each ticket that was started ends once in `poll`. Not thread-safe: the mover's thread owns it.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvconnect.offload.jobs import Loss
+from kvconnect.offload.store.arena import Entry
+from kvconnect.offload.store.disk import DiskStore
+from kvconnect.offload.store.host import Ended, HostStore, Ticket
+
+PATIENCE_S = 5.0
+
+
+class _Wanted(NamedTuple):
+    """A load, as it was asked for."""
+
+    ticket: Ticket
+    key: bytes
+    group: int
+    blocks: tuple[int, ...]
+
+
+@dataclass
+class _Fetch:
+    """A promotion under way."""
+
+    key: bytes
+    slot: int
+    entry: Entry  # on disk
+    passing: bool  # it is a neighbour's
+    waiting: list[_Wanted]
+
+
+class Vault:
+    """See the module's contract. Without ``disk`` it is memory only."""
+
+    def __init__(
+        self,
+        host: HostStore,
+        disk: DiskStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.host = host
+        self.disk = disk
+        self._clock = clock
+        self._numbers = itertools.count(1)  # tickets of our own
+        self._saves: dict[int, Ticket] = {}
+        self._loads: dict[int, tuple[_Wanted, Entry | None]] = {}  # → what on disk it came from
+        self._spills: dict[int, tuple[Ticket, Entry]] = {}
+        self._fetches: dict[int, _Fetch] = {}
+        self._fetching: dict[bytes, _Fetch] = {}
+        self._queued: deque[tuple[_Wanted, float]] = deque()  # since then
+        self._promoted_at = clock()
+        self._ended: list[Ended] = []
+        self._beside: set[bytes] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether `poll` has something to wait for."""
+        return bool(self._moving or self._queued or self._ended)
+
+    @property
+    def _moving(self) -> bool:
+        """Whether something is under way, which may free a slot when it ends."""
+        return bool(self._saves or self._loads or self._spills or self._fetches)
+
+    def keys(self, on_disk: bool) -> list[bytes]:
+        """What the disk, or memory, holds, oldest first."""
+        if on_disk:
+            return self.disk.shelf.keys() if self.disk else []
+        return self.host.shelf.keys()
+
+    def holds(self, key: bytes, on_disk: bool) -> bool:
+        """Whether the disk, or memory, holds a key."""
+        if on_disk:
+            return self.disk is not None and key in self.disk.shelf
+        return key in self.host.shelf
+
+    def look_around(self) -> tuple[set[bytes], set[bytes]]:
+        """See what other engines hold: keys that can be had now and could not, and the reverse.
+
+        Reads headers; worth doing every second or so, not at every step.
+        """
+        neighbours = [s.neighbours for s in (self.host, self.disk) if s and s.neighbours]
+        for one in neighbours:
+            one.refresh()
+        now = {key for one in neighbours for key in one.found()}
+        before, self._beside = self._beside, now
+        return now - before, before - now
+
+    def take_lost(self) -> list[Loss]:
+        """What turned out to be damaged since the last call, and is gone."""
+        lost = [Loss(key, False) for key in self.host.take_lost()]
+        return lost + [Loss(key, True) for key in (self.disk.take_lost() if self.disk else ())]
+
+    def save(
+        self,
+        ticket: Ticket,
+        key: bytes,
+        group: int,
+        blocks: Sequence[int],
+    ) -> bool:
+        """Start to copy blocks into memory; False: skipped."""
+        number = next(self._numbers)
+        if not self.host.store(number, key, group, blocks):
+            return False
+        self._saves[number] = ticket
+        return True
+
+    def load(
+        self,
+        ticket: Ticket,
+        key: bytes,
+        group: int,
+        blocks: Sequence[int],
+    ) -> bool:
+        """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
+        return self._load(_Wanted(ticket, key, group, tuple(blocks)))
+
+    def spill(self, ticket: Ticket, key: bytes) -> bool:
+        """Start to write what memory holds to disk, where it may be forgotten meanwhile.
+
+        False: dropped, or not needed.
+        """
+        if self.disk is None or key in self.disk.shelf:
+            return False
+        entry = self.host.shelf.use(key)
+        if entry is None:
+            return False
+        number = next(self._numbers)
+        if not self.disk.write(number, entry, self.host.shelf.arena.payload(entry.slot)):
+            self.host.shelf.done(entry)
+            return False
+        self._spills[number] = ticket, entry
+        return True
+
+    def forget(self, key: bytes) -> None:
+        """Memory holds it no more; its slot is free once nothing reads it."""
+        self.host.drop(key)
+
+    def forget_on_disk(self, key: bytes) -> None:
+        """The same of the disk."""
+        if self.disk is not None:
+            self.disk.drop(key)
+
+    def poll(self) -> list[Ended]:
+        """What ended since the last call."""
+        for done in self.disk.poll() if self.disk else ():
+            if done.ticket in self._spills:
+                ticket, entry = self._spills.pop(done.ticket)
+                self.host.shelf.done(entry)
+                self._ended.append(done._replace(ticket=ticket))
+            else:
+                self._fetched(self._fetches.pop(done.ticket), done)
+        for done in self.host.poll():
+            if done.ticket in self._saves:
+                self._ended.append(done._replace(ticket=self._saves.pop(done.ticket)))
+            else:
+                self._loaded(*self._loads.pop(done.ticket), done)
+        self._start_fetches()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _load(self, wanted: _Wanted, promoted: Entry | None = None) -> bool:
+        number = next(self._numbers)
+        if self.host.load(number, *wanted[1:]):
+            self._loads[number] = wanted, promoted
+            return True
+        return promoted is None and self._fetch(wanted)
+
+    def _fetch(self, wanted: _Wanted) -> bool:
+        """Promote what is wanted, once there is a slot for it; False: it is on no disk."""
+        if self.disk is None or not self.disk.has(wanted.key):
+            return False
+        self._queued.append((wanted, self._clock()))
+        self._start_fetches()
+        return True
+
+    def _start_fetches(self) -> None:
+        while self.disk is not None and self._queued:
+            wanted, since_s = self._queued.popleft()
+            if fetch := self._fetching.get(wanted.key):
+                fetch.waiting.append(wanted)
+            elif self.disk.room and (slot := self.host.shelf.fill()) is not None:
+                self._read(wanted, slot)
+            elif self._moving and self._clock() < max(since_s, self._promoted_at) + PATIENCE_S:
+                self._queued.appendleft((wanted, since_s))
+                return
+            else:
+                self.host.counts["promotions_without_slot"] += 1
+                self._ended.append(Ended(wanted.ticket, wanted.key, "no slot to read it to", 0))
+
+    def _read(self, wanted: _Wanted, slot: int) -> None:
+        """Promote it to ``slot``."""
+        assert self.disk is not None
+        number, shelf = next(self._numbers), self.host.shelf
+        passing = not self.holds(wanted.key, on_disk=True)
+        entry = self.disk.read(number, wanted.key, shelf.arena.payload(slot))
+        if entry is None:
+            shelf.abandon(slot)
+            self._ended.append(Ended(wanted.ticket, wanted.key, "not read", 0))
+            return
+        self._promoted_at = self._clock()
+        fetch = _Fetch(wanted.key, slot, entry, passing, [wanted])
+        self._fetches[number] = self._fetching[wanted.key] = fetch
+
+    def _fetched(self, fetch: _Fetch, done: Ended) -> None:
+        del self._fetching[fetch.key]
+        self._promoted_at = self._clock()
+        shelf, entry = self.host.shelf, fetch.entry
+        if done.error:
+            shelf.abandon(fetch.slot)
+            for wanted in fetch.waiting:
+                self._ended.append(done._replace(ticket=wanted.ticket))
+            return
+        saved = fetch.key in shelf  # meanwhile
+        if saved:
+            shelf.abandon(fetch.slot)
+        else:
+            shelf.commit(
+                fetch.slot, *(entry.key, entry.group, entry.tokens, entry.nbytes, entry.digest)
+            )
+            self.host.counts["promoted"] += 1
+        for wanted in fetch.waiting:
+            if not self._load(wanted, entry):
+                self._spoilt(entry)
+                self._ended.append(Ended(wanted.ticket, wanted.key, "damaged on disk", 0))
+        if fetch.passing and not saved:
+            self.host.drop(fetch.key)  # its slot is free once those loads have read it
+
+    def _loaded(self, wanted: _Wanted, promoted: Entry | None, done: Ended) -> None:
+        if done.error and promoted is not None:
+            self._spoilt(promoted)
+        if done.error and promoted is None and self._fetch(wanted):
+            return
+        self._ended.append(done._replace(ticket=wanted.ticket))
+
+    def _spoilt(self, entry: Entry) -> None:
+        if self.disk is not None:
+            self.disk.damaged(entry)

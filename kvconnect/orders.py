@@ -1,0 +1,123 @@
+"""Orders and outcomes: the only things that cross between scheduler and worker.
+
+Orders are immutable and picklable (vLLM sends them through its own message queue, inside one
+engine). The scheduler gives the same orders to every worker of the engine.
+"""
+
+from dataclasses import dataclass, field
+
+from kvconnect.control.wire import Address
+from kvconnect.lease import Terms
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank of a remote engine; ``incarnation`` None where no ticket told it."""
+
+    address: Address
+    incarnation: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A lease on a remote engine.
+
+    Without a ticket (params of an in-tree form) only the address of rank 0 is known, which names
+    the others, and the lease's name there: ``request_id``.
+    """
+
+    shards: tuple[Shard, ...]
+    request_id: str
+    generation: str | None
+    ttl_s: float
+    wait_s: float = 0.0
+    """Where both engines are asked at once: how long the KV may take to be computed there."""
+
+
+@dataclass(frozen=True)
+class Expect:
+    """Producer: this request is being computed and will be leased under ``generation``."""
+
+    request_id: str
+    generation: str
+    name: str = ""
+    """As in `kvconnect.lease.Terms`."""
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Producer: the request's blocks hold its KV; lease them."""
+
+    terms: Terms
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Producer: an expected request ended without KV to hand over."""
+
+    generation: str
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Consumer: a request that may fetch has arrived; greet its source and renew its lease."""
+
+    request_id: str
+    source: Source
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Consumer: fill these blocks.
+
+    ``blocks[g]`` are pairs (place in the request's block table, our block id) of group ``g``;
+    ``tokens`` and ``digest`` identify the prompt that the source must hold.
+    """
+
+    request_id: str
+    source: Source
+    blocks: tuple[tuple[tuple[int, int], ...], ...]
+    tokens: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Release:
+    """Consumer: the request needs nothing from its source; let its lease go unread."""
+
+    request_id: str
+    source: Source
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Consumer: the request ended while it was being fetched."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Directory:
+    """All ranks of this engine, in rank order; lets rank 0 name them to a dialler."""
+
+    shards: tuple[Address, ...]
+
+
+Order = Expect | Grant | Withdraw | Watch | Fetch | Release | Cancel | Directory
+
+
+@dataclass
+class Outcome:
+    """What a mover has to report since it was last asked."""
+
+    sent: set[str] = field(default_factory=set)
+    """Producer: requests whose blocks may be freed."""
+    received: set[str] = field(default_factory=set)
+    """Consumer: requests whose fetch ended, well or not."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Consumer: of those, the ones whose blocks do not hold the KV, with the reason."""
+    ended_s: dict[str, float] = field(default_factory=dict)
+    """Consumer: when each fetch ended, by the mover's clock."""
+
+    def __bool__(self) -> bool:
+        return bool(self.sent or self.received or self.failed)

@@ -1,0 +1,1 @@
+"""The side whose blocks are read: leases on them, and chunks of them gathered and sent."""

@@ -1,0 +1,187 @@
+"""The producer's half of a mover: answers readers of our leased blocks.
+
+* A reader that is early (its lease is expected, not granted) is parked and answered when the
+  lease is granted or withdrawn; parked readers are bounded. One that is earlier still, where
+  routers ask both engines at once, waits in `kvconnect.producer.early`.
+* A reader whose prompt is not the leased one is refused: a ticket or a request id alone is
+  not enough to read another prompt's KV.
+* A repeated Close, and only that very message, gets the answer of the first: another reader's
+  Close of a lease that is over must hear that it is late.
+"""
+
+import hmac
+import logging
+from collections import OrderedDict
+
+from kvconnect.control import wire
+from kvconnect.control.channel import Link
+from kvconnect.control.listener import Incoming, Listener
+from kvconnect.lease import Clock, LeaseBook, Standing, Terms
+from kvconnect.producer.early import EarlyReaders
+
+logger = logging.getLogger(__name__)
+
+MAX_PARKED = 4096
+REMEMBERED_CLOSES = 4096
+
+
+class Lender:
+    """Leases of one rank, and the messages about them."""
+
+    def __init__(self, listener: Listener, clock: Clock, max_duration_s: float) -> None:
+        self._listener = listener
+        self._book = LeaseBook(clock, max_duration_s)
+        self._early = EarlyReaders(clock)
+        self._parked: dict[str, dict[tuple[Link, int], wire.Open]] = {}
+        self._freed: set[str] = set()
+        self._closed: OrderedDict[tuple[Link, int], bool] = OrderedDict()  # (…, seq) → stood
+        self.expired = 0
+        """Leases that ended by expiry since this was last read and set to 0."""
+        self.late = 0
+        """Closes that came after their lease was over, likewise."""
+
+    @property
+    def reading(self) -> bool:
+        """Whether a reader is between open and close: the transport needs progress."""
+        return self._book.reading
+
+    def expect(self, name: str, generation: str) -> None:
+        """A request that will be leased is being computed."""
+        self._book.expect(name, generation)
+        for link, message in self._early.take(name):
+            self._park(link, message, generation)
+
+    def grant(self, terms: Terms) -> None:
+        """Lease a request's blocks, and answer whoever waits for them."""
+        self._book.grant(terms)
+        for link, message in self._early.take(terms.name or terms.request_id):
+            self._open(link, message)
+        for (link, _), message in self._parked.pop(terms.generation, {}).items():
+            self._open(link, message)
+
+    def withdraw(self, generation: str) -> None:
+        """An expected request ended without KV."""
+        self._book.withdraw(generation)
+        for (link, _), message in self._parked.pop(generation, {}).items():
+            self._refuse(link, message, "withdrawn", "the request ended without KV to hand over")
+
+    def receive(self, incoming: Incoming) -> None:
+        """Handle a message from a peer that dialled us."""
+        link, message = incoming
+        if isinstance(message, wire.Open):
+            self._open(link, message)
+        elif isinstance(message, wire.Close):
+            self._close(link, message)
+        elif isinstance(message, wire.Renew):
+            found = [g for r in message.request_ids if (g := self._book.find(r))]
+            wanted = message.generations + found
+            gone = [g for g in wanted if self._book.renew(g) is Standing.GONE]
+            if gone:
+                self._listener.answer(link, wire.Gone(generations=gone))
+
+    def opened(self, generation: str, reader: tuple[Link, int]) -> Terms | None:
+        """What is leased, if the lease stands and this reader of it is between open and close."""
+        is_open = self._book.is_open(generation, reader)
+        return self._book.terms(generation) if is_open else None
+
+    def tick(self) -> None:
+        """End the leases that are over."""
+        for request_id in self._book.expire():
+            logger.warning("request %s: lease expired, its blocks are freed", request_id)
+            self.expired += 1
+            self._freed.add(request_id)
+        for link, message in self._early.tick():
+            self._refuse(link, message, "gone", "the request never arrived at this engine")
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is worth calling next."""
+        times = (self._book.next_deadline(), self._early.next_deadline())
+        return min((t for t in times if t is not None), default=None)
+
+    def take_freed(self) -> set[str]:
+        """Requests whose blocks may be freed, each told once."""
+        freed, self._freed = self._freed, set()
+        return freed
+
+    def _open(self, link: Link, message: wire.Open) -> None:
+        generation = self._generation(message)
+        standing = self._book.standing(generation) if generation else Standing.GONE
+        if generation and standing is Standing.EXPECTED:
+            self._park(link, message, generation)
+            return
+        if not generation and self._may_be_early(link, message):
+            return
+        if not generation or standing is Standing.GONE:
+            self._refuse(link, message, "gone", "no such lease, or it is over")
+            return
+        terms = self._book.terms(generation)
+        same = hmac.compare_digest(terms.digest, message.digest)
+        if message.tokens != terms.tokens or not same:
+            self._refuse(
+                link,
+                message,
+                "another prompt",
+                f"the lease holds {terms.tokens} tokens of another prompt than the reader's "
+                f"{message.tokens}",
+            )
+            return
+        self._book.open(generation, (link, message.reader))
+        self._book.renew(generation)
+        self._listener.answer(
+            link,
+            wire.Opened(
+                seq=message.seq,
+                generation=generation,
+                tables=terms.tables,
+                ttl_ms=round(terms.ttl_s * 1000),
+            ),
+        )
+
+    def _close(self, link: Link, message: wire.Close) -> None:
+        stood = self._closed.get((link, message.seq))
+        if stood is None:
+            stood = self._closed[link, message.seq] = self._end_reading(link, message)
+            if len(self._closed) > REMEMBERED_CLOSES:
+                self._closed.popitem(last=False)
+        self._listener.answer(link, wire.Closed(seq=message.seq, stood=stood))
+
+    def _end_reading(self, link: Link, message: wire.Close) -> bool:
+        """Whether the lease still stood."""
+        generation = self._generation(message)
+        if generation is None:
+            self._early.forget(message.request_id or "", link, message.reader)
+            return False
+        reader = (link, message.reader)
+        if not message.final:
+            return self._book.standing(generation) is Standing.GRANTED
+        self._unpark(generation, link, message.reader)
+        stood, freed = self._book.close(generation, reader, message.reader, message.readers)
+        if freed:
+            self._freed.add(freed)
+        self.late += not stood
+        return stood
+
+    def _generation(self, message: wire.Open | wire.Close) -> str | None:
+        if message.generation is not None:
+            return message.generation
+        return self._book.find(message.request_id) if message.request_id else None
+
+    def _may_be_early(self, link: Link, message: wire.Open) -> bool:
+        """Whether the reader waits for a request that has not arrived."""
+        return not self._book.is_over(message.request_id or "") and self._early.admit(link, message)
+
+    def _park(self, link: Link, message: wire.Open, generation: str) -> None:
+        if sum(map(len, self._parked.values())) >= MAX_PARKED:
+            self._refuse(link, message, "busy", f"{MAX_PARKED} readers already wait here")
+            return
+        self._parked.setdefault(generation, {})[link, message.seq] = message
+
+    def _unpark(self, generation: str, link: Link, reader: int) -> None:
+        """A reader gave up waiting: opened later, it would never close."""
+        waiting = self._parked.pop(generation, {})
+        kept = {k: m for k, m in waiting.items() if (k[0], m.reader) != (link, reader)}
+        if kept:
+            self._parked[generation] = kept
+
+    def _refuse(self, link: Link, message: wire.Open, cause: str, detail: str) -> None:
+        self._listener.answer(link, wire.Refused(seq=message.seq, cause=cause, detail=detail))

@@ -1,0 +1,253 @@
+"""The producer's half of the staged path: gathers chunks of leased blocks, writes them to readers.
+
+A reader says once per link what it will have written to it, and where (Stage); then asks chunk by
+chunk, each with room for it (Want). A Want is answered once: Filled when the write has ended, or
+Refused. Only who opened a lease gets its chunks, and only as long as it stands.
+
+* Bounded: readers, and wants that wait for one of our own slots.
+* A repeated message is answered again, never carried out twice.
+"""
+
+import logging
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kvconnect.control import wire
+from kvconnect.control.channel import Link
+from kvconnect.control.listener import Incoming, Listener
+from kvconnect.errors import GeometryError, TransportError
+from kvconnect.geometry.blocks import MAX_ADDRESS, Shard
+from kvconnect.geometry.chunks import segments, source_copy
+from kvconnect.lease import Terms
+from kvconnect.ops import Kernels, Launch
+from kvconnect.producer.leases import Lender
+from kvconnect.producer.reader import Reader, check
+from kvconnect.staging import GRANULE_BYTES, Slots, granule_table, granules
+from kvconnect.stats import Stats
+from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
+
+logger = logging.getLogger(__name__)
+
+MAX_READERS = 1024
+MAX_WAITING = 4096
+REMEMBERED = 4096
+
+
+@dataclass
+class _Filling:
+    link: Link
+    want: wire.Want
+    slot: int
+    launch: Launch
+    started_at: float
+    ticket: Ticket | None = None
+
+
+class Supplier:
+    """All staged readers of one rank."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        lender: Lender,
+        transport: Transport,
+        kernels: Kernels,
+        memory: Shard,
+        slots: Slots,
+        stats: Stats,
+    ) -> None:
+        self._stats = stats
+        self._listener = listener
+        self._lender = lender
+        self._transport = transport
+        self._kernels = kernels
+        self._views = {view.layer: view for view in memory.views}
+        self._slots = slots
+        self._readers: OrderedDict[Link, Reader] = OrderedDict()
+        self._names = 0
+        self._tables: tuple[str, list[np.ndarray]] = "", []  # generation, of the last chunk's lease
+        self._waiting: deque[tuple[Link, wire.Want]] = deque()
+        self._filling: list[_Filling] = []
+        # (link, seq): carried out now, and answered
+        self._under_way: set[tuple[Link, int]] = set()
+        self._answers: OrderedDict[tuple[Link, int], wire.Message] = OrderedDict()
+
+    @property
+    def busy(self) -> bool:
+        """Whether chunks are being gathered or written."""
+        return bool(self._filling or self._waiting)
+
+    def receive(self, incoming: Incoming) -> None:
+        """Handle a Stage or Want."""
+        link, message = incoming
+        if not isinstance(message, wire.Stage | wire.Want):
+            return
+        key = link, message.seq
+        if key in self._under_way:
+            return
+        if (answer := self._answers.get(key)) is not None:
+            self._listener.answer(link, answer)
+            return
+        self._under_way.add(key)
+        if isinstance(message, wire.Stage):
+            self._stage(link, message)
+        elif len(self._waiting) >= MAX_WAITING:
+            self._refuse(link, message, "busy", f"{MAX_WAITING} chunks already wait here")
+        else:
+            self._waiting.append((link, message))
+
+    def done(self, done: Done) -> None:
+        """Take in a ticket that ended, if it is one of ours."""
+        for filling in self._filling:
+            if filling.ticket != done.ticket:
+                continue
+            self._filling.remove(filling)
+            self._slots.give(filling.slot)
+            want = filling.want
+            if done.error is None:
+                self._measured(filling.link, "write", done.wire_s / max(want.nbytes, 1))
+                sums = filling.launch.sums.astype("<u8").tobytes()
+                answer = wire.Filled(seq=want.seq, nbytes=want.nbytes, sums=sums)
+                self._answer(filling.link, want.seq, answer)
+            else:
+                self._refuse(filling.link, want, "write", f"the write to you: {done.error}")
+            return
+
+    @property
+    def slot_bytes(self) -> int:
+        """The largest chunk that can be asked for."""
+        return self._slots.slot_bytes
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next `tick` will gather a chunk."""
+        return bool(self._waiting and self._slots.free)
+
+    def tick(self) -> None:
+        """Gather a chunk for who waits, if a slot is free; write what is gathered.
+
+        One chunk a tick: gathered all at once, the first would wait here for the last.
+        """
+        if self.ready:
+            link, want = self._waiting.popleft()
+            try:
+                self._gather(link, want)
+            except (GeometryError, TransportError) as e:
+                self._refuse(link, want, "unusable", str(e))
+        for filling in list(self._filling):
+            try:
+                if filling.ticket is None and filling.launch.done():
+                    self._write(filling)
+            except TransportError as e:
+                self._drop(filling, "device", str(e))
+
+    # -- one reader -----------------------------------------------------------------------
+
+    def _stage(self, link: Link, stage: wire.Stage) -> None:
+        self._names += 1
+        name = f"reader {self._names}"
+        try:
+            held = [source_copy(self._views, piece) for piece in stage.pieces]
+            if stage.arena.nbytes != GRANULE_BYTES:
+                raise GeometryError(
+                    f"granules of {stage.arena.nbytes} bytes, expected {GRANULE_BYTES}"
+                )
+            if stage.arena.address + stage.arena.count * GRANULE_BYTES > MAX_ADDRESS:
+                raise GeometryError("an arena reaches beyond 63-bit addresses")
+            self._transport.add_peer(name, stage.hello)
+        except (GeometryError, TransportError) as e:
+            logger.warning("a reader cannot be staged for: %s", e)
+            self._refuse(link, stage, "unusable", str(e))
+            return
+        arena = stage.arena
+        table = granule_table(arena.address, arena.count, arena.kind, arena.device)
+        if old := self._readers.pop(link, None):
+            self._transport.drop_peer(old.name)
+        self._readers[link] = Reader(name, arena, table, held)
+        if len(self._readers) > MAX_READERS:
+            self._transport.drop_peer(self._readers.popitem(last=False)[1].name)
+        self._answer(link, stage.seq, wire.Staged(seq=stage.seq))
+
+    # -- one chunk ------------------------------------------------------------------------
+
+    def _gather(self, link: Link, want: wire.Want) -> None:
+        reader = self._readers.get(link)
+        if reader is None:
+            raise GeometryError("no Stage came before this Want")
+        self._readers.move_to_end(link)
+        bundle = reader.bundle(want, self._kernels)
+        terms = self._lender.opened(want.generation, (link, want.reader))
+        if terms is None:
+            self._refuse(link, want, "gone", "no such lease that you opened, or it is over")
+            return
+        table, block_tokens = self._table(terms, want.group), bundle.copies[0].block_tokens
+        leased = len(table) * block_tokens if bundle.whole else terms.tokens
+        check(want, bundle, leased, reader.arena)
+        found = segments(want.runs, table, block_tokens)
+        slot = self._slots.take()
+        assert slot is not None
+        started_at = time.perf_counter()
+        try:
+            launch = bundle.prepared.gather(
+                found, self._slots.address(slot), self._slots.slot_bytes, len(want.runs)
+            )
+        except GeometryError:
+            self._slots.give(slot)
+            raise
+        self._filling.append(_Filling(link, want, slot, launch, started_at))
+
+    def _table(self, terms: Terms, group: int) -> np.ndarray:
+        """A lease's table as an array, made anew for the first of many chunks."""
+        of, tables = self._tables
+        if of != terms.generation:
+            tables = [np.array(table, dtype=np.int64) for table in terms.tables]
+            self._tables = terms.generation, tables
+        return tables[group]
+
+    def _write(self, filling: _Filling) -> None:
+        link, want = filling.link, filling.want
+        reader = self._readers.get(link)
+        # the blocks were leased all the while they were read, or their content means nothing
+        stood = self._lender.opened(want.generation, (link, want.reader)) is not None
+        if reader is None or not stood:
+            self._drop(filling, "gone", "the lease was over before the chunk was gathered")
+            return
+        gathered_s = time.perf_counter() - filling.started_at
+        self._measured(link, "gather", gathered_s / max(want.nbytes, 1))
+        filling.ticket = self._transport.submit(
+            Work(
+                op=Op.WRITE,
+                peer=reader.name,
+                local=self._slots.table,
+                local_index=self._slots.rows(filling.slot, want.nbytes),
+                remote=reader.table,
+                remote_index=granules(want.granule, want.nbytes),
+                nbytes=want.nbytes,
+            )
+        )
+
+    def _drop(self, filling: _Filling, cause: str, detail: str) -> None:
+        self._filling.remove(filling)
+        self._slots.give(filling.slot)
+        self._refuse(filling.link, filling.want, cause, detail)
+
+    def _measured(self, link: Link, what: Literal["gather", "write"], per_byte: float) -> None:
+        if reader := self._readers.get(link):
+            average = reader.gathered if what == "gather" else reader.written
+            self._stats.average(f"{what}_seconds_per_byte", average.add(per_byte))
+
+    def _answer(self, link: Link, seq: int, answer: wire.Message) -> None:
+        self._under_way.discard((link, seq))
+        self._answers[link, seq] = answer
+        if len(self._answers) > REMEMBERED:
+            self._answers.popitem(last=False)
+        self._listener.answer(link, answer)
+
+    def _refuse(self, link: Link, message: wire.Stage | wire.Want, cause: str, detail: str) -> None:
+        self._answer(
+            link, message.seq, wire.Refused(seq=message.seq, cause=cause, detail=detail[:4096])
+        )

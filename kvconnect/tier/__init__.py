@@ -1,1 +1,0 @@
-"""Tiers: scheduler-side knowledge of where KV can be had."""

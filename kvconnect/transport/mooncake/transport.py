@@ -1,0 +1,253 @@
+"""Mooncake's TransferEngine: one-sided reads and writes over RDMA or TCP (kvcache-ai/Mooncake).
+
+* Each span is a transfer of its own. Of a batch, Mooncake's Python interface tells only by
+  spinning that it ended, and of one with a failed span before its others have ended. Over TCP
+  batches were no faster either.
+* Spans wait here until at most `WINDOW` of a peer are under way: a TCP peer fails what exceeds
+  its queue. Rows that are neighbours on both sides are joined.
+* Contact with a new peer is made on a thread, for Mooncake blocks there, up to a minute; what is
+  submitted meanwhile waits.
+* Nothing can be cancelled. What a dropped peer leaves under way is waited for, then fenced off by
+  making the engine anew. Its own threads serve peers: a passive side need not poll.
+"""
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from kvconnect.config import parse
+from kvconnect.errors import TransportError
+from kvconnect.geometry.blocks import Region
+from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.greeting import read_hello
+from kvconnect.transport.mooncake.engine import MooncakeOptions, import_mooncake, start
+from kvconnect.transport.reach import Reach, join, pair
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 128
+FENCE_S = 20.0  # that a dropped peer's transfers get to end by themselves
+CLOSE_S = 2.0  # that all get when the transport is closed
+UNENDED = (0, -2)  # of transfer_check_status: waiting; late, yet not ended
+
+
+class _Hello(msgspec.Struct):
+    segment: str
+    incarnation: str
+    regions: tuple[Region, ...]
+
+
+class _Peer:
+    """A peer and how contact with it stands: None under way, else whether it was made."""
+
+    def __init__(self, hello: _Hello) -> None:
+        self.hello = hello
+        self.reach = Reach(hello.regions)
+        self.met: bool | None = None
+
+
+@dataclass
+class _Running:
+    work: Work
+    peer: _Peer
+    spans: list[tuple[int, int, int]]  # not posted yet, last first
+    started: float
+    post_s: float = 0.0
+    descriptors: int = 0
+    under_way: list[int] = field(default_factory=list)
+    error: str | None = None
+
+
+class MooncakeTransport:
+    """See `kvconnect.transport.base`. Raises ConfigError if the engine cannot start as asked."""
+
+    def __init__(self, regions: Sequence[Region], options: MooncakeOptions | None = None) -> None:
+        self._regions, self._options = tuple(regions), options or MooncakeOptions()
+        self._make = import_mooncake()
+        self._reach = Reach(regions)
+        self._peers: dict[str, _Peer] = {}
+        self._known: dict[str, str] = {}  # segment → incarnation, of all that we ever met
+        self._running: dict[Ticket, _Running] = {}
+        self._ended: list[Done] = []
+        self._next_ticket = 1
+        self._fence_at = float("inf")
+        self._meetings: list[threading.Thread] = []
+        self._engine: Any = None
+        self._make_engine()
+
+    def hello(self) -> bytes:
+        return msgspec.msgpack.encode(_Hello(self._segment, self._incarnation, self._regions))
+
+    def add_peer(self, name: str, hello: bytes) -> None:
+        theirs = read_hello(name, hello, _Hello)
+        try:
+            peer = _Peer(theirs)
+        except OverflowError as e:
+            raise TransportError(f"peer {name}: its hello is malformed: {e}") from e
+        self.drop_peer(name)
+        if self._known.get(theirs.segment, theirs.incarnation) != theirs.incarnation:
+            # Mooncake keeps what it knows of a segment and cannot be told to forget it
+            self._make_anew(f"another process is Mooncake segment {theirs.segment} now")
+        self._known[theirs.segment] = theirs.incarnation
+        self._peers[name] = peer
+        meeting = threading.Thread(target=_meet, args=(self._engine, peer), daemon=True)
+        self._meetings = [m for m in self._meetings if m.is_alive()] + [meeting]
+        meeting.start()
+
+    def drop_peer(self, name: str) -> None:
+        if self._peers.pop(name, None) is None:
+            return
+        for ticket, running in list(self._running.items()):
+            if running.work.peer == name:
+                self._fail(running, f"peer {name} was dropped")
+                self._end_if_over(ticket)
+        if any(r.work.peer == name for r in self._running.values()):
+            self._fence_at = min(self._fence_at, time.monotonic() + FENCE_S)
+
+    def submit(self, work: Work) -> Ticket:
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        started = time.perf_counter()
+        try:
+            if work.peer not in self._peers:
+                raise TransportError(f"peer {work.peer} is not reachable")
+            peer = self._peers[work.peer]
+            ours, theirs, nbytes = spans = join(pair(work))
+            self._reach.check(ours, nbytes)
+            peer.reach.check(theirs, nbytes)
+        except TransportError as e:
+            self._ended.append(Done(ticket, str(e)))
+            return ticket
+        waiting = list(zip(*(s[::-1].tolist() for s in spans), strict=True))
+        running = self._running[ticket] = _Running(work, peer, waiting, started)
+        running.descriptors = len(waiting)
+        self._post()
+        running.post_s = time.perf_counter() - started
+        return ticket
+
+    def poll(self) -> list[Done]:
+        self._advance()
+        self._post()
+        if time.monotonic() >= self._fence_at and not self._is_meeting():
+            self._make_anew(f"a dropped peer's transfers did not end in {FENCE_S:g} s")
+        ended, self._ended = self._ended, []
+        return ended
+
+    def cancel(self, ticket: Ticket) -> None:
+        if running := self._running.get(ticket):
+            self._fail(running, "cancelled")
+            self._end_if_over(ticket)
+
+    def close(self) -> None:
+        if self._engine is None:
+            return
+        deadline = time.monotonic() + CLOSE_S
+        for running in self._running.values():
+            self._fail(running, "transport closed")
+        while (self._running or self._is_meeting()) and time.monotonic() < deadline:
+            self._advance()
+            time.sleep(0.001)
+        self._drop_engine("transport closed")
+
+    # -- transfers ----------------------------------------------------------------------
+
+    def _post(self) -> None:
+        """Put spans under way, oldest tickets first."""
+        under_way: dict[str, int] = {}
+        for ticket, running in list(self._running.items()):
+            segment = running.peer.hello.segment
+            count = under_way.get(segment, 0) + len(running.under_way)
+            if running.peer.met is False:
+                self._fail(running, f"peer {running.work.peer} cannot be reached by Mooncake")
+            while running.peer.met and running.spans and count < WINDOW:
+                count += self._transfer(running, *running.spans.pop())
+            under_way[segment] = count
+            self._end_if_over(ticket)
+
+    def _transfer(self, running: _Running, ours: int, theirs: int, nbytes: int) -> int:
+        engine, segment = self._engine, running.peer.hello.segment
+        read = running.work.op is Op.READ
+        start = engine.batch_transfer_async_read if read else engine.batch_transfer_async_write
+        transfer: int = start(segment, [ours], [theirs], [nbytes])
+        if not transfer:
+            self._fail(running, "Mooncake refused the transfer; its log says why")
+            return 0
+        running.under_way.append(transfer)
+        return 1
+
+    def _advance(self) -> None:
+        for ticket, running in list(self._running.items()):
+            under_way = []
+            for transfer in running.under_way:
+                state = self._engine.transfer_check_status(transfer)
+                if state in UNENDED:
+                    under_way.append(transfer)
+                elif state != 1:
+                    self._fail(running, "Mooncake could not move a row; its log says why")
+            running.under_way = under_way
+            self._end_if_over(ticket)
+        if all(r.work.peer in self._peers for r in self._running.values()):
+            self._fence_at = float("inf")
+
+    def _fail(self, running: _Running, error: str) -> None:
+        """What is under way goes on; it ends, with this error, when that has ended."""
+        running.error = running.error or error
+        running.spans.clear()
+
+    def _end_if_over(self, ticket: Ticket) -> None:
+        r = self._running[ticket]
+        if r.spans or r.under_way:
+            return
+        del self._running[ticket]
+        nbytes, wire_s = 0 if r.error else r.work.nbytes, time.perf_counter() - r.started
+        self._ended.append(Done(ticket, r.error, nbytes, r.descriptors, r.post_s, wire_s))
+
+    # -- the engine ---------------------------------------------------------------------
+
+    def _make_engine(self) -> None:
+        self._engine, self._segment, self._incarnation = start(
+            self._make, self._regions, self._options
+        )
+
+    def _is_meeting(self) -> bool:
+        """Whether a thread has the engine, which then cannot be destroyed."""
+        return any(meeting.is_alive() for meeting in self._meetings)
+
+    def _make_anew(self, why: str) -> None:
+        if self._is_meeting():
+            raise TransportError(f"{why}, and the engine cannot be made anew yet; greet again")
+        logger.error("%s: Mooncake's engine is made anew, and all peers are greeted again", why)
+        self._drop_engine("Mooncake's engine was made anew")
+        self._make_engine()
+
+    def _drop_engine(self, why: str) -> None:
+        """Destroy the engine and with it all registrations, peers and transfers."""
+        for ticket, running in self._running.items():
+            self._ended.append(Done(ticket, running.error or why))
+        self._running.clear()
+        self._peers.clear()
+        self._known.clear()
+        self._fence_at = float("inf")
+        self._engine = None
+        gc.collect()  # it ends with the last who knows it; see that that is now
+
+
+def _meet(engine: Any, peer: _Peer) -> None:
+    """Make contact. The probe first: what follows keeps all others waiting while it lasts."""
+    segment, region = peer.hello.segment, peer.hello.regions[0] if peer.hello.regions else None
+    if engine.send_probe(segment) or region is None:
+        peer.met = False
+        return
+    nothing = engine.batch_transfer_async_read(segment, [region.address], [region.address], [0])
+    peer.met = bool(nothing) and engine.transfer_check_status(nothing) == 1
+
+
+def make(regions: Sequence[Region], host: str, options: Mapping[str, Any]) -> MooncakeTransport:
+    """For `registry`; options are those of `MooncakeOptions`."""
+    wanted = parse({"host": host, **options}, MooncakeOptions, "mooncake")
+    return MooncakeTransport(regions, wanted)

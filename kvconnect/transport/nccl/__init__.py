@@ -1,0 +1,1 @@
+"""NCCL: reads and writes over sends and receives."""

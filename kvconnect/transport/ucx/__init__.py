@@ -1,0 +1,1 @@
+"""UCX by ucxx: reads and writes over tagged messages."""
