@@ -1,7 +1,7 @@
 """Who keeps blocks alive, until when.
 
 A lease covers the blocks of one prefilled request on one rank. It carries a random
-generation, so a stale reference to a request id or to a restarted engine never matches.
+lease_id, so a stale reference to a request id or to a restarted engine never matches.
 
 * expect → grant → end: expected while the request is computed (a reader that is early waits
   instead of being refused), granted when its blocks hold the KV, ended once: by its last
@@ -29,7 +29,7 @@ class Terms:
     """What is leased: block tables per KV cache group, and which tokens are in them."""
 
     request_id: str
-    generation: str
+    lease_id: str
     tables: tuple[tuple[int, ...], ...]
     """``tables[g][i]``: block of tokens ``[i, i + 1) * block_tokens``, or plan.NO_BLOCK."""
     tokens: int
@@ -40,7 +40,7 @@ class Terms:
     """Under which readers without a ticket find the lease, if not under ``request_id``."""
 
 
-class Standing(enum.Enum):
+class LeaseState(enum.Enum):
     """How a lease stands when somebody asks."""
 
     EXPECTED = "expected"
@@ -64,9 +64,9 @@ class LeaseBook:
     def __init__(self, clock: Clock, max_duration_s: float) -> None:
         self._clock = clock
         self._max_duration_s = max_duration_s
-        self._expected: dict[str, str] = {}  # generation → name
-        self._leases: dict[str, _Lease] = {}  # generation → lease
-        self._generations: dict[str, str] = {}  # name → generation, expected or granted
+        self._expected: dict[str, str] = {}  # lease_id → name
+        self._leases: dict[str, _Lease] = {}  # lease_id → lease
+        self._lease_ids: dict[str, str] = {}  # name → lease_id, expected or granted
         self._over: OrderedDict[str, None] = OrderedDict()  # names of leases that ended last
         self._heap: list[tuple[float, str]] = []  # (a deadline at or before the real one, gen.)
 
@@ -78,117 +78,117 @@ class LeaseBook:
         """Whether some reader is between open and close: the transport needs progress."""
         return any(lease.reading for lease in self._leases.values())
 
-    def expect(self, name: str, generation: str) -> None:
-        """A request that will be leased under ``generation`` is being computed."""
-        self._expected[generation] = name
-        self._named(name, generation)
+    def expect(self, name: str, lease_id: str) -> None:
+        """A request that will be leased under ``lease_id`` is being computed."""
+        self._expected[lease_id] = name
+        self._named(name, lease_id)
 
     def grant(self, terms: Terms) -> None:
         """The blocks hold the KV now; the lease runs from here."""
-        self._expected.pop(terms.generation, None)
+        self._expected.pop(terms.lease_id, None)
         now = self._clock()
         lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s)
-        self._leases[terms.generation] = lease
-        self._named(_name(terms), terms.generation)
-        heapq.heappush(self._heap, (lease.deadline, terms.generation))
+        self._leases[terms.lease_id] = lease
+        self._named(_name(terms), terms.lease_id)
+        heapq.heappush(self._heap, (lease.deadline, terms.lease_id))
 
-    def withdraw(self, generation: str) -> None:
+    def withdraw(self, lease_id: str) -> None:
         """An expected request ended without KV to hand over (abort, error)."""
-        name = self._expected.pop(generation, None)
+        name = self._expected.pop(lease_id, None)
         if name is not None:
-            self._unnamed(name, generation)
+            self._unnamed(name, lease_id)
 
     def find(self, name: str) -> str | None:
         """Generation under which a request is expected or leased now."""
-        return self._generations.get(name)
+        return self._lease_ids.get(name)
 
     def is_over(self, name: str) -> bool:
         """Whether what was last expected or leased under ``name`` ended a short while ago."""
         return name in self._over
 
-    def standing(self, generation: str) -> Standing:
+    def standing(self, lease_id: str) -> LeaseState:
         """How the lease stands at this moment."""
-        if generation in self._expected:
-            return Standing.EXPECTED
-        lease = self._leases.get(generation)
+        if lease_id in self._expected:
+            return LeaseState.EXPECTED
+        lease = self._leases.get(lease_id)
         if lease is None or self._clock() >= lease.deadline:
-            return Standing.GONE
-        return Standing.GRANTED
+            return LeaseState.GONE
+        return LeaseState.GRANTED
 
-    def open(self, generation: str, reader: Hashable) -> Terms:
+    def open(self, lease_id: str, reader: Hashable) -> Terms:
         """A reader starts to read; only while GRANTED."""
-        lease = self._leases[generation]
+        lease = self._leases[lease_id]
         lease.reading.add(reader)
         return lease.terms
 
-    def is_open(self, generation: str, reader: Hashable) -> bool:
+    def is_open(self, lease_id: str, reader: Hashable) -> bool:
         """Whether the lease stands and ``reader`` is between open and close."""
-        granted = self.standing(generation) is Standing.GRANTED
-        return granted and reader in self._leases[generation].reading
+        granted = self.standing(lease_id) is LeaseState.GRANTED
+        return granted and reader in self._leases[lease_id].reading
 
-    def terms(self, generation: str) -> Terms:
+    def terms(self, lease_id: str) -> Terms:
         """What is leased; only while GRANTED."""
-        return self._leases[generation].terms
+        return self._leases[lease_id].terms
 
-    def renew(self, generation: str) -> Standing:
+    def renew(self, lease_id: str) -> LeaseState:
         """Keep the lease for another ttl, counted from now; GONE stays gone."""
-        standing = self.standing(generation)
-        if standing is Standing.GRANTED:
-            lease = self._leases[generation]
+        standing = self.standing(lease_id)
+        if standing is LeaseState.GRANTED:
+            lease = self._leases[lease_id]
             lease.deadline = min(self._clock() + lease.terms.ttl_s, lease.last_deadline)
         return standing
 
     def close(
-        self, generation: str, reader: Hashable, rank: int, readers: int
+        self, lease_id: str, reader: Hashable, rank: int, readers: int
     ) -> tuple[bool, str | None]:
         """A reader, rank ``rank`` of ``readers``, is done with the blocks, read or not.
 
         Returns whether the lease still stood, and the request id if that was the last reader
         and its blocks may be freed now.
         """
-        if self.standing(generation) is not Standing.GRANTED:
+        if self.standing(lease_id) is not LeaseState.GRANTED:
             return False, None
-        lease = self._leases[generation]
+        lease = self._leases[lease_id]
         if lease.readers is None:
             lease.readers = readers
         lease.closed.add(rank)
         lease.reading.discard(reader)
         if lease.reading or len(lease.closed) < lease.readers:
             return True, None
-        return True, self._end(generation)
+        return True, self._end(lease_id)
 
     def expire(self) -> list[str]:
         """End all leases that are over; returns the request ids whose blocks may be freed."""
         ended = []
         now = self._clock()
         while self._heap and self._heap[0][0] <= now:
-            _, generation = heapq.heappop(self._heap)
-            lease = self._leases.get(generation)
+            _, lease_id = heapq.heappop(self._heap)
+            lease = self._leases.get(lease_id)
             if lease is None:
                 continue
             if lease.deadline > now:  # renewed since it was pushed
-                heapq.heappush(self._heap, (lease.deadline, generation))
+                heapq.heappush(self._heap, (lease.deadline, lease_id))
             else:
-                ended.append(self._end(generation))
+                ended.append(self._end(lease_id))
         return ended
 
     def next_deadline(self) -> float | None:
         """When `expire` is worth calling next."""
         return self._heap[0][0] if self._heap else None
 
-    def _end(self, generation: str) -> str:
-        terms = self._leases.pop(generation).terms
-        self._unnamed(_name(terms), generation)
+    def _end(self, lease_id: str) -> str:
+        terms = self._leases.pop(lease_id).terms
+        self._unnamed(_name(terms), lease_id)
         return terms.request_id
 
-    def _named(self, name: str, generation: str) -> None:
-        self._generations[name] = generation
+    def _named(self, name: str, lease_id: str) -> None:
+        self._lease_ids[name] = lease_id
         self._over.pop(name, None)
 
-    def _unnamed(self, name: str, generation: str) -> None:
-        if self._generations.get(name) != generation:  # another has taken the name since
+    def _unnamed(self, name: str, lease_id: str) -> None:
+        if self._lease_ids.get(name) != lease_id:  # another has taken the name since
             return
-        del self._generations[name]
+        del self._lease_ids[name]
         self._over[name] = None
         if len(self._over) > REMEMBERED_NAMES:
             self._over.popitem(last=False)

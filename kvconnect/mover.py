@@ -21,17 +21,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvconnect.consumer.fetch import Fetcher
-from kvconnect.consumer.remote import Means, Remotes
+from kvconnect.consumer.remote import ConsumerContext, Remotes
 from kvconnect.control import wire
 from kvconnect.control.channel import Channel
-from kvconnect.control.dialer import Dialler
+from kvconnect.control.dialer import Dialer
 from kvconnect.control.listener import Listener
 from kvconnect.geometry.blocks import Shard
 from kvconnect.lease import Clock
 from kvconnect.ops import Kernels
 from kvconnect.orders import (
     Cancel,
-    Directory,
+    EngineAddresses,
     Expect,
     Fetch,
     Grant,
@@ -41,8 +41,8 @@ from kvconnect.orders import (
     Watch,
     Withdraw,
 )
-from kvconnect.producer.leases import Lender
-from kvconnect.producer.stage import Supplier
+from kvconnect.producer.leases import LeaseServer
+from kvconnect.producer.stage import ChunkSender
 from kvconnect.settings import Settings
 from kvconnect.staging import Slots, Staging
 from kvconnect.stats import Stats
@@ -87,12 +87,12 @@ class Mover:
         self._shards: tuple[wire.Address, ...] = (channel.address,)
         secret = settings.secret or b""
         self._listener = Listener(channel, settings.fingerprint, self._body, secret)
-        self._dialler = Dialler(
+        self._dialler = Dialer(
             channel, clock, settings.fingerprint, secret, settings.handshake_timeout_s
         )
-        self._lender = Lender(self._listener, clock, settings.lease_max_s)
+        self._lender = LeaseServer(self._listener, clock, settings.lease_max_s)
         filled, gathered = staging.halves() if staging else (None, None)
-        means = Means(
+        means = ConsumerContext(
             self._dialler,
             transport,
             memory,
@@ -240,18 +240,18 @@ class Mover:
     def _carry_out(self, order: Order) -> None:
         match order:
             case Expect():
-                self._lender.expect(order.name or order.request_id, order.generation)
+                self._lender.expect(order.name or order.request_id, order.lease_id)
             case Grant():
                 self._lender.grant(order.terms)
             case Withdraw():
-                self._lender.withdraw(order.generation)
+                self._lender.withdraw(order.lease_id)
             case Watch():
                 self._fetcher.watch(order)
             case Fetch() | Release():
                 self._fetcher.start(order)
             case Cancel():
                 self._fetcher.cancel(order)
-            case Directory():
+            case EngineAddresses():
                 self._shards = order.shards
 
     def _publish(self) -> None:
@@ -269,11 +269,13 @@ class Mover:
             self._outcome.failed |= failed
         self._lender.expired = self._lender.late = 0
 
-    def _make_supplier(self, gathered: Staging | None, kernels: Kernels | None) -> Supplier | None:
+    def _make_supplier(
+        self, gathered: Staging | None, kernels: Kernels | None
+    ) -> ChunkSender | None:
         if gathered is None or kernels is None or self._settings.mode == "direct":
             return None
         slots = Slots(gathered, self._clock)
-        return Supplier(
+        return ChunkSender(
             self._listener,
             self._lender,
             self._transport,

@@ -11,7 +11,7 @@ from kvconnect.lease import Terms
 
 
 @dataclass(frozen=True)
-class Shard:
+class RankAddress:
     """One rank of a remote engine; ``incarnation`` None where no ticket told it."""
 
     address: Address
@@ -26,9 +26,9 @@ class Source:
     the others, and the lease's name there: ``request_id``.
     """
 
-    shards: tuple[Shard, ...]
+    shards: tuple[RankAddress, ...]
     request_id: str
-    generation: str | None
+    lease_id: str | None
     ttl_s: float
     wait_s: float = 0.0
     """Where both engines are asked at once: how long the KV may take to be computed there."""
@@ -36,10 +36,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Expect:
-    """Producer: this request is being computed and will be leased under ``generation``."""
+    """Producer: this request is being computed and will be leased under ``lease_id``."""
 
     request_id: str
-    generation: str
+    lease_id: str
     name: str = ""
     """As in `kvconnect.lease.Terms`."""
 
@@ -55,7 +55,7 @@ class Grant:
 class Withdraw:
     """Producer: an expected request ended without KV to hand over."""
 
-    generation: str
+    lease_id: str
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class Cancel:
 
 
 @dataclass(frozen=True)
-class Directory:
-    """All ranks of this engine, in rank order; lets rank 0 name them to a dialler."""
+class EngineAddresses:
+    """All ranks of this engine, in rank order; lets rank 0 name them to a dialer."""
 
     shards: tuple[Address, ...]
 
 
-Order = Expect | Grant | Withdraw | Watch | Fetch | Release | Cancel | Directory
+Order = Expect | Grant | Withdraw | Watch | Fetch | Release | Cancel | EngineAddresses
 
 
 @dataclass

@@ -5,7 +5,7 @@ that arrived with an offer ends in exactly one of: a load, a release, a cancelle
 """
 
 from kvconnect.control.wire import Address
-from kvconnect.orders import Directory, Grant, Order
+from kvconnect.orders import EngineAddresses, Grant, Order
 from kvconnect.stats import Stats
 from kvconnect.tier_base import Load, Store
 from kvconnect.tier_peer import Offer, PeerTier
@@ -21,7 +21,7 @@ class Planner:
 
     def named(self, shards: tuple[Address, ...]) -> None:
         """All ranks of this engine are up, at these addresses."""
-        self._orders.append(Directory(shards))
+        self._orders.append(EngineAddresses(shards))
 
     def offered(self, request_id: str, offer: Offer) -> None:
         """A request arrived whose KV can be had elsewhere."""
@@ -60,12 +60,12 @@ class Planner:
         self._orders += self._tier.open_store(request_id, name)
 
     def lend(self, store: Store) -> str:
-        """Its KV is computed; returns the generation of the lease."""
+        """Its KV is computed; returns the lease's id."""
         orders = self._tier.seal_store(store)
         self._orders += orders
         grant = orders[-1]
         assert isinstance(grant, Grant)
-        return grant.terms.generation
+        return grant.terms.lease_id
 
     def will_not_lend(self, request_id: str) -> None:
         """The request ended without KV to hand over."""

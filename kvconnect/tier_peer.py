@@ -26,7 +26,7 @@ class PeerTier:
         self._ttl_s = ttl_s
         self._offers: dict[str, Offer] = {}  # [arrival, end of its load or release)
         self._loading: set[str] = set()  # of those, the ones that a Fetch was ordered for
-        self._promised: dict[str, str] = {}  # request id → generation, while it is computed
+        self._promised: dict[str, str] = {}  # request id → lease_id, while it is computed
 
     def offer(self, request_id: str, offer: Offer) -> list[Order]:
         """A request arrived whose KV another engine has."""
@@ -61,16 +61,16 @@ class PeerTier:
     def open_store(self, request_id: str, name: str = "") -> list[Order]:
         if request_id in self._promised:  # a preempted request is admitted again
             return []
-        generation = self._promised[request_id] = secrets.token_hex(16)
-        return [Expect(request_id, generation, name)]
+        lease_id = self._promised[request_id] = secrets.token_hex(16)
+        return [Expect(request_id, lease_id, name)]
 
     def seal_store(self, store: Store) -> list[Order]:
-        generation = self._promised.pop(store.request_id, None) or secrets.token_hex(16)
+        lease_id = self._promised.pop(store.request_id, None) or secrets.token_hex(16)
         return [
             Grant(
                 Terms(
                     request_id=store.request_id,
-                    generation=generation,
+                    lease_id=lease_id,
                     tables=store.tables,
                     tokens=store.tokens,
                     digest=store.digest,
@@ -81,5 +81,5 @@ class PeerTier:
         ]
 
     def drop_store(self, request_id: str) -> list[Order]:
-        generation = self._promised.pop(request_id, None)
-        return [] if generation is None else [Withdraw(generation)]
+        lease_id = self._promised.pop(request_id, None)
+        return [] if lease_id is None else [Withdraw(lease_id)]

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kvconnect.control.channel import ZmqChannel
-from kvconnect.control.dialer import Dialler, Peer, State
+from kvconnect.control.dialer import Dialer, Peer, PeerState
 from kvconnect.control.wire import Address, Body
 from kvconnect.errors import GeometryError, KvConnectError
 from kvconnect.geometry.blocks import DENSE, BlockView, Part
-from kvconnect.geometry.chunks import Course
+from kvconnect.geometry.chunks import ChunkPlan
 from kvconnect.geometry.intersect import Rect, assign, joined, why_not_direct
 from kvconnect.geometry.rows import Memory, Route
 from kvconnect.staging import MOST_SLOT_BYTES
@@ -101,11 +101,11 @@ def greet(address: Address, secret: bytes, timeout_s: float) -> Engine:
     """The engine that has a rank at ``address``; raises InspectError."""
     channel = ZmqChannel("127.0.0.1", 0)  # nobody is meant to dial it
     try:
-        dialler = Dialler(channel, time.monotonic, None, secret, timeout_s)
-        (first,) = _greeted(channel, dialler, [address])
+        dialer = Dialer(channel, time.monotonic, None, secret, timeout_s)
+        (first,) = _greeted(channel, dialer, [address])
         assert first.body is not None
         known = first.body.shards or (address,)
-        peers = _greeted(channel, dialler, known) if len(known) > 1 else [first]
+        peers = _greeted(channel, dialer, known) if len(known) > 1 else [first]
     finally:
         channel.close()
     bodies = tuple(peer.body for peer in peers if peer.body)
@@ -122,14 +122,14 @@ def greet(address: Address, secret: bytes, timeout_s: float) -> Engine:
     )
 
 
-def _greeted(channel: ZmqChannel, dialler: Dialler, addresses: Sequence[Address]) -> list[Peer]:
-    peers = [dialler.greet(address) for address in addresses]
-    while any(peer.state is State.GREETING for peer in peers):
+def _greeted(channel: ZmqChannel, dialer: Dialer, addresses: Sequence[Address]) -> list[Peer]:
+    peers = [dialer.greet(address) for address in addresses]
+    while any(peer.state is PeerState.GREETING for peer in peers):
         for frame in channel.poll(LOOK_S):
             if frame.link.dialled:
-                dialler.receive(frame)
-        dialler.tick()
-    if failed := next((peer for peer in peers if peer.state is State.FAILED), None):
+                dialer.receive(frame)
+        dialer.tick()
+    if failed := next((peer for peer in peers if peer.state is PeerState.FAILED), None):
         raise InspectError(f"{failed}: {failed.error}")
     return peers
 
@@ -256,7 +256,7 @@ class _Link:
             return Path(False, f"transports differ: {both}; set the same on both engines")
         join = self.source.bodies[self.source_rank].joins
         try:
-            course = Course(self.rects, MOST_SLOT_BYTES, join=join)
+            course = ChunkPlan(self.rects, MOST_SLOT_BYTES, join=join)
         except GeometryError as e:
             return Path(False, str(e))
         return Path(True, "", f"{len(course.pieces)} pieces a token")

@@ -14,16 +14,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvconnect.consumer.remote import Path, Remote, Remotes
-from kvconnect.consumer.renew import Watcher
-from kvconnect.consumer.stage import Pull
+from kvconnect.consumer.remote import PeerPath, Remote, Remotes
+from kvconnect.consumer.renew import LeaseRenewer
+from kvconnect.consumer.stage import ChunkReceiver
 from kvconnect.control import wire
-from kvconnect.control.dialer import Call, Dialler, State
+from kvconnect.control.dialer import Call, Dialer, PeerState
 from kvconnect.errors import GeometryError
 from kvconnect.lease import Clock
 from kvconnect.orders import Cancel, Fetch, Release, Watch
 from kvconnect.stats import Stats
-from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
+from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +51,18 @@ class _Fetch:
     aborted: bool = False
     opens: dict[int, Call] = field(default_factory=dict)  # index of the rank → call
     closes: dict[int, Call] = field(default_factory=dict)
-    tickets: dict[Ticket, int] = field(default_factory=dict)  # running → index of the rank
-    pulls: dict[int, Pull] = field(default_factory=dict)  # index of the rank → running
+    tickets: dict[TransferId, int] = field(default_factory=dict)  # running → index of the rank
+    pulls: dict[int, ChunkReceiver] = field(default_factory=dict)  # index of the rank → running
     pulled_from: float = 0.0  # when the pulls began
     expected: dict[int, int] = field(default_factory=dict)  # index of the rank → descriptors
 
-    def generation_at(self, index: int) -> str | None:
+    def lease_id_at(self, index: int) -> str | None:
         """As that rank said when it was opened, else as any other did, else as the ticket says."""
         asked = [self.opens[index]] if index in self.opens else []
         for call in (*asked, *self.opens.values()):
             if isinstance(call.reply, wire.Opened):
-                return call.reply.generation
-        return self.order.source.generation
+                return call.reply.lease_id
+        return self.order.source.lease_id
 
 
 class Fetcher:
@@ -70,7 +70,7 @@ class Fetcher:
 
     def __init__(
         self,
-        dialler: Dialler,
+        dialer: Dialer,
         remotes: Remotes,
         transport: Transport,
         clock: Clock,
@@ -79,7 +79,7 @@ class Fetcher:
         ranks: int,
         load_timeout_s: float,
     ) -> None:
-        self._dialler = dialler
+        self._dialler = dialer
         self._remotes = remotes
         self._transport = transport
         self._clock = clock
@@ -88,7 +88,7 @@ class Fetcher:
         self._ranks = ranks
         self._load_timeout_s = load_timeout_s
         self._fetches: dict[str, _Fetch] = {}
-        self._watcher = Watcher(dialler, remotes, clock)
+        self._watcher = LeaseRenewer(dialer, remotes, clock)
         self._late: list[tuple[int, Call]] = []  # slots in quarantine → what may still fill them
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
@@ -167,7 +167,7 @@ class Fetcher:
         self._check_time(fetch)
         if fetch.phase is not Phase.FAILING:
             self._check(fetch)
-        if fetch.phase is Phase.GREETING and fetch.remote.state is State.READY:
+        if fetch.phase is Phase.GREETING and fetch.remote.state is PeerState.READY:
             self._open(fetch)
         if fetch.phase is Phase.OPENING and all(c.reply for c in fetch.opens.values()):
             self._read(fetch)
@@ -205,7 +205,7 @@ class Fetcher:
             ):
                 self._stats.count("num_late_reads")
                 self._fail(fetch, "the lease was over before the read had ended")
-        if remote.state is State.FAILED:
+        if remote.state is PeerState.FAILED:
             greeted = fetch.phase is not Phase.GREETING
             self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)
 
@@ -215,7 +215,7 @@ class Fetcher:
         opened = fetch.phase in (Phase.READING, Phase.CLOSING)
         waited = 0.0 if opened else fetch.order.source.wait_s
         self._fail(fetch, f"not loaded within {self._load_timeout_s + waited:g} s")
-        if fetch.tickets and fetch.remote.state is not State.FAILED:
+        if fetch.tickets and fetch.remote.state is not PeerState.FAILED:
             # the fence: without it a read could still land in blocks that get a new owner
             fetch.remote.fail("a read did not end in time")
 
@@ -227,7 +227,7 @@ class Fetcher:
         if fetch.remote.was_restarted(source):
             self._fail(fetch, "the peer was restarted since the ticket was made")
             return
-        if source.generation and any(source.generation in p.gone for p in fetch.remote.peers):
+        if source.lease_id and any(source.lease_id in p.gone for p in fetch.remote.peers):
             self._fail(fetch, "the lease is over")
             return
         for index, path in enumerate(fetch.remote.paths):
@@ -236,7 +236,7 @@ class Fetcher:
                     fetch.remote.peers[index],
                     lambda seq: wire.Open(
                         seq=seq,
-                        generation=source.generation,
+                        lease_id=source.lease_id,
                         request_id=source.request_id,
                         reader=self._rank,
                         # a release has none: it is refused, once there is a lease to close
@@ -269,7 +269,7 @@ class Fetcher:
                 self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
                 return
 
-    def _submit(self, fetch: _Fetch, index: int, path: Path, opened: wire.Opened) -> None:
+    def _submit(self, fetch: _Fetch, index: int, path: PeerPath, opened: wire.Opened) -> None:
         route = path.route
         assert route is not None and isinstance(fetch.order, Fetch)
         chosen = route.select(opened.tables, fetch.order.blocks)
@@ -286,7 +286,7 @@ class Fetcher:
         )
         fetch.tickets[self._transport.submit(work)] = index
 
-    def _not_read(self, fetch: _Fetch, index: int, path: Path, error: str) -> None:
+    def _not_read(self, fetch: _Fetch, index: int, path: PeerPath, error: str) -> None:
         """A direct read failed: fall back if the transport may have no way to read this peer."""
         peer, could = fetch.remote.peers[index], path.route is not None
         if not path.give_up_route():
@@ -303,9 +303,9 @@ class Fetcher:
         except (GeometryError, IndexError) as e:
             self._fail(fetch, f"peer {peer}: {e}")
 
-    def _start_pull(self, fetch: _Fetch, index: int, path: Path) -> None:
+    def _start_pull(self, fetch: _Fetch, index: int, path: PeerPath) -> None:
         assert path.staged is not None and isinstance(fetch.order, Fetch)
-        pull = Pull(
+        pull = ChunkReceiver(
             path.staged,
             fetch.order.blocks,
             fetch.order.tokens,
@@ -318,9 +318,9 @@ class Fetcher:
     def _pull(self, fetch: _Fetch) -> None:
         """Move the staged transfers of a fetch on."""
         for index, pull in list(fetch.pulls.items()):
-            generation = fetch.generation_at(index)
-            assert generation is not None
-            if error := pull.advance(generation, self._rank):
+            lease_id = fetch.lease_id_at(index)
+            assert lease_id is not None
+            if error := pull.advance(lease_id, self._rank):
                 self._fail(fetch, error)
                 return
             if pull.done:
@@ -355,10 +355,10 @@ class Fetcher:
         source = fetch.order.source
         final = not self._watcher.waits_for(source, but=fetch.order.request_id)
 
-        def close_of(generation: str | None) -> Callable[[int], wire.Close]:
+        def close_of(lease_id: str | None) -> Callable[[int], wire.Close]:
             return lambda seq: wire.Close(
                 seq=seq,
-                generation=generation,
+                lease_id=lease_id,
                 request_id=source.request_id,
                 reader=self._rank,
                 readers=self._ranks,
@@ -367,7 +367,7 @@ class Fetcher:
 
         deadline = self._clock() + CLOSE_TIMEOUT_S
         for index, peer in enumerate(fetch.remote.peers):
-            message = close_of(fetch.generation_at(index))
+            message = close_of(fetch.lease_id_at(index))
             fetch.closes[index] = self._dialler.call(peer, message, (wire.Closed,), deadline)
 
     def _fail(self, fetch: _Fetch, error: str, counted_as: str = TRANSFER) -> None:

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvconnect.consumer.stage import Staged
-from kvconnect.control.dialer import Dialler, Peer, State
+from kvconnect.consumer.stage import StagedPath
+from kvconnect.control.dialer import Dialer, Peer, PeerState
 from kvconnect.control.wire import Address, Body
 from kvconnect.costs import Costs
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.blocks import Shard as Memory
-from kvconnect.geometry.chunks import Course
+from kvconnect.geometry.chunks import ChunkPlan
 from kvconnect.geometry.intersect import Rect, assign, why_not_direct
 from kvconnect.geometry.rows import Memory as MemoryKind
 from kvconnect.geometry.rows import Route
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Means:
+class ConsumerContext:
     """What all remotes of a rank share: our memory, and how it may be filled."""
 
-    dialler: Dialler
+    dialer: Dialer
     transport: Transport
     mine: Memory
     rank: int
@@ -55,11 +55,11 @@ class Choice(NamedTuple):
 
 
 @dataclass
-class Path:
+class PeerPath:
     """How one rank is read: by ``route``, ``staged``, or by the faster of the two."""
 
     route: Route | None
-    staged: Staged | None
+    staged: StagedPath | None
     costs: Costs = field(default_factory=Costs)
     was_read: bool = False
     """Whether a direct read has ever ended well."""
@@ -87,32 +87,34 @@ class Path:
 class Remote:
     """One remote engine. FAILED is final; `Remotes.of` then makes a new one."""
 
-    def __init__(self, addresses: Sequence[Address], means: Means) -> None:
-        self.state = State.GREETING
+    def __init__(self, addresses: Sequence[Address], means: ConsumerContext) -> None:
+        self.state = PeerState.GREETING
         self.error = ""
-        self.peers: list[Peer] = [means.dialler.greet(address) for address in addresses]
-        self.paths: list[Path | None] = []
+        self.peers: list[Peer] = [means.dialer.greet(address) for address in addresses]
+        self.paths: list[PeerPath | None] = []
         """Of each peer; None where we read nothing from it."""
         self._means = means
-        self._dialler = means.dialler
+        self._dialler = means.dialer
         self._transport = means.transport
         self._added: dict[int, str] = {}  # index of a peer → the transport's name of it
 
     def advance(self) -> None:
         """See how its ranks stand; moves GREETING on to READY or FAILED, READY to FAILED."""
-        if self.state is State.FAILED:
+        if self.state is PeerState.FAILED:
             return
-        failed = next((p for p in self.peers if p.state is State.FAILED), None)
+        failed = next((p for p in self.peers if p.state is PeerState.FAILED), None)
         if failed is not None:
             self.fail(f"peer {failed}: {failed.error}")
-        elif self.state is State.GREETING and all(p.state is State.READY for p in self.peers):
+        elif self.state is PeerState.GREETING and all(
+            p.state is PeerState.READY for p in self.peers
+        ):
             self._greeted()
 
     def fail(self, error: str) -> None:
         """Give up on it: fences its transport, so that tickets to it end."""
-        if self.state is State.FAILED:
+        if self.state is PeerState.FAILED:
             return
-        self.state, self.error = State.FAILED, error
+        self.state, self.error = PeerState.FAILED, error
         for name in self._added.values():
             self._transport.drop_peer(name)
 
@@ -142,7 +144,7 @@ class Remote:
             if len(bodies) == 1:  # perhaps it did not know its other ranks yet: ask again
                 self._dialler.fail(self.peers[0], str(e))
         else:
-            self.state = State.READY
+            self.state = PeerState.READY
 
     def _connect(self) -> None:
         bodies = [p.body for p in self.peers if p.body]
@@ -165,7 +167,7 @@ class Remote:
                 name = f"{peer}#{body.incarnation}#{next(means.names)}"
                 self._transport.add_peer(name, body.hello)
                 self._added[index] = name
-            self.paths[index] = Path(route, staged)
+            self.paths[index] = PeerPath(route, staged)
 
     def _route(self, body: Body, wanted: list[Rect]) -> tuple[Route | None, str]:
         """The direct path, or why there is none."""
@@ -180,7 +182,7 @@ class Remote:
         except GeometryError as e:
             return None, str(e)
 
-    def _staged(self, peer: Peer, body: Body, wanted: list[Rect]) -> tuple[Staged | None, str]:
+    def _staged(self, peer: Peer, body: Body, wanted: list[Rect]) -> tuple[StagedPath | None, str]:
         """The staged path, or why there is none."""
         means = self._means
         if means.mode == "direct":
@@ -191,10 +193,10 @@ class Remote:
             return None, "it does not stage: its transfer_mode is direct, or it is older"
         try:
             slot_bytes = min(means.slots.slot_bytes, body.slot_bytes or means.slots.slot_bytes)
-            course = Course(wanted, slot_bytes, join=body.joins)
+            course = ChunkPlan(wanted, slot_bytes, join=body.joins)
         except GeometryError as e:
             return None, str(e)
-        return Staged(means.dialler, peer, course, means.kernels, means.slots), ""
+        return StagedPath(means.dialer, peer, course, means.kernels, means.slots), ""
 
 
 def _kind(regions: Sequence[Region]) -> MemoryKind:
@@ -207,7 +209,7 @@ def _kind(regions: Sequence[Region]) -> MemoryKind:
 class Remotes:
     """Remote engines by the addresses of their ranks."""
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: ConsumerContext) -> None:
         self.means = means
         self._by_addresses: dict[tuple[Address, ...], Remote] = {}
 
@@ -217,7 +219,7 @@ class Remotes:
         remote = self._by_addresses.get(key)
         if remote is not None:
             remote.advance()
-        if remote is None or remote.state is State.FAILED:
+        if remote is None or remote.state is PeerState.FAILED:
             remote = self._by_addresses[key] = Remote(key, self.means)
         return remote
 
@@ -225,5 +227,5 @@ class Remotes:
         """Advance all; forget the failed ones."""
         for key, remote in list(self._by_addresses.items()):
             remote.advance()
-            if remote.state is State.FAILED:
+            if remote.state is PeerState.FAILED:
                 del self._by_addresses[key]

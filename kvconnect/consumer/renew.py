@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvconnect.consumer.remote import Remote, Remotes
 from kvconnect.control import wire
-from kvconnect.control.dialer import Dialler, State
+from kvconnect.control.dialer import Dialer, PeerState
 from kvconnect.lease import Clock
 from kvconnect.orders import Source, Watch
 
@@ -18,25 +18,25 @@ MIN_RENEWAL_S = 1.0  # whatever ttl a ticket claims
 
 
 @dataclass
-class _Watch:
+class _Renewal:
     source: Source
     remote: Remote
     renew_at: float
 
 
-class Watcher:
+class LeaseRenewer:
     """The leases that one rank waits for."""
 
-    def __init__(self, dialler: Dialler, remotes: Remotes, clock: Clock) -> None:
-        self._dialler = dialler
+    def __init__(self, dialer: Dialer, remotes: Remotes, clock: Clock) -> None:
+        self._dialler = dialer
         self._remotes = remotes
         self._clock = clock
-        self._watches: dict[str, _Watch] = {}
+        self._watches: dict[str, _Renewal] = {}
 
     def watch(self, order: Watch) -> None:
         """Greet early and keep the lease alive while the request waits."""
         remote = self._remotes.of(order.source)
-        self._watches[order.request_id] = _Watch(order.source, remote, self._clock())
+        self._watches[order.request_id] = _Renewal(order.source, remote, self._clock())
 
     def forget(self, request_id: str) -> None:
         """Its fetch or release has ended."""
@@ -51,7 +51,7 @@ class Watcher:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        waiting = (w for w in self._watches.values() if w.remote.state is not State.GREETING)
+        waiting = (w for w in self._watches.values() if w.remote.state is not PeerState.GREETING)
         return min((w.renew_at for w in waiting), default=None)
 
     def tick(self) -> None:
@@ -62,18 +62,20 @@ class Watcher:
             if now < watch.renew_at:
                 continue
             watch.remote.advance()
-            if watch.remote.state is State.GREETING:
+            if watch.remote.state is PeerState.GREETING:
                 continue
             watch.renew_at = now + max(watch.source.ttl_s / RENEWALS_PER_TTL, MIN_RENEWAL_S)
-            if watch.remote.state is State.FAILED:  # it may be back before the request is loaded
+            if (
+                watch.remote.state is PeerState.FAILED
+            ):  # it may be back before the request is loaded
                 watch.remote = self._remotes.of(watch.source)
             elif not watch.remote.was_restarted(watch.source):
                 due.setdefault(id(watch.remote), (watch.remote, []))[1].append(watch.source)
         for remote, sources in due.values():
             for some in _batched(sources, wire.RENEWED_AT_ONCE):
                 renew = wire.Renew(
-                    generations=[s.generation for s in some if s.generation],
-                    request_ids=[s.request_id for s in some if not s.generation],
+                    lease_ids=[s.lease_id for s in some if s.lease_id],
+                    request_ids=[s.request_id for s in some if not s.lease_id],
                 )
                 for peer in remote.peers:
                     self._dialler.tell(peer, renew)

@@ -1,8 +1,8 @@
 """The consumer's half of the staged path: asks for chunks, verifies and scatters them.
 
-One `Pull` per fetch and source rank. It offers our slots as credits (Want), and scatters what a
-Filled says is there; a checksum that differs ends the pull. Gathering there, the wire and
-scattering here overlap, since several chunks are under way.
+One `ChunkReceiver` per fetch and source rank. It offers our slots as credits (Want), and scatters
+what a Filled says is there; a checksum that differs ends the transfer. Gathering there, the wire
+and scattering here overlap, since several chunks are under way.
 
 * A pull that is abandoned leaves the slots that may still be written to quarantined until the
   source has answered for them.
@@ -13,22 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvconnect.control import wire
-from kvconnect.control.dialer import Call, Dialler, Peer
+from kvconnect.control.dialer import Call, Dialer, Peer
 from kvconnect.errors import GeometryError, TransportError
-from kvconnect.geometry.chunks import Chunk, Course
+from kvconnect.geometry.chunks import Chunk, ChunkPlan
 from kvconnect.ops import Kernels, Launch, Prepared
 from kvconnect.staging import ENDED_S, GRANULE_BYTES, QUARANTINE_S, Slots
 
 WINDOW = 8  # chunks that one pull has under way
 
 
-class Staged:
+class StagedPath:
     """What our rank stages from one source rank: made once per peer, used by many pulls."""
 
     def __init__(
-        self, dialler: Dialler, peer: Peer, course: Course, kernels: Kernels, slots: Slots
+        self, dialer: Dialer, peer: Peer, course: ChunkPlan, kernels: Kernels, slots: Slots
     ) -> None:
-        self.dialler = dialler
+        self.dialer = dialer
         self.peer = peer
         self.course = course
         self.slots = slots
@@ -45,7 +45,7 @@ class Staged:
         """Whether the source knows what we want of it, and why it never will; asks it to."""
         if self._call is None or self._call.error:
             region = self.slots.region
-            self._call = self.dialler.call(
+            self._call = self.dialer.call(
                 self.peer,
                 lambda seq: wire.Stage(
                     seq=seq,
@@ -85,12 +85,12 @@ class _Asked:
     sums: bytes = b""
 
 
-class Pull:
+class ChunkReceiver:
     """All chunks of one fetch from one source rank."""
 
     def __init__(
         self,
-        staged: Staged,
+        staged: StagedPath,
         blocks: Sequence[Sequence[tuple[int, int]]],
         tokens: int,
         hello: bytes,
@@ -118,7 +118,7 @@ class Pull:
         """Whether a scatter is under way, which nothing can stop."""
         return any(asked.launch is not None and _runs(asked.launch) for asked in self._asked)
 
-    def advance(self, generation: str, reader: int) -> str:
+    def advance(self, lease_id: str, reader: int) -> str:
         """Go on as far as it goes; returns why it failed, or nothing."""
         ready, error = self._staged.ready(self._hello, self._deadline)
         if error or not ready:
@@ -127,7 +127,7 @@ class Pull:
             for asked in list(self._asked):
                 if error := self._take(asked):
                     return error
-            self._ask_more(generation, reader)
+            self._ask_more(lease_id, reader)
         except (GeometryError, TransportError) as e:
             return str(e)
         return ""
@@ -150,23 +150,23 @@ class Pull:
         self._next = None
         return late
 
-    def _ask_more(self, generation: str, reader: int) -> None:
+    def _ask_more(self, lease_id: str, reader: int) -> None:
         slots = self._staged.slots
         while (chunk := self._next) is not None and len(self._asked) < WINDOW:
             if (slot := slots.take()) is None:
                 return
-            self._ask(chunk, slot, generation, reader)
+            self._ask(chunk, slot, lease_id, reader)
             self.nbytes += chunk.nbytes
             self.chunks += 1
             self._next = next(self._chunks, None)
 
-    def _ask(self, chunk: Chunk, slot: int, generation: str, reader: int) -> None:
+    def _ask(self, chunk: Chunk, slot: int, lease_id: str, reader: int) -> None:
         granule = self._staged.slots.granule(slot)
-        call = self._staged.dialler.call(
+        call = self._staged.dialer.call(
             self._staged.peer,
             lambda seq: wire.Want(
                 seq=seq,
-                generation=generation,
+                lease_id=lease_id,
                 reader=reader,
                 group=chunk.bundle.kind.src_group,
                 first=chunk.bundle.first,

@@ -1,7 +1,7 @@
 """The control channel: small messages between ranks, without blocking.
 
 A `Link` is one conversation with one peer: dialled by us, or arrived. The channel carries
-opaque frames; who may say what is decided above it (`listener.py`, `dialler.py`).
+opaque frames; who may say what is decided above it (`listener.py`, `dialer.py`).
 
 * One thread owns a channel, only `wake` may be called from others.
 * `poll` returns what arrived, waiting at most ``timeout_s``; `send` never blocks: a frame that
@@ -42,7 +42,7 @@ class Frame(NamedTuple):
 
 
 class Channel(Protocol):
-    """What listener and dialler need of a control channel; see the module's contract."""
+    """What listener and dialer need of a control channel; see the module's contract."""
 
     address: Address
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 from kvconnect.control import wire
 from kvconnect.control.channel import Channel, Frame, Link
-from kvconnect.control.session import DIALLER, NONCE_BYTES, PLAIN, SEALED, Session, why_not_proved
+from kvconnect.control.session import DIALER, NONCE_BYTES, PLAIN, SEALED, Session, why_not_proved
 from kvconnect.control.wire import Address
 from kvconnect.errors import GeometryError, WireError
 from kvconnect.geometry.blocks import check_views
@@ -32,7 +32,7 @@ MAX_BACKOFFS = 1024
 MAX_GONE = 4096
 
 
-class State(enum.Enum):
+class PeerState(enum.Enum):
     """Of a dialled peer."""
 
     GREETING = "greeting"
@@ -67,7 +67,7 @@ class Peer:
         self.address = address
         self.link = link
         self.deadline = deadline
-        self.state = State.GREETING
+        self.state = PeerState.GREETING
         self.error = ""
         self.body: wire.Body | None = None
         self.version: tuple[int, int] | None = None
@@ -90,7 +90,7 @@ class Peer:
         return str(self.address)
 
 
-class Dialler:
+class Dialer:
     """All links that one rank dialled."""
 
     def __init__(
@@ -126,7 +126,7 @@ class Dialler:
             peer = Peer(address, self._channel.dial(address), deadline)
         except WireError as e:
             peer = Peer(address, Link(True, b""), deadline)
-            peer.state, peer.error = State.FAILED, str(e)
+            peer.state, peer.error = PeerState.FAILED, str(e)
             return peer
         self._peers[address] = self._by_link[peer.link] = peer
         self._send_greeting(peer)
@@ -136,7 +136,7 @@ class Dialler:
         not_before, _, why = self._backoffs.get(address, (0.0, 0.0, ""))
         if self._clock() < not_before:
             raise WireError(why)
-        greeting = sum(p.state is State.GREETING for p in self._peers.values())
+        greeting = sum(p.state is PeerState.GREETING for p in self._peers.values())
         if greeting >= MAX_GREETINGS:
             raise WireError(f"{greeting} other peers are being greeted, at most {MAX_GREETINGS}")
 
@@ -149,12 +149,12 @@ class Dialler:
 
     def fail(self, peer: Peer, error: str) -> None:
         """Give up on a peer: all its calls end, its link is closed. Idempotent."""
-        if peer.state is State.FAILED:
+        if peer.state is PeerState.FAILED:
             return
         logger.warning("peer %s: %s", peer, error)
-        if peer.state is State.GREETING:
+        if peer.state is PeerState.GREETING:
             self._back_off(peer.address, error)
-        peer.state, peer.error = State.FAILED, error
+        peer.state, peer.error = PeerState.FAILED, error
         for call in peer.calls.values():
             call.error = f"peer {peer}: {error}"
         peer.calls.clear()
@@ -171,7 +171,7 @@ class Dialler:
         """Send the request ``make(seq)``, repeated until one of ``accepts`` answers it."""
         seq = next(self._seq)
         call = Call(seq, make(seq), accepts, deadline, self._clock() + RESEND_S)
-        if peer.state is State.READY:
+        if peer.state is PeerState.READY:
             peer.calls[seq] = call
             self.tell(peer, call.message)
         else:
@@ -191,13 +191,13 @@ class Dialler:
         """Repeat what went unanswered, give up on what is overdue."""
         now = self._clock()
         for peer in list(self._peers.values()):
-            if peer.state is State.GREETING and now >= peer.deadline:
+            if peer.state is PeerState.GREETING and now >= peer.deadline:
                 self.fail(
                     peer,
                     f"did not complete the greeting within {self._handshake_timeout_s:g} s; is "
                     "the engine up, and its side channel reachable from here?",
                 )
-            elif peer.state is State.GREETING and now >= peer.resend_at:
+            elif peer.state is PeerState.GREETING and now >= peer.resend_at:
                 self._send_greeting(peer)
             for seq, call in list(peer.calls.items()):
                 if now >= call.deadline:
@@ -209,7 +209,7 @@ class Dialler:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = [p.resend_at for p in self._peers.values() if p.state is State.GREETING]
+        times = [p.resend_at for p in self._peers.values() if p.state is PeerState.GREETING]
         times += [c.resend_at for p in self._peers.values() for c in p.calls.values()]
         return min(times, default=None)
 
@@ -219,7 +219,7 @@ class Dialler:
         if peer is None:
             return
         if frame.data is None:
-            if peer.state is State.READY:  # while greeting, the listener may only just come up
+            if peer.state is PeerState.READY:  # while greeting, the listener may only just come up
                 peer.ended = True
                 self.fail(peer, "closed the connection; has the engine ended?")
             elif peer.session is not None:
@@ -238,7 +238,7 @@ class Dialler:
             return
         if isinstance(message := wire.decode(data[1:]), wire.Reject):
             # its proof was right, so its secret is ours: it has forgotten us, or was restarted
-            if peer.state is State.GREETING and peer.session is not None and not peer.rejected:
+            if peer.state is PeerState.GREETING and peer.session is not None and not peer.rejected:
                 peer.rejected = True
                 peer.begin()
                 self._send_greeting(peer)
@@ -248,7 +248,7 @@ class Dialler:
             self._prove(peer, message)
 
     def _take(self, peer: Peer, message: wire.Message) -> None:
-        if isinstance(message, wire.Welcome) and peer.state is State.GREETING:
+        if isinstance(message, wire.Welcome) and peer.state is PeerState.GREETING:
             self._welcomed(peer, message)
         elif isinstance(message, wire.Reply):
             call = peer.calls.get(message.seq)
@@ -256,7 +256,7 @@ class Dialler:
                 del peer.calls[message.seq]
                 call.reply = message
         elif isinstance(message, wire.Gone):
-            peer.gone |= dict.fromkeys(message.generations)
+            peer.gone |= dict.fromkeys(message.lease_ids)
             for oldest in list(peer.gone)[:-MAX_GONE]:
                 del peer.gone[oldest]
 
@@ -265,7 +265,7 @@ class Dialler:
         if challenge.version[0] != wire.VERSION[0]:
             self.fail(peer, f"speaks wire version {challenge.version}, ours is {wire.VERSION}")
             return
-        session = Session(DIALLER, self._secret, peer.nonce, challenge.nonce)
+        session = Session(DIALER, self._secret, peer.nonce, challenge.nonce)
         if not session.accepts(challenge.proof):
             self.fail(peer, why_not_proved(ours=bool(self._secret), theirs=challenge.secret))
             return
@@ -290,7 +290,7 @@ class Dialler:
         except (WireError, GeometryError) as e:
             self.fail(peer, f"bad description of its memory: {e}")
             return
-        peer.body, peer.state = body, State.READY
+        peer.body, peer.state = body, PeerState.READY
         self._backoffs.pop(peer.address, None)
         version = body.versions.get("vllm", "unknown")
         logger.info("peer %s is ready: %d layers, vLLM %.20r", peer, len(body.views), version)

@@ -1,6 +1,6 @@
 """Links that peers dialled: proves both sides, then hands authentic messages up.
 
-* Shows our memory's addresses (the Body) only to a dialler that proved the secret.
+* Shows our memory's addresses (the Body) only to a dialer that proved the secret.
 * Bounded: the longest silent link goes when there are too many; links that have proved nothing
   only ever displace their like.
 * A malformed or unauthentic frame is dropped and, where the peer cannot know why, answered
@@ -35,7 +35,7 @@ class _Arrived:
     """A link somebody dialled, from its Hello on."""
 
     def __init__(self, hello: wire.Hello, secret: bytes) -> None:
-        self.dialler_nonce = hello.nonce
+        self.dialer_nonce = hello.nonce
         nonce = secrets.token_bytes(NONCE_BYTES)
         self.session = Session(LISTENER, secret, hello.nonce, nonce)
         self.challenge = wire.Challenge(
@@ -44,7 +44,7 @@ class _Arrived:
 
 
 class Listener:
-    """``body`` is asked for whenever a dialler has proved itself."""
+    """``body`` is asked for whenever a dialer has proved itself."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Listener:
         self._proved: OrderedDict[Link, _Arrived] = OrderedDict()
 
     def answer(self, link: Link, message: wire.Message) -> None:
-        """Send a message to a proved dialler; lost if its link is gone."""
+        """Send a message to a proved dialer; lost if its link is gone."""
         if arrived := self._proved.get(link):
             self._channel.send(link, arrived.session.seal(wire.encode(message)))
 
@@ -92,7 +92,7 @@ class Listener:
 
     def _challenge(self, link: Link, hello: wire.Hello) -> None:
         arrived = self._unproved.get(link)
-        if arrived is None or arrived.dialler_nonce != hello.nonce:  # else: a repeated Hello
+        if arrived is None or arrived.dialer_nonce != hello.nonce:  # else: a repeated Hello
             arrived = self._unproved[link] = _Arrived(hello, self._secret)
             if len(self._unproved) > MAX_UNPROVED:
                 self._unproved.popitem(last=False)

@@ -19,18 +19,18 @@ MAC_BYTES = 16
 COUNTER_BYTES = 8
 NONCE_BYTES = 16
 
-DIALLER = b"dialler"
+DIALER = b"dialler"  # a word of the wire: it is part of what is sealed
 LISTENER = b"listener"
 
 
 class Session:
-    """Keys of one greeted link, seen from ``side`` (DIALLER or LISTENER)."""
+    """Keys of one greeted link, seen from ``side`` (DIALER or LISTENER)."""
 
     def __init__(
-        self, side: bytes, secret: bytes, dialler_nonce: bytes, listener_nonce: bytes
+        self, side: bytes, secret: bytes, dialer_nonce: bytes, listener_nonce: bytes
     ) -> None:
-        self._key = _mac(secret, b"kvconnect 1|" + dialler_nonce + b"|" + listener_nonce)
-        self._ours, self._theirs = side, LISTENER if side == DIALLER else DIALLER
+        self._key = _mac(secret, b"kvconnect 1|" + dialer_nonce + b"|" + listener_nonce)
+        self._ours, self._theirs = side, LISTENER if side == DIALER else DIALER
         self._sent = itertools.count(1)
         self._seen = 0
 

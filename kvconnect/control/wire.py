@@ -18,7 +18,7 @@ VERSION = (2, 3)
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20
-"""Of what a dialler sends; only a listener's Welcome may be larger."""
+"""Of what a dialer sends; only a listener's Welcome may be larger."""
 MAX_RANKS = 1024
 MAX_PIECES = 8192
 MAX_RUNS = 1 << 14
@@ -28,8 +28,8 @@ Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
 Ranks = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-Generation = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-Generations = Annotated[list[Generation], msgspec.Meta(max_length=RENEWED_AT_ONCE)]
+LeaseId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+LeaseIds = Annotated[list[LeaseId], msgspec.Meta(max_length=RENEWED_AT_ONCE)]
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 Detail = Annotated[str, msgspec.Meta(max_length=4096)]
 Short = Annotated[bytes, msgspec.Meta(max_length=64)]
@@ -53,7 +53,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Hello(Message, frozen=True):
-    """First message of a dialler; proves nothing yet."""
+    """First message of a dialer; proves nothing yet."""
 
     version: tuple[int, int]
     nonce: Short
@@ -70,7 +70,7 @@ class Challenge(Message, frozen=True):
 
 
 class Prove(Message, frozen=True):
-    """The dialler's proof; asks for the body."""
+    """The dialer's proof; asks for the body."""
 
     proof: Short
 
@@ -84,7 +84,7 @@ class Welcome(Message, frozen=True):
 
 
 class Reject(Message, frozen=True):
-    """The listener does not go on with this dialler."""
+    """The listener does not go on with this dialer."""
 
     detail: Detail
 
@@ -92,7 +92,7 @@ class Reject(Message, frozen=True):
 class Body(msgspec.Struct, frozen=True):
     """A rank: its memory's geometry and how its transport is reached."""
 
-    incarnation: Generation
+    incarnation: LeaseId
     views: Annotated[tuple[BlockView, ...], msgspec.Meta(max_length=4096)]
     regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=4096)]
     transport: Name
@@ -111,7 +111,7 @@ class Body(msgspec.Struct, frozen=True):
     """Of the slots that it gathers into: no chunk may be larger. 0: as the reader's. Since 2.2."""
 
 
-class Piece(msgspec.Struct, frozen=True, array_like=True):
+class HeadSlice(msgspec.Struct, frozen=True, array_like=True):
     """One part of some heads of a layer, as it crosses: dense ``[head][token][content]``."""
 
     layer: Name
@@ -138,10 +138,10 @@ class Granules(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Open(Message, frozen=True):
-    """A reader asks to read a lease, by generation or, without a ticket, by request id."""
+    """A reader asks to read a lease, by lease id or, without a ticket, by request id."""
 
     seq: Seq
-    generation: Generation | None
+    lease_id: LeaseId | None = msgspec.field(name="generation")
     request_id: RequestId | None
     reader: Rank
     tokens: Count
@@ -154,7 +154,7 @@ class Opened(Message, frozen=True):
     """The lease stands; these blocks may be read until ``ttl_ms`` after Open was *sent*."""
 
     seq: Seq
-    generation: Generation
+    lease_id: LeaseId = msgspec.field(name="generation")
     tables: Annotated[tuple[Table, ...], msgspec.Meta(max_length=4096)]
     ttl_ms: Count
 
@@ -168,16 +168,16 @@ class Refused(Message, frozen=True):
 
 
 class Renew(Message, frozen=True):
-    """Keep these leases alive, by generation or, without a ticket, by request id."""
+    """Keep these leases alive, by lease id or, without a ticket, by request id."""
 
-    generations: Generations
+    lease_ids: LeaseIds = msgspec.field(name="generations")
     request_ids: Annotated[list[RequestId], msgspec.Meta(max_length=RENEWED_AT_ONCE)] = []
 
 
 class Gone(Message, frozen=True):
     """Of the leases in Renew, these are over."""
 
-    generations: Generations
+    lease_ids: LeaseIds = msgspec.field(name="generations")
 
 
 class Close(Message, frozen=True):
@@ -188,7 +188,7 @@ class Close(Message, frozen=True):
     """
 
     seq: Seq
-    generation: Generation | None
+    lease_id: LeaseId | None = msgspec.field(name="generation")
     request_id: RequestId | None
     reader: Rank
     readers: Ranks
@@ -209,7 +209,7 @@ class Stage(Message, frozen=True):
     hello: Opaque
     """Of its transport."""
     arena: Granules
-    pieces: Annotated[tuple[Piece, ...], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
+    pieces: Annotated[tuple[HeadSlice, ...], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
 
 
 class Staged(Message, frozen=True):
@@ -226,7 +226,7 @@ class Want(Message, frozen=True):
     """
 
     seq: Seq
-    generation: Generation
+    lease_id: LeaseId = msgspec.field(name="generation")
     reader: Rank
     group: Annotated[int, msgspec.Meta(ge=0, le=4096)]
     """KV cache group of the source whose block table the pieces' layers share."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvconnect.control.wire import MAX_RUNS, Piece
+from kvconnect.control.wire import MAX_RUNS, HeadSlice
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import DENSE, BlockView, Part
 from kvconnect.geometry.intersect import FLOATS, NO_BLOCK, Rect, joined, part_pairs
@@ -34,7 +34,7 @@ Runs = tuple[tuple[int, int], ...]
 """(first token, count), of the prompt."""
 
 
-class Bundle(NamedTuple):
+class SliceGroup(NamedTuple):
     """Pieces ``[first, first + num_pieces)`` that cross together, ``tokens`` at most at a time."""
 
     first: int
@@ -65,18 +65,18 @@ class Held(NamedTuple):
 class Chunk(NamedTuple):
     """What one slot takes: a bundle, the runs, and where they go; see `segments`."""
 
-    bundle: Bundle
+    bundle: SliceGroup
     runs: Runs
     segments: np.ndarray
     nbytes: int
 
 
-class Course:
+class ChunkPlan:
     """How the rectangles from one source shard to our shard cross, in slots of ``slot_bytes``."""
 
     def __init__(self, rects: Sequence[Rect], slot_bytes: int, *, join: bool = True) -> None:
         """``join``: K and V cross as one piece where both sides have them side by side."""
-        self.pieces: list[Piece] = []
+        self.pieces: list[HeadSlice] = []
         self.copies: list[Copy] = []  # of our side
         kinds: list[Kind] = []
         for rect in sorted(rects, key=lambda r: (r.src.group, r.dst.group)):
@@ -106,7 +106,7 @@ class Course:
                 yield Chunk(bundle, runs, found, sizes[total])
 
     def _runs(
-        self, bundle: Bundle, blocks: Sequence[tuple[int, int]], tokens: int
+        self, bundle: SliceGroup, blocks: Sequence[tuple[int, int]], tokens: int
     ) -> Iterator[tuple[Runs, np.ndarray]]:
         _, _, block_tokens, whole = bundle.kind
         table = np.full(max((p for p, _ in blocks), default=-1) + 1, NO_BLOCK)
@@ -146,7 +146,7 @@ def segments(runs: Runs, table: Sequence[int] | np.ndarray, block_tokens: int) -
     return found.astype(np.int32)
 
 
-def copy_of(view: BlockView, part: Part, piece: Piece, factor: float) -> Copy:
+def copy_of(view: BlockView, part: Part, piece: HeadSlice, factor: float) -> Copy:
     """One side's half of a piece: the part's cells of its heads."""
     token, content = part.tiles
     numbers = view.layout == DENSE and view.dtype in FLOATS
@@ -171,7 +171,7 @@ def copy_of(view: BlockView, part: Part, piece: Piece, factor: float) -> Copy:
     )
 
 
-def source_copy(views: dict[str, BlockView], piece: Piece) -> Held:
+def source_copy(views: dict[str, BlockView], piece: HeadSlice) -> Held:
     """The source's half of a piece that a reader asked for.
 
     Raises GeometryError if our caches do not hold it, or not so.
@@ -215,11 +215,11 @@ def _part(view: BlockView, name: str) -> Part | None:
     )
 
 
-def _piece(rect: Rect, src: Part, dst: Part) -> tuple[Piece, float]:
+def _piece(rect: Rect, src: Part, dst: Part) -> tuple[HeadSlice, float]:
     """How a part crosses, and the factor of our side."""
     scale = src.scale / dst.scale
     at_source = dst.itemsize <= src.itemsize  # the source converts, to our dtype
-    piece = Piece(
+    piece = HeadSlice(
         layer=rect.dst.layer,
         part=dst.name,
         first=rect.first,
@@ -231,7 +231,9 @@ def _piece(rect: Rect, src: Part, dst: Part) -> tuple[Piece, float]:
     return piece, 1.0 if at_source else scale
 
 
-def _bundles(copies: Sequence[Copy], kinds: Sequence[Kind], slot_bytes: int) -> Iterator[Bundle]:
+def _bundles(
+    copies: Sequence[Copy], kinds: Sequence[Kind], slot_bytes: int
+) -> Iterator[SliceGroup]:
     """Neighbouring pieces of one kind, as many as fit with a whole block of ours."""
     first = 0
     while first < len(copies):
@@ -250,7 +252,7 @@ def _bundles(copies: Sequence[Copy], kinds: Sequence[Kind], slot_bytes: int) -> 
                 f"one token of a layer is {chunk_bytes(chosen, 1)} bytes, a staging slot "
                 f"{slot_bytes}; raise staging_bytes"
             )
-        yield Bundle(first, count, kind, tokens)
+        yield SliceGroup(first, count, kind, tokens)
         first += count
 
 

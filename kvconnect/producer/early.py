@@ -45,7 +45,7 @@ class EarlyReaders:
     def admit(self, link: Link, message: wire.Open) -> bool:
         """Whether the reader may wait, or go on waiting, for the lease that it names."""
         name, key, now = message.request_id, (link, message.seq), self._clock()
-        if message.generation is not None or not name or not message.early_ms:
+        if message.lease_id is not None or not name or not message.early_ms:
             return False
         waiting = self._waiting.get(name, {}).get(key)
         if waiting is None:

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from kvconnect.control import wire
 from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming, Listener
-from kvconnect.lease import Clock, LeaseBook, Standing, Terms
+from kvconnect.lease import Clock, LeaseBook, LeaseState, Terms
 from kvconnect.producer.early import EarlyReaders
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ MAX_PARKED = 4096
 REMEMBERED_CLOSES = 4096
 
 
-class Lender:
+class LeaseServer:
     """Leases of one rank, and the messages about them."""
 
     def __init__(self, listener: Listener, clock: Clock, max_duration_s: float) -> None:
@@ -45,24 +45,24 @@ class Lender:
         """Whether a reader is between open and close: the transport needs progress."""
         return self._book.reading
 
-    def expect(self, name: str, generation: str) -> None:
+    def expect(self, name: str, lease_id: str) -> None:
         """A request that will be leased is being computed."""
-        self._book.expect(name, generation)
+        self._book.expect(name, lease_id)
         for link, message in self._early.take(name):
-            self._park(link, message, generation)
+            self._park(link, message, lease_id)
 
     def grant(self, terms: Terms) -> None:
         """Lease a request's blocks, and answer whoever waits for them."""
         self._book.grant(terms)
         for link, message in self._early.take(terms.name or terms.request_id):
             self._open(link, message)
-        for (link, _), message in self._parked.pop(terms.generation, {}).items():
+        for (link, _), message in self._parked.pop(terms.lease_id, {}).items():
             self._open(link, message)
 
-    def withdraw(self, generation: str) -> None:
+    def withdraw(self, lease_id: str) -> None:
         """An expected request ended without KV."""
-        self._book.withdraw(generation)
-        for (link, _), message in self._parked.pop(generation, {}).items():
+        self._book.withdraw(lease_id)
+        for (link, _), message in self._parked.pop(lease_id, {}).items():
             self._refuse(link, message, "withdrawn", "the request ended without KV to hand over")
 
     def receive(self, incoming: Incoming) -> None:
@@ -74,15 +74,15 @@ class Lender:
             self._close(link, message)
         elif isinstance(message, wire.Renew):
             found = [g for r in message.request_ids if (g := self._book.find(r))]
-            wanted = message.generations + found
-            gone = [g for g in wanted if self._book.renew(g) is Standing.GONE]
+            wanted = message.lease_ids + found
+            gone = [g for g in wanted if self._book.renew(g) is LeaseState.GONE]
             if gone:
-                self._listener.answer(link, wire.Gone(generations=gone))
+                self._listener.answer(link, wire.Gone(lease_ids=gone))
 
-    def opened(self, generation: str, reader: tuple[Link, int]) -> Terms | None:
+    def opened(self, lease_id: str, reader: tuple[Link, int]) -> Terms | None:
         """What is leased, if the lease stands and this reader of it is between open and close."""
-        is_open = self._book.is_open(generation, reader)
-        return self._book.terms(generation) if is_open else None
+        is_open = self._book.is_open(lease_id, reader)
+        return self._book.terms(lease_id) if is_open else None
 
     def tick(self) -> None:
         """End the leases that are over."""
@@ -104,17 +104,17 @@ class Lender:
         return freed
 
     def _open(self, link: Link, message: wire.Open) -> None:
-        generation = self._generation(message)
-        standing = self._book.standing(generation) if generation else Standing.GONE
-        if generation and standing is Standing.EXPECTED:
-            self._park(link, message, generation)
+        lease_id = self._lease_id(message)
+        standing = self._book.standing(lease_id) if lease_id else LeaseState.GONE
+        if lease_id and standing is LeaseState.EXPECTED:
+            self._park(link, message, lease_id)
             return
-        if not generation and self._may_be_early(link, message):
+        if not lease_id and self._may_be_early(link, message):
             return
-        if not generation or standing is Standing.GONE:
+        if not lease_id or standing is LeaseState.GONE:
             self._refuse(link, message, "gone", "no such lease, or it is over")
             return
-        terms = self._book.terms(generation)
+        terms = self._book.terms(lease_id)
         same = hmac.compare_digest(terms.digest, message.digest)
         if message.tokens != terms.tokens or not same:
             self._refuse(
@@ -125,13 +125,13 @@ class Lender:
                 f"{message.tokens}",
             )
             return
-        self._book.open(generation, (link, message.reader))
-        self._book.renew(generation)
+        self._book.open(lease_id, (link, message.reader))
+        self._book.renew(lease_id)
         self._listener.answer(
             link,
             wire.Opened(
                 seq=message.seq,
-                generation=generation,
+                lease_id=lease_id,
                 tables=terms.tables,
                 ttl_ms=round(terms.ttl_s * 1000),
             ),
@@ -147,41 +147,41 @@ class Lender:
 
     def _end_reading(self, link: Link, message: wire.Close) -> bool:
         """Whether the lease still stood."""
-        generation = self._generation(message)
-        if generation is None:
+        lease_id = self._lease_id(message)
+        if lease_id is None:
             self._early.forget(message.request_id or "", link, message.reader)
             return False
         reader = (link, message.reader)
         if not message.final:
-            return self._book.standing(generation) is Standing.GRANTED
-        self._unpark(generation, link, message.reader)
-        stood, freed = self._book.close(generation, reader, message.reader, message.readers)
+            return self._book.standing(lease_id) is LeaseState.GRANTED
+        self._unpark(lease_id, link, message.reader)
+        stood, freed = self._book.close(lease_id, reader, message.reader, message.readers)
         if freed:
             self._freed.add(freed)
         self.late += not stood
         return stood
 
-    def _generation(self, message: wire.Open | wire.Close) -> str | None:
-        if message.generation is not None:
-            return message.generation
+    def _lease_id(self, message: wire.Open | wire.Close) -> str | None:
+        if message.lease_id is not None:
+            return message.lease_id
         return self._book.find(message.request_id) if message.request_id else None
 
     def _may_be_early(self, link: Link, message: wire.Open) -> bool:
         """Whether the reader waits for a request that has not arrived."""
         return not self._book.is_over(message.request_id or "") and self._early.admit(link, message)
 
-    def _park(self, link: Link, message: wire.Open, generation: str) -> None:
+    def _park(self, link: Link, message: wire.Open, lease_id: str) -> None:
         if sum(map(len, self._parked.values())) >= MAX_PARKED:
             self._refuse(link, message, "busy", f"{MAX_PARKED} readers already wait here")
             return
-        self._parked.setdefault(generation, {})[link, message.seq] = message
+        self._parked.setdefault(lease_id, {})[link, message.seq] = message
 
-    def _unpark(self, generation: str, link: Link, reader: int) -> None:
+    def _unpark(self, lease_id: str, link: Link, reader: int) -> None:
         """A reader gave up waiting: opened later, it would never close."""
-        waiting = self._parked.pop(generation, {})
+        waiting = self._parked.pop(lease_id, {})
         kept = {k: m for k, m in waiting.items() if (k[0], m.reader) != (link, reader)}
         if kept:
-            self._parked[generation] = kept
+            self._parked[lease_id] = kept
 
     def _refuse(self, link: Link, message: wire.Open, cause: str, detail: str) -> None:
         self._listener.answer(link, wire.Refused(seq=message.seq, cause=cause, detail=detail))

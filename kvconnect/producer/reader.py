@@ -15,7 +15,7 @@ from kvconnect.staging import GRANULE_BYTES
 
 
 @dataclass
-class Bundle:
+class PreparedSlices:
     """Pieces that cross together, checked once."""
 
     copies: list[Copy]
@@ -33,11 +33,11 @@ class Reader:
     arena: wire.Granules
     table: RowTable
     held: list[Held]
-    bundles: dict[tuple[int, int], Bundle] = field(default_factory=dict)
+    bundles: dict[tuple[int, int], PreparedSlices] = field(default_factory=dict)
     gathered: Average = field(default_factory=Average)  # seconds per byte
     written: Average = field(default_factory=Average)
 
-    def bundle(self, want: wire.Want, kernels: Kernels) -> Bundle:
+    def bundle(self, want: wire.Want, kernels: Kernels) -> PreparedSlices:
         """The pieces that a chunk is of; raises GeometryError."""
         key = first, count = want.first, want.count
         if key not in self.bundles:
@@ -53,14 +53,16 @@ class Reader:
             if len(self.bundles) >= wire.MAX_PIECES:  # no honest reader has as many
                 self.bundles.clear()
             copies = [held.copy for held in chosen]
-            made = Bundle(copies, chosen[0].group, chosen[0].whole, kernels.prepare(copies))
+            made = PreparedSlices(copies, chosen[0].group, chosen[0].whole, kernels.prepare(copies))
             self.bundles[key] = made
         if self.bundles[key].group != want.group:
             raise GeometryError(f"pieces {first}..{first + count} are not of group {want.group}")
         return self.bundles[key]
 
 
-def check(want: wire.Want, bundle: Bundle, leased_tokens: int, arena: wire.Granules) -> None:
+def check(
+    want: wire.Want, bundle: PreparedSlices, leased_tokens: int, arena: wire.Granules
+) -> None:
     """Raise GeometryError for a chunk that is not what was leased, or does not fit its room."""
     end = max(start + count for start, count in want.runs)
     if end > leased_tokens or min(count for _, count in want.runs) < 1:

@@ -24,11 +24,11 @@ from kvconnect.geometry.blocks import MAX_ADDRESS, Shard
 from kvconnect.geometry.chunks import segments, source_copy
 from kvconnect.lease import Terms
 from kvconnect.ops import Kernels, Launch
-from kvconnect.producer.leases import Lender
+from kvconnect.producer.leases import LeaseServer
 from kvconnect.producer.reader import Reader, check
 from kvconnect.staging import GRANULE_BYTES, Slots, granule_table, granules
 from kvconnect.stats import Stats
-from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
+from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +38,22 @@ REMEMBERED = 4096
 
 
 @dataclass
-class _Filling:
+class _Sending:
     link: Link
     want: wire.Want
     slot: int
     launch: Launch
     started_at: float
-    ticket: Ticket | None = None
+    ticket: TransferId | None = None
 
 
-class Supplier:
+class ChunkSender:
     """All staged readers of one rank."""
 
     def __init__(
         self,
         listener: Listener,
-        lender: Lender,
+        lender: LeaseServer,
         transport: Transport,
         kernels: Kernels,
         memory: Shard,
@@ -69,9 +69,9 @@ class Supplier:
         self._slots = slots
         self._readers: OrderedDict[Link, Reader] = OrderedDict()
         self._names = 0
-        self._tables: tuple[str, list[np.ndarray]] = "", []  # generation, of the last chunk's lease
+        self._tables: tuple[str, list[np.ndarray]] = "", []  # lease_id, of the last chunk's lease
         self._waiting: deque[tuple[Link, wire.Want]] = deque()
-        self._filling: list[_Filling] = []
+        self._filling: list[_Sending] = []
         # (link, seq): carried out now, and answered
         self._under_way: set[tuple[Link, int]] = set()
         self._answers: OrderedDict[tuple[Link, int], wire.Message] = OrderedDict()
@@ -180,7 +180,7 @@ class Supplier:
             raise GeometryError("no Stage came before this Want")
         self._readers.move_to_end(link)
         bundle = reader.bundle(want, self._kernels)
-        terms = self._lender.opened(want.generation, (link, want.reader))
+        terms = self._lender.opened(want.lease_id, (link, want.reader))
         if terms is None:
             self._refuse(link, want, "gone", "no such lease that you opened, or it is over")
             return
@@ -198,21 +198,21 @@ class Supplier:
         except GeometryError:
             self._slots.give(slot)
             raise
-        self._filling.append(_Filling(link, want, slot, launch, started_at))
+        self._filling.append(_Sending(link, want, slot, launch, started_at))
 
     def _table(self, terms: Terms, group: int) -> np.ndarray:
         """A lease's table as an array, made anew for the first of many chunks."""
         of, tables = self._tables
-        if of != terms.generation:
+        if of != terms.lease_id:
             tables = [np.array(table, dtype=np.int64) for table in terms.tables]
-            self._tables = terms.generation, tables
+            self._tables = terms.lease_id, tables
         return tables[group]
 
-    def _write(self, filling: _Filling) -> None:
+    def _write(self, filling: _Sending) -> None:
         link, want = filling.link, filling.want
         reader = self._readers.get(link)
         # the blocks were leased all the while they were read, or their content means nothing
-        stood = self._lender.opened(want.generation, (link, want.reader)) is not None
+        stood = self._lender.opened(want.lease_id, (link, want.reader)) is not None
         if reader is None or not stood:
             self._drop(filling, "gone", "the lease was over before the chunk was gathered")
             return
@@ -230,7 +230,7 @@ class Supplier:
             )
         )
 
-    def _drop(self, filling: _Filling, cause: str, detail: str) -> None:
+    def _drop(self, filling: _Sending, cause: str, detail: str) -> None:
         self._filling.remove(filling)
         self._slots.give(filling.slot)
         self._refuse(filling.link, filling.want, cause, detail)

@@ -18,7 +18,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import Kernels, load
-from kvconnect.orders import Directory, Grant, Order, Outcome, Shard, Source
+from kvconnect.orders import EngineAddresses, Grant, Order, Outcome, RankAddress, Source
 from kvconnect.settings import Mode, Settings
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.clock import FakeClock
@@ -127,7 +127,7 @@ class Engine:
             self.movers.append(mover)
             self.transports.append(transport)
         self.addresses = [mover.address for mover in self.movers]
-        self.put(Directory(tuple(self.addresses)))
+        self.put(EngineAddresses(tuple(self.addresses)))
 
     def _arena(self) -> Staging | None:
         if self.staging is None:
@@ -172,12 +172,14 @@ class Engine:
     def terms(self, request_id: str, blocks: Sequence[int], seed: int, ttl_s: float = 5.0) -> Terms:
         """Terms of a lease in one KV cache group; its digest is made of the seed."""
         digest = seed.to_bytes(8, "big")
-        generation = f"generation of {request_id} {seed}"
-        return Terms(request_id, generation, (tuple(blocks),), len(blocks), digest, ttl_s)
+        lease_id = f"lease_id of {request_id} {seed}"
+        return Terms(request_id, lease_id, (tuple(blocks),), len(blocks), digest, ttl_s)
 
     def source(self, terms: Terms, ticket: bool = True) -> Source:
         """The lease as an offer tells it, with a ticket or in the in-tree form."""
         if not ticket:
-            return Source((Shard(self.addresses[0], None),), terms.request_id, None, terms.ttl_s)
-        shards = tuple(Shard(m.address, m.incarnation) for m in self.movers)
-        return Source(shards, terms.request_id, terms.generation, terms.ttl_s)
+            return Source(
+                (RankAddress(self.addresses[0], None),), terms.request_id, None, terms.ttl_s
+            )
+        shards = tuple(RankAddress(m.address, m.incarnation) for m in self.movers)
+        return Source(shards, terms.request_id, terms.lease_id, terms.ttl_s)

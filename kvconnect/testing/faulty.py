@@ -11,7 +11,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass
 
-from kvconnect.transport.base import Done, Ticket, Transport, Work
+from kvconnect.transport.base import Done, TransferId, Transport, Work
 
 
 class Fault(enum.Enum):
@@ -40,7 +40,7 @@ class _Ticket:
     work: Work
     plan: Plan
     age: int = 0  # polls since it was submitted
-    inner: Ticket | None = None
+    inner: TransferId | None = None
     done: Done | None = None
     cancelled: bool = False
     dropped: bool = False  # its peer; it still drains
@@ -56,7 +56,7 @@ class Faulty:
         self._transport = transport
         self._plans: deque[Plan] = deque()
         self._numbers = itertools.count(1)
-        self._tickets: dict[Ticket, _Ticket] = {}
+        self._tickets: dict[TransferId, _Ticket] = {}
         self._dropped: set[str] = set()  # while tickets to them drain
         self._submitted: list[Work] = []
 
@@ -101,7 +101,7 @@ class Faulty:
             ticket.dropped |= ticket.work.peer == name
         self._forget_dropped()
 
-    def submit(self, work: Work) -> Ticket:
+    def submit(self, work: Work) -> TransferId:
         number = next(self._numbers)
         plan = self._plans.popleft() if self._plans else self.usual
         if work.peer in self._dropped:
@@ -129,7 +129,7 @@ class Faulty:
         self._forget_dropped()
         return ended
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: TransferId) -> None:
         if known := self._tickets.get(ticket):
             known.cancelled = True
             if known.inner is not None and known.done is None:
@@ -153,7 +153,7 @@ class Faulty:
         if ticket.inner is None and not held and ticket.plan.fault not in (Fault.LOST, Fault.HANGS):
             ticket.inner = self._transport.submit(ticket.work)
 
-    def _end_of(self, number: Ticket, ticket: _Ticket) -> Done | None:
+    def _end_of(self, number: TransferId, ticket: _Ticket) -> Done | None:
         plan = ticket.plan
         if ticket.inner is not None and ticket.done is None:
             return None  # the real transport still has it

@@ -27,7 +27,7 @@ class Pending(NamedTuple):
     sender: "MemoryChannel"
     link: Link
     address: Address | None
-    dialler: "MemoryChannel | None"
+    dialer: "MemoryChannel | None"
     data: bytes | None  # None: the connection broke
 
 
@@ -86,8 +86,8 @@ class Network:
         if frame.address is not None:
             if (listener := self.listening.get(frame.address)) is not None:
                 listener.take(Frame(Link(False, frame.link.key), frame.data))
-        elif frame.dialler is not None and frame.link.key in self.dialled:
-            frame.dialler.take(Frame(Link(True, frame.link.key), frame.data))
+        elif frame.dialer is not None and frame.link.key in self.dialled:
+            frame.dialer.take(Frame(Link(True, frame.link.key), frame.data))
 
 
 class MemoryChannel:
@@ -114,11 +114,11 @@ class MemoryChannel:
             known = self._network.dialled.get(link.key)
             if known is None:
                 return  # dropped since: lost, as on any network
-            dialler, address = known
+            dialer, address = known
             if link.dialled:
                 self._network.carry(Pending(self, link, address, None, data))
             else:
-                self._network.carry(Pending(self, link, None, dialler, data))
+                self._network.carry(Pending(self, link, None, dialer, data))
 
     def poll(self, timeout_s: float) -> list[Frame]:
         with self._changed:
@@ -146,11 +146,11 @@ class MemoryChannel:
                 return
             self._closed = True
             del self._network.listening[self.address]
-            for key, (dialler, address) in list(self._network.dialled.items()):
-                if dialler is self:
+            for key, (dialer, address) in list(self._network.dialled.items()):
+                if dialer is self:
                     del self._network.dialled[key]
                 elif address == self.address:  # a kernel would close the connection
-                    self._network.carry(Pending(self, Link(True, key), None, dialler, None))
+                    self._network.carry(Pending(self, Link(True, key), None, dialer, None))
             self._arrived.clear()
 
     def take(self, frame: Frame) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from kvconnect.errors import TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.rows import RowTable
-from kvconnect.transport.base import Done, Op, Ticket, Transport, Work
+from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
 PATIENCE_S = 20.0
 REGION_BYTES = 4096
@@ -96,9 +96,9 @@ class Rig(NamedTuple):
         nbytes = self.mine.row_bytes * len(ours)
         return Work(op, peer, self.mine.table, local, self.other.table, remote, nbytes)
 
-    def finish(self, tickets: Sequence[Ticket]) -> dict[Ticket, Done]:
+    def finish(self, tickets: Sequence[TransferId]) -> dict[TransferId, Done]:
         """Poll both until these tickets have ended; each must end exactly once."""
-        ended: dict[Ticket, Done] = {}
+        ended: dict[TransferId, Done] = {}
         end = time.monotonic() + PATIENCE_S
         while not ended.keys() >= set(tickets):
             assert time.monotonic() < end, f"tickets {set(tickets) - ended.keys()} never ended"

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvconnect.geometry.rows import RowTable
 
-Ticket = int
+TransferId = int
 
 
 class Op(enum.Enum):
@@ -43,7 +43,7 @@ class Work:
 class Done(NamedTuple):
     """End of a ticket. ``post_s`` was spent in submit, ``wire_s`` from then until seen done."""
 
-    ticket: Ticket
+    ticket: TransferId
     error: str | None
     nbytes: int = 0
     descriptors: int = 0
@@ -63,13 +63,13 @@ class Transport(Protocol):
     def drop_peer(self, name: str) -> None:
         """Forget a peer; its outstanding tickets end with an error. Idempotent."""
 
-    def submit(self, work: Work) -> Ticket:
+    def submit(self, work: Work) -> TransferId:
         """Start to move ``work``."""
 
     def poll(self) -> list[Done]:
         """Tickets that ended since the last call; makes progress."""
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: TransferId) -> None:
         """Ask for a ticket's early end."""
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from kvconnect.errors import TransportError
 from kvconnect.geometry.blocks import Region
-from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.base import Done, Op, TransferId, Work
 
 
 class Fabric:
@@ -31,7 +31,7 @@ class LoopbackTransport:
         fabric.members[self._name] = self
         self._peers: dict[str, str] = {}  # name that add_peer gave → fabric name
         self._tickets = itertools.count(1)
-        self._queued: dict[Ticket, Work] = {}
+        self._queued: dict[TransferId, Work] = {}
         self._ended: list[Done] = []
 
     def hello(self) -> bytes:
@@ -48,7 +48,7 @@ class LoopbackTransport:
             if work.peer == name:
                 self._end(ticket, f"peer {name} was dropped")
 
-    def submit(self, work: Work) -> Ticket:
+    def submit(self, work: Work) -> TransferId:
         ticket = next(self._tickets)
         self._queued[ticket] = work
         return ticket
@@ -59,7 +59,7 @@ class LoopbackTransport:
         ended, self._ended = self._ended, []
         return ended
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: TransferId) -> None:
         if ticket in self._queued:
             self._end(ticket, "cancelled")
 
@@ -68,7 +68,7 @@ class LoopbackTransport:
         for ticket in list(self._queued):
             self._end(ticket, "transport closed")
 
-    def _end(self, ticket: Ticket, error: str | None, nbytes: int = 0, rows: int = 0) -> None:
+    def _end(self, ticket: TransferId, error: str | None, nbytes: int = 0, rows: int = 0) -> None:
         del self._queued[ticket]
         self._ended.append(Done(ticket, error, 0 if error else nbytes, rows))
 

@@ -30,7 +30,7 @@ import numpy as np
 from kvconnect.errors import ConfigError, TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.rows import RowTable
-from kvconnect.transport.base import Done, Ticket, Work
+from kvconnect.transport.base import Done, TransferId, Work
 from kvconnect.transport.greeting import read_hello
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class NixlTransport:
         self._dropped: dict[str, tuple[_Hello, float]] = {}  # with transfers; until when
         # (peer, id of a table of either side) → the table, so that the id stays its own, handle
         self._prepared: dict[tuple[str, int], tuple[RowTable, Any]] = {}
-        self._running: dict[Ticket, _Running] = {}
+        self._running: dict[TransferId, _Running] = {}
         self._ended: list[Done] = []
         self._next_ticket = 1
         self._closed = False
@@ -108,7 +108,7 @@ class NixlTransport:
         self._dropped[name] = (hello, time.monotonic() + FENCE_S)
         self._forget_dropped()
 
-    def submit(self, work: Work) -> Ticket:
+    def submit(self, work: Work) -> TransferId:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         started = time.perf_counter()
         try:
@@ -145,7 +145,7 @@ class NixlTransport:
         ended, self._ended = self._ended, []
         return ended
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: TransferId) -> None:
         if running := self._running.get(ticket):
             running.cancelled = True
 
@@ -265,7 +265,7 @@ class NixlTransport:
             except self._errors as e:
                 logger.warning("peer %s: NIXL could not forget it: %s", name, e)
 
-    def _end(self, ticket: Ticket, state: str) -> None:
+    def _end(self, ticket: TransferId, state: str) -> None:
         running = self._running.pop(ticket)
         wire_s = time.perf_counter() - running.posted_at
         descriptors = 0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvconnect.errors import TransportError
-from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.base import Done, Op, TransferId, Work
 from kvconnect.transport.reach import Spans
 
 
@@ -53,13 +53,13 @@ class Tickets:
     """Those that run, each with its pieces left and under way, and those that have ended."""
 
     def __init__(self) -> None:
-        self._running: dict[Ticket, _Running] = {}
+        self._running: dict[TransferId, _Running] = {}
         self._ended: list[Done] = []
         self._next = 1
 
     def begin(
         self, work: Work, pieces: Callable[[Work], Iterator[Piece]], post: Callable[[str], None]
-    ) -> Ticket:
+    ) -> TransferId:
         """A new ticket, which has failed if ``pieces`` raises TransportError.
 
         ``post`` puts pieces of a peer under way, and is part of what submitting takes.
@@ -76,20 +76,20 @@ class Tickets:
         running.post_s = time.perf_counter() - started
         return ticket
 
-    def of(self, peer: str) -> list[Ticket]:
+    def of(self, peer: str) -> list[TransferId]:
         """Those of a peer that run, oldest first."""
         return [t for t, running in self._running.items() if running.work.peer == peer]
 
-    def op(self, ticket: Ticket) -> Op | None:
+    def op(self, ticket: TransferId) -> Op | None:
         """What a ticket does; None if it has ended."""
         running = self._running.get(ticket)
         return running.work.op if running else None
 
-    def error(self, ticket: Ticket) -> str | None:
+    def error(self, ticket: TransferId) -> str | None:
         """Why a ticket will have failed."""
         return self._running[ticket].error
 
-    def take(self, peer: str) -> tuple[Ticket, Piece] | None:
+    def take(self, peer: str) -> tuple[TransferId, Piece] | None:
         """A peer's next piece, under way from now on; None if it has no more."""
         for ticket in self.of(peer):
             running = self._running[ticket]
@@ -102,7 +102,7 @@ class Tickets:
             self._end_if_over(ticket)
         return None
 
-    def settle(self, ticket: Ticket, error: str | None = None) -> None:
+    def settle(self, ticket: TransferId, error: str | None = None) -> None:
         """A piece is not under way any more; no effect if the ticket has ended."""
         if running := self._running.get(ticket):
             running.under_way -= 1
@@ -110,13 +110,13 @@ class Tickets:
             running.exhausted |= running.error is not None
             self._end_if_over(ticket)
 
-    def fail(self, ticket: Ticket, error: str) -> None:
+    def fail(self, ticket: TransferId, error: str) -> None:
         """Begin no more pieces; the ticket ends once none is under way."""
         if running := self._running.get(ticket):
             running.exhausted, running.error = True, running.error or error
             self._end_if_over(ticket)
 
-    def end(self, ticket: Ticket, error: str) -> None:
+    def end(self, ticket: TransferId, error: str) -> None:
         """End it with this error, whatever is under way."""
         if running := self._running.get(ticket):
             running.error, running.under_way = running.error or error, 0
@@ -127,7 +127,7 @@ class Tickets:
         ended, self._ended = self._ended, []
         return ended
 
-    def _end_if_over(self, ticket: Ticket) -> None:
+    def _end_if_over(self, ticket: TransferId) -> None:
         r = self._running[ticket]
         if not r.exhausted or r.under_way:
             return

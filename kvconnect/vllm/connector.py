@@ -19,8 +19,8 @@ from kvconnect.config import PeerConfig, parse
 from kvconnect.errors import ConfigError
 from kvconnect.orders import Order
 from kvconnect.vllm import _compat
-from kvconnect.vllm.contract import Contract
 from kvconnect.vllm.metrics import KvConnectPromMetrics, KvConnectStats
+from kvconnect.vllm.protocol import RouterProtocol
 from kvconnect.vllm.scheduler import Scheduler
 from kvconnect.vllm.worker import Introduction, RankMetadata, Worker
 
@@ -52,7 +52,7 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
     """
 
     config_type: ClassVar[type[PeerConfig]]
-    contract_type: ClassVar[type[Contract]] = Contract
+    protocol_type: ClassVar[type[RouterProtocol]] = RouterProtocol
     _cache_hit_source = _compat.CACHE_HIT_SOURCE
 
     def __init__(
@@ -66,7 +66,7 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: Worker | None = None
         self._lost_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = Scheduler(vllm_config, kv_cache_config, config, self.contract_type)
+            self._scheduler = Scheduler(vllm_config, kv_cache_config, config, self.protocol_type)
         else:
             self._worker = Worker(vllm_config, kv_cache_config, config)
 

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import msgspec
 
 from kvconnect.control.session import sign
-from kvconnect.control.wire import MAX_RANKS, Address, Count, Generation, RequestId, Short
+from kvconnect.control.wire import MAX_RANKS, Address, Count, LeaseId, RequestId, Short
 from kvconnect.errors import OfferError
 from kvconnect.geometry.blocks import Name
-from kvconnect.orders import Shard, Source
+from kvconnect.orders import RankAddress, Source
 from kvconnect.tier_peer import Offer
 
 TICKET_KEY = "kvconnect"
@@ -31,13 +31,13 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
 
     version: int
     engine_id: Name
-    generation: Generation
+    lease_id: LeaseId
     request_id: RequestId
     tokens: Count
     digest: Short
     ttl_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
     shards: Annotated[
-        tuple[tuple[Address, Generation], ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)
+        tuple[tuple[Address, LeaseId], ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)
     ]
     """Every rank's address and incarnation."""
 
@@ -158,11 +158,11 @@ def _ticket(params: dict[str, Any], secret: bytes | None) -> Ticket | None:
 def _source(params: dict[str, Any], ticket: Ticket | None, engine_id: str, ttl_s: float) -> Source:
     if ticket is not None:
         check_engine(ticket.engine_id, engine_id)
-        shards = tuple(Shard(address, incarnation) for address, incarnation in ticket.shards)
-        return Source(shards, ticket.request_id, ticket.generation, ticket.ttl_ms / 1000)
+        shards = tuple(RankAddress(address, incarnation) for address, incarnation in ticket.shards)
+        return Source(shards, ticket.request_id, ticket.lease_id, ticket.ttl_ms / 1000)
     check_engine(text_of(params, "remote_engine_id"), engine_id)
     address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
-    return Source((Shard(address, None),), text_of(params, "remote_request_id"), None, ttl_s)
+    return Source((RankAddress(address, None),), text_of(params, "remote_request_id"), None, ttl_s)
 
 
 def check_engine(theirs: str, ours: str) -> None:

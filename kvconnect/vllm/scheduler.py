@@ -19,8 +19,8 @@ from kvconnect.planner import Planner
 from kvconnect.tier_base import Load, Store
 from kvconnect.tier_peer import Offer, PeerTier
 from kvconnect.vllm import _compat
-from kvconnect.vllm.contract import Contract, Us
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
+from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 from kvconnect.vllm.worker import RankMetadata
 
 logger = logging.getLogger("vllm.kvconnect")
@@ -38,12 +38,12 @@ class Scheduler:
         vllm_config: Any,
         kv_cache_config: Any,
         config: PeerConfig,
-        contract_type: type[Contract] = Contract,
+        protocol_type: type[RouterProtocol] = RouterProtocol,
     ) -> None:
         ours = vllm_config.kv_transfer_config
         secret = read_secret(config.auth_secret_file)
-        self._us = Us(ours.engine_id, secret, config.kv_lease_duration, ours.kv_role)
-        self._contract = contract_type(self._us, config, vllm_config)
+        self._us = EngineInfo(ours.engine_id, secret, config.kv_lease_duration, ours.kv_role)
+        self._protocol = protocol_type(self._us, config, vllm_config)
         self._undecided: dict[str, Any] = {}  # requests whose offer is still being found out
         self._groups = _compat.transfer_group_ids(kv_cache_config)
         self._group_sizes = [
@@ -69,7 +69,7 @@ class Scheduler:
             (Address(rank.host, rank.port), rank.incarnation) for _, rank in sorted(ranks.items())
         )
         addresses = tuple(address for address, _ in self._shards)
-        self._contract.named(addresses)
+        self._protocol.named(addresses)
         self._planner.named(addresses)
 
     def introduced(self, ranks: Mapping[int, RankMetadata]) -> None:
@@ -83,12 +83,12 @@ class Scheduler:
 
     def arrived(self, request: Any) -> None:
         """A new request: note its offer, promise its KV."""
-        if self._contract.loads(request):
+        if self._protocol.loads(request):
             self._undecided[request.request_id] = request
             self._decide()
-        elif self._contract.lends(request):
+        elif self._protocol.lends(request):
             self._shorten(request)
-            self._planner.will_lend(request.request_id, self._contract.name(request))
+            self._planner.will_lend(request.request_id, self._protocol.name(request))
 
     def match(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here; None: not known yet. No effect."""
@@ -115,7 +115,7 @@ class Scheduler:
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request ended; says whether its blocks are lent, and with which params."""
         self._planner.ended(request.request_id)
-        if not self._contract.lends(request):
+        if not self._protocol.lends(request):
             return False, None
         tables = [block_ids[g] for g in self._groups]
         tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
@@ -139,7 +139,7 @@ class Scheduler:
 
     def close(self) -> None:
         """The engine ends. Idempotent."""
-        self._contract.close()
+        self._protocol.close()
 
     def _decide(self) -> None:
         """Note the offers that are known by now; release those of requests that ended meanwhile."""
@@ -153,7 +153,7 @@ class Scheduler:
                     request_id,
                     e,
                 )
-                offer = self._contract.unusable(request)
+                offer = self._protocol.unusable(request)
             else:
                 if offer is None:
                     continue
@@ -165,8 +165,8 @@ class Scheduler:
 
     def _offer(self, request: Any) -> Offer | None:
         if getattr(request, "abort_immediately", False):  # never runs; its prompt is a dummy
-            return self._contract.unused(request)
-        return self._contract.offer(request, self._backoff)
+            return self._protocol.unused(request)
+        return self._protocol.offer(request, self._backoff)
 
     def _lend(self, request: Any, tables: list[list[int]], tokens: int) -> dict[str, Any] | None:
         kept = tuple(
@@ -174,12 +174,12 @@ class Scheduler:
             for table, size in zip(tables, self._group_sizes, strict=True)
         )
         digest = Prompt(request).digest(tokens)
-        name = self._contract.name(request)
-        generation = self._planner.lend(Store(request.request_id, kept, tokens, digest, name))
+        name = self._protocol.name(request)
+        lease_id = self._planner.lend(Store(request.request_id, kept, tokens, digest, name))
         ticket = Ticket(
             version=TICKET_VERSION,
             engine_id=self._us.engine_id,
-            generation=generation,
+            lease_id=lease_id,
             request_id=request.request_id,
             tokens=tokens,
             digest=digest,
@@ -187,7 +187,7 @@ class Scheduler:
             shards=self._shards,
         )
         named = [[b for b in table if b != NO_BLOCK] for table in kept]
-        return self._contract.answer(request, ticket, named, self._sizes)
+        return self._protocol.answer(request, ticket, named, self._sizes)
 
     def _shorten(self, request: Any) -> None:
         """Compute only what can be handed over: recurrent state cannot step back a token.

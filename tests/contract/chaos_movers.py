@@ -27,7 +27,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
-from kvconnect.orders import Directory, Fetch, Grant, Shard, Source
+from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
 from kvconnect.settings import Settings
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.geometry import GUARD_BYTES, Cache, Model
@@ -107,7 +107,7 @@ class _Rank:
             staging=Staging(region, GRANULE_BYTES),
             kernels=load("cpu"),
         )
-        mover.put([Directory((mover.address,))])
+        mover.put([EngineAddresses((mover.address,))])
         mover.start()
         return mover
 
@@ -137,11 +137,11 @@ def supply(name, pipe, port):
         held[request_id] = blocks
         rank.rows[:, blocks] = PATTERNS[seed]
         tokens = PROMPT * MODEL.block_tokens
-        generation = f"{request_id} {random.random()}"
-        terms = Terms(request_id, generation, (tuple(blocks),), tokens, b"%d" % seed, TTL_S)
+        lease_id = f"{request_id} {random.random()}"
+        terms = Terms(request_id, lease_id, (tuple(blocks),), tokens, b"%d" % seed, TTL_S)
         mover.put([Grant(terms)])
-        shard = Shard(mover.address, mover.incarnation)
-        pipe.send((Source((shard,), request_id, generation, TTL_S), terms))
+        shard = RankAddress(mover.address, mover.incarnation)
+        pipe.send((Source((shard,), request_id, lease_id, TTL_S), terms))
 
 
 def read(name, pipe, port):

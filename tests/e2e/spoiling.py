@@ -14,7 +14,7 @@ from pair import SPOIL_FILE
 
 import kvconnect.mover
 import kvconnect.producer.stage
-from kvconnect.producer.stage import Supplier
+from kvconnect.producer.stage import ChunkSender
 from kvconnect.vllm import KVConnectNixl
 
 LATE_S = 20.0  # longer than the decode engine's load_timeout
@@ -25,7 +25,7 @@ def fault() -> str:
     return path.read_text() if path.exists() else ""
 
 
-class SpoilingSupplier(Supplier):
+class SpoilingSupplier(ChunkSender):
     """Does what it should, but for the fault of the day."""
 
     def _gather(self, link, want):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.lease import LeaseBook, Standing, Terms
+from kvconnect.lease import LeaseBook, LeaseState, Terms
 from kvconnect.testing import FakeClock
 
 TTL_S = 10.0
@@ -17,9 +17,9 @@ readers = st.sampled_from([("engine A", 0), ("engine A", 1), ("engine B", 0)])
 class Model:
     """One lease as the contract of `kvconnect.lease` tells it."""
 
-    def __init__(self, request_id, generation):
+    def __init__(self, request_id, lease_id):
         self.request_id = request_id
-        self.generation = generation
+        self.lease_id = lease_id
         self.granted_at = None
         self.deadline = None
         self.reading = set()
@@ -29,10 +29,10 @@ class Model:
 
     def standing(self, now):
         if self.ended:
-            return Standing.GONE
+            return LeaseState.GONE
         if self.granted_at is None:
-            return Standing.EXPECTED
-        return Standing.GRANTED if now < self.deadline else Standing.GONE
+            return LeaseState.EXPECTED
+        return LeaseState.GRANTED if now < self.deadline else LeaseState.GONE
 
 
 class LeaseMachine(RuleBasedStateMachine):
@@ -60,7 +60,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def expect(self):
         model = Model(f"r{len(self.models)}", f"g{len(self.models)}")
         self.models.append(model)
-        self.book.expect(model.request_id, model.generation)
+        self.book.expect(model.request_id, model.lease_id)
 
     @rule()
     def expect_a_request_id_again_that_is_over(self):
@@ -70,7 +70,7 @@ class LeaseMachine(RuleBasedStateMachine):
         if free:
             model = Model(free[-1].request_id, f"g{len(self.models)}")
             self.models.append(model)
-            self.book.expect(model.request_id, model.generation)
+            self.book.expect(model.request_id, model.lease_id)
 
     @rule(number=picks, expected=st.booleans())
     def grant(self, number, expected):
@@ -84,13 +84,13 @@ class LeaseMachine(RuleBasedStateMachine):
             self.models.append(model)
         model.granted_at = self.clock()
         model.deadline = self.clock() + TTL_S
-        self.book.grant(Terms(model.request_id, model.generation, ((1,),), 1, b"d", TTL_S))
+        self.book.grant(Terms(model.request_id, model.lease_id, ((1,),), 1, b"d", TTL_S))
 
     @precondition(lambda self: self.models)
     @rule(number=picks)
     def withdraw(self, number):
         model = self.pick(number)
-        self.book.withdraw(model.generation)
+        self.book.withdraw(model.lease_id)
         if model.granted_at is None and not model.ended:
             model.ended = "withdrawn"
 
@@ -98,10 +98,10 @@ class LeaseMachine(RuleBasedStateMachine):
     @rule(number=picks, reader=readers)
     def open(self, number, reader):
         model = self.pick(number)
-        if self.book.standing(model.generation) is Standing.GRANTED:
-            terms = self.book.open(model.generation, reader)
+        if self.book.standing(model.lease_id) is LeaseState.GRANTED:
+            terms = self.book.open(model.lease_id, reader)
             assert terms.request_id == model.request_id
-            assert self.book.terms(model.generation) == terms
+            assert self.book.terms(model.lease_id) == terms
             model.reading.add(reader)
 
     @precondition(lambda self: self.models)
@@ -109,16 +109,16 @@ class LeaseMachine(RuleBasedStateMachine):
     def renew(self, number):
         model = self.pick(number)
         standing = model.standing(self.clock())
-        assert self.book.renew(model.generation) is standing
-        if standing is Standing.GRANTED:
+        assert self.book.renew(model.lease_id) is standing
+        if standing is LeaseState.GRANTED:
             model.deadline = min(self.clock() + TTL_S, model.granted_at + MAX_S)
 
     @precondition(lambda self: self.models)
     @rule(number=picks, reader=readers, of=st.integers(1, 3))
     def close(self, number, reader, of):
         model = self.pick(number)
-        stands = model.standing(self.clock()) is Standing.GRANTED
-        stood, freed = self.book.close(model.generation, reader, reader[1], of)
+        stands = model.standing(self.clock()) is LeaseState.GRANTED
+        stood, freed = self.book.close(model.lease_id, reader, reader[1], of)
         assert stood is stands, "late must be failed, and only late"
         if not stands:
             assert freed is None
@@ -158,12 +158,12 @@ class LeaseMachine(RuleBasedStateMachine):
     def standings_agree(self):
         for model in self.models:
             standing = model.standing(self.clock())
-            assert self.book.standing(model.generation) is standing
-        assert self.book.standing("never heard of") is Standing.GONE
+            assert self.book.standing(model.lease_id) is standing
+        assert self.book.standing("never heard of") is LeaseState.GONE
 
     @invariant()
     def requests_are_found_by_id_exactly_while_they_are_expected_or_leased(self):
-        live = {m.request_id: m.generation for m in self.models if not m.ended}
+        live = {m.request_id: m.lease_id for m in self.models if not m.ended}
         for request_id in {m.request_id for m in self.models}:
             assert self.book.find(request_id) == live.get(request_id)
             assert self.book.is_over(request_id) == (request_id not in live)

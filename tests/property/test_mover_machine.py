@@ -20,8 +20,8 @@ from kvconnect.orders import (
     Expect,
     Fetch,
     Grant,
+    RankAddress,
     Release,
-    Shard,
     Source,
     Watch,
     Withdraw,
@@ -43,9 +43,9 @@ class Lease:
     """What the producer's scheduler knows of a request."""
 
     request_id: str
-    generation: str
+    lease_id: str
     seed: int
-    shards: tuple[Shard, ...]
+    shards: tuple[RankAddress, ...]
     blocks: list[int] = field(default_factory=list)
     state: str = "expected"
     held_by: set[int] = field(default_factory=set)  # ranks that have not reported it as sent
@@ -134,12 +134,12 @@ class MoverMachine(RuleBasedStateMachine):
         over = [x.request_id for x in self.leases if x.request_id not in live]
         request_id = over[-1] if reuse and over else f"p{number}"
         shards = tuple(
-            Shard(a, m.incarnation)
+            RankAddress(a, m.incarnation)
             for a, m in zip(self.producer.addresses, self.producer.movers, strict=True)
         )
         lease = Lease(request_id, f"g{number}", number + 1, shards)
         self.leases.append(lease)
-        self.producer.put(Expect(lease.request_id, lease.generation))
+        self.producer.put(Expect(lease.request_id, lease.lease_id))
         return lease
 
     @rule(number=picks, count=st.integers(1, 2), on=rounds)
@@ -173,7 +173,7 @@ class MoverMachine(RuleBasedStateMachine):
             cache.fill(blocks, lease.seed)
         table = (tuple(blocks),)
         self.producer.put(
-            Grant(Terms(lease.request_id, lease.generation, table, count, lease.digest, TTL_S))
+            Grant(Terms(lease.request_id, lease.lease_id, table, count, lease.digest, TTL_S))
         )
 
     def some_lease(self, number):
@@ -190,7 +190,7 @@ class MoverMachine(RuleBasedStateMachine):
 
     def withdraw_lease(self, lease):
         lease.state = "withdrawn"
-        self.producer.put(Withdraw(lease.generation))
+        self.producer.put(Withdraw(lease.lease_id))
 
     @rule(chance=st.integers(0, 3), consumer=st.integers(0, 1))
     def an_engine_restarts(self, chance, consumer):
@@ -216,9 +216,9 @@ class MoverMachine(RuleBasedStateMachine):
 
     def watch_lease(self, lease, consumer, ticket=True, prompt_is_another=False):
         if ticket:
-            source = Source(lease.shards, lease.request_id, lease.generation, TTL_S)
+            source = Source(lease.shards, lease.request_id, lease.lease_id, TTL_S)
         else:
-            shards = (Shard(lease.shards[0].address, None),)
+            shards = (RankAddress(lease.shards[0].address, None),)
             wait_s = WAIT_S * (lease.seed % 2)  # some are asked for while they are computed
             source = Source(shards, lease.request_id, None, TTL_S, wait_s)
         request = Request(f"d{next(self.numbers)}", lease, source, prompt_is_another)

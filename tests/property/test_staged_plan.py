@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvconnect import ops
-from kvconnect.control.wire import Piece
+from kvconnect.control.wire import HeadSlice
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import BlockView, Heads, Part
-from kvconnect.geometry.chunks import Course, segments, source_copy
+from kvconnect.geometry.chunks import ChunkPlan, segments, source_copy
 from kvconnect.geometry.intersect import FLOATS, NO_BLOCK, assign, why_not_direct
 from kvconnect.geometry.rows import Memory, Route
 from kvconnect.ops.plain import PlainKernels
@@ -291,9 +291,9 @@ class Move(NamedTuple):
 def moves(transfer, cache, kernels):
     """All chunks for one destination rank."""
     for owner, rects in planned(transfer, cache):
-        course = Course(rects, transfer.slot_bytes, join=transfer.seed % 4 > 0)
+        course = ChunkPlan(rects, transfer.slot_bytes, join=transfer.seed % 4 > 0)
         views = {view.layer: view for view in owner.shard.views}
-        asked = msgspec.msgpack.decode(msgspec.msgpack.encode(course.pieces), type=list[Piece])
+        asked = msgspec.msgpack.decode(msgspec.msgpack.encode(course.pieces), type=list[HeadSlice])
         copies = [source_copy(views, piece).copy for piece in asked]
         prepared = {}
         for chunk in course.chunks(transfer.blocks, transfer.tokens):
@@ -500,7 +500,7 @@ def both(ours, theirs, slot_bytes=1 << 16):
     """The course from one whole engine to another."""
     mine, peer = Cache(ours, 2), Cache(theirs, 2)
     (rects,) = assign(mine.shard.views, [peer.shard.views], 0)
-    return Course(rects, slot_bytes), {view.layer: view for view in peer.shard.views}
+    return ChunkPlan(rects, slot_bytes), {view.layer: view for view in peer.shard.views}
 
 
 def test_a_slot_that_holds_no_token_is_refused():
@@ -555,14 +555,14 @@ def test_k_and_v_cross_as_one_piece_where_they_lie_side_by_side(layout, scales, 
     mine, peer = Cache(model, 2, "BLHNC"), Cache(model, 2, layout)
     for here, there in ((mine, peer), (peer, mine)):
         (rects,) = assign(here.shard.views, [there.shard.views], 0)
-        course = Course(rects, 1 << 16, join=join)
+        course = ChunkPlan(rects, 1 << 16, join=join)
         assert [piece.part for piece in course.pieces] == parts
     apart = Cache(replace(model, scales=(2.0, 1.0)), 2).shard.views
     with pytest.raises(GeometryError, match="part kv is not held here"):
         source_copy({view.layer: view for view in apart}, PART_KV)
 
 
-PART_KV = Piece("model.layers.0.attn", "kv", 0, 4, 8, "fp8_e4m3")
+PART_KV = HeadSlice("model.layers.0.attn", "kv", 0, 4, 8, "fp8_e4m3")
 
 
 class Packed(NamedTuple):
@@ -595,7 +595,7 @@ def test_packed_blocks_cross_whole(seed, heads, rows, nbytes, block_tokens, slot
     shape = heads, rows, nbytes, block_tokens
     theirs, ours = packed(rng, 7, *shape), packed(rng, 5, *shape)
     (rects,) = assign([ours.view], [[theirs.view]], 0)
-    course = Course(rects, slot_bytes)
+    course = ChunkPlan(rects, slot_bytes)
     count = 1 if block_tokens > 100 else int(rng.integers(1, 5))
     table, ids = rng.permutation(7)[:count], rng.permutation(5)[:count]
     places = [place for place in range(count) if count == 1 or rng.random() < 0.7]
@@ -622,6 +622,6 @@ def test_packed_blocks_cross_whole(seed, heads, rows, nbytes, block_tokens, slot
 def test_packed_content_is_never_converted():
     view = packed(np.random.default_rng(0), 2, 1, 1, 64, 16).view
     (rects,) = assign([view], [[view]], 0)
-    piece = Course(rects, 1 << 16).pieces[0]
+    piece = ChunkPlan(rects, 1 << 16).pieces[0]
     with pytest.raises(GeometryError, match="bfloat16 cannot be converted to float32"):
         source_copy({"l": view}, msgspec.structs.replace(piece, dtype="float32"))

@@ -10,7 +10,7 @@ from kvconnect.lease import Terms
 from kvconnect.orders import Cancel, Expect, Fetch, Grant, Release, Source, Watch, Withdraw
 from kvconnect.producer import early as early_module
 from kvconnect.producer.early import MAX_WAIT_S, SILENT_S, EarlyReaders
-from kvconnect.producer.leases import Lender
+from kvconnect.producer.leases import LeaseServer
 from kvconnect.testing import FakeClock, Fault
 from kvconnect.testing.engines import Engine, World
 
@@ -22,7 +22,7 @@ PLACES = ((0, 5), (1, 2))
 def ask(seq=1, early_ms=30_000, **changed):
     message = wire.Open(
         seq=seq,
-        generation=None,
+        lease_id=None,
         request_id="transfer",
         reader=0,
         tokens=30,
@@ -47,14 +47,14 @@ class Answers:
 class Rig:
     def __init__(self):
         self.clock, self.answers = FakeClock(), Answers()
-        self.lender = Lender(self.answers, self.clock, 60.0)
+        self.lender = LeaseServer(self.answers, self.clock, 60.0)
 
     def send(self, message, link=NEAR):
         self.lender.receive(Incoming(link, message))
         return self.answers.take()
 
     def repeat_for(self, seconds, message, link=NEAR):
-        """As a dialler does; returns what was answered, and after how many seconds."""
+        """As a dialer does; returns what was answered, and after how many seconds."""
         for second in range(seconds):
             self.lender.tick()
             if answers := self.answers.take() or self.send(message, link):
@@ -81,13 +81,13 @@ def test_a_request_that_was_never_expected_is_found_as_well(rig):
     rig.send(ask())
     rig.lender.grant(TERMS)
     ((_, opened),) = rig.answers.take()
-    assert opened.generation == "g"
+    assert opened.lease_id == "g"
 
 
 def test_who_does_not_ask_to_wait_is_refused(rig):
     ((_, refused),) = rig.send(ask(early_ms=0))
     assert refused.cause == "gone"
-    ((_, refused),) = rig.send(ask(generation="g"))
+    ((_, refused),) = rig.send(ask(lease_id="g"))
     assert refused.cause == "gone"
 
 
@@ -116,7 +116,7 @@ def test_who_gives_up_is_not_opened_later(rig):
     rig.send(ask(), NEAR)
     rig.send(ask(), FAR)
     ((_, closed),) = rig.send(
-        wire.Close(seq=9, generation=None, request_id="transfer", reader=0, readers=1)
+        wire.Close(seq=9, lease_id=None, request_id="transfer", reader=0, readers=1)
     )
     assert not closed.stood
     rig.lender.grant(TERMS)
@@ -183,7 +183,7 @@ class Pair:
         self.d.put(Fetch("d", self.source, (PLACES,), self.terms.tokens, self.terms.digest))
 
     def expect(self):
-        self.p.put(Expect("r", self.terms.generation, "transfer"))
+        self.p.put(Expect("r", self.terms.lease_id, "transfer"))
 
     def grant(self):
         for cache in self.p.caches:
@@ -260,7 +260,7 @@ def test_a_prefill_leg_that_is_aborted_fails_the_load():
     pair.fetch()
     pair.expect()
     pair.world.go_on(4)
-    pair.p.put(Withdraw(pair.terms.generation))
+    pair.p.put(Withdraw(pair.terms.lease_id))
     pair.world.go_on(4)
     (error,) = pair.d.ended["d"]
     assert "without KV" in error

@@ -7,12 +7,12 @@ from kvconnect.control import wire
 from kvconnect.control.session import PLAIN, SEALED
 from kvconnect.orders import (
     Cancel,
-    Directory,
+    EngineAddresses,
     Expect,
     Fetch,
     Grant,
+    RankAddress,
     Release,
-    Shard,
     Source,
     Watch,
     Withdraw,
@@ -102,7 +102,7 @@ def test_a_fetch_of_nothing_only_ends_the_lease(rig):
 
 def test_an_early_fetch_waits_for_the_grant(rig):
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.generation))
+    rig.p.put(Expect("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on()
     assert rig.d.ended == {}
@@ -153,15 +153,15 @@ def test_a_watched_lease_is_renewed_until_it_is_fetched(rig):
 
 
 def test_leases_are_renewed_every_third_of_their_ttl_and_all_in_one_message(rig):
-    dialler, told = rig.d.movers[0]._dialler, []
-    tell = dialler.tell
-    dialler.tell = lambda peer, message: told.append(message) or tell(peer, message)
+    dialer, told = rig.d.movers[0]._dialler, []
+    tell = dialer.tell
+    dialer.tell = lambda peer, message: told.append(message) or tell(peer, message)
     for name in ("a", "b", "c"):
         rig.d.put(Watch(name, rig.p.source(rig.p.lend(name, [3], seed=7, ttl_s=9))))
     rig.world.go_on()
     del told[:]
     rig.world.go_on(rounds=19, seconds=0.5)  # 9.5 s, of which the first round is at 0 s
-    assert [len(message.generations) for message in told] == [3, 3, 3]
+    assert [len(message.lease_ids) for message in told] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("ticket", [True, False], ids=["ticket", "in-tree form"])
@@ -182,7 +182,7 @@ def test_a_ttl_that_a_client_claims_does_not_make_us_spin(rig):
 
 
 def changed_source(source, **changed):
-    fields = {n: getattr(source, n) for n in ("shards", "request_id", "generation", "ttl_s")}
+    fields = {n: getattr(source, n) for n in ("shards", "request_id", "lease_id", "ttl_s")}
     return Source(**{**fields, **changed})
 
 
@@ -258,10 +258,10 @@ def test_another_prompt_is_refused_and_read_by_nobody(rig):
 
 def test_a_withdrawn_lease_is_refused(rig):
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.generation))
+    rig.p.put(Expect("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on()
-    rig.p.put(Withdraw(terms.generation))
+    rig.p.put(Withdraw(terms.lease_id))
     rig.world.go_on()
     assert "ended without KV" in rig.error()
 
@@ -299,7 +299,7 @@ def changed_terms(terms, **changed):
 
 def test_a_peer_that_is_not_there_fails_the_fetch_after_the_handshake_timeout(rig):
     terms = rig.p.terms("r", [3, 1], seed=7)
-    source = Source((Shard(wire.Address("nobody", 1), "i"),), "r", "g", 5.0)
+    source = Source((RankAddress(wire.Address("nobody", 1), "i"),), "r", "g", 5.0)
     rig.fetch(terms, source=source)
     rig.world.go_on(rounds=8, seconds=0.5)
     assert "did not complete the greeting within 3 s" in rig.error()
@@ -309,7 +309,9 @@ def test_a_peer_that_is_not_there_fails_the_fetch_after_the_handshake_timeout(ri
 def test_an_address_that_a_client_made_up_fails_the_fetch_only(rig):
     """Used to end the mover's thread, and with it the engine."""
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.fetch(terms, source=Source((Shard(wire.Address("bad host", 1), None),), "r", None, 5.0))
+    rig.fetch(
+        terms, source=Source((RankAddress(wire.Address("bad host", 1), None),), "r", None, 5.0)
+    )
     rig.world.go_on(2)
     assert "cannot be dialled" in rig.error()
 
@@ -436,7 +438,7 @@ def test_a_rank_that_is_not_read_may_be_late():
 def test_all_ranks_must_have_granted_before_any_is_read():
     rig = Rig(p=2)
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.generation))
+    rig.p.put(Expect("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on()
     for cache, mover in zip(rig.p.caches, rig.p.movers, strict=True):
@@ -448,11 +450,11 @@ def test_all_ranks_must_have_granted_before_any_is_read():
 
 
 def test_without_a_ticket_each_rank_is_closed_by_the_generation_that_it_told():
-    """Used to be: the first rank's generation was named to all, whatever they had opened."""
+    """Used to be: the first rank's lease_id was named to all, whatever they had opened."""
     rig = Rig(p=2)
     rig.world.go_on(1)
     terms = [rig.p.terms("r", [3, 1], seed=7), rig.p.terms("r", [3, 1], seed=7)]
-    terms[1] = changed_terms(terms[1], generation="of rank 1")
+    terms[1] = changed_terms(terms[1], lease_id="of rank 1")
     for cache, mover, own in zip(rig.p.caches, rig.p.movers, terms, strict=True):
         cache.fill([3, 1], seed=7)
         mover.put([Grant(own)])
@@ -513,7 +515,7 @@ def test_a_fetch_that_takes_too_long_is_fenced_and_fails(rig):
 
 def test_a_reader_that_waits_in_vain_gives_up_at_its_deadline(rig):
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.generation))
+    rig.p.put(Expect("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on(rounds=14, seconds=1.0)
     assert "not loaded within 12 s" in rig.error() or "did not answer in time" in rig.error()
@@ -576,7 +578,7 @@ def test_a_cancel_of_what_has_ended_or_never_was_does_nothing(rig):
 def test_a_cancelled_early_fetch_leaves_no_reader_behind(rig):
     """Used to be: its Open was repeated, opened the lease when granted, and was never closed."""
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.generation))
+    rig.p.put(Expect("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on()
     rig.d.put(Cancel("d"))
@@ -634,12 +636,12 @@ def test_ranks_that_are_not_known_yet_are_asked_for_again(rig):
     """Rank 0 names the others only once the engine has told it of them."""
     two = Engine(rig.world, tp_size=2)
     for mover in two.movers:
-        mover.put([Directory((mover.address,))])  # not yet told
+        mover.put([EngineAddresses((mover.address,))])  # not yet told
     terms = two.lend("r", [3, 1], seed=7)
     rig.fetch(terms, "early", source=two.source(terms, ticket=False))
     rig.world.go_on()
     assert "held by none of the peer's 1 shards" in rig.error("early")
-    two.put(Directory(tuple(two.addresses)))
+    two.put(EngineAddresses(tuple(two.addresses)))
     terms = two.lend("r2", [3, 1], seed=8)
     rig.fetch(terms, "later", source=two.source(terms, ticket=False))
     rig.world.go_on(20, seconds=0.5)

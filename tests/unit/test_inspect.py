@@ -16,7 +16,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
-from kvconnect.orders import Directory, Fetch, Grant, Shard, Source
+from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
 from kvconnect.settings import Settings
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.geometry import Model, engine
@@ -45,7 +45,7 @@ class Running:
         self.movers = [self._mover(fabric, i, staging, settings) for i in range(tp_size)]
         self.address = str(self.movers[0].address)
         for mover in self.movers:
-            mover.put([Directory(tuple(m.address for m in self.movers))])
+            mover.put([EngineAddresses(tuple(m.address for m in self.movers))])
             mover.start()
 
     def _mover(self, fabric, rank, staging, changed):
@@ -194,7 +194,7 @@ def test_an_inspected_engine_goes_on_as_before(start):
     cache.fill((3, 1), 7)
     terms = Terms("r", "g", ((3, 1),), 8, b"d", 30.0)
     p.movers[0].put([Grant(terms)])
-    shard = Shard(p.movers[0].address, p.movers[0].incarnation)
+    shard = RankAddress(p.movers[0].address, p.movers[0].incarnation)
     blocks = ((0, 5), (1, 2))
     d.movers[0].put([Fetch("r", Source((shard,), "r", "g", 30.0), (blocks,), 8, b"d")])
     received, sent, end = set(), set(), time.monotonic() + PATIENCE_S

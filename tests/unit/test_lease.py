@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvconnect.lease import LeaseBook, Standing, Terms
+from kvconnect.lease import LeaseBook, LeaseState, Terms
 from kvconnect.testing import FakeClock
 
 
@@ -11,15 +11,15 @@ def book():
     return LeaseBook(FakeClock(), max_duration_s=60)
 
 
-def terms(generation):
-    return Terms("r", generation, ((1,),), 1, b"digest", ttl_s=10)
+def terms(lease_id):
+    return Terms("r", lease_id, ((1,),), 1, b"digest", ttl_s=10)
 
 
 def test_a_request_id_leads_to_its_latest_generation(book):
     book.grant(terms("g1"))
     book.expect("r", "g2")
     assert book.find("r") == "g2"
-    assert book.standing("g1") is Standing.GRANTED
+    assert book.standing("g1") is LeaseState.GRANTED
     assert book.close("g1", "reader", 0, 1) == (True, "r")
     assert book.find("r") == "g2", "the end of an older lease hid the newer one"
 
@@ -36,4 +36,4 @@ def test_the_withdrawal_of_an_older_promise_does_not_hide_a_newer_one(book):
 def test_a_granted_lease_cannot_be_withdrawn(book):
     book.grant(terms("g1"))
     book.withdraw("g1")
-    assert book.standing("g1") is Standing.GRANTED
+    assert book.standing("g1") is LeaseState.GRANTED

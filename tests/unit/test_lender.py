@@ -8,7 +8,7 @@ from kvconnect.control.listener import Incoming
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.lease import Terms
 from kvconnect.producer import leases as lender_module
-from kvconnect.producer.leases import Lender
+from kvconnect.producer.leases import LeaseServer
 from kvconnect.testing import FakeClock
 
 NEAR, FAR = Link(False, b"engine 1"), Link(False, b"engine 2")
@@ -34,7 +34,7 @@ class Rig:
     def __init__(self):
         self.clock = FakeClock()
         self.answers = Answers()
-        self.lender = Lender(self.answers, self.clock, MAX_S)
+        self.lender = LeaseServer(self.answers, self.clock, MAX_S)
         self.seq = 0
 
     def send(self, message, link=NEAR):
@@ -44,14 +44,14 @@ class Rig:
 
     def open(self, link=NEAR, reader=0, seq=None, **changed):
         self.seq += 1
-        fields = {"generation": "g", "request_id": None, "tokens": 30, "digest": b"digest"}
+        fields = {"lease_id": "g", "request_id": None, "tokens": 30, "digest": b"digest"}
         return self.send(
             wire.Open(seq=seq or self.seq, reader=reader, **{**fields, **changed}), link
         )
 
     def close(self, link=NEAR, reader=0, readers=1, seq=None, **changed):
         self.seq += 1
-        fields = {"generation": "g", "request_id": None, **changed}
+        fields = {"lease_id": "g", "request_id": None, **changed}
         (closed,) = self.send(
             wire.Close(seq=seq or self.seq, reader=reader, readers=readers, **fields), link
         )
@@ -65,20 +65,18 @@ def rig():
 
 def test_an_open_lease_tells_its_blocks(rig):
     rig.lender.grant(TERMS)
-    assert rig.open(seq=7) == [
-        wire.Opened(seq=7, generation="g", tables=TERMS.tables, ttl_ms=10_000)
-    ]
+    assert rig.open(seq=7) == [wire.Opened(seq=7, lease_id="g", tables=TERMS.tables, ttl_ms=10_000)]
     assert rig.lender.reading
 
 
 def test_without_a_ticket_the_request_id_will_do(rig):
     rig.lender.grant(TERMS)
-    (opened,) = rig.open(generation=None, request_id="r")
-    assert opened.generation == "g"
+    (opened,) = rig.open(lease_id=None, request_id="r")
+    assert opened.lease_id == "g"
 
 
 @pytest.mark.parametrize(
-    "asked", [{"generation": "x"}, {"generation": None, "request_id": "x"}, {"generation": None}]
+    "asked", [{"lease_id": "x"}, {"lease_id": None, "request_id": "x"}, {"lease_id": None}]
 )
 def test_an_unknown_lease_is_refused(rig, asked):
     rig.lender.grant(TERMS)
@@ -243,11 +241,11 @@ def test_renewing_keeps_a_lease_up_to_its_longest_duration(rig):
     rig.lender.grant(TERMS)
     for _ in range(3):
         rig.clock.advance(8)
-        assert rig.send(wire.Renew(generations=["g"])) == []
+        assert rig.send(wire.Renew(lease_ids=["g"])) == []
         rig.lender.tick()
         assert rig.lender.take_freed() == set()
     rig.clock.advance(1)
-    assert rig.send(wire.Renew(generations=["g", "x"])) == [wire.Gone(generations=["g", "x"])]
+    assert rig.send(wire.Renew(lease_ids=["g", "x"])) == [wire.Gone(lease_ids=["g", "x"])]
     rig.lender.tick()
     assert rig.lender.take_freed() == {"r"}
 
@@ -255,7 +253,7 @@ def test_renewing_keeps_a_lease_up_to_its_longest_duration(rig):
 def test_a_lease_without_a_ticket_is_renewed_by_request_id(rig):
     rig.lender.grant(TERMS)
     rig.clock.advance(8)
-    assert rig.send(wire.Renew(generations=[], request_ids=["r", "unknown"])) == []
+    assert rig.send(wire.Renew(lease_ids=[], request_ids=["r", "unknown"])) == []
     rig.clock.advance(8)
     rig.lender.tick()
     assert rig.lender.take_freed() == set()

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from kvconnect.config import MooncakeConfig
 from kvconnect.control.wire import Address, RequestId
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.orders import Shard
-from kvconnect.vllm.contract import Us
-from kvconnect.vllm.mooncake import contract as contract_module
+from kvconnect.orders import RankAddress
+from kvconnect.vllm.mooncake import protocol as contract_module
 from kvconnect.vllm.mooncake.allowed import Endpoint
-from kvconnect.vllm.mooncake.contract import MooncakeContract
 from kvconnect.vllm.mooncake.place import place_of
+from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
 from kvconnect.vllm.params import TICKET_KEY, Prompt, Ticket
+from kvconnect.vllm.protocol import EngineInfo
 
 SECRET = b"a secret of 16 b"
 RANKS = (Address("127.0.0.1", 7000), Address("127.0.0.1", 7001))
@@ -50,8 +50,8 @@ def make():
 
     def make(engine_id, role, secret=None, shape=None, **options):
         config = MooncakeConfig(handshake_timeout=5.0, **options)
-        us = Us(engine_id, secret, 30.0, role)
-        contract = MooncakeContract(
+        us = EngineInfo(engine_id, secret, 30.0, role)
+        contract = MooncakeProtocol(
             us, config, SimpleNamespace(parallel_config=shape or parallel())
         )
         made.append(contract)
@@ -118,8 +118,8 @@ def test_both_legs_name_one_lease(make, secret):
     assert pair.p.lends(prefill) and not pair.p.loads(prefill)
     offer = pair.offer(pair.decode_params())
     assert offer.source.request_id == pair.p.name(prefill) == "transfer xfer-1"
-    assert offer.source.shards == tuple(Shard(address, None) for address in RANKS)
-    assert offer.source.generation is None
+    assert offer.source.shards == tuple(RankAddress(address, None) for address in RANKS)
+    assert offer.source.lease_id is None
     assert (offer.tokens, offer.digest) == (40, Prompt(request({})).digest(40))
     assert (offer.source.ttl_s, offer.source.wait_s) == (30.0, 480.0)
 
@@ -147,10 +147,10 @@ def test_params_of_the_nixl_form_are_understood_and_answered(make):
     assert pair.p.name(plain) == ""
     answer = pair.p.answer(plain, ticket(), [[1]], SIZES)
     assert answer["remote_request_id"] == "cmpl-1"
-    assert pair.d.offer(request(answer), 0).source.generation == "g"
+    assert pair.d.offer(request(answer), 0).source.lease_id == "g"
     assert pair.d.unused(request(answer)).source.request_id == "cmpl-1"
     both = {**answer, "transfer_id": "xfer-1", "remote_bootstrap_addr": "http://nobody:1"}
-    assert pair.d.offer(request(both), 0).source.generation == "g", "the ticket wins"
+    assert pair.d.offer(request(both), 0).source.lease_id == "g", "the ticket wins"
 
 
 def test_a_lease_is_not_found_by_an_id_that_is_a_transfers(make):
@@ -212,8 +212,11 @@ def alone():
         patch.setenv("VLLM_MOONCAKE_BOOTSTRAP_PORT", "0")
         found = SimpleNamespace(find=lambda endpoint, engine_id: RANKS)
         patch.setattr(contract_module, "Resolver", lambda ask, clock: found)
-        us, shape = Us("D", None, 30.0, "kv_consumer"), SimpleNamespace(parallel_config=parallel())
-        return MooncakeContract(us, MooncakeConfig(), shape)
+        us, shape = (
+            EngineInfo("D", None, 30.0, "kv_consumer"),
+            SimpleNamespace(parallel_config=parallel()),
+        )
+        return MooncakeProtocol(us, MooncakeConfig(), shape)
 
 
 @pytest.mark.slow

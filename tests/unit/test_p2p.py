@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from kvconnect.config import parse
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.orders import Shard, Source
+from kvconnect.orders import RankAddress, Source
 from kvconnect.transport.nccl import library as nccl_library
-from kvconnect.vllm.contract import Us
 from kvconnect.vllm.p2p.config import P2pNcclConfig
-from kvconnect.vllm.p2p.contract import P2pContract
 from kvconnect.vllm.p2p.ids import parse_pairing
 from kvconnect.vllm.p2p.pings import Pings
+from kvconnect.vllm.p2p.protocol import P2pProtocol
+from kvconnect.vllm.protocol import EngineInfo
 
 P, D = Address("10.0.0.1", 21001), Address("10.0.1.1", 22001)
 UUID = "0123456789abcdef0123456789abcdef"
@@ -208,7 +208,7 @@ def test_whatever_an_id_is_it_is_a_pairing_none_or_an_offer_error(request_id):
 
 
 def contract(role, here=None, secret=None):
-    made = P2pContract(Us("engine", secret, 30.0, role), P2pNcclConfig(), None)
+    made = P2pProtocol(EngineInfo("engine", secret, 30.0, role), P2pNcclConfig(), None)
     made.named([here or {"kv_producer": P, "kv_consumer": D, "kv_both": P}[role]])
     return made
 
@@ -235,7 +235,7 @@ def test_prefill_lends_under_the_name_that_decode_asks_for():
     assert (prefill.lends(AT_P), prefill.loads(AT_P)) == (True, False)
     assert (decode.lends(AT_D), decode.loads(AT_D)) == (False, True)
     offer = decode.offer(AT_D, backoff=0)
-    assert offer.source == Source((Shard(P, None),), prefill.name(AT_P), None, 30.0)
+    assert offer.source == Source((RankAddress(P, None),), prefill.name(AT_P), None, 30.0)
     assert offer.tokens == 40
 
 
@@ -284,7 +284,9 @@ def test_params_go_before_ids():
     }
     at_decode = request(AT_D.request_id, params)
     assert decode.loads(at_decode)
-    assert decode.offer(at_decode, 0).source.shards == (Shard(Address("10.0.0.7", 5600), None),)
+    assert decode.offer(at_decode, 0).source.shards == (
+        RankAddress(Address("10.0.0.7", 5600), None),
+    )
     assert decode.unused(at_decode).source.request_id == "cmpl-1"
 
 
@@ -300,7 +302,7 @@ def test_with_a_secret_ids_neither_hand_over_nor_fetch():
 
 def test_a_request_that_will_never_run_lets_its_lease_go():
     offer = contract("kv_consumer").unused(AT_D)
-    assert offer.source.shards == (Shard(P, None),)
+    assert offer.source.shards == (RankAddress(P, None),)
     assert (offer.tokens, offer.digest) == (0, b"")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.orders import Shard
+from kvconnect.orders import RankAddress
 from kvconnect.vllm.params import (
     TICKET_KEY,
     Prompt,
@@ -60,7 +60,7 @@ def ticket(tokens=39, **changed):
     fields = {
         "version": 1,
         "engine_id": "P",
-        "generation": "g",
+        "lease_id": "g",
         "request_id": "cmpl-1",
         "tokens": tokens,
         "digest": prompt().digest(tokens),
@@ -88,11 +88,11 @@ def test_what_was_lent_is_offered_after_a_trip_through_json(secret):
     assert offer.tokens == 39
     assert offer.digest == prompt().digest(39)
     assert offer.source.request_id == "cmpl-1"
-    assert offer.source.generation == "g"
+    assert offer.source.lease_id == "g"
     assert offer.source.ttl_s == 2.5
     assert offer.source.shards == (
-        Shard(Address("10.0.0.1", 7), "i0"),
-        Shard(Address("10.0.0.1", 8), "i1"),
+        RankAddress(Address("10.0.0.1", 7), "i0"),
+        RankAddress(Address("10.0.0.1", 8), "i1"),
     )
 
 
@@ -211,8 +211,8 @@ def test_a_message_never_repeats_all_of_what_was_sent():
 
 def test_the_in_tree_form_is_an_offer_by_request_id():
     offer = parse(IN_TREE)
-    assert offer.source.shards == (Shard(Address("10.0.0.1", 5600), None),)
-    assert (offer.source.request_id, offer.source.generation) == ("cmpl-1", None)
+    assert offer.source.shards == (RankAddress(Address("10.0.0.1", 5600), None),)
+    assert (offer.source.request_id, offer.source.lease_id) == ("cmpl-1", None)
     assert offer.source.ttl_s == TTL_S
     assert (offer.tokens, offer.digest) == (40, prompt().digest(40))
 
@@ -331,7 +331,7 @@ def test_params_that_are_none_want_nothing(params):
 
 def test_a_rejected_request_has_a_lease_to_let_go_whatever_its_prompt_was():
     offer = parse_rejected(lent(), "D", None, TTL_S)
-    assert (offer.tokens, offer.source.generation) == (0, "g")
+    assert (offer.tokens, offer.source.lease_id) == (0, "g")
     assert parse_rejected(IN_TREE, "D", None, TTL_S).source.request_id == "cmpl-1"
 
 

@@ -8,12 +8,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, multiple, rule
 from kvconnect.control.wire import Address
 from kvconnect.orders import (
     Cancel,
-    Directory,
+    EngineAddresses,
     Expect,
     Fetch,
     Grant,
+    RankAddress,
     Release,
-    Shard,
     Source,
     Watch,
     Withdraw,
@@ -23,7 +23,7 @@ from kvconnect.tier_base import Load, Store
 from kvconnect.tier_peer import Offer, PeerTier
 
 ADDRESS = Address("host", 1)
-SOURCE = Source((Shard(ADDRESS, "i"),), "remote", "g", 5.0)
+SOURCE = Source((RankAddress(ADDRESS, "i"),), "remote", "g", 5.0)
 OFFER = Offer(SOURCE, 32, b"digest")
 BLOCKS = (((0, 4), (1, 7)),)
 STORE = Store("p", ((4, 7),), 32, b"digest")
@@ -87,18 +87,18 @@ def test_a_promise_is_kept_under_the_generation_that_was_expected(planner):
     planner.will_lend("p")  # preempted, admitted again
     (expect,) = planner.take_orders()
     assert isinstance(expect, Expect)
-    generation = planner.lend(STORE)
+    lease_id = planner.lend(STORE)
     (grant,) = planner.take_orders()
     assert isinstance(grant, Grant)
-    assert grant.terms.generation == expect.generation == generation
+    assert grant.terms.lease_id == expect.lease_id == lease_id
     assert grant.terms.ttl_s == 5.0
     planner.will_not_lend("p")
     assert planner.take_orders() == []
 
 
 def test_kv_that_was_not_promised_can_be_lent(planner):
-    generation = planner.lend(STORE)
-    assert planner.take_orders()[0].terms.generation == generation
+    lease_id = planner.lend(STORE)
+    assert planner.take_orders()[0].terms.lease_id == lease_id
 
 
 def test_a_promise_that_cannot_be_kept_is_withdrawn_once(planner):
@@ -106,7 +106,7 @@ def test_a_promise_that_cannot_be_kept_is_withdrawn_once(planner):
     (expect,) = planner.take_orders()
     planner.will_not_lend("p")
     planner.will_not_lend("p")
-    assert planner.take_orders() == [Withdraw(expect.generation)]
+    assert planner.take_orders() == [Withdraw(expect.lease_id)]
 
 
 def test_each_lease_has_a_generation_of_its_own(planner):
@@ -115,7 +115,7 @@ def test_each_lease_has_a_generation_of_its_own(planner):
 
 def test_the_ranks_are_named_to_every_worker(planner):
     planner.named((ADDRESS,))
-    assert planner.take_orders() == [Directory((ADDRESS,))]
+    assert planner.take_orders() == [EngineAddresses((ADDRESS,))]
     assert planner.take_orders() == []
 
 

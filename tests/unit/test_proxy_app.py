@@ -864,7 +864,7 @@ def test_with_an_api_key_only_those_who_have_it_are_served():
 
 
 def test_a_host_that_dies_without_a_word_is_noticed():
-    """Nothing else ends a read from it: generation has no time limit."""
+    """Nothing else ends a read from it: lease_id has no time limit."""
 
     async def scenario() -> None:
         d = Engine(then(streams(TOKENS[0]), hangs))

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect.control.session import DIALLER, LISTENER, Session, sign
+from kvconnect.control.session import DIALER, LISTENER, Session, sign
 from kvconnect.errors import WireError
 
 SECRET = b"a secret of 16 b"
 
 
 def link(secret=SECRET, other=SECRET, nonces=(b"n1", b"n2")):
-    return Session(DIALLER, secret, *nonces), Session(LISTENER, other, *nonces)
+    return Session(DIALER, secret, *nonces), Session(LISTENER, other, *nonces)
 
 
 @given(st.lists(st.binary(max_size=100), max_size=5))

@@ -34,7 +34,7 @@ def make(world, model=MODEL, **options):
 def lend(engine, request_id, table, tokens, seed, ttl_s=5.0):
     for cache in engine.caches:
         cache.fill(table, seed)
-    terms = Terms(request_id, f"generation {request_id}", (table,), tokens, b"d", ttl_s)
+    terms = Terms(request_id, f"lease_id {request_id}", (table,), tokens, b"d", ttl_s)
     engine.put(Grant(terms))
     return terms
 
@@ -271,14 +271,14 @@ def test_a_hostile_stage_is_refused(change, why):
     world = World()
     p, d = make(world, mode="staged"), make(world, mode="staged")
     fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
-    dialler = d.movers[0]._dialler
-    tell = dialler.tell
+    dialer = d.movers[0]._dialler
+    tell = dialer.tell
 
     def altered(peer, message):
         stages = isinstance(message, wire.Stage)
         tell(peer, msgspec.structs.replace(message, **change) if stages else message)
 
-    dialler.tell = altered
+    dialer.tell = altered
     world.go_on(30)
     assert "refused to stage" in d.ended["d"][0] and why in d.ended["d"][0]
 
@@ -497,14 +497,14 @@ def test_a_lease_that_ended_is_not_gathered():
         ({"group": 3}, "group"),
         ({"first": 5}, "pieces"),
         ({"nbytes": 1 << 30}, "bytes"),
-        ({"generation": "another"}, "no such lease"),
+        ({"lease_id": "another"}, "no such lease"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_a_hostile_want_is_refused(staged, change, why):
     world, _, d = staged
-    dialler = d.movers[0]._dialler
-    call = dialler.call
+    dialer = d.movers[0]._dialler
+    call = dialer.call
 
     def altered(peer, make, accepts, deadline):
         def make_altered(seq):
@@ -514,7 +514,7 @@ def test_a_hostile_want_is_refused(staged, change, why):
 
         return call(peer, make_altered, accepts, deadline)
 
-    dialler.call = altered
+    dialer.call = altered
     world.go_on(30)
     assert "refused a chunk" in d.ended["d"][0]
     assert why in d.ended["d"][0]

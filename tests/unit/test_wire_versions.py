@@ -18,13 +18,13 @@ import pytest
 
 from kvconnect.control import wire
 from kvconnect.control.channel import Frame, Link
-from kvconnect.control.dialer import Dialler, State
+from kvconnect.control.dialer import Dialer, PeerState
 from kvconnect.control.listener import Listener
 from kvconnect.control.session import LISTENER, PLAIN, Session
 from kvconnect.control.wire import Address
 from kvconnect.geometry.blocks import BlockView, Heads, Part, Region
 from kvconnect.lease import Terms
-from kvconnect.producer.leases import Lender
+from kvconnect.producer.leases import LeaseServer
 from kvconnect.testing import FakeClock
 
 FOLDER = Path(__file__).parent / "recorded"
@@ -37,11 +37,11 @@ TERMS = Terms("request", "generation", ((4, 2, -1), (7,)), 40, b"digest", 30.0)
 PART = Part(4096, (2048, 1024, 64, 2), (2, 16, 32), 2, "k", scale=0.5)
 VIEW = BlockView("layers.0", 0, 8, 16, Heads(0, 2, 4), "bfloat16", "dense", (PART,))
 BODY = wire.Body("incarnation", (VIEW,), (Region(4096, 1 << 14),), "nixl:UCX", b"h", (ADDRESS,))
-PIECE = wire.Piece("layers.0", "k", 0, 2, 32, "bfloat16")
+PIECE = wire.HeadSlice("layers.0", "k", 0, 2, 32, "bfloat16")
 STAGE = wire.Stage(seq=2, hello=b"h", arena=wire.Granules(1 << 40, 1 << 16, 64), pieces=(PIECE,))
 WANT = wire.Want(
     seq=3,
-    generation="generation",
+    lease_id="generation",
     reader=1,
     group=0,
     first=0,
@@ -82,37 +82,37 @@ class Conversation:
     def __init__(self, body=BODY):
         self.clock = FakeClock()
         self.near, self.far = Wires(), Wires()
-        self.dialler = Dialler(self.near, self.clock, FINGERPRINT, SECRET, 60.0)
+        self.dialer = Dialer(self.near, self.clock, FINGERPRINT, SECRET, 60.0)
         self.listener = Listener(self.far, FINGERPRINT, lambda: body, SECRET)
-        self.lender = Lender(self.listener, self.clock, 60.0)
+        self.lender = LeaseServer(self.listener, self.clock, 60.0)
         self.lender.grant(TERMS)
         self.heard = []
         self.peer = None
 
     def dial(self):
-        self.peer = self.dialler.greet(ADDRESS)
+        self.peer = self.dialer.greet(ADDRESS)
 
     def open_and_close(self):
-        """The dialler's requests, after the greeting."""
+        """The dialer's requests, after the greeting."""
         deadline = self.clock() + 60
         self.calls = [
-            self.dialler.call(self.peer, make, (wire.Opened, wire.Closed), deadline)
+            self.dialer.call(self.peer, make, (wire.Opened, wire.Closed), deadline)
             for make in (
                 lambda seq: wire.Open(
                     seq=seq,
-                    generation="generation",
+                    lease_id="generation",
                     request_id=None,
                     reader=1,
                     tokens=TERMS.tokens,
                     digest=TERMS.digest,
                 ),
                 lambda seq: wire.Close(
-                    seq=seq, generation="generation", request_id=None, reader=1, readers=2
+                    seq=seq, lease_id="generation", request_id=None, reader=1, readers=2
                 ),
             )
         ]
         for message in (STAGE, WANT):
-            self.dialler.tell(self.peer, message)
+            self.dialer.tell(self.peer, message)
 
     def to_listener(self, data):
         """Returns what the listener sends back."""
@@ -124,9 +124,9 @@ class Conversation:
         return list(self.far.sent)
 
     def to_dialler(self, data):
-        """Returns what the dialler sends back."""
+        """Returns what the dialer sends back."""
         del self.near.sent[:]
-        self.dialler.receive(Frame(LINK, data))
+        self.dialer.receive(Frame(LINK, data))
         return list(self.near.sent)
 
 
@@ -141,7 +141,7 @@ def record():
         (prove,) = talk.to_dialler(challenge)
         (welcome,) = talk.to_listener(prove)
         talk.to_dialler(welcome)
-        assert talk.peer.state is State.READY
+        assert talk.peer.state is PeerState.READY
         del talk.near.sent[:]
         talk.open_and_close()
         requests = list(talk.near.sent)
@@ -174,12 +174,12 @@ def test_an_older_reader_is_understood_and_answered(frames):
     hello, prove, *requests = frames["dialled"]
     with nonces():
         talk = Conversation()
-        talk.dial()  # takes the dialler's nonce from the same sequence
+        talk.dial()  # takes the dialer's nonce from the same sequence
         (challenge,) = talk.to_listener(hello)
         (welcome,) = talk.to_listener(prove)
         answers = [answer for frame in requests for answer in talk.to_listener(frame)]
     opened, closed, stage, want = talk.heard
-    assert (opened.generation, opened.tokens, opened.digest) == ("generation", 40, b"digest")
+    assert (opened.lease_id, opened.tokens, opened.digest) == ("generation", 40, b"digest")
     assert (closed.reader, closed.readers, closed.final) == (1, 2, True)
     assert stage == STAGE
     assert want == WANT
@@ -198,7 +198,7 @@ def test_an_older_lender_is_understood(frames):
         (prove,) = talk.to_dialler(challenge)
         assert prove == frames["dialled"][1], "the proof is that of the recorded session"
         talk.to_dialler(welcome)
-        assert talk.peer.state is State.READY, talk.peer.error
+        assert talk.peer.state is PeerState.READY, talk.peer.error
         body = talk.peer.body
         assert (body.incarnation, body.views, body.regions) == (
             BODY.incarnation,
@@ -211,7 +211,7 @@ def test_an_older_lender_is_understood(frames):
         for answer in answers:
             talk.to_dialler(answer)
     opened, closed = (call.reply for call in talk.calls)
-    assert (opened.generation, opened.tables, opened.ttl_ms) == (
+    assert (opened.lease_id, opened.tables, opened.ttl_ms) == (
         "generation",
         TERMS.tables,
         30_000,
@@ -227,7 +227,7 @@ def test_an_altered_recording_is_noticed(frames):
         talk.dial()
         talk.to_dialler(challenge)
         talk.to_dialler(welcome[:-1] + bytes([welcome[-1] ^ 1]))
-    assert talk.peer.state is State.GREETING
+    assert talk.peer.state is PeerState.GREETING
 
 
 def test_fields_of_a_later_minor_version_are_ignored():
@@ -250,7 +250,7 @@ def test_fields_of_a_later_minor_version_are_ignored():
         body = {**as_dict(BODY), "from the future": [1]}
         welcome = {"type": "Welcome", "fingerprint": FINGERPRINT, "body": wire.encode(body)}
         talk.to_dialler(session.seal(wire.encode({**welcome, "more": 1})))
-    assert talk.peer.state is State.READY, talk.peer.error
+    assert talk.peer.state is PeerState.READY, talk.peer.error
     assert talk.peer.body == BODY
 
 

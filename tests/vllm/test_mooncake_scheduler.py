@@ -12,7 +12,7 @@ from kvconnect.config import MooncakeConfig
 from kvconnect.errors import ConfigError
 from kvconnect.orders import Expect, Fetch, Grant, Release, Watch, Withdraw
 from kvconnect.vllm.mooncake import place
-from kvconnect.vllm.mooncake.contract import MooncakeContract
+from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "xfer-1"}
 
@@ -25,7 +25,7 @@ def make(monkeypatch):
     made = []
 
     def make(engine_id, role, mamba=False):
-        made.append(Engine(engine_id, role, MooncakeConfig(), MooncakeContract, mamba))
+        made.append(Engine(engine_id, role, MooncakeConfig(), MooncakeProtocol, mamba))
         made[-1].port = port
         return made[-1]
 

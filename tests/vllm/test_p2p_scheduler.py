@@ -7,16 +7,16 @@ from halves import Block, Engine
 from vllm.v1.request import RequestStatus
 
 from kvconnect.control.wire import Address
-from kvconnect.orders import Expect, Fetch, Grant, Release, Shard, Watch
+from kvconnect.orders import Expect, Fetch, Grant, RankAddress, Release, Watch
 from kvconnect.vllm.p2p.config import P2pNcclConfig
-from kvconnect.vllm.p2p.contract import P2pContract
+from kvconnect.vllm.p2p.protocol import P2pProtocol
 
 P, D = ("10.0.0.1", 21001), ("10.0.1.1", 22001)
 NAMED = "cmpl-___prefill_addr_10.0.0.1:21001___decode_addr_10.0.1.1:22001_0123456789abcdef-0"
 
 
 def engine(role, address, **options):
-    return Engine(role, role, P2pNcclConfig(), P2pContract, address=address, **options)
+    return Engine(role, role, P2pNcclConfig(), P2pProtocol, address=address, **options)
 
 
 @pytest.mark.parametrize(("mamba", "tokens"), [(False, 40), (True, 39)])
@@ -36,7 +36,7 @@ def test_both_engines_agree_on_a_lease(roles, mamba, tokens):
     assert d.scheduler.match(request, 0) == tokens
     d.scheduler.admitted(request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens)
     (fetch,) = d.steps([Fetch])
-    assert fetch.source.shards == (Shard(Address(*P), None),)
+    assert fetch.source.shards == (RankAddress(Address(*P), None),)
     assert fetch.source.request_id == NAMED
     assert (fetch.tokens, fetch.digest) == (grant.terms.tokens, grant.terms.digest)
 

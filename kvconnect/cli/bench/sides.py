@@ -25,7 +25,7 @@ from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
 from kvconnect.ops.pages import use_huge_pages
-from kvconnect.orders import Directory, Fetch, Grant, Shard, Source
+from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
 from kvconnect.settings import Mode, Settings
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.testing.geometry import Cache, Model
@@ -196,7 +196,7 @@ class _Side:
         mover = Mover(
             settings, self.cache.shard, transport, channel, staging=staging, kernels=load("cpu")
         )
-        mover.put([Directory((mover.address,))])
+        mover.put([EngineAddresses((mover.address,))])
         mover.start()
         self.movers[mode] = mover
         return mover
@@ -222,7 +222,7 @@ class Supplier(_Side):
         tokens = self._case.blocks * BLOCK_TOKENS
         terms = Terms(name, name, (tuple(self._blocks),), tokens, b"digest", LEASE_S)
         self._mover.put([Grant(terms)])
-        shard = Shard(self._mover.address, self._mover.incarnation)
+        shard = RankAddress(self._mover.address, self._mover.incarnation)
         return Source((shard,), name, name, LEASE_S), terms
 
     def freed(self, name: str, timeout_s: float) -> bool:

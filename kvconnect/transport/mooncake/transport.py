@@ -24,7 +24,7 @@ import msgspec
 from kvconnect.config import parse
 from kvconnect.errors import TransportError
 from kvconnect.geometry.blocks import Region
-from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.base import Done, Op, TransferId, Work
 from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.mooncake.engine import MooncakeOptions, import_mooncake, start
 from kvconnect.transport.reach import Reach, join, pair
@@ -73,7 +73,7 @@ class MooncakeTransport:
         self._reach = Reach(regions)
         self._peers: dict[str, _Peer] = {}
         self._known: dict[str, str] = {}  # segment → incarnation, of all that we ever met
-        self._running: dict[Ticket, _Running] = {}
+        self._running: dict[TransferId, _Running] = {}
         self._ended: list[Done] = []
         self._next_ticket = 1
         self._fence_at = float("inf")
@@ -110,7 +110,7 @@ class MooncakeTransport:
         if any(r.work.peer == name for r in self._running.values()):
             self._fence_at = min(self._fence_at, time.monotonic() + FENCE_S)
 
-    def submit(self, work: Work) -> Ticket:
+    def submit(self, work: Work) -> TransferId:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         started = time.perf_counter()
         try:
@@ -138,7 +138,7 @@ class MooncakeTransport:
         ended, self._ended = self._ended, []
         return ended
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: TransferId) -> None:
         if running := self._running.get(ticket):
             self._fail(running, "cancelled")
             self._end_if_over(ticket)
@@ -199,7 +199,7 @@ class MooncakeTransport:
         running.error = running.error or error
         running.spans.clear()
 
-    def _end_if_over(self, ticket: Ticket) -> None:
+    def _end_if_over(self, ticket: TransferId) -> None:
         r = self._running[ticket]
         if r.spans or r.under_way:
             return

@@ -15,7 +15,7 @@ import numpy as np
 from kvconnect.control.channel import Channel, Link
 from kvconnect.errors import TransportError
 from kvconnect.ops.cuda import CudaLaunch
-from kvconnect.transport.base import Op, Ticket
+from kvconnect.transport.base import Op, TransferId
 from kvconnect.transport.nccl.pair import Device, Move, Pair
 from kvconnect.transport.nccl.words import (
     Ask,
@@ -42,7 +42,7 @@ SILENT_S = 60.0  # a line that a peer opened and does not ping for so long is gi
 class Exchange:
     """A piece under way, on either side, and the staging buffer it uses."""
 
-    def __init__(self, number: int, piece: Piece, ticket: Ticket | None) -> None:
+    def __init__(self, number: int, piece: Piece, ticket: TransferId | None) -> None:
         self.number, self.piece, self.ticket = number, piece, ticket
         self.steps: Generator[None]
         self.buffer: int | None = None
@@ -81,7 +81,7 @@ class Line:
         """Send this."""
         self._channel.send(self.link, msgspec.msgpack.encode(said))
 
-    def ask(self, piece: Piece, ticket: Ticket) -> None:
+    def ask(self, piece: Piece, ticket: TransferId) -> None:
         """Begin to read or write a piece. There must be a free buffer."""
         x = Exchange(next(self._numbers), piece, ticket)
         x.buffer = self._free.pop()

@@ -32,7 +32,7 @@ from kvconnect.control.channel import Frame, Link, ZmqChannel
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, TransportError, WireError
 from kvconnect.geometry.blocks import Region
-from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.base import Done, Op, TransferId, Work
 from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.nccl.library import Nccl, find, spelt
 from kvconnect.transport.nccl.line import PIECE_BYTES, PIECE_SPANS, WINDOW, Line
@@ -123,7 +123,7 @@ class NcclTransport:
         if peer := self._peers.pop(name, None):
             self._fail(name, peer.line, f"peer {name} was dropped")
 
-    def submit(self, work: Work) -> Ticket:
+    def submit(self, work: Work) -> TransferId:
         return self._tickets.begin(work, self._pieces, self._fill)
 
     def poll(self) -> list[Done]:
@@ -139,7 +139,7 @@ class NcclTransport:
             self._despair()
         return self._tickets.ended()
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: TransferId) -> None:
         read = self._tickets.op(ticket) is Op.READ
         self._tickets.fail(ticket, "cancelled")
         for line in self._lines.values() if read else ():

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvconnect.errors import TransportError
 from kvconnect.geometry.blocks import Region
-from kvconnect.transport.base import Done, Op, Ticket, Work
+from kvconnect.transport.base import Done, Op, TransferId, Work
 from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.pieces import Piece, Tickets
 from kvconnect.transport.ucx.agent import BUFFER_BYTES, Agent, reply_bytes
@@ -45,7 +45,7 @@ class _Hello(msgspec.Struct):
 class _Exchange:
     """A piece under way: its request, and the receive that its reply matches."""
 
-    ticket: Ticket
+    ticket: TransferId
     piece: Piece
     buffers: tuple[np.ndarray, np.ndarray]
     sent: Handle
@@ -95,7 +95,7 @@ class MessageTransport:
     def drop_peer(self, name: str) -> None:
         self._drop(name, f"peer {name} was dropped")
 
-    def submit(self, work: Work) -> Ticket:
+    def submit(self, work: Work) -> TransferId:
         return self._tickets.begin(work, self._pieces, self._fill)
 
     def poll(self) -> list[Done]:
@@ -111,7 +111,7 @@ class MessageTransport:
             self._retired = [peer for peer in self._retired if not self._is_gone(peer)]
         return self._tickets.ended()
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: TransferId) -> None:
         # read bytes only reach their place in `_advance`, written ones are the peer's to place
         if self._tickets.op(ticket) is Op.READ:
             self._tickets.end(ticket, "cancelled")
@@ -144,7 +144,7 @@ class MessageTransport:
         while len(peer.exchanges) < WINDOW and (taken := self._tickets.take(name)):
             self._ask(peer, *taken)
 
-    def _ask(self, peer: _Peer, ticket: Ticket, piece: Piece) -> None:
+    def _ask(self, peer: _Peer, ticket: TransferId, piece: Piece) -> None:
         request, reply = self._buffer(), self._buffer()
         tag, self._tag = self._tag, self._tag + 1
         size = self._agent.request(piece, peer.key, peer.line.address, tag, request)

@@ -2,14 +2,14 @@
 
 from kvconnect.config import MooncakeConfig
 from kvconnect.vllm.connector import PeerConnector
-from kvconnect.vllm.mooncake.contract import MooncakeContract
+from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
 
 
 class KVConnectMooncake(PeerConnector):
     """As `KVConnectNixl`, over another transport, and for Mooncake's routers too."""
 
     config_type = MooncakeConfig
-    contract_type = MooncakeContract
+    protocol_type = MooncakeProtocol
 
 
 class MooncakeConnector(KVConnectMooncake):

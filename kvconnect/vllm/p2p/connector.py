@@ -6,8 +6,8 @@ from typing import Any
 from kvconnect.control.wire import Address
 from kvconnect.vllm.connector import PeerConnector
 from kvconnect.vllm.p2p.config import P2pNcclConfig
-from kvconnect.vllm.p2p.contract import P2pContract
 from kvconnect.vllm.p2p.pings import Pings
+from kvconnect.vllm.p2p.protocol import P2pProtocol
 from kvconnect.vllm.worker import this_rank
 
 logger = logging.getLogger("vllm.kvconnect")
@@ -17,7 +17,7 @@ class KVConnectP2pNccl(PeerConnector):
     """As `KVConnectNixl`, over other transports; also for routers that name engines in ids."""
 
     config_type = P2pNcclConfig
-    contract_type = P2pContract
+    protocol_type = P2pProtocol
     _pings: Pings | None = None
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:

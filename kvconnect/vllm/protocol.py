@@ -24,7 +24,7 @@ from kvconnect.vllm.params import (
 )
 
 
-class Us(NamedTuple):
+class EngineInfo(NamedTuple):
     """This engine; ``ttl_s`` is assumed of leases that do not say, ``role`` is vLLM's kv_role."""
 
     engine_id: str
@@ -33,10 +33,10 @@ class Us(NamedTuple):
     role: str = "kv_both"
 
 
-class Contract:
+class RouterProtocol:
     """See above. ``request`` is vLLM's; nothing that a client sends may raise but OfferError."""
 
-    def __init__(self, us: Us, config: PeerConfig, vllm_config: Any) -> None:  # noqa: ARG002
+    def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:  # noqa: ARG002
         """``config`` and ``vllm_config`` are for contracts that have options, or endpoints."""
         self.us = us
 

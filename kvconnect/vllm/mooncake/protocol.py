@@ -18,9 +18,8 @@ from typing import Any
 from kvconnect.config import MooncakeConfig, PeerConfig
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.orders import Shard, Source
+from kvconnect.orders import RankAddress, Source
 from kvconnect.tier_peer import Offer
-from kvconnect.vllm.contract import Contract, Us
 from kvconnect.vllm.mooncake.allowed import Allowed, Endpoint, parse_endpoint
 from kvconnect.vllm.mooncake.client import Client
 from kvconnect.vllm.mooncake.directory import Directory, registrations
@@ -29,6 +28,7 @@ from kvconnect.vllm.mooncake.place import PORT, place_of
 from kvconnect.vllm.mooncake.resolver import Resolver
 from kvconnect.vllm.mooncake.server import BootstrapServer
 from kvconnect.vllm.params import TICKET_KEY, Prompt, Ticket, check_engine, text_of
+from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 
 logger = logging.getLogger("vllm.kvconnect")
 
@@ -37,10 +37,10 @@ REGISTER_TIMEOUT_S = 120.0
 MAX_ID_CHARS = 512
 
 
-class MooncakeContract(Contract):
+class MooncakeProtocol(RouterProtocol):
     """See above."""
 
-    def __init__(self, us: Us, config: PeerConfig, vllm_config: Any) -> None:
+    def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:
         super().__init__(us, config, vllm_config)
         assert isinstance(config, MooncakeConfig)
         self._config = config
@@ -128,7 +128,7 @@ class MooncakeContract(Contract):
         addresses = self._resolver.find(endpoint, engine_id)
         if addresses is None:
             return None
-        shards = tuple(Shard(address, None) for address in addresses)
+        shards = tuple(RankAddress(address, None) for address in addresses)
         return Source(shards, name, None, self.us.ttl_s, self._config.prefill_timeout)
 
     def _ask(self, endpoint: Endpoint) -> "Future[bytes]":

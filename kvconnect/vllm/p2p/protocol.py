@@ -12,11 +12,11 @@ from typing import Any
 
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.orders import Shard, Source
+from kvconnect.orders import RankAddress, Source
 from kvconnect.tier_peer import Offer
-from kvconnect.vllm.contract import Contract
 from kvconnect.vllm.p2p.ids import MARK, Pairing, parse_pairing
 from kvconnect.vllm.params import Prompt
+from kvconnect.vllm.protocol import RouterProtocol
 
 
 class _Part(enum.Enum):
@@ -24,7 +24,7 @@ class _Part(enum.Enum):
     DECODE = "kv_consumer"
 
 
-class P2pContract(Contract):
+class P2pProtocol(RouterProtocol):
     """See above."""
 
     _here: Address | None = None  # of our first rank; set before any request
@@ -83,7 +83,7 @@ class P2pContract(Contract):
             raise OfferError("the request id names no engines")
         if pairing.prefill == self._here:
             raise OfferError("the KV is in this very engine; its own prefix cache serves it")
-        return Source((Shard(pairing.prefill, None),), pairing.name, None, self.us.ttl_s)
+        return Source((RankAddress(pairing.prefill, None),), pairing.name, None, self.us.ttl_s)
 
 
 def _pairing(request: Any) -> Pairing | None:
