@@ -1,4 +1,4 @@
-"""The proxy as clients see it: OpenAI's completions, streamed through from the engines.
+"""The proxy as clients see it: vLLM's endpoints, streamed through from the engines.
 
 Does not know how engines are asked (``legs``), what for (``policy``) or in which order (``pool``).
 
@@ -15,14 +15,25 @@ import logging
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 from aiohttp import web
 
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.legs import LOST, Answer, Ask, Legs, Reply
-from kvconnect.proxy.policy import error_body, error_event, read_body, request_id, splittable
+from kvconnect.proxy.policy import (
+    CHAT,
+    MESSAGES,
+    RESPONSES,
+    TEXT,
+    error_body,
+    error_event,
+    previous_response,
+    read_body,
+    request_id,
+    splittable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +41,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Answers still under way when we are told to stop get this long; Kubernetes kills after 30 s.
 _DRAIN_S = 25.0
-_FORWARDED = ("Authorization", "traceparent", "tracestate")
+_FORWARDED = ("Authorization", "traceparent", "tracestate", "X-Vllm-Priority", "X-Session-ID")
+# A rank is one of the decode engine's own; prefill's ranks have nothing in common with them.
+_FORWARDED_TO_DECODE = ("X-data-parallel-rank", "endpoint-load-metrics-format")
+# What goes to a decode engine as it is. Those with a response's id go to the one that keeps it.
+_WHOLE = (
+    *("/v1/messages/count_tokens", "/tokenize", "/detokenize"),
+    *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score"),
+    *("/rerank", "/v1/rerank", "/v2/rerank"),
+    *("/v1/audio/transcriptions", "/v1/audio/translations"),
+    "/v1/responses/{response_id}/cancel",
+)
 _NO_DECODE = "no decode engine can be reached; try again"
 
 
@@ -65,6 +86,26 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return _json_error(error.status, message)
 
 
+@web.middleware
+async def _preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A browser asks whether a page of another origin may ask us; vLLM's default is yes."""
+    if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
+        return await handler(request)
+    asked = request.headers.get("Access-Control-Request-Headers", "")
+    headers = {
+        "Access-Control-Allow-Methods": "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT",
+        "Access-Control-Max-Age": "600",
+    }
+    if asked.isascii():
+        headers["Access-Control-Allow-Headers"] = asked
+    return web.Response(text="OK", headers=headers)
+
+
+async def _allow_origin(request: web.Request, response: web.StreamResponse) -> None:
+    if "Origin" in request.headers:
+        response.headers["Access-Control-Allow-Origin"] = "*"
+
+
 class Proxy:
     """The handlers, and what they share."""
 
@@ -80,7 +121,7 @@ class Proxy:
         await self._legs.close()
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions and /v1/chat/completions."""
+        """POST what generates: completions, chats, responses, messages."""
         if not self._authorised(request):
             return _json_error(401, "the API key is missing or wrong")
         counters = self._legs.counters
@@ -91,24 +132,50 @@ class Proxy:
                 body = read_body(raw)
             except ValueError as error:
                 return _json_error(400, str(error))
-            ask = Ask(request.path, body, _onward_headers(request))
+            ask = Ask(
+                request.path,
+                body,
+                _onward_headers(request),
+                _headers_of(request, _FORWARDED_TO_DECODE),
+                _query(request),
+                keeper_of=previous_response(body),
+            )
             params: msgspec.Raw | None = None
-            if splittable(body):
-                outcome = await self._legs.prefill(ask)
-                if isinstance(outcome, Reply):
-                    return _whole(outcome)
-                params = outcome
+            if splittable(ask.path, body):
+                params = await self._legs.prefill(ask)
             else:
                 counters.not_splittable += 1
             counters.decode_alone += params is None
-            async with self._legs.decode(ask, params) as answer:
-                if answer is None:
-                    counters.unavailable += 1
-                    return _json_error(503, _NO_DECODE)
-                return await self._pass_on(request, ask, answer)
+            return await self._decode(request, ask, params)
         except asyncio.CancelledError:
             counters.aborted += 1
             raise
+
+    async def pass_whole(self, request: web.Request) -> web.StreamResponse:
+        """What is not split: a decode engine gets it as it is."""
+        if not self._authorised(request):
+            return _json_error(401, "the API key is missing or wrong")
+        content = _headers_of(request, ("Content-Type", "Accept"))
+        ask = Ask(
+            request.path,
+            {},
+            _onward_headers(request),
+            _headers_of(request, _FORWARDED_TO_DECODE) | content,
+            _query(request),
+            request.method,
+            await request.read(),
+            request.match_info.get("response_id"),
+        )
+        return await self._decode(request, ask, None)
+
+    async def _decode(
+        self, request: web.Request, ask: Ask, params: msgspec.Raw | None
+    ) -> web.StreamResponse:
+        async with self._legs.decode(ask, params) as answer:
+            if answer is None:
+                self._legs.counters.unavailable += 1
+                return _json_error(503, _NO_DECODE)
+            return await self._pass_on(request, ask, answer)
 
     async def _pass_on(self, request: web.Request, ask: Ask, answer: Answer) -> web.StreamResponse:
         response = web.StreamResponse(status=answer.upstream.status, reason=answer.upstream.reason)
@@ -144,10 +211,10 @@ class Proxy:
         )
 
     async def health(self, request: web.Request) -> web.StreamResponse:
-        """GET /health: 200 while a decode engine counts as up."""
+        """GET /health: 200 while a decode engine has answered and not failed since."""
         legs = self._legs
-        if not legs.decoders.any_up():
-            await legs.look_for_decoders()
+        unseen = [pool for pool in (legs.decoders, legs.prefillers) if not pool.any_up()]
+        await asyncio.gather(*map(legs.look, unseen))
         up = legs.decoders.any_up()
         report: dict[str, object] = {"status": "ok" if up else "unavailable"}
         if up and not legs.prefillers.any_up():
@@ -177,10 +244,18 @@ class Proxy:
 _PROXY = web.AppKey("proxy", Proxy)
 
 
-def _onward_headers(request: web.Request) -> dict[str, str]:
-    sent = {name: request.headers[name] for name in _FORWARDED if name in request.headers}
+def _headers_of(request: web.Request, names: Sequence[str]) -> dict[str, str]:
+    sent = {name: request.headers[name] for name in names if name in request.headers}
     # aiohttp reads other bytes as surrogates, and cannot send those
-    onward = {name: value for name, value in sent.items() if value.isascii()}
+    return {name: value for name, value in sent.items() if value.isascii()}
+
+
+def _query(request: web.Request) -> str:
+    return f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
+
+
+def _onward_headers(request: web.Request) -> dict[str, str]:
+    onward = _headers_of(request, _FORWARDED)
     onward["X-Request-Id"] = request_id(request.headers.get("X-Request-Id")) or uuid.uuid4().hex
     return onward
 
@@ -198,13 +273,20 @@ async def _break_off(
 
 def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application:
     proxy = Proxy(config, clock)
-    app = web.Application(middlewares=[_errors_as_json], client_max_size=config.max_body_bytes)
+    app = web.Application(
+        middlewares=[_preflight, _errors_as_json], client_max_size=config.max_body_bytes
+    )
     app[_PROXY] = proxy
     app.cleanup_ctx.append(proxy.running)
-    app.router.add_post("/v1/completions", proxy.complete)
-    app.router.add_post("/v1/chat/completions", proxy.complete)
+    for path in (TEXT, CHAT, RESPONSES, MESSAGES):
+        app.router.add_post(path, proxy.complete)
+    for path in _WHOLE:
+        app.router.add_post(path, proxy.pass_whole)
+    for path in ("/version", "/v1/responses/{response_id}"):
+        app.router.add_get(path, proxy.pass_whole)
     app.router.add_get("/v1/models", proxy.models)
     app.router.add_get("/health", proxy.health)
+    app.on_response_prepare.append(_allow_origin)
     return app
 
 

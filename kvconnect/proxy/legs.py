@@ -7,6 +7,8 @@ turn it is ``pool``'s.
   next one is asked. A 5xx is not: an engine answers 503 when its queue is full.
 - Closing an ``Answer``, or cancelling a call in here, closes the connection to the engine: that
   is how vLLM learns that it may stop.
+- What prefill cannot do (its 4xx) decode may still: it then works alone, and its word is final.
+- What only a decode engine refuses leaves prefill's KV without a reader: the lease is let go.
 - Remote faults are values or the next engine; none is raised to the caller before ``Answer.rest``.
 """
 
@@ -14,21 +16,26 @@ import asyncio
 import contextlib
 import io
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+import re
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 
 import aiohttp
 import msgspec
+import yarl
 
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.policy import (
     MAX_HELD_S,
+    RESPONSES,
+    TEXT,
     Body,
     Opening,
     decode_body,
     judge_opening,
     prefill_body,
+    release_body,
     transfer_params,
 )
 from kvconnect.proxy.pool import Pool
@@ -43,7 +50,14 @@ _NEVER_ASKED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 # A gateway in front of an engine says with these that it did not reach it.
 _UNREACHED = (502, 504)
+# An engine says with these that it cannot, where another might: an adapter that it has not
+# loaded, a prompt too long for it, too many requests.
+_ELSEWHERE = (404, 413, 429)
 _MODELS_TIMEOUT_S = 10.0
+_RELEASE_TIMEOUT_S = 10.0
+# Responses whose engine is remembered, for those who go on from one of them.
+_REMEMBERED_RESPONSES = 65_536
+_RESPONSE_ID = re.compile(rb'"id":\s?"(resp_[\w-]{1,100})"')
 # aiohttp warns about larger bodies as bytes, because they are written in one go.
 _WRITTEN_AT_ONCE_BYTES = 2**20
 _NOT_PASSED_ON = frozenset(
@@ -70,7 +84,9 @@ class Counters(msgspec.Struct):
     no_prefill: int = 0
     no_params: int = 0
     refused: int = 0
-    """Answered by prefill with a 4xx."""
+    """Answered by prefill with a 4xx, and then by decode alone."""
+    released: int = 0
+    """Refused by decode alone, so that prefill's KV was let go unread."""
     unavailable: int = 0
     """Answered with 503: no decode engine could be reached."""
     broken: int = 0
@@ -86,6 +102,16 @@ class Ask:
     path: str
     body: Body
     headers: dict[str, str]
+    """For both legs."""
+    decode_headers: dict[str, str] = field(default_factory=dict)
+    """For the decode leg alone: they name a part of that engine."""
+    query: str = ""
+    """Of the URL, with its question mark."""
+    method: str = "POST"
+    whole: bytes | None = None
+    """The client's own body, for what is not split and goes to a decode engine as it is."""
+    keeper_of: str | None = None
+    """Id of the response that the request goes on from: one decode engine keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +159,20 @@ class Legs:
         self.decoders = Pool(config.decode, clock)
         self._connect_timeout_s = config.connect_timeout_s
         self._session = engine_session(config.connect_timeout_s, config.silence_timeout_s)
+        self._releases: set[asyncio.Task[None]] = set()
+        self._keepers: OrderedDict[str, str] = OrderedDict()  # response id → its engine
 
     async def close(self) -> None:
+        for release in self._releases:
+            release.cancel()
+        await asyncio.gather(*self._releases, return_exceptions=True)
         await self._session.close()
 
-    async def prefill(self, ask: Ask) -> msgspec.Raw | Reply | None:
-        """Prefill's transfer params, or its refusal; None when decode has to work alone."""
-        data = prefill_body(ask.body)
-        candidates = self.prefillers.candidates()
-        for number, url in enumerate(candidates):
+    async def prefill(self, ask: Ask) -> msgspec.Raw | None:
+        """Prefill's transfer params; None when decode has to work alone."""
+        data = prefill_body(ask.path, ask.body)
+        refused = False
+        for number, url in enumerate(self.prefillers.candidates()):
             self.counters.retries += number > 0
             try:
                 with self.prefillers.busy(url):
@@ -151,21 +182,25 @@ class Legs:
                 self._report_lost(self.prefillers, url, error)
                 continue
             self._report_status(self.prefillers, url, upstream.status)
-            if upstream.status >= 500:
+            if upstream.status >= 500 or upstream.status in _ELSEWHERE:
+                refused = upstream.status < 500
                 continue
             if upstream.status >= 400:
-                self.counters.refused += 1
-                return Reply(upstream.status, _passed_on(upstream), answer)
+                refused = True
+                break
             params = transfer_params(answer)
             self.counters.no_params += params is None
             return params
-        self.counters.no_prefill += 1
+        self.counters.refused += refused
+        self.counters.no_prefill += not refused
         return None
 
     @contextlib.asynccontextmanager
     async def decode(self, ask: Ask, params: msgspec.Raw | None) -> AsyncIterator[Answer | None]:
         """The answer to pass on; None when no decode engine could be reached."""
         answer = await self._first_answer(ask, params)
+        if answer is not None and ask.path == RESPONSES:
+            self._remember(answer)
         try:
             yield answer
         finally:
@@ -173,7 +208,7 @@ class Legs:
                 answer.close()
 
     async def _first_answer(self, ask: Ask, params: msgspec.Raw | None) -> Answer | None:
-        engines = deque(self.decoders.candidates())
+        engines = deque(self._decoders_for(ask))
         spare = deque(self.decoders.last_resort())
         offered, may_retry, asked = params, True, 0
         while engines or spare:
@@ -191,7 +226,16 @@ class Legs:
                     # generations would let the next engine read whatever took its place.
                     params = None
                 continue
-            self._report_status(self.decoders, url, answer.upstream.status)
+            status = answer.upstream.status
+            self._report_status(self.decoders, url, status)
+            if 400 <= status < 500:
+                if params is not None:
+                    self._release(url, ask, params)
+                    params = None
+                if status in _ELSEWHERE and engines:
+                    answer.close()
+                    continue
+                return answer
             if not (answer.faulty and may_retry and (params is not None or engines)):
                 return answer
             # Once, without KV: elsewhere if possible, or here, as it may be the KV's fault.
@@ -202,10 +246,39 @@ class Legs:
                 engines.append(url)
         return None
 
+    def _decoders_for(self, ask: Ask) -> tuple[str, ...]:
+        """Decode engines in the order to be asked: first the one that a request goes on from."""
+        engines = self.decoders.candidates()
+        keeper = self._keepers.get(ask.keeper_of or "")
+        return (keeper, *(url for url in engines if url != keeper)) if keeper else engines
+
+    def _remember(self, answer: Answer) -> None:
+        """Who goes on from a response later has to ask the engine that made it."""
+        if found := _RESPONSE_ID.search(answer.head):
+            self._keepers[found[1].decode()] = answer.url
+            if len(self._keepers) > _REMEMBERED_RESPONSES:
+                self._keepers.popitem(last=False)
+
+    def _release(self, url: str, ask: Ask, params: msgspec.Raw) -> None:
+        """Have ``params``' lease let go by a decode engine that refused what it was for."""
+        self.counters.released += 1
+        release = asyncio.create_task(self._released(url, ask, params))
+        self._releases.add(release)
+        release.add_done_callback(self._releases.discard)
+
+    async def _released(self, url: str, ask: Ask, params: msgspec.Raw) -> None:
+        headers = ask.headers | {"X-Request-Id": f"{ask.headers['X-Request-Id'][:100]}-release"}
+        quiet = Ask(TEXT, {}, headers)
+        with contextlib.suppress(*LOST):
+            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+                async with self._post(url, quiet, release_body(params)) as upstream:
+                    await upstream.read()
+
     async def _open(self, url: str, ask: Ask, params: msgspec.Raw | None) -> Answer:
         with contextlib.ExitStack() as held:
             held.enter_context(self.decoders.busy(url))
-            upstream = await self._post(url, ask, decode_body(ask.body, params))
+            data = decode_body(ask.body, params) if ask.whole is None else ask.whole
+            upstream = await self._post(url, ask, data, ask.decode_headers)
             held.callback(upstream.close)
             head, opening = await upstream.content.readany(), Opening.GOOD
             # Without params there is nothing that a second try would leave out.
@@ -235,8 +308,8 @@ class Legs:
                     return Reply(upstream.status, _passed_on(upstream), body)
         return None
 
-    async def look_for_decoders(self) -> None:
-        """Asks decode engines that are down for their health, so that one may count as up."""
+    async def look(self, pool: Pool) -> None:
+        """Asks engines that are not up for their health, so that one may count as up."""
 
         async def look(url: str) -> None:
             timeout = aiohttp.ClientTimeout(total=self._connect_timeout_s)
@@ -245,15 +318,18 @@ class Legs:
                     f"{url}/health", timeout=timeout, allow_redirects=False
                 ) as upstream:
                     if upstream.status == 200:
-                        self._report_status(self.decoders, url, 200)
+                        self._report_status(pool, url, 200)
 
-        await asyncio.gather(*(look(state.url) for state in self.decoders.states() if not state.up))
+        await asyncio.gather(*(look(state.url) for state in pool.states() if not state.up))
 
-    def _post(self, url: str, ask: Ask, data: bytes) -> "aiohttp.client._RequestContextManager":
-        return self._session.post(
-            url + ask.path,
+    def _post(
+        self, url: str, ask: Ask, data: bytes, headers: Mapping[str, str] = {}
+    ) -> "aiohttp.client._RequestContextManager":
+        return self._session.request(
+            ask.method,
+            yarl.URL(url + ask.path + ask.query, encoded=True),
             data=data if len(data) <= _WRITTEN_AT_ONCE_BYTES else io.BytesIO(data),
-            headers=ask.headers,
+            headers={**ask.headers, **headers},
             allow_redirects=False,
         )
 

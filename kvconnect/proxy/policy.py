@@ -4,8 +4,9 @@ Knows OpenAI bodies and vLLM's ``kv_transfer_params``. Does not know HTTP, async
 or who the client is.
 
 - A body is ``{key: its raw JSON}``: what nobody has to look at is passed on byte for byte.
-- ``read_body`` removes every field by which a client could steer a KV transfer. The other
-  functions take what it returned.
+- ``read_body`` removes every field by which a client could steer a KV transfer, and keeps the
+  wishes in `_WISHES`, which concern only the client's own request. The other functions take what
+  it returned.
 - The prefill engine must make the same prompt tokens as the decode engine, or its KV belongs to
   another prompt. So ``prefill_body`` drops only the fields in ``_ANSWER_ONLY`` and keeps what it
   does not know (``response_format`` and ``tools`` are part of some models' prompts).
@@ -14,6 +15,7 @@ or who the client is.
 """
 
 import enum
+import hashlib
 import re
 
 import msgspec
@@ -36,10 +38,17 @@ _DO_PREFILL = msgspec.Raw(
 # Set by a client, these make an engine connect to an address, read another request's KV, or die.
 _TRANSFER_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 
+# Of these, what a client may ask for: how many tokens of its own prompt are loaded or stored.
+_WISHES = ("max_load_tokens", "max_offload_tokens")
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+
 # Fields that shape an answer and never the prompt's tokens.
 _ANSWER_ONLY = frozenset(
     {
         *("stream", "stream_options", "stream_interval"),
+        *("max_output_tokens", "stop_sequences", "background", "include"),
         *("n", "best_of", "use_beam_search"),
         *("max_tokens", "max_completion_tokens", "min_tokens"),
         *("stop", "stop_token_ids", "include_stop_str_in_output"),
@@ -54,6 +63,7 @@ _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _LIST_OPENING = re.compile(rb"\[\s*(.)", re.DOTALL)
 # Some connectors find their peer's address in the request id: no client may write one there.
 _REQUEST_ID = re.compile(r"(?!.*_addr_)[\w.:-]{1,128}", re.ASCII)
+_NOT_IN_REQUEST_ID = re.compile(r"[^\w.:-]", re.ASCII)
 
 
 def read_body(raw: bytes) -> Body:
@@ -65,23 +75,51 @@ def read_body(raw: bytes) -> Body:
         raise ValueError("the request body or its vllm_xargs is not a JSON object") from None
     except ValueError as error:
         raise ValueError(f"the request body is not valid JSON: {error}") from None
+    wishes = _wishes(body)
     for field in _TRANSFER_FIELDS:
         body.pop(field, None)
         # vLLM copies vllm_xargs into the extra_args that carry the real params.
         if xargs.pop(field, None) is not None:
             body["vllm_xargs"] = msgspec.Raw(msgspec.json.encode(xargs))
+    if wishes:
+        body["kv_transfer_params"] = msgspec.Raw(msgspec.json.encode(wishes))
     return body
 
 
+def _wishes(body: Body) -> dict[str, int]:
+    """The harmless part of the transfer params that a client sent."""
+    try:
+        sent = msgspec.json.decode(body.get("kv_transfer_params", _NULL))
+    except ValueError:
+        return {}
+    asked = sent if isinstance(sent, dict) else {}
+    return {key: asked[key] for key in _WISHES if type(asked.get(key)) is int and asked[key] >= 0}
+
+
 def request_id(claimed: str | None) -> str | None:
-    """The client's own request id, if it is one that engines may see."""
-    return claimed if claimed and _REQUEST_ID.fullmatch(claimed) else None
+    """The client's own request id as engines may see it; None if it has none that is harmless.
+
+    An id with other characters, or a longer one, is cleaned; the end of it then tells it apart
+    from others that are cleaned alike.
+    """
+    if not claimed or "_addr_" in claimed or not claimed.isascii():
+        return None
+    if _REQUEST_ID.fullmatch(claimed):
+        return claimed
+    tail = hashlib.blake2b(claimed.encode(), digest_size=4).hexdigest()
+    cleaned = f"{_NOT_IN_REQUEST_ID.sub('-', claimed)[:100]}-{tail}"
+    return cleaned if _REQUEST_ID.fullmatch(cleaned) else None
 
 
-def prefill_body(body: Body) -> bytes:
+def prefill_body(path: str, body: Body) -> bytes:
     """The prefill leg: the same prompt, one token, and its KV kept for a decode engine."""
     asked = {key: value for key, value in body.items() if key not in _ANSWER_ONLY}
-    asked |= {"stream": _FALSE, "max_tokens": _ONE, "kv_transfer_params": _DO_PREFILL}
+    asked |= {"stream": _FALSE, "kv_transfer_params": _with_wishes(_DO_PREFILL, body)}
+    if path == RESPONSES:
+        return msgspec.json.encode(asked | {"max_output_tokens": _ONE, "store": _FALSE})
+    asked["max_tokens"] = _ONE
+    if path == MESSAGES:
+        return msgspec.json.encode(asked)
     # No stop token may end the answer: some connectors (Mooncake, older NIXL) hand over only
     # what was cut off by length.
     asked["min_tokens"] = _ONE
@@ -92,11 +130,46 @@ def prefill_body(body: Body) -> bytes:
 
 def decode_body(body: Body, params: msgspec.Raw | None) -> bytes:
     """The decode leg: the client's own request, with prefill's params if there are any."""
-    return msgspec.json.encode(body if params is None else body | {"kv_transfer_params": params})
+    if params is None:
+        return msgspec.json.encode(body)
+    return msgspec.json.encode(body | {"kv_transfer_params": _with_wishes(params, body)})
 
 
-def splittable(body: Body) -> bool:
+def _with_wishes(params: msgspec.Raw, body: Body) -> msgspec.Raw:
+    """``params``, and beside them what the client asked for."""
+    if "kv_transfer_params" not in body:
+        return params
+    wishes = _BODY.decode(body["kv_transfer_params"])
+    return msgspec.Raw(msgspec.json.encode(_BODY.decode(params) | wishes))
+
+
+def previous_response(body: Body) -> str | None:
+    """Id of the response that this one goes on from."""
+    try:
+        found = msgspec.json.decode(body.get("previous_response_id", _NULL))
+    except ValueError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def release_body(params: msgspec.Raw) -> bytes:
+    """A request to a decode engine that makes it let go of what ``params`` offer.
+
+    One token of another prompt than prefill's, so that nothing is read: a connector that finds
+    the prompt to be another's releases the lease, and any other one when this request ends.
+    """
+    zero = {"prompt": msgspec.Raw(b"[0]"), "max_tokens": _ONE, "kv_transfer_params": params}
+    return msgspec.json.encode(zero)
+
+
+def splittable(path: str, body: Body) -> bool:
     """Whether two engines can share the work without wasting or mixing up KV."""
+    if path == RESPONSES and any(
+        _given(body, key) for key in ("previous_response_id", "prompt", "conversation")
+    ):
+        return False  # part of the prompt is what one decode engine keeps
+    if path == RESPONSES and body.get("background", _FALSE) not in (_FALSE, _NULL):
+        return False  # answered before prefill could be
     # vLLM reads leniently ("2" is 2, "yes" is true): all but the plain neutral value is "set".
     if any(
         _given(body, key) and body[key] != neutral
@@ -110,6 +183,8 @@ def splittable(body: Body) -> bool:
         return False  # prompt logprobs: decode computes the prompt itself, whatever it is offered
     if bytes(body.get("truncate_prompt_tokens", _NULL)).startswith((b"-", b'"')):
         return False  # -1 cuts at each engine's own context length: two prompts
+    if path != TEXT:
+        return True
     return _prompts_in(body, "prompt") + _prompts_in(body, "prompt_embeds") <= 1
 
 
@@ -151,6 +226,11 @@ class Opening(enum.Enum):
     UNDECIDED = enum.auto()
 
 
+# What vLLM's streams of responses and messages begin with, before anything was generated.
+_PREAMBLE = (b"response.created", b"response.in_progress", b"message_start", b"ping")
+_FAILURES = (b"error", b"response.failed")
+
+
 class _Error(msgspec.Struct):
     code: int | str | None = None
 
@@ -183,6 +263,13 @@ def judge_opening(head: bytes) -> Opening:
         return Opening.GOOD  # not vLLM's framing: nothing that we could judge
     # the last piece is an event that has not ended yet
     for event in head.split(b"\n\n")[:-1]:
+        if event.startswith(b"event: "):  # responses and messages name theirs
+            name = event.removeprefix(b"event: ").partition(b"\n")[0]
+            if name in _FAILURES:
+                return Opening.FAILED
+            if name not in _PREAMBLE:
+                return Opening.GOOD
+            continue
         try:
             seen = _EVENT.decode(event.removeprefix(b"data: "))
         except ValueError:

@@ -1,8 +1,9 @@
-"""Whose turn it is: engines of one role, round robin, with those that failed sitting out.
+"""Whose turn it is: the engine with the fewest requests, with those that failed sitting out.
 
 Does not know what is asked of an engine, nor how it is reached. Time is an injected clock.
 
-- ``candidates`` lists the engines to try, in order. One that failed is not among them until its
+- ``candidates`` lists the engines to try, in order: least busy first, by turns among equals. One
+  that failed is not among them until its
   backoff (1 s, 2 s, … 15 s) has passed; then one caller at a time gets it first, as a probe.
 - ``failed`` and ``succeeded`` report what came of a try. A burst of failures of one outage
   counts once.
@@ -37,6 +38,8 @@ class _Engine:
     retry_at_s: float = 0.0
     probed: bool = False
     in_flight: int = 0
+    answered: bool = False
+    """Whether it has ever: until then nobody knows that it is there."""
 
 
 class Pool:
@@ -58,7 +61,8 @@ class Pool:
             due[0].retry_at_s = now + _backoff_s(due[0].failures)
         turn = self._turn % len(up) if up else 0
         self._turn += 1
-        return tuple(e.url for e in (*due[:1], *up[turn:], *up[:turn], *due[1:]))
+        fair = sorted((*up[turn:], *up[:turn]), key=lambda engine: engine.in_flight)
+        return tuple(e.url for e in (*due[:1], *fair, *due[1:]))
 
     def last_resort(self) -> tuple[str, ...]:
         """Engines that sit out now, the one that is due soonest first."""
@@ -80,7 +84,7 @@ class Pool:
         """The engine answered. True if that was news."""
         engine = self._engines[url]
         was_down = engine.failures > 0
-        engine.failures, engine.probed = 0, False
+        engine.failures, engine.probed, engine.answered = 0, False, True
         return was_down
 
     @contextlib.contextmanager
@@ -94,20 +98,25 @@ class Pool:
             engine.in_flight -= 1
 
     def any_up(self) -> bool:
-        return any(not engine.failures for engine in self._engines.values())
+        """Whether an engine has answered, and not failed since."""
+        return any(_is_up(engine) for engine in self._engines.values())
 
     def states(self) -> tuple[EngineState, ...]:
         now = self._clock()
         return tuple(
             EngineState(
                 url=engine.url,
-                up=not engine.failures,
+                up=_is_up(engine),
                 failures=engine.failures,
                 retry_in_s=round(max(0.0, engine.retry_at_s - now), 3) if engine.failures else 0.0,
                 in_flight=engine.in_flight,
             )
             for engine in self._engines.values()
         )
+
+
+def _is_up(engine: _Engine) -> bool:
+    return engine.answered and not engine.failures
 
 
 def _backoff_s(failures: int) -> float:

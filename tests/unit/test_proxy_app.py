@@ -493,19 +493,202 @@ def test_a_prefill_engine_that_kept_nothing_leaves_decode_alone(answer):
     run(scenario())
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422, 429])
-def test_prefills_refusal_is_the_clients_answer(status):
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 429])
+def test_what_prefill_refuses_decode_may_still_serve(status):
+    """Prefill's 4xx used to be the client's answer, though decode could have served it."""
+
     async def scenario() -> None:
-        said = b'{"error": {"message": "context too long"}}'
-        p, other, d = Engine(says(said, status, X="1")), Engine(prefills), Engine(answers)
-        async with rig([p, other], [d]) as r:
-            async with r.session.post(TEXT, json={"prompt": "p", "stream": True}) as response:
-                assert (response.status, await response.read()) == (status, said)
-                assert response.headers["X"] == "1"
-                assert response.content_type == "application/json"
-            assert other.bodies == d.bodies == []
+        p, d = Engine(says(b'{"error": {"message": "too long"}}', status)), Engine(answers)
+        async with rig([p], [d]) as r:
+            assert await r.ask() == (200, ANSWER)
+            assert "kv_transfer_params" not in d.bodies[0]
             assert (await r.health())["prefill"][0]["up"]
-            assert await r.counters() == {"requests": 1, "refused": 1}
+            assert await r.counters() == {"requests": 1, "refused": 1, "decode_alone": 1}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("status", "asks_another"), [(400, False), (404, True), (429, True)])
+def test_another_prefill_engine_is_asked_where_only_this_one_cannot(status, asks_another):
+    async def scenario() -> None:
+        p, other, d = Engine(says(b"{}", status)), Engine(prefills), Engine(answers)
+        async with rig([p, other], [d]) as r:
+            assert await r.ask() == (200, ANSWER)
+            assert len(other.bodies) == asks_another
+            assert ("kv_transfer_params" in d.bodies[0]) == asks_another
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_what_only_decode_refuses_lets_go_of_prefills_kv(status):
+    """Its blocks used to stay with prefill until their lease ran out."""
+
+    async def scenario() -> None:
+        said = b'{"error": {"message": "bad stop"}}'
+        p, d = Engine(prefills), Engine(says(said, status), answers)
+        async with rig([p], [d]) as r:
+            assert await r.ask(stop=5) == (status, said)
+            while len(d.bodies) < 2:
+                await asyncio.sleep(0.01)
+            assert d.bodies[1] == {"prompt": [0], "max_tokens": 1, "kv_transfer_params": PARAMS}
+            assert d.heads[1].path == TEXT
+            assert await r.counters() == {"requests": 1, "released": 1}
+
+    run(scenario())
+
+
+def test_another_decode_engine_is_asked_where_only_this_one_cannot():
+    async def scenario() -> None:
+        d, other = Engine(says(b"busy", 429), answers), Engine(answers)
+        async with rig([Engine(prefills)], [d, other]) as r:
+            assert await r.ask() == (200, ANSWER)
+            assert "kv_transfer_params" not in other.bodies[0]  # the first may have let go of it
+
+    run(scenario())
+
+
+# --- requests of other kinds -------------------------------------------------------------------
+
+
+def test_a_response_and_a_message_are_split():
+    async def scenario() -> None:
+        for path, limit in (("/v1/responses", "max_output_tokens"), ("/v1/messages", "max_tokens")):
+            p, d = Engine(prefills), Engine(answers)
+            async with rig([p], [d]) as r:
+                sent = {"input": "q", limit: 50, "stream": False}
+                async with r.session.post(path, json=sent) as response:
+                    assert (response.status, await response.read()) == (200, ANSWER)
+                assert p.heads[0].path == d.heads[0].path == path
+                assert p.bodies[0][limit] == 1
+                assert p.bodies[0]["kv_transfer_params"]["do_remote_decode"] is True
+                assert p.bodies[0].get("store", False) is False
+                assert d.bodies[0] == sent | {"kv_transfer_params": PARAMS}
+
+    run(scenario())
+
+
+def test_who_goes_on_from_a_response_asks_the_engine_that_keeps_it():
+    async def scenario() -> None:
+        first = says(b'{"id":"resp_7f", "output":[]}')
+        p, d, other = Engine(prefills), Engine(first, answers), Engine(answers)
+        async with rig([p], [d, other]) as r:
+            await r.ask("/v1/responses", prompt=None, input="q")
+            for _ in range(3):
+                await r.ask("/v1/responses", input="and?", previous_response_id="resp_7f")
+            async with r.session.get("/v1/responses/resp_7f") as response:
+                assert response.status == 200
+            assert [head.path for head in d.heads] == ["/v1/responses"] * 4 + [
+                "/v1/responses/resp_7f"
+            ]
+            assert other.heads == []
+            assert len(p.heads) == 1, "only decode has the prompt of a response that goes on"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *(("POST", "/tokenize"), ("POST", "/detokenize"), ("POST", "/v1/embeddings")),
+        *(("POST", "/v1/messages/count_tokens"), ("POST", "/v1/rerank"), ("GET", "/version")),
+    ],
+)
+def test_what_is_not_split_goes_to_decode_as_it_is(method, path):
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers)
+        async with rig([p], [d]) as r:
+            body = b'{"input":  "as it is"}' if method == "POST" else None
+            async with r.session.request(method, path + "?a=%20b", data=body) as response:
+                assert (response.status, await response.read()) == (200, ANSWER)
+            assert (d.heads[0].method, d.heads[0].raw_path) == (method, path + "?a=%20b")
+            assert p.heads == []
+
+    run(scenario())
+
+
+def test_a_stream_of_events_with_names_that_begins_with_a_failure_is_asked_again():
+    async def scenario() -> None:
+        begun = b'event: message_start\ndata: {"type":"message_start"}\n\n'
+        failed = b'event: error\ndata: {"type":"error"}\n\n'
+        good = b"event: content_block_start\ndata: {}\n\n"
+        d = Engine(streams(begun, failed), streams(begun, good))
+        async with rig([Engine(prefills)], [d]) as r:
+            status, body = await r.ask("/v1/messages", stream=True)
+            assert (status, body) == (200, begun + good)
+            assert "kv_transfer_params" not in d.bodies[1]
+
+    run(scenario())
+
+
+def test_headers_that_engines_act_on_go_to_the_leg_that_they_are_for():
+    """Priorities, sessions and data-parallel ranks used to be dropped."""
+
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers)
+        both = {"X-Vllm-Priority": "-5", "X-Session-ID": "s"}
+        decode = {"X-data-parallel-rank": "1", "endpoint-load-metrics-format": "JSON"}
+        async with rig([p], [d]) as r:
+            async with r.session.post(TEXT + "?q=1", json={}, headers=both | decode) as response:
+                assert response.status == 200
+            assert both.items() <= dict(p.heads[0].headers).items()
+            assert not decode.keys() & p.heads[0].headers.keys()
+            assert (both | decode).items() <= dict(d.heads[0].headers).items()
+            assert p.heads[0].query_string == d.heads[0].query_string == "q=1"
+
+    run(scenario())
+
+
+def test_a_clients_harmless_transfer_wishes_pass_and_its_addresses_do_not():
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers)
+        async with rig([p], [d]) as r:
+            wishes = {"max_load_tokens": 0, "max_offload_tokens": 256}
+            hostile = {"remote_host": "10.6.6.6", "remote_engine_id": "x"}
+            await r.ask(kv_transfer_params=wishes | hostile)
+            assert d.bodies[0]["kv_transfer_params"] == PARAMS | wishes
+            assert p.bodies[0]["kv_transfer_params"]["remote_host"] is None
+            assert wishes.items() <= p.bodies[0]["kv_transfer_params"].items()
+            for bad in ({"max_load_tokens": "1"}, {"max_load_tokens": -1}, [], "x", 3):
+                await r.ask(kv_transfer_params=bad)
+                assert d.bodies[-1]["kv_transfer_params"] == PARAMS
+
+    run(scenario())
+
+
+def test_a_page_of_another_origin_may_ask():
+    async def scenario() -> None:
+        d = Engine(answers)
+        async with rig([Engine(prefills)], [d], api_key="key") as r:
+            origin = {"Origin": "https://a.page"}
+            asks = {"Access-Control-Request-Method": "POST"}
+            asks["Access-Control-Request-Headers"] = "authorization,content-type"
+            async with r.session.options(CHAT, headers=origin | asks) as response:
+                assert response.status == 200
+                assert response.headers["Access-Control-Allow-Origin"] == "*"
+                assert "POST" in response.headers["Access-Control-Allow-Methods"]
+                allowed = response.headers["Access-Control-Allow-Headers"]
+                assert allowed == asks["Access-Control-Request-Headers"]
+            headers = origin | {"Authorization": "Bearer key"}
+            async with r.session.post(TEXT, json={}, headers=headers) as response:
+                assert response.headers["Access-Control-Allow-Origin"] == "*"
+            assert len(d.bodies) == 1
+
+    run(scenario())
+
+
+def test_the_least_busy_engine_is_asked_first():
+    """By turns alone, an engine that hangs used to get every second request for ever."""
+
+    async def scenario() -> None:
+        stuck, well = Engine(hangs), Engine(answers)
+        async with rig([Engine(prefills)], [stuck, well]) as r:
+            hung = asyncio.create_task(r.ask())
+            await stuck.reached.wait()
+            for _ in range(4):
+                assert await r.ask() == (200, ANSWER)
+            assert (len(stuck.bodies), len(well.bodies)) == (1, 4)
+            hung.cancel()
 
     run(scenario())
 
@@ -782,7 +965,7 @@ def test_a_client_that_goes_amid_the_answer_ends_it():
         ("POST", TEXT, b"{", 400, "not valid JSON"),
         ("POST", CHAT, b"[1]", 400, "not a JSON object"),
         ("POST", TEXT, b'"' + b"x" * 3000, 413, "larger than 2048 bytes"),
-        ("POST", "/v1/embeddings", b"{}", 404, "/v1/embeddings is not served"),
+        ("POST", "/v1/else", b"{}", 404, "/v1/else is not served"),
         ("GET", "/", b"", 404, "not served"),
         ("GET", TEXT, b"", 405, "Method Not Allowed"),
     ],
@@ -817,6 +1000,27 @@ def test_models_of_no_engine_are_503():
     async def scenario() -> None:
         async with rig([Dead()], [Dead()]) as r, r.session.get("/v1/models") as response:
             assert response.status == 503
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "code", "status"),
+    [
+        (Dead(hangs), Dead(hangs), 503, "unavailable"),
+        (Engine(answers), Dead(hangs), 503, "unavailable"),
+        (Dead(hangs), Engine(answers), 200, "decode alone"),
+        (Engine(answers), Engine(says(b"loading", 503)), 503, "unavailable"),
+        (Engine(answers), Engine(answers), 200, "ok"),
+    ],
+)
+def test_health_asks_engines_that_have_not_answered_yet(prefill, decode, code, status):
+    """It used to be 200 before anybody listened: traffic came while models were loading."""
+
+    async def scenario() -> None:
+        async with rig([prefill], [decode]) as r:
+            health = await r.health()
+            assert (health["code"], health["status"]) == (code, status)
 
     run(scenario())
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from kvconnect.errors import ConfigError
 from kvconnect.proxy.config import make_config
 from kvconnect.proxy.policy import (
+    CHAT,
     MAX_HELD_BYTES,
+    TEXT,
     Opening,
     decode_body,
     error_body,
@@ -69,7 +71,7 @@ def test_no_client_ever_sets_transfer_params(fields, evil, ascii_only):
     fields |= {"kv_transfer_params": evil, "ec_transfer_params": evil}
     fields["vllm_xargs"] = {"kv_transfer_params": evil, "ec_transfer_params": evil, "kept": 1}
     body = read_body(json.dumps(fields, ensure_ascii=ascii_only).encode("utf-8", "replace"))
-    prefill, decode = json.loads(prefill_body(body)), json.loads(decode_body(body, None))
+    prefill, decode = json.loads(prefill_body(TEXT, body)), json.loads(decode_body(body, None))
     assert prefill["kv_transfer_params"]["do_remote_decode"] is True
     assert "kv_transfer_params" not in decode
     for leg in (prefill, decode):
@@ -143,12 +145,20 @@ def test_a_clients_request_id_is_kept(own):
 @pytest.mark.parametrize(
     "own",
     [
-        *(None, "", "a b", "a" * 129, "é", "x\n", "\udcff"),
+        *(None, "", "é", "\udcff"),
         "___prefill_addr_10.0.0.9:1___decode_addr_10.0.0.8:2_x",
     ],
 )
 def test_a_request_id_that_could_steer_or_break_an_engine_is_not(own):
     assert request_id(own) is None
+
+
+@pytest.mark.parametrize("own", ["a b", "a" * 129, "x\n", "team/7#3@eu+1"])
+def test_a_request_id_with_other_characters_is_cleaned_and_still_told_apart(own):
+    cleaned = request_id(own)
+    assert cleaned is not None
+    assert cleaned.startswith(own[0]) and len(cleaned) <= 128
+    assert request_id(cleaned) == cleaned != request_id(own + "!")
 
 
 # --- the prefill leg ---------------------------------------------------------------------------
@@ -157,7 +167,10 @@ def test_a_request_id_that_could_steer_or_break_an_engine_is_not(own):
 def test_prefill_is_asked_for_one_token_and_to_keep_its_kv():
     asked = json.loads(
         prefill_body(
-            body_of(prompt="p", stream=True, stream_options={"include_usage": True}, max_tokens=900)
+            TEXT,
+            body_of(
+                prompt="p", stream=True, stream_options={"include_usage": True}, max_tokens=900
+            ),
         )
     )
     assert asked == {
@@ -178,14 +191,14 @@ def test_prefill_is_asked_for_one_token_and_to_keep_its_kv():
 
 @pytest.mark.parametrize("given_as", [900, None])
 def test_prefill_makes_one_token_also_where_the_chat_limit_would_win(given_as):
-    asked = json.loads(prefill_body(body_of(messages=[], max_completion_tokens=given_as)))
+    asked = json.loads(prefill_body(CHAT, body_of(messages=[], max_completion_tokens=given_as)))
     assert asked["max_completion_tokens"] == asked["max_tokens"] == 1
 
 
 def test_prefill_renders_the_same_prompt_as_decode():
     """Whatever can change the prompt's tokens has to reach both engines."""
     body = body_of(**PROMPT_FIELDS, max_tokens=9)
-    prefill, decode = json.loads(prefill_body(body)), json.loads(decode_body(body, None))
+    prefill, decode = json.loads(prefill_body(TEXT, body)), json.loads(decode_body(body, None))
     for key, value in PROMPT_FIELDS.items():
         assert prefill[key] == decode[key] == value
 
@@ -205,7 +218,7 @@ def test_prefill_computes_nothing_that_only_an_answer_needs():
         "return_token_ids": True,
         "stream_interval": 4,
     }
-    asked = json.loads(prefill_body(body_of(prompt="p", **dropped)))
+    asked = json.loads(prefill_body(TEXT, body_of(prompt="p", **dropped)))
     assert set(asked) == {"prompt", "stream", "max_tokens", "min_tokens", "kv_transfer_params"}
 
 
@@ -249,7 +262,7 @@ NEUTRAL = {"n": 1, "best_of": 1, "use_beam_search": False, "echo": False, "promp
     ids=str,
 )
 def test_one_prompt_with_one_answer_is_split(fields):
-    assert splittable(body_of(**fields))
+    assert splittable(TEXT, body_of(**fields))
 
 
 @pytest.mark.parametrize(
@@ -275,13 +288,13 @@ def test_one_prompt_with_one_answer_is_split(fields):
     ids=str,
 )
 def test_what_one_lease_cannot_feed_is_not_split(fields):
-    assert not splittable(body_of(**fields))
+    assert not splittable(TEXT, body_of(**fields))
 
 
 @unhurried
 @given(st.lists(st.text() | st.lists(st.integers(0, 9), min_size=1), min_size=2, max_size=5))
 def test_a_batch_of_prompts_is_never_split(prompts):
-    assert not splittable(body_of(prompt=prompts))
+    assert not splittable(TEXT, body_of(prompt=prompts))
 
 
 # --- answers that start with an error ----------------------------------------------------------
