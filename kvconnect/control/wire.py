@@ -12,6 +12,7 @@ import msgspec
 
 from kvconnect.errors import WireError
 from kvconnect.geometry.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
+from kvconnect.geometry.chunks import MAX_RUNS, HeadSlice
 
 VERSION = (2, 3)
 """(major, minor); docs/wire.md says what each added."""
@@ -21,7 +22,6 @@ MAX_REQUEST_BYTES = 1 << 20
 """Of what a dialer sends; only a listener's Welcome may be larger."""
 MAX_RANKS = 1024
 MAX_PIECES = 8192
-MAX_RUNS = 1 << 14
 RENEWED_AT_ONCE = 512
 
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
@@ -109,22 +109,6 @@ class Body(msgspec.Struct, frozen=True):
     """Whether a Piece may be "kv" of a layer whose K and V lie side by side. Since 2.2."""
     slot_bytes: Size = 0
     """Of the slots that it gathers into: no chunk may be larger. 0: as the reader's. Since 2.2."""
-
-
-class HeadSlice(msgspec.Struct, frozen=True, array_like=True):
-    """One part of some heads of a layer, as it crosses: dense ``[head][token][content]``."""
-
-    layer: Name
-    part: Literal["k", "v", "kv"]
-    first: Size
-    """Heads ``[first, first + count)``, counted over the whole model."""
-    count: Extent
-    content: Extent
-    """Elements of a token."""
-    dtype: Name
-    """Of the elements as they cross."""
-    factor: Annotated[float, msgspec.Meta(gt=0, le=1e30)] = 1.0
-    """What the source's elements are multiplied by."""
 
 
 class Granules(msgspec.Struct, frozen=True, array_like=True):

@@ -12,13 +12,13 @@ and dtypes of the two never meet.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 
-from kvconnect.control.wire import MAX_RUNS, HeadSlice
 from kvconnect.errors import GeometryError
-from kvconnect.geometry.blocks import DENSE, BlockView, Part
+from kvconnect.geometry.blocks import DENSE, BlockView, Extent, Name, Part, Size
 from kvconnect.geometry.intersect import FLOATS, NO_BLOCK, Rect, joined, part_pairs
 from kvconnect.ops import Copy, Type, chunk_bytes
 
@@ -29,6 +29,25 @@ TYPES = {
     "fp8_e4m3": Type.E4M3,
     "fp8_e5m2": Type.E5M2,
 }
+
+MAX_RUNS = 1 << 14
+
+
+class HeadSlice(msgspec.Struct, frozen=True, array_like=True):
+    """One part of some heads of a layer, as it crosses: dense ``[head][token][content]``."""
+
+    layer: Name
+    part: Literal["k", "v", "kv"]
+    first: Size
+    """Heads ``[first, first + count)``, counted over the whole model."""
+    count: Extent
+    content: Extent
+    """Elements of a token."""
+    dtype: Name
+    """Of the elements as they cross."""
+    factor: Annotated[float, msgspec.Meta(gt=0, le=1e30)] = 1.0
+    """What the source's elements are multiplied by."""
+
 
 Runs = tuple[tuple[int, int], ...]
 """(first token, count), of the prompt."""

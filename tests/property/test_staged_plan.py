@@ -19,10 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvconnect import ops
-from kvconnect.control.wire import HeadSlice
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import BlockView, Heads, Part
-from kvconnect.geometry.chunks import ChunkPlan, segments, source_copy
+from kvconnect.geometry.chunks import ChunkPlan, HeadSlice, segments, source_copy
 from kvconnect.geometry.intersect import FLOATS, NO_BLOCK, assign, why_not_direct
 from kvconnect.geometry.rows import Memory, Route
 from kvconnect.ops.plain import PlainKernels
