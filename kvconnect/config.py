@@ -15,7 +15,7 @@ import msgspec
 
 from kvconnect.errors import ConfigError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 

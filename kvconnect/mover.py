@@ -48,7 +48,7 @@ from kvconnect.staging import Slots, Staging
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Transport
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 THREAD_NAME = "kvconnect-mover"
 IDLE_WAIT_S = 1.0

@@ -1,5 +1,6 @@
 """Hypothesis profiles: HYPOTHESIS_PROFILE=dev while writing, ci otherwise."""
 
+import logging
 import os
 
 import fake_gpu
@@ -11,6 +12,12 @@ settings.register_profile("ci", max_examples=300, print_blob=True, **common)
 settings.register_profile("dev", max_examples=40, **common)
 settings.register_profile("deep", max_examples=5000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def what_we_log_reaches_caplog(monkeypatch):
+    """vLLM, once imported, keeps what is logged below its logger from pytest's handler."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from kvconnect.offload.jobs import Fill
 from kvconnect.orders import Cancel, Fetch, Release
 from kvconnect.tier_peer import Offer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 PEER_S = 1 / 2e9  # per byte, as stores' below: guesses, until the first loads were measured
 STORES_S = {"host": 1 / 5e9, "disk": 1 / 1e9, "beside": 1 / 4e9}

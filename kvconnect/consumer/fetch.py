@@ -25,7 +25,7 @@ from kvconnect.orders import Cancel, Fetch, Release, Watch
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 CLOSE_TIMEOUT_S = 10.0
 TRANSFER, HANDSHAKE = "num_failed_transfers", "num_failed_handshakes"

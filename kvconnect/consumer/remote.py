@@ -28,7 +28,7 @@ from kvconnect.settings import Mode
 from kvconnect.staging import Slots
 from kvconnect.transport.base import Transport
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True)

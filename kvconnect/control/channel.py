@@ -24,7 +24,7 @@ import zmq
 from kvconnect.control.wire import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Address
 from kvconnect.errors import ConfigError, WireError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class Link(NamedTuple):

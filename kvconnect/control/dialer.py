@@ -23,7 +23,7 @@ from kvconnect.errors import GeometryError, WireError
 from kvconnect.geometry.blocks import check_views
 from kvconnect.lease import Clock
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 RESEND_S = 1.0
 MAX_GREETINGS = 128  # under way at once; addresses may come from clients

@@ -18,7 +18,7 @@ from kvconnect.control.channel import Channel, Frame, Link
 from kvconnect.control.session import LISTENER, NONCE_BYTES, PLAIN, SEALED, Session
 from kvconnect.errors import WireError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 MAX_PROVED = 4096
 MAX_UNPROVED = 256

@@ -22,7 +22,7 @@ from kvconnect.ops.copies import (
 )
 from kvconnect.ops.plain import PlainKernels, PlainLaunch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 LIB = Path(__file__).parents[1] / "lib"
 ABI_VERSION = 3

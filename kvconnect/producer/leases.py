@@ -19,7 +19,7 @@ from kvconnect.control.listener import Incoming, Listener
 from kvconnect.lease import Clock, LeaseBook, LeaseState, Terms
 from kvconnect.producer.early import EarlyReaders
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 MAX_PARKED = 4096
 REMEMBERED_CLOSES = 4096

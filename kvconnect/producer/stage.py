@@ -30,7 +30,7 @@ from kvconnect.staging import GRANULE_BYTES, Slots, granule_table, granules
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 MAX_READERS = 1024
 MAX_WAITING = 4096

@@ -35,7 +35,7 @@ from kvconnect.proxy.policy import (
     splittable,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -41,7 +41,7 @@ from kvconnect.proxy.policy import (
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.session import engine_session
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 LOST = (aiohttp.ClientError, TimeoutError, OSError)
 """The engine, or the way to it, is gone."""

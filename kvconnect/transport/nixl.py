@@ -33,7 +33,7 @@ from kvconnect.geometry.rows import RowTable
 from kvconnect.transport.base import Done, TransferId, Work
 from kvconnect.transport.greeting import read_hello
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 LOCAL = "NIXL_INIT_AGENT"
 FENCE_S = 20.0  # that a dropped peer's transfers get to end by themselves

@@ -28,7 +28,7 @@ from kvconnect.vllm.content import (
     packed,
 )
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 ALL_TOKENS = 1 << 24  # of a block of recurrent state, whatever vLLM's block size says
 

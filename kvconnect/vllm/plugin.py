@@ -6,7 +6,7 @@ an exception here would end engines that do not even use kvconnect.
 
 import logging
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 REGISTERED = {
     "KVConnectMooncake": "kvconnect.vllm.mooncake.connector",

@@ -23,7 +23,7 @@ from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 from kvconnect.vllm.worker import RankMetadata
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 NULL_BLOCK = 0  # vLLM's BlockPool takes block 0 as the placeholder of blocks it does not keep
 SHORTENED = "_kvconnect_shortened"  # attribute of a vLLM request

@@ -28,7 +28,7 @@ from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import Place, describe
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 STAGING_CTAS = 8  # of a launch: more than a NIC takes, and most of the GPU stays with the model
 

@@ -144,7 +144,7 @@ def test_the_lease_stays_open_for_what_the_store_turns_out_not_to_have(world, pr
     assert prefill.sent == []
     assert decode.ended == []
     decode.hold = False
-    with caplog.at_level(logging.WARNING, "kvconnect.chain.load"):
+    with caplog.at_level(logging.WARNING, "vllm.kvconnect.chain.load"):
         decode.go_on()
     assert decode.ended == [Ended("d")]
     assert decode.holds(BLOCKS)

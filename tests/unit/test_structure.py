@@ -100,6 +100,14 @@ def test_importing_it_loads_no_heavy_library(module):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_module_logs_below_the_logger_that_vllm_configures(path):
+    """Under vLLM, what is logged elsewhere has no time or pid, and its notices are not shown."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("getLogger"):
+            assert ast.unparse(node) == "logging.getLogger(f'vllm.{__name__}')", name_of(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_functions_stay_small(path):
     """Modules have no limit of lines: one concept each, however long."""
     for node in ast.walk(parsed(path)):

@@ -23,7 +23,7 @@ from kvconnect.offload.store.neighbours import Neighbours
 from kvconnect.offload.store.places import Filed
 from kvconnect.offload.store.shelf import Shelf
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 MOST_FAILURES = 8
 

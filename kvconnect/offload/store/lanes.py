@@ -21,7 +21,7 @@ import numpy as np
 
 from kvconnect.offload.store.header import PAGE_BYTES
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class File(Protocol):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-logger = logging.getLogger("vllm.kvconnect")  # vLLM shows its notices
+logger = logging.getLogger(f"vllm.{__name__}")
 
 Nodes = tuple[int, ...]
 

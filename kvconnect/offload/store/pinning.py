@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from kvconnect.errors import Reason, StoreError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 PIECE_BYTES = 256 << 20
 THREADS = 4  # registering is spent in the kernel, page by page; it scales to about so many

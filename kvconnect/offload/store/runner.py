@@ -23,7 +23,7 @@ from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.jobs import Answer, Fill, Forget, Job, Loss, Save
 from kvconnect.offload.store.hand import Hand
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 THREAD_NAME = "kvconnect-offload"
 LOOK_AROUND_S = 1.0

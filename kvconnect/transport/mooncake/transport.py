@@ -29,7 +29,7 @@ from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.mooncake.engine import MooncakeOptions, import_mooncake, start
 from kvconnect.transport.reach import Reach, join, pair
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 WINDOW = 128
 FENCE_S = 20.0  # that a dropped peer's transfers get to end by themselves

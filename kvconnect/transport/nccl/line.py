@@ -30,7 +30,7 @@ from kvconnect.transport.nccl.words import (
 from kvconnect.transport.pieces import Piece
 from kvconnect.transport.reach import Reach
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 PIECE_BYTES = 4 << 20
 PIECE_SPANS = 1 << 13

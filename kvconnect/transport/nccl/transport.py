@@ -41,7 +41,7 @@ from kvconnect.transport.nccl.words import Ask, Failed, Open, Ping, decode
 from kvconnect.transport.pieces import Piece, Tickets, cut
 from kvconnect.transport.reach import Reach, join, pair, split
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 BUFFERS = 8  # of PIECE_BYTES, to ask with; and as many to serve with
 MAX_GUESTS = 256  # lines that others opened

@@ -27,7 +27,7 @@ from kvconnect.transport.pieces import Piece, Tickets
 from kvconnect.transport.ucx.agent import BUFFER_BYTES, Agent, reply_bytes
 from kvconnect.transport.ucx.post import Handle, Line, Post
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 WINDOW = 8
 SERVED = 64  # requests of peers under way; the others wait in the library

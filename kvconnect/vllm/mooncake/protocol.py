@@ -30,7 +30,7 @@ from kvconnect.vllm.mooncake.server import BootstrapServer
 from kvconnect.vllm.params import TICKET_KEY, Prompt, Ticket, check_engine, text_of
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 THREAD_NAME = "kvconnect-resolver"
 REGISTER_TIMEOUT_S = 120.0

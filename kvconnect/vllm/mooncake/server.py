@@ -33,7 +33,7 @@ from kvconnect.vllm.mooncake.proof import (
     prove_registration,
 )
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 THREAD_NAME = "kvconnect-bootstrap"
 MAX_CONNECTIONS = 256

@@ -16,7 +16,7 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 
 from kvconnect.vllm.metrics import SummedStats
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 CHAIN = "chain"  # the label of what loads together
 CLASS, DATA = "class", "data"

@@ -21,7 +21,7 @@ from kvconnect.vllm.offload.place import Lead, Opened, Pin, follow, open_place
 if TYPE_CHECKING:
     from kvconnect.vllm.worker import Rank
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 Gather = Callable[[Any], list[Any]]
 """What each rank of the tensor-parallel group gave, in their order."""

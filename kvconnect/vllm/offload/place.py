@@ -26,7 +26,7 @@ from kvconnect.offload.store.runner import Runner
 from kvconnect.offload.store.shelf import Shelf
 from kvconnect.offload.store.vault import Vault
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 PASSING_SLOTS = 8  # for what is on neighbours' disks alone; the scheduler has the others
 SHARED_MEMORY = "/dev/shm/kvconnect-{}"  # noqa: S108 - ours alone: `_own_folder` looks

@@ -26,7 +26,7 @@ from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.messages import Done, Found, Loading, Wanted, Work
 from kvconnect.vllm.offload.tracked import Tracked
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class OffloadScheduler:

@@ -7,7 +7,7 @@ from kvconnect.offload.eviction import Key
 from kvconnect.offload.keys import Context, Item, Names
 from kvconnect.vllm.offload.identity import Cut, weights_at
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 NO_LIMIT = 1 << 62
 

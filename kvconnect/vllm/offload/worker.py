@@ -26,7 +26,7 @@ from kvconnect.vllm.offload.messages import Done, Found, Work
 from kvconnect.vllm.offload.place import Opened
 from kvconnect.vllm.worker import _kernels, this_rank
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 READ_ONLY = 8  # cudaHostRegisterReadOnly: a leader's memory is mapped without the right to write
 

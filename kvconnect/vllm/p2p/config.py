@@ -13,7 +13,7 @@ from msgspec.structs import force_setattr
 from kvconnect.config import PeerConfig
 from kvconnect.errors import ConfigError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 GIB = 1 << 30
 LEAST_STAGING_BYTES = 1 << 20

@@ -10,7 +10,7 @@ from kvconnect.vllm.p2p.pings import Pings
 from kvconnect.vllm.p2p.protocol import P2pProtocol
 from kvconnect.vllm.worker import this_rank
 
-logger = logging.getLogger("vllm.kvconnect")
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class KVConnectP2pNccl(PeerConnector):

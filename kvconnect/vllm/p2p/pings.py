@@ -16,7 +16,7 @@ import zmq
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 EVERY_S = 3.0  # routers forget who was silent for five
 TYPES = {"kv_producer": ("P",), "kv_consumer": ("D",), "kv_both": ("P", "D")}
