@@ -7,7 +7,7 @@
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -37,10 +37,40 @@ INERT_MOONCAKE_OPTIONS = {
 }
 
 
+class TransportOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the options of a transport, which `parse_transport_options` makes."""
+
+
+class NixlOptions(TransportOptions, frozen=True, kw_only=True):
+    """Options of the nixl transport, and of ``KVConnectNixl``."""
+
+    backends: tuple[str, ...] = ("UCX",)
+    """NIXL plugins to load, e.g. ``["UCX"]`` or ``["LIBFABRIC"]``."""
+
+    def __post_init__(self) -> None:
+        if not self.backends:
+            raise ValueError("backends is empty, expected at least one NIXL plugin, e.g. ['UCX']")
+
+
+class MooncakeOptions(TransportOptions, frozen=True, kw_only=True):
+    """Options of the mooncake transport, and of ``KVConnectMooncake``."""
+
+    mooncake_protocol: Literal["rdma", "tcp"] = "rdma"
+    """What carries the data; nothing falls back to the other."""
+    device_name: str = ""
+    """RDMA devices to use, with commas between; all if empty."""
+    metadata_server: str = "P2PHANDSHAKE"
+    """``P2PHANDSHAKE``: none; or ``http://host:port/metadata``, ``etcd://host:port``."""
+
+
 class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of every prefill → decode connector."""
 
     inert: ClassVar[Mapping[str, str]] = {}
+    own_transport: ClassVar[str] = ""
+    """The transport of a connector whose options name none."""
+    own_options: ClassVar[type[TransportOptions]] = TransportOptions
+    """Options of that transport, which are options of the connector as well."""
     at_kv_port: ClassVar[bool] = False
     """Whether peers find us at vLLM's kv_port, and not by params that name any port."""
 
@@ -85,43 +115,26 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         if self.transport_options and self.transport is None:
             raise ValueError("transport_options are given without transport, which they are for")
 
-    def chosen_transport(self, device: str) -> tuple[str, dict[str, Any]]:
+    def chosen_transport(self, device: str) -> tuple[str, dict[str, Any]]:  # noqa: ARG002 - P2P's
         """Name and options of the transport to use for KV caches on ``device`` (cpu, cuda)."""
-        if self.transport is None:
-            return self._own_transport(device)
-        return self.transport, self.transport_options
-
-    def _own_transport(self, device: str) -> tuple[str, dict[str, Any]]:
-        raise NotImplementedError
+        return self.transport or self.own_transport, self.transport_options
 
 
 class NixlConfig(PeerConfig, frozen=True, kw_only=True):
     """Options of ``KVConnectNixl``."""
 
     inert: ClassVar[Mapping[str, str]] = INERT_OPTIONS
-
-    backends: tuple[str, ...] = ("UCX",)
-    """NIXL plugins to load, e.g. ``["UCX"]`` or ``["LIBFABRIC"]``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.backends:
-            raise ValueError("backends is empty, expected at least one NIXL plugin, e.g. ['UCX']")
-
-    def _own_transport(self, device: str) -> tuple[str, dict[str, Any]]:  # noqa: ARG002 - any
-        return "nixl", {"backends": self.backends}
+    own_transport: ClassVar[str] = "nixl"
+    own_options: ClassVar[type[TransportOptions]] = NixlOptions
 
 
 class MooncakeConfig(PeerConfig, frozen=True, kw_only=True):
     """Options of ``KVConnectMooncake``."""
 
     inert: ClassVar[Mapping[str, str]] = INERT_MOONCAKE_OPTIONS
+    own_transport: ClassVar[str] = "mooncake"
+    own_options: ClassVar[type[TransportOptions]] = MooncakeOptions
 
-    mooncake_protocol: Literal["rdma", "tcp"] = "rdma"
-    device_name: str = ""
-    """RDMA devices to use, with commas between; all if empty."""
-    metadata_server: str = "P2PHANDSHAKE"
-    """``P2PHANDSHAKE``: none; or ``http://host:port/metadata``, ``etcd://host:port``."""
     bootstrap_server_address: str | None = None
     """Prefill: ``host:port`` of a bootstrap endpoint to register at, instead of one of our own."""
     allowed_bootstrap_addresses: tuple[str, ...] | None = None
@@ -130,35 +143,74 @@ class MooncakeConfig(PeerConfig, frozen=True, kw_only=True):
     prefill_timeout: Seconds = 480
     """Decode: seconds that prefill may take, where a router asks both engines at once."""
 
-    def _own_transport(self, device: str) -> tuple[str, dict[str, Any]]:  # noqa: ARG002 - any
-        return "mooncake", {
-            "protocol": self.mooncake_protocol,
-            "device_name": self.device_name,
-            "metadata_server": self.metadata_server,
-        }
-
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 
 
 def parse(options: Mapping[str, Any], schema: type[Config], connector: str) -> Config:
-    """``options`` as a ``schema``; raises ConfigError that names the option and a remedy."""
-    known = [f.encode_name for f in msgspec.structs.fields(schema)]
-    inert: Mapping[str, str] = getattr(schema, "inert", {})
-    wanted = {}
+    """The extra config of ``connector`` as a ``schema``; raises ConfigError with a remedy.
+
+    Options of the connector's own transport are checked and put into ``transport_options``.
+    """
+    place, inert = "extra config", getattr(schema, "inert", {})
+    known = _names(schema)
+    wanted: dict[str, Any] = {}
     for key, value in options.items():
         if key in inert and key not in known:
             logger.warning("%s: %s has no effect: %s", connector, key, inert[key])
-        elif key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
-            raise ConfigError(f"{connector}: unknown option {key!r} in extra config; {hint}")
         else:
             wanted[key] = value
+    if issubclass(schema, PeerConfig):
+        known += _names(schema.own_options)
+        _hand_to_transport(wanted, schema, connector)
+    return _converted(wanted, schema, known, connector, place)
+
+
+def parse_transport_options(
+    options: Mapping[str, Any], schema: type[Config], transport: str
+) -> Config:
+    """``transport_options`` as a ``schema``; raises ConfigError with a remedy."""
+    known, whose = _names(schema), f"transport {transport}"
+    return _converted(options, schema, known, whose, "transport_options")
+
+
+def _hand_to_transport(wanted: dict[str, Any], schema: type[PeerConfig], connector: str) -> None:
+    """Move the options of the connector's own transport in ``wanted`` to where that looks."""
+    own = [name for name in _names(schema.own_options) if name in wanted]
+    if not own:
+        return
+    options = {name: wanted.pop(name) for name in own}
+    chosen = wanted.get("transport") or schema.own_transport
+    if chosen != schema.own_transport:
+        logger.warning(
+            "%s: %s has no effect with transport %r", connector, ", ".join(options), chosen
+        )
+        return
+    _converted(options, schema.own_options, own, connector, "extra config")
+    wanted["transport"] = chosen
+    wanted["transport_options"] = options | wanted.get("transport_options", {})
+
+
+def _names(schema: type[msgspec.Struct]) -> list[str]:
+    return [field.encode_name for field in msgspec.structs.fields(schema)]
+
+
+def _converted(
+    options: Mapping[str, Any], schema: type[Config], known: Sequence[str], whose: str, place: str
+) -> Config:
+    """``known`` are the options to name to who gave one that there is not."""
+    there = _names(schema)
+    for key in options:
+        if key in there:
+            continue
+        near = difflib.get_close_matches(str(key), known, n=1)
+        all_of_them = f"known options: {', '.join(known)}" if known else "there are no options"
+        hint = f"did you mean {near[0]!r}?" if near else all_of_them
+        raise ConfigError(f"{whose}: unknown option {key!r} in {place}; {hint}")
     try:
-        return msgspec.convert(wanted, schema)
+        return msgspec.convert(options, schema)
     except msgspec.ValidationError as e:
-        raise ConfigError(f"{connector}: bad extra config: {e}") from e
+        raise ConfigError(f"{whose}: bad {place}: {e}") from e
 
 
 def read_secret(path: str | None) -> bytes | None:

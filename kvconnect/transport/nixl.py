@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kvconnect.config import NixlOptions, parse_transport_options
 from kvconnect.errors import ConfigError, TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.rows import RowTable
@@ -69,9 +70,9 @@ class _Running:
 class NixlTransport:
     """See `kvconnect.transport.base`. Raises ConfigError if a backend is not available."""
 
-    def __init__(self, regions: Sequence[Region], backends: Sequence[str] = ("UCX",)) -> None:
+    def __init__(self, regions: Sequence[Region], options: NixlOptions | None = None) -> None:
         self._api, self._errors = _import_nixl()
-        self._regions, self._backends = tuple(regions), tuple(backends)
+        self._regions, self._backends = tuple(regions), (options or NixlOptions()).backends
         self._peers: dict[str, _Hello] = {}  # by the name that add_peer gave
         self._dropped: dict[str, tuple[_Hello, float]] = {}  # with transfers; until when
         # (peer, id of a table of either side) → the table, so that the id stays its own, handle
@@ -290,5 +291,5 @@ class NixlTransport:
 
 
 def make(regions: Sequence[Region], _host: str, options: Mapping[str, Any]) -> NixlTransport:
-    """For `registry`. NIXL's backends find out their addresses themselves."""
-    return NixlTransport(regions, **options)
+    """For `registry`; NIXL's backends find out their addresses themselves."""
+    return NixlTransport(regions, parse_transport_options(options, NixlOptions, "nixl"))

@@ -44,6 +44,7 @@ SLOTS = 256  # half to receive; those of a killed supplier's chunks are out of u
 UNDER_WAY = 4
 TTL_S, LOAD_TIMEOUT_S, HANDSHAKE_S = 3.0, 4.0, 2.0
 LATE_S = 1.0  # beyond the timeout: what a busy machine is granted
+OPTIONS = {"mooncake": {"mooncake_protocol": "tcp"}}
 FENCE_S = {"nixl": nixl.FENCE_S, "mooncake": mooncake.FENCE_S, "ucx": 0.0}
 """Beyond that: until what a stopped peer could still touch is out of its reach."""
 MODES = ("auto", "staged")  # auto: one after the other, until it knows which is faster
@@ -102,7 +103,7 @@ class _Rank:
                 mode=mode,
             ),
             self.cache.shard,
-            make_transport(name, [*self.cache.shard.regions, region], HOST, {}),
+            make_transport(name, [*self.cache.shard.regions, region], HOST, OPTIONS.get(name, {})),
             channel,
             staging=Staging(region, GRANULE_BYTES),
             kernels=load("cpu"),

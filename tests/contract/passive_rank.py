@@ -30,7 +30,8 @@ def main(name, nbytes):
 def make(name, regions):
     """A transport; nccl over the fakes in FAKE_GPU, with host memory for a device's."""
     if name != "nccl":
-        return make_transport(name, regions, "127.0.0.1", {})
+        options = {"mooncake_protocol": "tcp"} if name == "mooncake" else {}
+        return make_transport(name, regions, "127.0.0.1", options)
     folder = os.environ["FAKE_GPU"]
     fake_gpu.use(folder)
     regions = fake_gpu.as_device(regions)

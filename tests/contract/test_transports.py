@@ -273,14 +273,14 @@ def test_a_nixl_backend_that_is_absent_is_a_startup_error(name):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"protocol": "rmda"}, "rmda"),
+        ({"mooncake_protocol": "rmda"}, "rmda"),
         ({"devicename": "mlx5_0"}, "did you mean 'device_name'"),
         ({"metadata_server": "http://127.0.0.1:1/metadata"}, "127.0.0.1:1"),
     ],
 )
 def test_what_mooncake_cannot_do_is_a_startup_error(name, options, reason):
     with pytest.raises(ConfigError, match=reason):
-        make_transport(name, [], "127.0.0.1", options)
+        make_transport(name, [], "127.0.0.1", {"mooncake_protocol": "tcp", **options})
 
 
 @pytest.mark.parametrize("name", [real("mooncake")])
@@ -293,15 +293,13 @@ def test_mooncake_engines_find_each_other_through_a_metadata_server(name):
         stderr=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}/metadata"
+    options = {"mooncake_protocol": "tcp", "metadata_server": url}
     deadline = time.monotonic() + 20
 
     def make_rig(*sides):
         while True:  # until the server is up
             try:
-                made = [
-                    make_transport(name, regions, "127.0.0.1", {"metadata_server": url})
-                    for regions in sides
-                ]
+                made = [make_transport(name, regions, "127.0.0.1", options) for regions in sides]
             except ConfigError:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
@@ -320,7 +318,24 @@ def test_mooncake_engines_find_each_other_through_a_metadata_server(name):
 def test_mooncake_does_not_take_tcp_for_rdma(name):
     """It does so by itself, without a word."""
     with pytest.raises(ConfigError, match="no RDMA device"):
-        make_transport(name, [], "127.0.0.1", {"protocol": "rdma"})
+        make_transport(name, [], "127.0.0.1", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "mistyped", "said"),
+    [
+        ("nixl", "backend", "did you mean 'backends'"),
+        ("mooncake", "protocol", "did you mean 'mooncake_protocol'"),
+        ("nccl", "num_channels", "did you mean 'nccl_num_channels'"),
+        ("ucx", "tls", "there are no options"),
+    ],
+)
+def test_an_option_that_a_transport_has_not_is_a_startup_error_naming_the_nearest(
+    name, mistyped, said
+):
+    reason = f"transport {name}: unknown option '{mistyped}' in transport_options; {said}"
+    with pytest.raises(ConfigError, match=reason):
+        make_transport(name, [], "127.0.0.1", {mistyped: "x"})
 
 
 def test_device_memory_is_refused_by_ucx_at_startup():

@@ -14,7 +14,8 @@ def parsed(**options):
 
 def test_options_keep_their_in_tree_names_and_defaults():
     assert parsed() == NixlConfig()
-    assert parsed(backends=["LIBFABRIC"], kv_lease_duration=7).backends == ("LIBFABRIC",)
+    config = parsed(backends=["LIBFABRIC"], kv_lease_duration=7)
+    assert config.chosen_transport("cuda") == ("nixl", {"backends": ["LIBFABRIC"]})
     assert parsed(kv_lease_duration=7).kv_lease_duration == 7
 
 
@@ -95,7 +96,7 @@ def test_a_configuration_of_the_in_tree_mooncake_connector_starts():
     assert config.bootstrap_server_address == "10.0.0.1:8998"
     assert config.chosen_transport("cpu") == (
         "mooncake",
-        {"protocol": "tcp", "device_name": "mlx5_0", "metadata_server": "P2PHANDSHAKE"},
+        {"mooncake_protocol": "tcp", "device_name": "mlx5_0"},
     )
 
 
@@ -106,8 +107,14 @@ def test_options_of_one_transport_are_unknown_to_the_other():
         parsed(num_workers=10)
 
 
+def test_options_of_a_transport_that_is_not_used_have_no_effect_and_it_is_said(caplog):
+    config = parsed(transport="ucx", backends=["LIBFABRIC"])
+    assert config.chosen_transport("cpu") == ("ucx", {})
+    assert "backends has no effect with transport 'ucx'" in caplog.text
+
+
 def test_another_transport_can_be_named_with_options_of_its_own():
-    assert parsed().chosen_transport("cpu") == ("nixl", {"backends": ("UCX",)})
+    assert parsed().chosen_transport("cpu") == ("nixl", {})
     acme = parsed(transport="acme", transport_options={"x": 1})
     assert acme.chosen_transport("cpu") == ("acme", {"x": 1})
     with pytest.raises(ConfigError, match="without transport"):

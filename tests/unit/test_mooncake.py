@@ -8,13 +8,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvconnect.config import MooncakeOptions
 from kvconnect.errors import ConfigError, TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.rows import RowTable
 from kvconnect.testing import FakeClock
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.mooncake import transport as mooncake
-from kvconnect.transport.mooncake.engine import MooncakeOptions
 from kvconnect.transport.mooncake.transport import FENCE_S, WINDOW, MooncakeTransport
 
 ROW, ROWS = 64, 256
@@ -84,11 +84,16 @@ class Engine:
             self.states[number] = state
 
 
+def begun(regions=(), mooncake_protocol="tcp", **options):
+    options = MooncakeOptions(mooncake_protocol=mooncake_protocol, **options)
+    return MooncakeTransport(regions, "127.0.0.1", options)
+
+
 class Rig:
     def __init__(self):
         self.memory = np.zeros(ROW * ROWS, np.uint8)
         self.at = int(self.memory.ctypes.data)
-        self.transport = MooncakeTransport([Region(self.at, self.memory.nbytes)])
+        self.transport = begun([Region(self.at, self.memory.nbytes)])
         self.add("peer")
 
     @property
@@ -391,9 +396,9 @@ def test_an_engine_that_does_not_start_is_a_startup_error(fake, monkeypatch, ste
 
 def test_rdma_is_not_begun_without_a_device(fake, monkeypatch):
     with pytest.raises(ConfigError, match="no RDMA device"):
-        MooncakeTransport([], MooncakeOptions(protocol="rdma"))
+        begun(mooncake_protocol="rdma")
     monkeypatch.setattr(fake, "devices", '{"cpu:0": [["mlx5_0"], []]}')
-    MooncakeTransport([], MooncakeOptions(protocol="rdma"))
+    begun(mooncake_protocol="rdma")
 
 
 @pytest.mark.parametrize("set_before", [None, "0"])
@@ -405,14 +410,14 @@ def test_mooncake_is_steered_while_it_starts_and_only_then(fake, monkeypatch, se
     assert rig.engine.tcp_alone == (set_before or "1")
     assert os.environ.get("MC_FORCE_TCP") == set_before
     monkeypatch.setattr(fake, "devices", '{"cpu:0": [["mlx5_0"], []]}')
-    MooncakeTransport([], MooncakeOptions(protocol="rdma"))
+    begun(mooncake_protocol="rdma")
     assert Engine.made[-1].tcp_alone == set_before
 
 
 def test_engines_with_a_metadata_server_have_names_of_their_own(fake):
     for _ in range(2):
-        MooncakeTransport([], MooncakeOptions(metadata_server="http://here/metadata"))
+        begun(metadata_server="http://here/metadata")
     names = [engine.name for engine in Engine.made]
     assert len(set(names)) == 2
-    transport = MooncakeTransport([])
+    transport = begun()
     assert transport._segment == f"127.0.0.1:{15000 + len(Engine.made)}"

@@ -179,7 +179,8 @@ class _Side:
         self.movers: dict[Mode, Mover] = {}
 
     def _make(self, *regions: Region) -> Transport:
-        return make_transport(self._case.transport, regions, HOST, {})
+        options = {"mooncake_protocol": "tcp"} if self._case.transport == "mooncake" else {}
+        return make_transport(self._case.transport, regions, HOST, options)
 
     def add_mover(self, mode: Mode) -> Mover:
         """A mover over our cache, running."""

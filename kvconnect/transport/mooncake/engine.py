@@ -5,25 +5,13 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
-
+from kvconnect.config import MooncakeOptions
 from kvconnect.errors import ConfigError
 from kvconnect.geometry.blocks import Region
 
 HANDSHAKE = "P2PHANDSHAKE"  # Mooncake's word for: no metadata server
-
-
-class MooncakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to start the engine. ``host`` must be reachable for peers."""
-
-    host: str = "127.0.0.1"
-    protocol: Literal["tcp", "rdma"] = "tcp"
-    device_name: str = ""
-    """RDMA devices to use, with commas between; all if empty."""
-    metadata_server: str = HANDSHAKE
-    """Or ``etcd://host:port``, ``http://host:port/metadata``: where engines find each other."""
 
 
 class Started(NamedTuple):
@@ -34,24 +22,28 @@ class Started(NamedTuple):
     incarnation: str
 
 
-def start(make: Any, regions: Sequence[Region], options: MooncakeOptions) -> Started:
-    """Start an engine with the class ``make`` and register memory; raises ConfigError."""
+def start(make: Any, regions: Sequence[Region], host: str, options: MooncakeOptions) -> Started:
+    """Start an engine with the class ``make``, that peers reach at ``host``, and register memory.
+
+    Raises ConfigError.
+    """
     engine, incarnation = make(), uuid.uuid4().hex
-    name = options.host
+    name = host
     if options.metadata_server != HANDSHAKE:
-        name = f"{options.host}-{incarnation}"  # must be nobody else's there
-    if options.protocol == "rdma" and not _rdma_devices(engine, options.device_name):
+        name = f"{host}-{incarnation}"  # must be nobody else's there
+    if options.mooncake_protocol == "rdma" and not _rdma_devices(engine, options.device_name):
         raise ConfigError(
-            f"protocol is rdma, but Mooncake finds no RDMA device {options.device_name or 'here'}; "
-            "is libibverbs' driver for it installed? For none, protocol is tcp"
+            "mooncake_protocol is rdma, but Mooncake finds no RDMA device "
+            f"{options.device_name or 'here'}; is libibverbs' driver for it installed? Without "
+            "any, mooncake_protocol is tcp"
         )
     with _steered(options):
         failed = engine.initialize(
-            name, options.metadata_server, options.protocol, options.device_name
+            name, options.metadata_server, options.mooncake_protocol, options.device_name
         )
     if failed:
         raise ConfigError(
-            f"Mooncake cannot start at {options.host} with metadata_server "
+            f"Mooncake cannot start at {host} with metadata_server "
             f"{options.metadata_server!r}; its log says why. Is the server up?"
         )
     for region in regions:
@@ -61,7 +53,7 @@ def start(make: Any, regions: Sequence[Region], options: MooncakeOptions) -> Sta
                 "log says why. Is the memlock limit (`ulimit -l`) high enough?"
             )
     if options.metadata_server == HANDSHAKE:
-        name = f"{options.host}:{engine.get_rpc_port()}"
+        name = f"{host}:{engine.get_rpc_port()}"
     return Started(engine, name, incarnation)
 
 
@@ -85,10 +77,10 @@ def _rdma_devices(engine: Any, wanted: str) -> set[str]:
 
 @contextlib.contextmanager
 def _steered(options: MooncakeOptions) -> Iterator[None]:
-    """Mooncake's environment while it starts: whatever ``protocol`` says, it takes RDMA if there
+    """Mooncake's environment while it starts: whatever the protocol is, it takes RDMA if there
     is a device and TCP if not, without a word; and TCP without its pool opens a connection a span.
     """
-    wanted = {"MC_FORCE_TCP": "1"} if options.protocol == "tcp" else {}
+    wanted = {"MC_FORCE_TCP": "1"} if options.mooncake_protocol == "tcp" else {}
     wanted["MC_TCP_ENABLE_CONNECTION_POOL"] = "1"
     wanted = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(wanted)

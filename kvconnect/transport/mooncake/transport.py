@@ -21,12 +21,12 @@ from typing import Any
 
 import msgspec
 
-from kvconnect.config import parse
+from kvconnect.config import MooncakeOptions, parse_transport_options
 from kvconnect.errors import TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.transport.base import Done, Op, TransferId, Work
 from kvconnect.transport.greeting import read_hello
-from kvconnect.transport.mooncake.engine import MooncakeOptions, import_mooncake, start
+from kvconnect.transport.mooncake.engine import import_mooncake, start
 from kvconnect.transport.reach import Reach, join, pair
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -67,8 +67,9 @@ class _Running:
 class MooncakeTransport:
     """See `kvconnect.transport.base`. Raises ConfigError if the engine cannot start as asked."""
 
-    def __init__(self, regions: Sequence[Region], options: MooncakeOptions | None = None) -> None:
-        self._regions, self._options = tuple(regions), options or MooncakeOptions()
+    def __init__(self, regions: Sequence[Region], host: str, options: MooncakeOptions) -> None:
+        """Peers must reach ``host``."""
+        self._regions, self._host, self._options = tuple(regions), host, options
         self._make = import_mooncake()
         self._reach = Reach(regions)
         self._peers: dict[str, _Peer] = {}
@@ -211,7 +212,7 @@ class MooncakeTransport:
 
     def _make_engine(self) -> None:
         self._engine, self._segment, self._incarnation = start(
-            self._make, self._regions, self._options
+            self._make, self._regions, self._host, self._options
         )
 
     def _is_meeting(self) -> bool:
@@ -249,5 +250,5 @@ def _meet(engine: Any, peer: _Peer) -> None:
 
 def make(regions: Sequence[Region], host: str, options: Mapping[str, Any]) -> MooncakeTransport:
     """For `registry`; options are those of `MooncakeOptions`."""
-    wanted = parse({"host": host, **options}, MooncakeOptions, "mooncake")
-    return MooncakeTransport(regions, wanted)
+    wanted = parse_transport_options(options, MooncakeOptions, "mooncake")
+    return MooncakeTransport(regions, host, wanted)

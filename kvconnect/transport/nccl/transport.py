@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kvconnect.config import Seconds, parse
+from kvconnect.config import Seconds, TransportOptions, parse_transport_options
 from kvconnect.control.channel import Frame, Link, ZmqChannel
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, TransportError, WireError
@@ -49,8 +49,8 @@ PING_S = 10.0
 CLOSE_S = 5.0  # that aborts get when the transport is closed
 
 
-class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to use NCCL."""
+class NcclOptions(TransportOptions, frozen=True, kw_only=True):
+    """Options of the nccl transport."""
 
     library: str = ""
     """Path of libnccl; else the one that is loaded already."""
@@ -297,4 +297,4 @@ class NcclTransport:
 
 def make(regions: Sequence[Region], host: str, options: Mapping[str, Any]) -> NcclTransport:
     """For `registry`; options are those of `NcclOptions`."""
-    return NcclTransport(regions, host, parse(options, NcclOptions, "nccl"))
+    return NcclTransport(regions, host, parse_transport_options(options, NcclOptions, "nccl"))

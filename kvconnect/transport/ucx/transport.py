@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kvconnect.config import TransportOptions, parse_transport_options
 from kvconnect.errors import ConfigError, TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.transport.ucx.messages import MessageTransport
@@ -178,7 +179,6 @@ class UcxTransport(MessageTransport):
 
 
 def make(regions: Sequence[Region], _host: str, options: Mapping[str, Any]) -> UcxTransport:
-    """For `registry`. UCX advertises every interface by itself."""
-    if options:
-        raise ConfigError(f"the ucx transport has no options, got {', '.join(options)}")
+    """For `registry`. There are no options: UCX advertises every interface by itself."""
+    parse_transport_options(options, TransportOptions, "ucx")
     return UcxTransport(regions)

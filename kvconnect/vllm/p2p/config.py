@@ -71,7 +71,9 @@ class P2pNcclConfig(PeerConfig, frozen=True, kw_only=True):
         host = f"[{self.proxy_ip}]" if ":" in self.proxy_ip else self.proxy_ip
         return f"{host}:{self.proxy_port}"
 
-    def _own_transport(self, device: str) -> tuple[str, dict[str, Any]]:
+    def chosen_transport(self, device: str) -> tuple[str, dict[str, Any]]:
+        if self.transport is not None:
+            return super().chosen_transport(device)
         nccl = "nccl", {"nccl_num_channels": self.nccl_num_channels}
         if self.backend == "nccl":
             return nccl
