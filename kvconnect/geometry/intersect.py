@@ -91,8 +91,12 @@ def check_mappable(src: BlockView, dst: BlockView, allow_lossy: bool = False) ->
             f"{where} parts {peers} (name, elements a token), we have {ours}; "
             "do both engines run the same model, with comparable attention backends?"
         )
-    if src.dtype == dst.dtype:
-        return
+    if src.dtype != dst.dtype:
+        _check_convertible(src, dst, where, allow_lossy)
+    _check_itemsizes(src, dst, where)
+
+
+def _check_convertible(src: BlockView, dst: BlockView, where: str, allow_lossy: bool) -> None:
     unknown = [d for d in (src.dtype, dst.dtype) if d not in FLOATS]
     if unknown:
         raise GeometryError(
@@ -105,6 +109,19 @@ def check_mappable(src: BlockView, dst: BlockView, allow_lossy: bool = False) ->
             'set the same --dtype and --kv-cache-dtype on both engines, or "allow_lossy": true in '
             "the decode engine's kv_connector_extra_config"
         )
+
+
+def _check_itemsizes(src: BlockView, dst: BlockView, where: str) -> None:
+    """An element is as wide as its dtype, on both sides: rows are counted in the peer's elements,
+    and wider ones than ours would be written over what lies beside our cells."""
+    ours = {part.name: part.itemsize for part in dst.parts}
+    for part in src.parts:
+        wanted = FLOATS.get(src.dtype, ours[part.name])
+        if part.itemsize != wanted or (src.dtype == dst.dtype and wanted != ours[part.name]):
+            raise GeometryError(
+                f"{where} elements of {part.itemsize} bytes in part {part.name} of KV dtype "
+                f"{src.dtype}, expected {wanted}; run one version of kvconnect on both"
+            )
 
 
 def _check_equal(src: BlockView, dst: BlockView, where: str) -> None:
@@ -124,10 +141,13 @@ def _check_equal(src: BlockView, dst: BlockView, where: str) -> None:
             f"{where} KV dtype {src.dtype}, we have {dst.dtype}, in a packed layout "
             f"({dst.layout}); set the same --dtype and --kv-cache-dtype on both engines"
         )
-    ours = [(p.shape[1:], p.itemsize) for p in dst.parts]
-    peers = [(p.shape[1:], p.itemsize) for p in src.parts]
+    ours = {p.name: (*p.shape[1:], p.itemsize) for p in dst.parts}
+    peers = {p.name: (*p.shape[1:], p.itemsize) for p in src.parts}
     if ours != peers:
-        raise GeometryError(f"{where} parts {peers} (tokens, content, itemsize), we have {ours}")
+        raise GeometryError(
+            f"{where} parts {peers} (name, tokens, content, itemsize), we have {ours}; do both "
+            "engines run the same model, with the same attention backend?"
+        )
 
 
 def why_not_direct(rect: Rect) -> str:

@@ -43,7 +43,11 @@ def rows_of(rect: Rect) -> Rows:
 
 
 def _part_rows(src: Part, dst: Part, src_heads: Heads, dst_heads: Heads, rect: Rect) -> Rows:
-    run, outer = src.itemsize, []
+    if src.itemsize != dst.itemsize:  # a row would reach beyond our own cell
+        raise GeometryError(
+            f"layer {rect.dst.layer}: elements of {src.itemsize} bytes for cells of {dst.itemsize}"
+        )
+    run, outer = dst.itemsize, []
     token, content = (a.cells or b.cells for a, b in tiles_of(src, dst))
     cut = token, content
     (_, src_head), *src_axes = src.axes(cut)

@@ -308,7 +308,7 @@ PACKED = {
     ),
     "parts": (
         packed(parts=Cache(Model(), 2).shard.views[0].parts[:1]),
-        r"parts \[.*we have \[.*64\)",
+        r"parts \{.*we have \{.*64, 1\)",
     ),
 }
 
