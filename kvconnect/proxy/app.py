@@ -317,6 +317,8 @@ async def serve(config: ProxyConfig, host: str, port: int, announce: Callable[[s
     runner = await start(config, host, port)
     try:
         bound_host, bound_port, *_ = runner.addresses[0]
+        if ":" in bound_host:
+            bound_host = f"[{bound_host}]"
         announce(
             f"kvconnect proxy listens on http://{bound_host}:{bound_port} "
             f"({len(config.prefill)} prefill, {len(config.decode)} decode)"

@@ -49,6 +49,14 @@ def real(name):
     )
 
 
+def _has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def fakes(request, monkeypatch):
     """What `make` wants for nccl; and NIXL reads even where its host has TCP alone."""
@@ -311,6 +319,25 @@ def test_mooncake_engines_find_each_other_through_a_metadata_server(name):
     finally:
         server.kill()
         server.wait()
+
+
+ON_IPV6 = """
+import sys
+from kvconnect.testing.transport import CHECKS
+from kvconnect.transport.registry import make_transport
+
+options = {"mooncake_protocol": "tcp"} if sys.argv[1] == "mooncake" else {}
+CHECKS["a_read_moves_exactly_the_rows_named"](
+    lambda *sides: [make_transport(sys.argv[1], regions, "::1", options) for regions in sides]
+)
+"""
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this host has no IPv6 loopback address")
+@pytest.mark.parametrize("name", [real("nixl"), real("mooncake"), real("ucx")])
+def test_peers_are_reached_by_an_ipv6_address(name):
+    """Mooncake took ::1:15000 for no address. A process of its own: it reads how to once."""
+    subprocess.run([sys.executable, "-c", ON_IPV6, name], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", [real("mooncake")])

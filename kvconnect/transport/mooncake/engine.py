@@ -28,7 +28,7 @@ def start(make: Any, regions: Sequence[Region], host: str, options: MooncakeOpti
     Raises ConfigError.
     """
     engine, incarnation = make(), uuid.uuid4().hex
-    name = host
+    name = host = f"[{host}]" if ":" in host else host
     if options.metadata_server != HANDSHAKE:
         name = f"{host}-{incarnation}"  # must be nobody else's there
     if options.mooncake_protocol == "rdma" and not _rdma_devices(engine, options.device_name):
@@ -57,8 +57,10 @@ def start(make: Any, regions: Sequence[Region], host: str, options: MooncakeOpti
     return Started(engine, name, incarnation)
 
 
-def import_mooncake() -> Any:
-    """Mooncake's class of engines; raises ConfigError."""
+def import_mooncake(host: str = "") -> Any:
+    """Mooncake's class of engines, for one reached at ``host``; raises ConfigError."""
+    if ":" in host:  # it finds no peer by an IPv6 address unless this is there when it is loaded
+        os.environ.setdefault("MC_USE_IPV6", "1")
     try:
         from mooncake.engine import TransferEngine
     except ImportError as e:

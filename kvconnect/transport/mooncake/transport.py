@@ -70,7 +70,7 @@ class MooncakeTransport:
     def __init__(self, regions: Sequence[Region], host: str, options: MooncakeOptions) -> None:
         """Peers must reach ``host``."""
         self._regions, self._host, self._options = tuple(regions), host, options
-        self._make = import_mooncake()
+        self._make = import_mooncake(host)
         self._reach = Reach(regions)
         self._peers: dict[str, _Peer] = {}
         self._known: dict[str, str] = {}  # segment → incarnation, of all that we ever met
