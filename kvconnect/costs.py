@@ -10,7 +10,7 @@
 * The slower path is tried again when the time spent on the faster one has earned it: tries cost
   at most `TRIES_COST` of all time, however much slower that path is.
 * A path that failed is left alone until the time spent since has earned what the failure cost, and
-  for at least `AFTER_FAILURE` transfers. Where both fail, the one that failed less recently is tried.
+  for at least `AFTER_FAILURE` transfers. Where both fail, the one that failed longer ago is tried.
 """
 
 from dataclasses import dataclass
