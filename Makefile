@@ -12,7 +12,7 @@ ARGS ?=
 # no network, no `make setup`. GPU_PYTHON is that python3.
 GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
-  PYTHONPATH=. "$(GPU_PYTHON)" -P -m
+  PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
 .PHONY: help setup demo test test-unit crash chaos test-gpu check bench bench-gpu clean
 
@@ -47,7 +47,7 @@ test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, n
 	@$(GPU_RUN) pytest -q --timeout=600 tests/gpu $(ARGS)
 
 check: setup ## lint, formatting, types
-	@$(RUN) ruff check . && ruff format --check . && mypy kvconnect
+	@$(RUN) ruff check . && ruff format --check . && mypy
 
 bench: setup ## prefill -> decode transfer benchmark
 	@$(RUN) kvconnect bench pd $(ARGS)

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from kvconnect import __version__
-from kvconnect.cli.bench import bench
 from kvconnect.cli.demo import demo
 from kvconnect.cli.inspect import inspect
 from kvconnect.cli.proxy import proxy
+from kvconnect_bench import bench
 
 main = typer.Typer(
     name="kvconnect",

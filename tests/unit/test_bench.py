@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvconnect.cli import main
-from kvconnect.cli.bench.pair import IN_TREE, Pair
 from kvconnect.cli.engines import Engine
+from kvconnect_bench.pair import IN_TREE, Pair
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 OURS = "nixl"
@@ -46,7 +46,7 @@ def up_at_start(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, up_at_start: list[int]) -> Bench:
     (tmp_path / "config.json").write_text("{}")
     # by import_module, since the package's own idle is the command
-    idle, pair = (importlib.import_module(f"kvconnect.cli.bench.{n}") for n in ("idle", "pair"))
+    idle, pair = (importlib.import_module(f"kvconnect_bench.{n}") for n in ("idle", "pair"))
     monkeypatch.setattr(pair, "check_installed", lambda connector: None)
     monkeypatch.setattr(idle, "SETTLE_S", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where logs go

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from kvconnect.cli import main
 
-offload_tiers = importlib.import_module("kvconnect.cli.bench.offload_tiers")
-offload_eviction = importlib.import_module("kvconnect.cli.bench.offload_eviction")
-offload_engines = importlib.import_module("kvconnect.cli.bench.offload_engines")
+offload_tiers = importlib.import_module("kvconnect_bench.offload_tiers")
+offload_eviction = importlib.import_module("kvconnect_bench.offload_eviction")
+offload_engines = importlib.import_module("kvconnect_bench.offload_engines")
 
 
 def bench(*options: str) -> str:

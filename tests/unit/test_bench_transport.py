@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from kvconnect.cli import main
-from kvconnect.cli.bench.sides import MODES, Case, Fetched, Reader, Supplier
+from kvconnect_bench.sides import MODES, Case, Fetched, Reader, Supplier
 
 MIB = 1 << 20
 CASE = Case("nixl", "tcp", 4096, 2 * MIB, MIB)
 # by import_module, since the package's own transport is the command
-transport = importlib.import_module("kvconnect.cli.bench.transport")
+transport = importlib.import_module("kvconnect_bench.transport")
 
 
 @pytest.mark.slow

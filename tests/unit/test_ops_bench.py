@@ -7,9 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from kvconnect.cli import main
-from kvconnect.cli.bench import kernel_cases
-from kvconnect.cli.bench.kernel_cases import Arena, Case, runs, shapes
 from kvconnect.ops import Type, load
+from kvconnect_bench import kernel_cases
+from kvconnect_bench.kernel_cases import Arena, Case, runs, shapes
 
 SMALL = ["--rounds", "2", "--call-mib", "1", "--pool-mib", "16"]
 

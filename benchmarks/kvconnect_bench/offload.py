@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvconnect.cli.bench import options
-from kvconnect.cli.bench.pair import save
 from kvconnect.cli.engines import check_installed, check_model
+from kvconnect_bench import options
+from kvconnect_bench.pair import save
 
 DTYPE = "bfloat16"
 COST_TOKENS = 512, 32
@@ -67,7 +67,7 @@ def _measure(
     requests: int,
     together: bool,
 ) -> Sequence[Any]:
-    from kvconnect.cli.bench import offload_engines, offload_eviction, offload_tiers
+    from kvconnect_bench import offload_engines, offload_eviction, offload_tiers
 
     if part == "tiers":
         return offload_tiers.tiers(folder, mb, rounds)

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvconnect.cli.bench import options
-from kvconnect.cli.bench.pair import IN_TREE, Pair, compared, pair_alone, save
 from kvconnect.cli.engines import check_model
+from kvconnect_bench import options
+from kvconnect_bench.pair import IN_TREE, Pair, compared, pair_alone, save
 
 Times = dict[str, dict[int, list[list[float]]]]
 """Pair → prompt tokens → seconds of each prompt, a list a round."""

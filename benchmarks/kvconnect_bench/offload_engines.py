@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvconnect.cli.bench.idle import thread_cpu_s
-from kvconnect.cli.bench.pair import first_token_s
 from kvconnect.cli.engines import (
     START_TIMEOUT_S,
     Engine,
@@ -32,6 +30,8 @@ from kvconnect.cli.engines import (
     offload_config,
 )
 from kvconnect.cli.processes import Fleet, Server
+from kvconnect_bench.idle import thread_cpu_s
+from kvconnect_bench.pair import first_token_s
 
 DTYPE = "bfloat16"
 VOCABULARY = (1000, 40_000)  # token ids that are plain words in every tokenizer we ship

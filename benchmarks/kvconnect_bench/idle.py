@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvconnect.cli.bench import options
-from kvconnect.cli.bench.pair import Pair, compared, pair_alone, save
 from kvconnect.cli.engines import check_model
+from kvconnect_bench import options
+from kvconnect_bench.pair import Pair, compared, pair_alone, save
 
 DTYPE = "bfloat16"
 THREAD_NAME = "kvconnect-mover"  # kvconnect.mover.THREAD_NAME, whose import would bring numpy

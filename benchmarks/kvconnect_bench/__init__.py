@@ -2,11 +2,11 @@
 
 import typer
 
-from kvconnect.cli.bench.idle import idle
-from kvconnect.cli.bench.kernels import kernels
-from kvconnect.cli.bench.offload import offload
-from kvconnect.cli.bench.pd import pd
-from kvconnect.cli.bench.transport import transport
+from kvconnect_bench.idle import idle
+from kvconnect_bench.kernels import kernels
+from kvconnect_bench.offload import offload
+from kvconnect_bench.pd import pd
+from kvconnect_bench.transport import transport
 
 bench = typer.Typer(help="Measure connectors beside a peer in the same run.", no_args_is_help=True)
 bench.command()(pd)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvconnect.cli.bench import options
+from kvconnect_bench import options
 
 if TYPE_CHECKING:
-    from kvconnect.cli.bench.kernel_cases import Arena, Case
+    from kvconnect_bench.kernel_cases import Arena, Case
 
 MIB = 1 << 20
 
@@ -75,9 +75,9 @@ def kernels(
     import torch
     from rich.console import Console
 
-    from kvconnect.cli.bench.kernel_cases import Arena, shapes
     from kvconnect.errors import ConfigError
     from kvconnect.ops import load
+    from kvconnect_bench.kernel_cases import Arena, shapes
 
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")

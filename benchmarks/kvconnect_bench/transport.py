@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvconnect.cli.bench import options
+from kvconnect_bench import options
 
 if TYPE_CHECKING:
-    from kvconnect.cli.bench.sides import Case, Fetched, Process
+    from kvconnect_bench.sides import Case, Fetched, Process
 
 MIB = 1 << 20
 WARM_ROUNDS = 6  # auto has tried both paths twice by then
@@ -77,7 +77,7 @@ def transport(
     """Staged against direct against auto, two processes on this machine, in the same run."""
     from rich.console import Console
 
-    from kvconnect.cli.bench.sides import MODES, WIRES, Case
+    from kvconnect_bench.sides import MODES, WIRES, Case
 
     if name not in WIRES:
         raise typer.BadParameter(
@@ -108,7 +108,7 @@ def transport(
 
 def _measure(case: "Case", rounds: int, times: Times) -> Iterator[int]:
     """Round after round; ``times`` gets those of all that are no warm ones."""
-    from kvconnect.cli.bench.sides import MODES, Process, Reader, Supplier
+    from kvconnect_bench.sides import MODES, Process, Reader, Supplier
 
     with contextlib.ExitStack() as sides:
         supplier, reader = (Process(side, case) for side in (Supplier, Reader))
@@ -140,7 +140,7 @@ def _contiguous(supplier: "Process", reader: "Process", hello: bytes, table: Any
 
 
 def _fetch(supplier: "Process", reader: "Process", mode: str, name: str) -> "Fetched":
-    from kvconnect.cli.bench.sides import SideError
+    from kvconnect_bench.sides import SideError
 
     source, terms = supplier.ask("lend", name, timeout_s=ROUND_S)
     found: Fetched = reader.ask("fetch", mode, source, terms, ROUND_S, timeout_s=2 * ROUND_S)
