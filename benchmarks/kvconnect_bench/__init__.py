@@ -8,7 +8,12 @@ from kvconnect_bench.offload import offload
 from kvconnect_bench.pd import pd
 from kvconnect_bench.transport import transport
 
-bench = typer.Typer(help="Measure connectors beside a peer in the same run.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure connectors beside a peer in the same run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
 bench.command()(pd)
 bench.command()(idle)
 bench.command()(kernels)
