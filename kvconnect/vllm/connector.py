@@ -16,9 +16,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect.config import PeerConfig, parse
-from kvconnect.errors import ConfigError
 from kvconnect.orders import Order
 from kvconnect.vllm import _compat
+from kvconnect.vllm.engine import check_parallelism
 from kvconnect.vllm.metrics import KvConnectPromMetrics, KvConnectStats
 from kvconnect.vllm.protocol import RouterProtocol
 from kvconnect.vllm.scheduler import Scheduler
@@ -237,10 +237,3 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.close()
         if self._scheduler is not None:
             self._scheduler.close()
-
-
-def check_parallelism(parallel: Any) -> None:
-    """Raises ConfigError for what no connector of ours handles."""
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if (size := getattr(parallel, name, 1)) > 1:
-            raise ConfigError(f"{name} is {size}, expected 1: KV split by context is not handled")

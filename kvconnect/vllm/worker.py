@@ -19,18 +19,17 @@ from kvconnect.control.channel import ZmqChannel
 from kvconnect.errors import ConfigError
 from kvconnect.geometry.blocks import Region, Shard
 from kvconnect.mover import Fence, Mover
-from kvconnect.ops import Kernels, load
+from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
 from kvconnect.orders import Fetch, Order, Outcome
 from kvconnect.settings import Settings
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.transport.registry import make_transport
+from kvconnect.vllm.engine import Rank, kernels_for, this_rank
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import Place, describe
 
 logger = logging.getLogger(f"vllm.{__name__}")
-
-STAGING_CTAS = 8  # of a launch: more than a NIC takes, and most of the GPU stays with the model
 
 
 @dataclass
@@ -54,32 +53,6 @@ class Introduction(KVConnectorWorkerMetadata):
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Introduction":
         assert isinstance(other, Introduction)
         return Introduction(self.ranks | other.ranks)
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This worker among those of its engine."""
-
-    tp_rank: int
-    tp_size: int
-    pp_rank: int
-    pp_size: int
-
-    @property
-    def index(self) -> int:
-        return self.pp_rank * self.tp_size + self.tp_rank
-
-    @property
-    def count(self) -> int:
-        return self.pp_size * self.tp_size
-
-
-def this_rank() -> Rank:
-    """From vLLM's process groups; a single rank where there are none (tools, tests)."""
-    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
-
-    tp, pp = get_tp_group(), get_pp_group()
-    return Rank(tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size)
 
 
 class Worker:
@@ -147,7 +120,7 @@ class Worker:
         if mode == "direct":
             return None, None, None
         try:
-            kernels = _kernels(device)
+            kernels = kernels_for(device)
         except ConfigError as e:
             if mode == "staged":
                 raise ConfigError(
@@ -215,15 +188,6 @@ class Worker:
         event.record(torch.cuda.current_stream(self._device))
         computed: Fence = event.query
         return computed
-
-
-def _kernels(device: torch.device) -> Kernels:
-    """For caches on ``device``; raises ConfigError where there are none."""
-    if device.type == "cuda":
-        return load("cuda", index=device.index or 0, max_ctas=STAGING_CTAS)
-    if device.type == "cpu":
-        return load("cpu")
-    raise ConfigError(f"there are no gather kernels for {device.type} devices")
 
 
 def side_channel(vllm_config: Any, rank: Rank, at_kv_port: bool) -> tuple[str, int]:

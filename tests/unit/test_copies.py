@@ -27,7 +27,7 @@ from kvconnect.vllm.offload.place import Opened, no_device
 
 
 class Rank(NamedTuple):
-    """As `kvconnect.vllm.worker.Rank`, without vLLM."""
+    """As `kvconnect.vllm.engine.Rank`, without vLLM."""
 
     index: int
     count: int

@@ -113,6 +113,34 @@ def test_importing_it_loads_no_heavy_library(module):
     assert shown.stdout.strip() == "[]"
 
 
+def file_of(module):
+    path = ROOT.parent / module.replace(".", "/")
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
+
+
+def loaded_by(module):
+    """Files of kvconnect that importing a module loads, as far as imports are at module level."""
+    found, waiting = set(), [file_of(module)]
+    while waiting:
+        path = waiting.pop()
+        if path is None or path in found:
+            continue
+        found.add(path)
+        for node in parsed(path).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvconnect"):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                waiting += [file_of(name) for name in names]
+    return found
+
+
+def test_offloading_loads_nothing_of_peers_and_transports():
+    """It used to load 86 modules, with the mover and the control channel, for three helpers."""
+    loaded = {name_of(path) for path in loaded_by("kvconnect.vllm.offload.connector")}
+    assert "offload/tiers.py" in loaded
+    peers = ("control/", "transport/", "consumer/", "producer/", "planner.py", "mover.py", "chain/")
+    assert {name for name in loaded if name.startswith(peers)} <= {"transport/base.py"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_module_logs_below_the_logger_that_vllm_configures(path):
     """Under vLLM, what is logged elsewhere has no time or pid, and its notices are not shown."""

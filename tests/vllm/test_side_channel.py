@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from kvconnect.errors import ConfigError
-from kvconnect.vllm.worker import Rank, side_channel
+from kvconnect.vllm.engine import Rank
+from kvconnect.vllm.worker import side_channel
 
 PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 

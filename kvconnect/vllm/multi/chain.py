@@ -14,11 +14,12 @@ from kvconnect.offload.jobs import Fill
 from kvconnect.orders import Cancel, Fetch, Release
 from kvconnect.tier_peer import Offer
 from kvconnect.vllm import _compat
+from kvconnect.vllm.engine import this_rank
 from kvconnect.vllm.offload.messages import Wanted
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 from kvconnect.vllm.offload.worker import OffloadWorker
 from kvconnect.vllm.scheduler import Scheduler
-from kvconnect.vllm.worker import Worker, this_rank
+from kvconnect.vllm.worker import Worker
 
 
 class ChainScheduler:

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvconnect.config import parse
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm import _compat
-from kvconnect.vllm.connector import check_parallelism
+from kvconnect.vllm.engine import check_parallelism
 from kvconnect.vllm.offload.messages import Done, Found, Work
 from kvconnect.vllm.offload.metrics import OffloadPromMetrics, OffloadStats
 from kvconnect.vllm.offload.scheduler import OffloadScheduler, logger

@@ -19,7 +19,7 @@ from kvconnect.offload.store.packing import Packing
 from kvconnect.vllm.offload.place import Lead, Opened, Pin, follow, open_place
 
 if TYPE_CHECKING:
-    from kvconnect.vllm.worker import Rank
+    from kvconnect.vllm.engine import Rank
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -19,12 +19,12 @@ from kvconnect.offload.store.numa import wanted
 from kvconnect.offload.store.packing import Packing
 from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.runner import Fence
+from kvconnect.vllm.engine import kernels_for, this_rank
 from kvconnect.vllm.layout import Place, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.messages import Done, Found, Work
 from kvconnect.vllm.offload.place import Opened
-from kvconnect.vllm.worker import _kernels, this_rank
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -60,7 +60,7 @@ class OffloadWorker:
             kv_caches, self._kv_cache_config, self._vllm_config, Place(rank.tp_rank, rank.tp_size)
         )
         self._device = next(iter(kv_caches.values())).device
-        kernels = _kernels(self._device)
+        kernels = kernels_for(self._device)
         packings = [
             Packing(shard, index, cut.chunk_blocks, kernels) for index, cut in enumerate(self._cuts)
         ]

@@ -5,10 +5,10 @@ from typing import Any
 
 from kvconnect.control.wire import Address
 from kvconnect.vllm.connector import PeerConnector
+from kvconnect.vllm.engine import this_rank
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.pings import Pings
 from kvconnect.vllm.p2p.protocol import P2pProtocol
-from kvconnect.vllm.worker import this_rank
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
