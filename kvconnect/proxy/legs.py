@@ -7,6 +7,8 @@ turn it is ``pool``'s.
   next one is asked. A 5xx is not: an engine answers 503 when its queue is full.
 - Closing an ``Answer``, or cancelling a call in here, closes the connection to the engine: that
   is how vLLM learns that it may stop.
+- An engine that is waited for and says nothing is asked for its health every second. One that does
+  not answer that either hangs: it counts as down, and its requests go elsewhere.
 - What prefill cannot do (its 4xx) decode may still: it then works alone, and its word is final.
 - What only a decode engine refuses leaves prefill's KV without a reader: the lease is let go.
 - Remote faults are values or the next engine; none is raised to the caller before ``Answer.rest``.
@@ -55,6 +57,9 @@ _UNREACHED = (502, 504)
 _ELSEWHERE = (404, 413, 429)
 _MODELS_TIMEOUT_S = 10.0
 _RELEASE_TIMEOUT_S = 10.0
+_LOOK_EVERY_S = 1.0
+# Its API server may be busy with tokenizing, or with a page of logs, but not for so long.
+_HEALTH_TIMEOUT_S = 5.0
 # Responses whose engine is remembered, for those who go on from one of them.
 _REMEMBERED_RESPONSES = 65_536
 _RESPONSE_ID = re.compile(rb'"id":\s?"(resp_[\w-]{1,100})"')
@@ -132,6 +137,7 @@ class Answer:
     """The first bytes of the body; empty only if it has none."""
     opening: Opening
     upstream: aiohttp.ClientResponse
+    pool: Pool
     held: contextlib.ExitStack
 
     @property
@@ -144,7 +150,8 @@ class Answer:
 
     async def rest(self) -> bytes:
         """The next bytes, empty at the end. Raises one of LOST."""
-        return await self.upstream.content.readany()
+        async with self.pool.patience(self.url):
+            return await self.upstream.content.readany()
 
     def close(self) -> None:
         self.held.close()
@@ -160,12 +167,14 @@ class Legs:
         self._connect_timeout_s = config.connect_timeout_s
         self._session = engine_session(config.connect_timeout_s, config.silence_timeout_s)
         self._releases: set[asyncio.Task[None]] = set()
+        self._watch = asyncio.create_task(self._watch_silent())
         self._keepers: OrderedDict[str, str] = OrderedDict()  # response id → its engine
 
     async def close(self) -> None:
-        for release in self._releases:
-            release.cancel()
-        await asyncio.gather(*self._releases, return_exceptions=True)
+        own = [self._watch, *self._releases]
+        for task in own:
+            task.cancel()
+        await asyncio.gather(*own, return_exceptions=True)
         await self._session.close()
 
     async def prefill(self, ask: Ask) -> msgspec.Raw | None:
@@ -176,7 +185,10 @@ class Legs:
             self.counters.retries += number > 0
             try:
                 with self.prefillers.busy(url):
-                    async with self._post(url, ask, data) as upstream:
+                    async with (
+                        self.prefillers.patience(url),
+                        self._post(url, ask, data) as upstream,
+                    ):
                         answer = await upstream.read()
             except LOST as error:
                 self._report_lost(self.prefillers, url, error)
@@ -278,13 +290,14 @@ class Legs:
         with contextlib.ExitStack() as held:
             held.enter_context(self.decoders.busy(url))
             data = decode_body(ask.body, params) if ask.whole is None else ask.whole
-            upstream = await self._post(url, ask, data, ask.decode_headers)
-            held.callback(upstream.close)
-            head, opening = await upstream.content.readany(), Opening.GOOD
+            async with self.decoders.patience(url):
+                upstream = await self._post(url, ask, data, ask.decode_headers)
+                held.callback(upstream.close)
+                head, opening = await upstream.content.readany(), Opening.GOOD
             # Without params there is nothing that a second try would leave out.
             if params is not None and upstream.status == 200 and _is_stream(upstream):
                 head, opening = await _opening(head, upstream)
-            return Answer(url, head, opening, upstream, held.pop_all())
+            return Answer(url, head, opening, upstream, self.decoders, held.pop_all())
 
     async def models(self, headers: dict[str, str]) -> Reply | None:
         """The model list of the first engine that has one."""
@@ -307,6 +320,38 @@ class Legs:
                 if upstream.status < 500:
                     return Reply(upstream.status, _passed_on(upstream), body)
         return None
+
+    async def _watch_silent(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            asks = [
+                self._ask_whether_alive(self.prefillers, url) for url in self._doubtful_prefill()
+            ]
+            asks += [self._ask_whether_alive(self.decoders, url) for url in self._doubtful_decode()]
+            await asyncio.gather(*asks)
+
+    def _doubtful_prefill(self) -> set[str]:
+        return {*self.prefillers.silent(), *self.prefillers.hanging()}
+
+    def _doubtful_decode(self) -> set[str]:
+        """Of decode engines, the last one is never given up: nobody could take over from it."""
+        silent = self.decoders.silent()
+        others = any(state.up and state.url not in silent for state in self.decoders.states())
+        return {*(silent if others else ()), *self.decoders.hanging()}
+
+    async def _ask_whether_alive(self, pool: Pool, url: str) -> None:
+        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+        try:
+            async with self._session.get(
+                f"{url}/health", timeout=timeout, allow_redirects=False
+            ) as upstream:
+                await upstream.read()
+        except LOST:
+            if url not in pool.hanging():
+                logger.warning("%s hangs: it does not answer /health either", url)
+            pool.give_up(url)
+        else:
+            pool.lives(url)
 
     async def look(self, pool: Pool) -> None:
         """Asks engines that are not up for their health, so that one may count as up."""

@@ -8,14 +8,19 @@ Does not know what is asked of an engine, nor how it is reached. Time is an inje
 - ``failed`` and ``succeeded`` report what came of a try. A burst of failures of one outage
   counts once.
 - ``last_resort`` lists those that sit out, for callers who have nobody else to ask.
+- Whoever waits for an engine does so within ``patience``: when the engine is given up, all of its
+  waits end at once, as if the connection had broken. ``silent`` lists whom nobody has heard from.
 """
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
+# An engine that answers nobody for so long is asked whether it is alive.
+QUIET_S = 2.0
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 15.0
 
@@ -40,6 +45,11 @@ class _Engine:
     in_flight: int = 0
     answered: bool = False
     """Whether it has ever: until then nobody knows that it is there."""
+    heard_at_s: float = 0.0
+    """When a byte of it came last, or the first of those who wait for it began to."""
+    waits: set[asyncio.Timeout] = field(default_factory=set)
+    hangs: bool = False
+    """Given up while it accepted requests: it gets none, not even a probe, before it shows life."""
 
 
 class Pool:
@@ -54,7 +64,7 @@ class Pool:
         """Engines to try, in this order: at most one probe, those that are up, others due."""
         now = self._clock()
         up = [engine for engine in self._engines.values() if not engine.failures]
-        due = [e for e in self._engines.values() if e.failures and now >= e.retry_at_s]
+        due = [e for e in self._engines.values() if _is_due(e, now)]
         if due:
             # Whoever asks next leaves the probe alone until it reported, or for one more backoff.
             due[0].probed = True
@@ -67,7 +77,7 @@ class Pool:
     def last_resort(self) -> tuple[str, ...]:
         """Engines that sit out now, the one that is due soonest first."""
         now = self._clock()
-        down = [e for e in self._engines.values() if e.failures and now < e.retry_at_s]
+        down = [e for e in self._engines.values() if e.failures and not _is_due(e, now)]
         return tuple(engine.url for engine in sorted(down, key=lambda e: e.retry_at_s))
 
     def failed(self, url: str) -> bool:
@@ -85,6 +95,7 @@ class Pool:
         engine = self._engines[url]
         was_down = engine.failures > 0
         engine.failures, engine.probed, engine.answered = 0, False, True
+        engine.hangs = False
         return was_down
 
     @contextlib.contextmanager
@@ -96,6 +107,40 @@ class Pool:
             yield
         finally:
             engine.in_flight -= 1
+
+    @contextlib.asynccontextmanager
+    async def patience(self, url: str) -> AsyncIterator[None]:
+        """Waits for a byte of the engine: TimeoutError if it is given up meanwhile."""
+        engine = self._engines[url]
+        if not engine.waits:
+            engine.heard_at_s = self._clock()
+        async with asyncio.timeout(None) as wait:
+            engine.waits.add(wait)
+            try:
+                yield
+                engine.heard_at_s = self._clock()
+            finally:
+                engine.waits.remove(wait)
+
+    def silent(self) -> tuple[str, ...]:
+        """Engines that are waited for and have sent nothing for `QUIET_S`."""
+        since = self._clock() - QUIET_S
+        return tuple(e.url for e in self._engines.values() if e.waits and e.heard_at_s <= since)
+
+    def give_up(self, url: str) -> None:
+        """Ends all waits for an engine that hangs."""
+        self._engines[url].hangs = True
+        for wait in self._engines[url].waits:
+            wait.reschedule(asyncio.get_running_loop().time())
+
+    def hanging(self) -> tuple[str, ...]:
+        """Engines that were given up and have not shown life since."""
+        return tuple(engine.url for engine in self._engines.values() if engine.hangs)
+
+    def lives(self, url: str) -> None:
+        """The engine has answered whether it is alive."""
+        engine = self._engines[url]
+        engine.hangs, engine.heard_at_s = False, self._clock()
 
     def any_up(self) -> bool:
         """Whether an engine has answered, and not failed since."""
@@ -113,6 +158,10 @@ class Pool:
             )
             for engine in self._engines.values()
         )
+
+
+def _is_due(engine: _Engine, now: float) -> bool:
+    return bool(engine.failures) and now >= engine.retry_at_s and not engine.hangs
 
 
 def _is_up(engine: _Engine) -> bool:

@@ -677,6 +677,77 @@ def test_a_page_of_another_origin_may_ask():
     run(scenario())
 
 
+async def hangs_alive(engine: Engine, request: web.Request) -> web.StreamResponse:
+    """Works on something long; its API server answers meanwhile."""
+    if request.method == "GET":
+        return web.Response()
+    return await hangs(engine, request)
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legs, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(legs, "_HEALTH_TIMEOUT_S", 0.3)
+
+
+def test_an_engine_that_hangs_loses_its_requests_to_another(monkeypatch):
+    """They used to wait for it without end, and it went on to get its share."""
+    impatient(monkeypatch)
+
+    async def scenario() -> None:
+        stuck, well, p = Engine(hangs), Engine(answers), Engine(prefills)
+        async with rig([p], [stuck, well]) as r:
+            hung = [asyncio.create_task(r.ask()) for _ in range(2)]
+            await stuck.reached.wait()
+            assert await r.ask() == (200, ANSWER)  # the other one is known to be up
+            r.clock.now += 3
+            assert [await task for task in hung] == [(200, ANSWER)] * 2
+            r.clock.now += 60  # no live request is a probe of it, either
+            for _ in range(4):
+                assert await r.ask() == (200, ANSWER)
+            assert len(stuck.bodies) == 1
+            stuck.behaviours = [answers]
+            while (await r.health())["decode"][0]["retry_in_s"] or len(stuck.bodies) == 1:
+                await r.ask()
+            assert (await r.health())["decode"][0]["up"]
+
+    run(scenario())
+
+
+def test_a_prefill_engine_that_hangs_is_left_out(monkeypatch):
+    impatient(monkeypatch)
+
+    async def scenario() -> None:
+        p, d = Engine(hangs), Engine(answers)
+        async with rig([p], [d]) as r:
+            hung = asyncio.create_task(r.ask())
+            await p.reached.wait()
+            r.clock.now += 3
+            assert await hung == (200, ANSWER)
+            assert "kv_transfer_params" not in d.bodies[0]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("slow", [Engine(hangs_alive), Engine(hangs)], ids=["alive", "the last"])
+def test_an_engine_that_is_only_slow_or_the_last_one_is_waited_for(slow, monkeypatch):
+    impatient(monkeypatch)
+
+    async def scenario() -> None:
+        is_last = slow.behaviours == [hangs]
+        others = [] if is_last else [Engine(answers)]
+        async with rig([Engine(prefills)], [slow, *others]) as r:
+            waiting = asyncio.create_task(r.ask())
+            await slow.reached.wait()
+            if not is_last:
+                await r.ask()
+            r.clock.now += 3
+            await asyncio.sleep(0.6)
+            assert not waiting.done()
+            waiting.cancel()
+
+    run(scenario())
+
+
 def test_the_least_busy_engine_is_asked_first():
     """By turns alone, an engine that hangs used to get every second request for ever."""
 
