@@ -1,4 +1,4 @@
-"""Options of ``kv_connector_extra_config``, parsed once into a frozen struct.
+"""Options of ``kv_connector_extra_config``, parsed once into a frozen struct; a mover's settings.
 
 * In-tree names keep their meaning (vLLM ``distributed/kv_transfer/kv_connector/v1/nixl``).
 * An unknown key is an error at startup that names the nearest known one.
@@ -9,7 +9,7 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -18,6 +18,10 @@ from kvconnect.errors import ConfigError
 logger = logging.getLogger(f"vllm.{__name__}")
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+Mode = Literal["auto", "direct", "staged"]
+HANDSHAKE_TIMEOUT_S = 10.0
+LOAD_TIMEOUT_S = 60.0
+LEASE_MAX_S = 3600.0
 
 # In-tree NIXL options that have no counterpart here, accepted so that a configuration
 # written for the in-tree connector still starts; each says why it has no effect.
@@ -80,17 +84,17 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Options of that transport."""
     kv_lease_duration: Seconds = 30
     """Seconds that prefilled blocks are kept for a decode engine that does not renew."""
-    kv_lease_max_duration: Seconds = 3600
+    kv_lease_max_duration: Seconds = LEASE_MAX_S
     """Seconds after which a lease ends even if it is still being renewed."""
-    handshake_timeout: Seconds = 10
+    handshake_timeout: Seconds = HANDSHAKE_TIMEOUT_S
     """Seconds within which a peer must complete the greeting."""
-    load_timeout: Seconds = 60
+    load_timeout: Seconds = LOAD_TIMEOUT_S
     """Seconds from a request's admission until its KV must have arrived."""
     auth_secret_file: str | None = None
     """Path of a file with a secret shared by all engines; signs tickets, proves peers."""
     model_id: str | None = None
     """Name of the weights when the model's path differs between prefill and decode."""
-    transfer_mode: Literal["auto", "direct", "staged"] = "auto"
+    transfer_mode: Mode = "auto"
     """``direct``: decode reads prefill's blocks. ``staged``: prefill gathers, writes large chunks
     into staging memory, decode scatters; works between any two geometries, and a peer can never
     reach the KV cache itself. ``auto``: whichever works, and of two the faster as measured."""
@@ -118,6 +122,23 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def chosen_transport(self, device: str) -> tuple[str, dict[str, Any]]:  # noqa: ARG002 - P2P's
         """Name and options of the transport to use for KV caches on ``device`` (cpu, cuda)."""
         return self.transport or self.own_transport, self.transport_options
+
+
+class Settings(NamedTuple):
+    """What a mover needs to know of its engine. ``rank`` counts over TP × PP."""
+
+    rank: int
+    ranks: int
+    fingerprint: Mapping[str, str]
+    transport_name: str
+    secret: bytes | None = None
+    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
+    load_timeout_s: float = LOAD_TIMEOUT_S
+    lease_max_s: float = LEASE_MAX_S
+    mode: Mode = "auto"
+    allow_lossy: bool = False
+    versions: Mapping[str, str] = {}
+    """Software → version, which `kvconnect inspect` shows; nothing depends on them."""
 
 
 class NixlConfig(PeerConfig, frozen=True, kw_only=True):

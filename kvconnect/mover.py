@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kvconnect.config import Settings
 from kvconnect.consumer.fetch import Fetcher
 from kvconnect.consumer.remote import ConsumerContext, Remotes
 from kvconnect.control import wire
@@ -43,7 +44,6 @@ from kvconnect.orders import (
 )
 from kvconnect.producer.leases import LeaseServer
 from kvconnect.producer.stage import ChunkSender
-from kvconnect.settings import Settings
 from kvconnect.staging import Slots, Staging
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Transport

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from kvconnect.config import Mode, Settings
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.errors import KvConnectError
 from kvconnect.geometry.blocks import Region
@@ -26,7 +27,6 @@ from kvconnect.mover import Mover
 from kvconnect.ops import load
 from kvconnect.ops.pages import use_huge_pages
 from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
-from kvconnect.settings import Mode, Settings
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.testing.geometry import Cache, Model
 from kvconnect.transport.base import Op, Transport, Work

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvconnect.config import Mode
 from kvconnect.consumer.stage import StagedPath
 from kvconnect.control.dialer import Dialer, Peer, PeerState
 from kvconnect.control.wire import Address, Body
@@ -24,7 +25,6 @@ from kvconnect.geometry.rows import Memory as MemoryKind
 from kvconnect.geometry.rows import Route
 from kvconnect.ops import Kernels
 from kvconnect.orders import Source
-from kvconnect.settings import Mode
 from kvconnect.staging import Slots
 from kvconnect.transport.base import Transport
 

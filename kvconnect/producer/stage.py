@@ -4,6 +4,7 @@ A reader says once per link what it will have written to it, and where (Stage); 
 chunk, each with room for it (Want). A Want is answered once: Filled when the write has ended, or
 Refused. Only who opened a lease gets its chunks, and only as long as it stands.
 
+* Everything here comes from a peer: what is not held, leased or does not fit is a GeometryError.
 * Bounded: readers, and wants that wait for one of our own slots.
 * A repeated message is answered again, never carried out twice.
 """
@@ -11,7 +12,7 @@ Refused. Only who opened a lease gets its chunks, and only as long as it stands.
 import logging
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -19,13 +20,14 @@ import numpy as np
 from kvconnect.control import wire
 from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming, Listener
+from kvconnect.costs import Average
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.blocks import MAX_ADDRESS, Shard
-from kvconnect.geometry.chunks import segments, source_copy
+from kvconnect.geometry.chunks import Held, segments, source_copy
+from kvconnect.geometry.rows import RowTable
 from kvconnect.lease import Terms
-from kvconnect.ops import Kernels, Launch
+from kvconnect.ops import Copy, Kernels, Launch, Prepared, chunk_bytes
 from kvconnect.producer.leases import LeaseServer
-from kvconnect.producer.reader import Reader, check
 from kvconnect.staging import GRANULE_BYTES, Slots, granule_table, granules
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
@@ -35,6 +37,52 @@ logger = logging.getLogger(f"vllm.{__name__}")
 MAX_READERS = 1024
 MAX_WAITING = 4096
 REMEMBERED = 4096
+
+
+@dataclass
+class PreparedSlices:
+    """Pieces that cross together, checked once."""
+
+    copies: list[Copy]
+    group: int
+    whole: bool
+    prepared: Prepared
+    sized: tuple[int, int] = (0, 0)  # tokens of the last chunk, and its bytes
+
+
+@dataclass
+class Reader:
+    """``name`` is the transport's of it, ``table`` its arena; ``held`` are its pieces."""
+
+    name: str
+    arena: wire.Granules
+    table: RowTable
+    held: list[Held]
+    bundles: dict[tuple[int, int], PreparedSlices] = field(default_factory=dict)
+    gathered: Average = field(default_factory=Average)  # seconds per byte
+    written: Average = field(default_factory=Average)
+
+    def bundle(self, want: wire.Want, kernels: Kernels) -> PreparedSlices:
+        """The pieces that a chunk is of; raises GeometryError."""
+        key = first, count = want.first, want.count
+        if key not in self.bundles:
+            end = first + count
+            if end > len(self.held):
+                raise GeometryError(f"pieces up to {end} are wanted, {len(self.held)} are staged")
+            chosen = self.held[first:end]
+            kinds = {(held.group, held.whole, held.copy.block_tokens) for held in chosen}
+            if len(kinds) > 1:
+                raise GeometryError(
+                    f"pieces {first}..{end} are not all of one group and block size"
+                )
+            if len(self.bundles) >= wire.MAX_PIECES:  # no honest reader has as many
+                self.bundles.clear()
+            copies = [held.copy for held in chosen]
+            made = PreparedSlices(copies, chosen[0].group, chosen[0].whole, kernels.prepare(copies))
+            self.bundles[key] = made
+        if self.bundles[key].group != want.group:
+            raise GeometryError(f"pieces {first}..{first + count} are not of group {want.group}")
+        return self.bundles[key]
 
 
 @dataclass
@@ -186,7 +234,7 @@ class ChunkSender:
             return
         table, block_tokens = self._table(terms, want.group), bundle.copies[0].block_tokens
         leased = len(table) * block_tokens if bundle.whole else terms.tokens
-        check(want, bundle, leased, reader.arena)
+        _check(want, bundle, leased, reader.arena)
         found = segments(want.runs, table, block_tokens)
         slot = self._slots.take()
         assert slot is not None
@@ -251,3 +299,21 @@ class ChunkSender:
         self._answer(
             link, message.seq, wire.Refused(seq=message.seq, cause=cause, detail=detail[:4096])
         )
+
+
+def _check(
+    want: wire.Want, bundle: PreparedSlices, leased_tokens: int, arena: wire.Granules
+) -> None:
+    """Raise GeometryError for a chunk that is not what was leased, or does not fit its room."""
+    end = max(start + count for start, count in want.runs)
+    if end > leased_tokens or min(count for _, count in want.runs) < 1:
+        raise GeometryError(f"runs up to token {end} are wanted, {leased_tokens} are leased")
+    tokens = sum(count for _, count in want.runs)
+    if bundle.sized[0] != tokens:
+        bundle.sized = tokens, chunk_bytes(bundle.copies, tokens)
+    nbytes = bundle.sized[1]
+    if nbytes != want.nbytes:
+        raise GeometryError(f"a chunk of {want.nbytes} bytes is wanted, its runs have {nbytes}")
+    end = want.granule + -(-nbytes // GRANULE_BYTES)
+    if end > arena.count:
+        raise GeometryError(f"granules up to {end} are offered, the arena has {arena.count}")

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kvconnect.config import Mode, Settings
 from kvconnect.control.wire import Address
 from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import Kernels, load
 from kvconnect.orders import EngineAddresses, Grant, Order, Outcome, RankAddress, Source
-from kvconnect.settings import Mode, Settings
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Faulty

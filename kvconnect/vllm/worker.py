@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect import __version__
-from kvconnect.config import PeerConfig, read_secret
+from kvconnect.config import PeerConfig, Settings, read_secret
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.errors import ConfigError
 from kvconnect.geometry.blocks import Region, Shard
@@ -22,7 +22,6 @@ from kvconnect.mover import Fence, Mover
 from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
 from kvconnect.orders import Fetch, Order, Outcome
-from kvconnect.settings import Settings
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.engine import Rank, kernels_for, this_rank

@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from kvconnect.config import Settings
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
 from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
-from kvconnect.settings import Settings
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.geometry import GUARD_BYTES, Cache, Model
 from kvconnect.transport import nixl

@@ -4,7 +4,14 @@ import logging
 
 import pytest
 
-from kvconnect.config import INERT_OPTIONS, MooncakeConfig, NixlConfig, parse, read_secret
+from kvconnect.config import (
+    INERT_OPTIONS,
+    MooncakeConfig,
+    NixlConfig,
+    Settings,
+    parse,
+    read_secret,
+)
 from kvconnect.errors import ConfigError
 
 
@@ -119,3 +126,12 @@ def test_another_transport_can_be_named_with_options_of_its_own():
     assert acme.chosen_transport("cpu") == ("acme", {"x": 1})
     with pytest.raises(ConfigError, match="without transport"):
         parsed(transport_options={"x": 1})
+
+
+def test_a_mover_without_options_waits_as_long_as_the_options_say():
+    """The handshake's default used to be 5 s here and 10 s there."""
+    options, made = NixlConfig(), Settings(0, 1, {}, "loopback")
+    assert made.handshake_timeout_s == options.handshake_timeout
+    assert made.load_timeout_s == options.load_timeout
+    assert made.lease_max_s == options.kv_lease_max_duration
+    assert made.mode == options.transfer_mode

@@ -8,9 +8,8 @@ from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming
 from kvconnect.lease import Terms
 from kvconnect.orders import Cancel, Expect, Fetch, Grant, Release, Source, Watch, Withdraw
-from kvconnect.producer import early as early_module
-from kvconnect.producer.early import MAX_WAIT_S, SILENT_S, EarlyReaders
-from kvconnect.producer.leases import LeaseServer
+from kvconnect.producer import leases
+from kvconnect.producer.leases import MAX_WAIT_S, SILENT_S, EarlyReaders, LeaseServer
 from kvconnect.testing import FakeClock, Fault
 from kvconnect.testing.engines import Engine, World
 
@@ -142,7 +141,7 @@ def test_a_lease_that_is_over_is_not_waited_for(rig):
 
 
 def test_waiting_readers_are_bounded(rig, monkeypatch):
-    monkeypatch.setattr(early_module, "MAX_WAITING", 2)
+    monkeypatch.setattr(leases, "MAX_EARLY", 2)
     rig.send(ask(1)), rig.send(ask(2, request_id="another"))
     ((_, refused),) = rig.send(ask(3))
     assert refused.cause == "gone"

@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from kvconnect.cli import main
+from kvconnect.config import Settings
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
 from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
-from kvconnect.settings import Settings
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.geometry import Model, engine
 from kvconnect.transport.loopback import Fabric, LoopbackTransport

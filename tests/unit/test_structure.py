@@ -14,7 +14,7 @@ BENCH = ROOT.parent / "benchmarks/kvconnect_bench"
 
 LAYERS = [
     {"errors"},
-    {"lease", "costs", "config", "settings"},
+    {"lease", "costs", "config"},
     {"ops"},
     {"geometry"},
     {"control"},
