@@ -79,6 +79,9 @@ class Fetch:
     blocks: tuple[tuple[tuple[int, int], ...], ...]
     tokens: int
     digest: bytes
+    needed_from: tuple[int, ...] = ()
+    """Per group: tokens before this one need not be had, for no window sees them; () for none.
+    Cells of the blocks that are left over, and those after ``tokens``, are filled all the same."""
 
 
 @dataclass(frozen=True)

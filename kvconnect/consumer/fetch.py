@@ -307,8 +307,7 @@ class Fetcher:
         assert path.staged is not None and isinstance(fetch.order, Fetch)
         pull = ChunkReceiver(
             path.staged,
-            fetch.order.blocks,
-            fetch.order.tokens,
+            fetch.order,
             self._transport.hello(),
             fetch.deadline,
         )

@@ -9,7 +9,6 @@ and scattering here overlap, since several chunks are under way.
 * What was scattered counts only if the fetch as a whole ends well.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvconnect.control import wire
@@ -17,6 +16,7 @@ from kvconnect.control.dialer import Call, Dialer, Peer
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.chunks import Chunk, ChunkPlan
 from kvconnect.ops import Kernels, Launch, Prepared
+from kvconnect.orders import Fetch
 from kvconnect.staging import ENDED_S, GRANULE_BYTES, QUARANTINE_S, Slots
 
 WINDOW = 8  # chunks that one pull has under way
@@ -91,15 +91,14 @@ class ChunkReceiver:
     def __init__(
         self,
         staged: StagedPath,
-        blocks: Sequence[Sequence[tuple[int, int]]],
-        tokens: int,
+        order: Fetch,
         hello: bytes,
         deadline: float,
     ) -> None:
         """Raises GeometryError."""
         self._staged = staged
         # made one by one while others are under way, of which the next is known
-        self._chunks = staged.course.chunks(blocks, tokens)
+        self._chunks = staged.course.chunks(order.blocks, order.tokens, order.needed_from)
         self._next = next(self._chunks, None)
         self._hello = hello
         self._deadline = deadline

@@ -108,15 +108,25 @@ class ChunkPlan:
                 kinds.append(Kind(rect.src.group, rect.dst.group, copy.block_tokens, whole))
         self.bundles = list(_bundles(self.copies, kinds, slot_bytes))
 
-    def chunks(self, blocks: Sequence[Sequence[tuple[int, int]]], tokens: int) -> Iterator[Chunk]:
-        """Chunks that fill ``blocks`` (`order.Fetch`) with the first ``tokens`` tokens."""
+    def chunks(
+        self,
+        blocks: Sequence[Sequence[tuple[int, int]]],
+        tokens: int,
+        needed_from: Sequence[int] = (),
+    ) -> Iterator[Chunk]:
+        """Chunks that fill ``blocks`` (`order.Fetch`) with the first ``tokens`` tokens.
+
+        Of group ``g`` nothing before token ``needed_from[g]`` is asked for, where that is given.
+        """
         packed: dict[tuple[Kind, int], list[tuple[Runs, np.ndarray]]] = {}
         for bundle in self.bundles:
             copies = self.copies[bundle.first : bundle.first + bundle.num_pieces]
             sizes: dict[int, int] = {}  # tokens → bytes: nearly all chunks have as many
             known = packed.get((bundle.kind, bundle.tokens))
             kept = packed.setdefault((bundle.kind, bundle.tokens), [])
-            for runs, found in known or self._runs(bundle, blocks[bundle.kind.dst_group], tokens):
+            group = bundle.kind.dst_group
+            start = needed_from[group] if group < len(needed_from) else 0
+            for runs, found in known or self._runs(bundle, blocks[group], start, tokens):
                 if known is None:
                     kept.append((runs, found))
                 total = sum(count for _, count in runs)
@@ -125,19 +135,57 @@ class ChunkPlan:
                 yield Chunk(bundle, runs, found, sizes[total])
 
     def _runs(
-        self, bundle: SliceGroup, blocks: Sequence[tuple[int, int]], tokens: int
+        self, bundle: SliceGroup, blocks: Sequence[tuple[int, int]], start: int, tokens: int
     ) -> Iterator[tuple[Runs, np.ndarray]]:
+        """What to ask for, chunk by chunk, and where in our blocks it goes.
+
+        Our blocks of 4 tokens, at most 6 tokens a chunk, and tokens [2, 9) of the prompt wanted in
+        blocks 7, 5 and 9 (places 0, 1 and 2):
+        runs (2,2) (2,2) (4,2) and then (6,3) (8,3); segments of the first chunk are (block 7, from
+        cell 2, 2 cells), (7, 0, 2), (5, 0, 2); of the second (5, 2, 2), (9, 0, 1) and (9, 1, 3).
+        Cells 0 and 1 of block 7, and 1 to 3 of block 9, belong to no token that is wanted: they
+        are filled with those of their block that are, over and over (see `_filled`).
+        """
         _, _, block_tokens, whole = bundle.kind
         table = np.full(max((p for p, _ in blocks), default=-1) + 1, NO_BLOCK)
         for place, block in blocks:
             table[place] = block
-        end = len(table) * block_tokens if whole else tokens
+        if whole:
+            start, tokens = 0, len(table) * block_tokens
         wanted = (
-            (place * block_tokens, min(block_tokens, end - place * block_tokens))
+            span
             for place, _ in blocks
+            for span in _filled(place * block_tokens, block_tokens, start, tokens)
         )
-        for runs in _packed(wanted, bundle.tokens):
-            yield runs, segments(runs, table, block_tokens)
+        for spans in _packed(wanted, bundle.tokens):
+            runs = tuple((first, count) for first, _, count in spans)
+            cells = tuple((at, count) for _, at, count in spans)
+            yield runs, segments(cells, table, block_tokens)
+
+
+class Span(NamedTuple):
+    """Tokens ``[first, first + tokens)`` of the prompt go to the cells of tokens from ``at`` on."""
+
+    first: int
+    at: int
+    tokens: int
+
+
+def _filled(begin: int, size: int, start: int, tokens: int) -> Iterator[Span]:
+    """What fills the block of tokens ``[begin, begin + size)``, of which only those from ``start``
+    and below ``tokens`` are wanted.
+
+    vLLM zeroes no block that is loaded, so a cell that was left as it was may hold NaN, which a
+    kernel that masks it still multiplies by nought. Each cell without a token gets a wanted
+    token's content: finite, and of this very prompt.
+    """
+    low, high = max(begin, start), min(begin + size, tokens)
+    if low >= high:
+        return
+    yield Span(low, low, high - low)
+    for first, end in ((begin, low), (high, begin + size)):
+        for at in range(first, end, high - low):
+            yield Span(low, at, min(high - low, end - at))
 
 
 def segments(runs: Runs, table: Sequence[int] | np.ndarray, block_tokens: int) -> np.ndarray:
@@ -287,20 +335,21 @@ def _most_tokens(copies: Sequence[Copy], slot_bytes: int) -> int:
     return low
 
 
-def _packed(runs: Iterator[tuple[int, int]], most: int) -> Iterator[Runs]:
-    """``runs`` in lists of at most ``most`` tokens, cut where they must be, neighbours joined."""
-    packed: list[tuple[int, int]] = []
+def _packed(spans: Iterator[Span], most: int) -> Iterator[list[Span]]:
+    """``spans`` in lists of at most ``most`` tokens, cut where they must be, neighbours joined."""
+    packed: list[Span] = []
     free = most
-    for start, count in runs:
+    for first, at, count in spans:
         while count > 0:
             taken = min(count, free)
-            if packed and sum(packed[-1]) == start:
-                packed[-1] = packed[-1][0], packed[-1][1] + taken
+            last = packed[-1] if packed else Span(-1, -1, 0)
+            if (last.first + last.tokens, last.at + last.tokens) == (first, at):
+                packed[-1] = Span(last.first, last.at, last.tokens + taken)
             else:
-                packed.append((start, taken))
-            start, count, free = start + taken, count - taken, free - taken
+                packed.append(Span(first, at, taken))
+            first, at, count, free = first + taken, at + taken, count - taken, free - taken
             if not free or len(packed) == MAX_RUNS:
-                yield tuple(packed)
+                yield packed
                 packed, free = [], most
     if packed:
-        yield tuple(packed)
+        yield packed

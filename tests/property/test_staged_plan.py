@@ -85,6 +85,7 @@ class Transfer:
     blocks: list[list[tuple[int, int]]]
     slot_bytes: int
     seed: int
+    needed_from: list[int] | None = None
 
 
 @st.composite
@@ -115,17 +116,31 @@ def transfers(draw):
     seed = draw(st.integers(0, 1 << 32))
     rng = np.random.default_rng(seed)
     wanted = [random_places(rng, ours, tokens) for _ in range(ours.groups)]
+    windowed = draw(st.booleans())
+    needed_from = [int(rng.integers(0, tokens)) if windowed else 0 for _ in range(ours.groups)]
+    for places, start in zip(wanted, needed_from, strict=True):
+        places[:] = [place for place in places if (place + 1) * ours.block_tokens > start]
     source = draw(sides(theirs, tokens))
     target = draw(sides(ours, tokens, most_ranks=2))
     tables = [
-        random_table(rng, source, group, ours, wanted, tokens) for group in range(theirs.groups)
+        random_table(rng, source, group, ours, wanted, tokens, needed_from)
+        for group in range(theirs.groups)
     ]
     blocks = []
     for places in wanted:
         ids = rng.permutation(target.ranks[0].num_blocks)[: len(places)]
         blocks.append(list(zip(places, ids.tolist(), strict=True)))
+    slot_bytes = draw(st.sampled_from(SLOTS))
     return Transfer(
-        kind, source, target, tokens, tables, blocks, draw(st.sampled_from(SLOTS)), seed
+        kind,
+        source,
+        target,
+        tokens,
+        tables,
+        blocks,
+        slot_bytes,
+        seed,
+        needed_from if windowed else None,
     )
 
 
@@ -156,14 +171,16 @@ def random_places(rng, model, tokens):
     return places[rng.random(len(places)) < 0.7].tolist()
 
 
-def random_table(rng, source, group, ours, wanted, tokens):
+def random_table(rng, source, group, ours, wanted, tokens, needed_from):
     """Blocks of one group at the source; NO_BLOCK where nobody wants a token of it, sometimes."""
     size = source.model.block_tokens
     table = rng.permutation(source.ranks[0].num_blocks)[: -(-tokens // size)]
     needed = np.zeros(len(table) * size, dtype=bool)
     for layer in range(group, ours.layers, source.model.groups):
+        start = needed_from[layer % ours.groups]
         for place in wanted[layer % ours.groups]:
-            needed[place * ours.block_tokens : (place + 1) * ours.block_tokens] = True
+            low = max(place * ours.block_tokens, start)
+            needed[low : (place + 1) * ours.block_tokens] = True
     unwanted = ~needed.reshape(-1, size).any(axis=1)
     table[unwanted & (rng.random(len(table)) < 0.5)] = NO_BLOCK
     return table
@@ -233,17 +250,29 @@ def held_by(source, tables, seed):
 
 
 def wanted_memory(transfer, cache, truth, tokens):
-    """All of ``cache``'s memory as it should be when ``tokens`` have arrived."""
+    """All of ``cache``'s memory as it should be when ``tokens`` have arrived.
+
+    A cell of a block that no wanted token belongs to has the content of one that is in it.
+    """
     before, model = cache.memory.copy(), cache.model
+    size = model.block_tokens
     for layer, part in itertools.product(cache.layers, range(cache.parts)):
-        pairs = transfer.blocks[model.names.index(layer) % model.groups]
-        place, block = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-        token = (place[:, None] * model.block_tokens + np.arange(model.block_tokens)).reshape(-1)
-        block = np.repeat(block, model.block_tokens)[token < tokens]
-        token = token[token < tokens]
+        group = model.names.index(layer) % model.groups
+        start = transfer.needed_from[group] if transfer.needed_from else 0
+        at, block, token = [], [], []
+        for place, number in transfer.blocks[group]:
+            low, high = max(place * size, start), min((place + 1) * size, tokens)
+            for cell in range(size) if high > low else ():
+                own, filler = place * size + cell, cell if place * size + cell < low else None
+                if own >= high:
+                    filler = own - high
+                at.append(cell)
+                block.append(number)
+                token.append(own if filler is None else low + filler % (high - low))
+        at, block, token = (np.array(x, dtype=np.int64) for x in (at, block, token))
         held = truth[layer, part][token, cache.heads.first :][:, : cache.heads.count]
         cells = converted(np.ascontiguousarray(held), transfer.source.model, model, part)
-        cache.write(layer, part, block, token % model.block_tokens, cells)
+        cache.write(layer, part, block, at, cells)
     wanted = cache.memory.copy()
     cache.memory[:] = before
     return wanted
@@ -295,7 +324,7 @@ def moves(transfer, cache, kernels):
         asked = msgspec.msgpack.decode(msgspec.msgpack.encode(course.pieces), type=list[HeadSlice])
         copies = [source_copy(views, piece).copy for piece in asked]
         prepared = {}
-        for chunk in course.chunks(transfer.blocks, transfer.tokens):
+        for chunk in course.chunks(transfer.blocks, transfer.tokens, transfer.needed_from or ()):
             bundle, runs = chunk.bundle, chunk.runs
             pieces = slice(bundle.first, bundle.first + bundle.num_pieces)
             if bundle not in prepared:
@@ -370,9 +399,9 @@ def test_every_wanted_cell_equals_its_converted_source_and_nothing_else_is_touch
         source, target = transfer.source, transfer.target
         truth = held_by(source, transfer.tables, transfer.seed)
         sources = [cache.memory.copy() for cache in source.ranks]
-        direct = True
+        direct = transfer.needed_from is None  # which else copies what the staged path does not ask
         for cache in target.ranks:
-            routes = direct_routes(transfer, cache)
+            routes = direct_routes(transfer, cache) if direct else None
             before = cache.memory.copy()
             wanted = wanted_memory(transfer, cache, truth, transfer.tokens)
             ran["chunks"] += stage(transfer, cache, kernels)
