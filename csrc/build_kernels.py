@@ -19,13 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {
-    "kvc_cpu": ["csrc/kvc_cpu.cpp", "csrc/kvc_grid_cpu.cpp"],
+    "kvc_cpu": ["csrc/kvc_cpu.cpp"],
     "kvc_cuda": ["csrc/kvc_cuda.cu"],
 }
 HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/kvc").iterdir())
 ARCHITECTURES = ("80", "90", "100", "120")
 CPP_FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
     # results must be those of torch, bit for bit; and loops with float additions vectorise
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     # GCC 12 warns of its own AVX-512 headers (its bug 105593)

@@ -3,7 +3,6 @@
 #include <string.h>
 
 #include <new>
-#include <thread>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -50,7 +49,6 @@
 
 namespace {
 
-using kvc::Call;
 using kvc::Part;
 
 struct Isa {
@@ -76,68 +74,34 @@ Isa& isa() {
   return chosen;
 }
 
-void run_threads(const Call& call, uint32_t units, uint64_t* sums, int threads) {
-  std::vector<std::vector<uint64_t>> partial(threads, std::vector<uint64_t>(sums ? units : 0));
-  std::vector<std::thread> helpers;
-  const auto share = [&](int i) {
-    const uint64_t first = call.tokens * i / threads, end = call.tokens * (i + 1) / threads;
-    isa().run(call, first, end, sums ? partial[i].data() : nullptr);
-  };
-  for (int i = 1; i < threads; ++i) helpers.emplace_back(share, i);
-  share(0);
-  for (auto& helper : helpers) helper.join();
-  if (sums)
-    for (const auto& found : partial)
-      for (uint32_t u = 0; u < units; ++u) sums[u] += found[u];
-}
+}  // namespace
 
-int call_cpu(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-             uint32_t n_segments, const kvc::Wires& wires, uint64_t* sums, uint32_t units,
-             int threads, bool gather) {
+// Cache -> wire if `gather`, else wire -> cache; sums[unit] is written for each of `units`.
+KVC_EXPORT int kvc_move(int gather, const kvc_copy* copies, uint32_t n_copies,
+                        const kvc_segment* segments, uint32_t n_segments, const uint64_t* wires,
+                        uint32_t n_wires, uint64_t wire_bytes, uint64_t* sums, uint32_t units) {
   try {
     std::vector<Part> parts(n_copies);
     uint64_t tokens = 0;
-    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, wires, units,
-                                   parts.data(), &tokens))
+    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments,
+                                   {wires, n_wires, wire_bytes}, units, parts.data(), &tokens))
       return error;
-    if (sums) memset(sums, 0, units * sizeof(uint64_t));
+    memset(sums, 0, units * sizeof(uint64_t));
     if (tokens == 0 || n_copies == 0) return KVC_OK;
     const Part& last = parts.back();
     const uint64_t bytes = last.wire + last.c.heads * tokens * last.wire_row;
-    for (uint32_t i = 0; i < wires.n; ++i) {
+    for (uint32_t i = 0; i < n_wires; ++i) {
       uint32_t n = 0;
       for (uint64_t found = 0; found < tokens; ++n) found += segments[n].count;
-      const Call call = {parts.data(), n_copies,           segments,
-                         n,            tokens,             (uint8_t*)wires.addresses[i],
-                         gather,       bytes >= KVC_STREAM_FROM};
-      if (threads > 1 && uint64_t(threads) <= tokens)
-        run_threads(call, units, sums, threads);
-      else
-        isa().run(call, 0, tokens, sums);
+      isa().run({parts.data(), n_copies, segments, n, tokens, (uint8_t*)wires[i], gather != 0,
+                 bytes >= KVC_STREAM_FROM},
+                sums);
       segments += n;
     }
     return KVC_OK;
   } catch (const std::bad_alloc&) {
     return KVC_NO_MEMORY;
-  } catch (const std::exception&) {  // no thread to be had
-    return KVC_NO_MEMORY;
   }
-}
-
-}  // namespace
-
-KVC_EXPORT int kvc_gather(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-                          uint32_t n_segments, const uint64_t* wires, uint32_t n_wires,
-                          uint64_t wire_bytes, uint64_t* sums, uint32_t units, int threads) {
-  return call_cpu(copies, n_copies, segments, n_segments, {wires, n_wires, wire_bytes}, sums, units,
-                  threads, true);
-}
-
-KVC_EXPORT int kvc_scatter(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-                           uint32_t n_segments, const uint64_t* wires, uint32_t n_wires,
-                           uint64_t wire_bytes, uint64_t* sums, uint32_t units, int threads) {
-  return call_cpu(copies, n_copies, segments, n_segments, {wires, n_wires, wire_bytes}, sums, units,
-                  threads, false);
 }
 
 KVC_EXPORT const char* kvc_strerror(int error) { return kvc::describe(error); }

@@ -1,8 +1,7 @@
-// libkvc_cuda: gather and scatter as one kernel per path on a stream of its own, and batched
-// memcpy. Loads without a driver: kvc_cuda_device_count says what there is.
+// libkvc_cuda: gather and scatter as one kernel per path on a stream of its own, and copies of
+// plain runs. Loads without a driver: kvc_cuda_device_count says what there is.
 //
-// A context has one stream (the caller's, or its own of the greatest priority) and slots, each a
-// pinned buffer, its twin in device memory and an event. A launch takes a slot: tables and zeroed
+// A context has one stream of the greatest priority and slots, each a pinned buffer, its twin in device memory and an event. A launch takes a slot: tables and zeroed
 // sums go up in one copy, kernels run, sums come back, the event is recorded. The slot is free again
 // once the launch was released and its event has passed. Every call leaves the thread's current
 // device as it was.
@@ -43,8 +42,7 @@ __global__ void __launch_bounds__(THREADS)
   Cursor cursor = {parts, pieces};
   for (uint32_t i = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES; i < items; i += warps) {
     const Item item = cursor.decode(i);
-    const uint64_t sum = work<PATH, GATHER>(parts[cursor.part], item, lane, sums != nullptr);
-    if (sums) add_sum(sums + item.unit, sum, lane);
+    add_sum(sums + item.unit, work<PATH, GATHER>(parts[cursor.part], item, lane), lane);
   }
 }
 
@@ -84,18 +82,6 @@ RunsKernel runs_kernel_of(uint32_t width) {
     default: return kvc_runs_kernel<uint8_t>;
   }
 }
-
-// Without CUDA's headers of 12.8 or later: CUmemcpyAttributes and both signatures of
-// cuMemcpyBatchAsync; 13.0 dropped the place of a failure.
-struct CopyAttributes {
-  int source_order;  // 1: in stream order
-  int source_place[2], destination_place[2];
-  unsigned flags;
-};
-using BatchV1 = int (*)(uint64_t*, uint64_t*, size_t*, size_t, CopyAttributes*, size_t*, size_t,
-                        size_t*, cudaStream_t);
-using BatchV2 = int (*)(uint64_t*, uint64_t*, size_t*, size_t, CopyAttributes*, size_t*, size_t,
-                        cudaStream_t);
 
 struct Slot {
   uint8_t *host = nullptr, *device = nullptr;
@@ -140,11 +126,7 @@ class OnDevice {
 
 struct Context {
   int device = 0, max_ctas = 0, multiprocessors = 0;
-  bool own_stream = true;
   cudaStream_t stream = nullptr;
-  cudaEvent_t after = nullptr;
-  BatchV1 batch_v1 = nullptr;
-  BatchV2 batch_v2 = nullptr;
   std::mutex mutex;
   std::vector<std::unique_ptr<Slot>> slots;
   std::map<const void*, uint32_t> ctas;  // of a kernel that fills the device
@@ -154,8 +136,7 @@ struct Context {
       slot->drop();
       if (slot->end) cudaEventDestroy(slot->end);
     }
-    if (after) cudaEventDestroy(after);
-    if (stream && own_stream) cudaStreamDestroy(stream);
+    if (stream) cudaStreamDestroy(stream);
   }
 
   Slot* take() {
@@ -166,12 +147,6 @@ struct Context {
     slot->taken = true;
     slots.push_back(std::move(slot));
     return slots.back().get();
-  }
-
-  bool wait_for(const uint64_t* stream_handle) {
-    if (!stream_handle) return true;
-    return cudaEventRecord(after, (cudaStream_t)*stream_handle) == cudaSuccess &&
-           cudaStreamWaitEvent(stream, after, 0) == cudaSuccess;
   }
 
   // As many CTAs as fit, as are allowed, and as have work.
@@ -194,58 +169,29 @@ struct Context {
   }
 };
 
-void find_batch(Context* context) {
-#if CUDART_VERSION >= 12050
-  // the driver refuses the default streams
-  if ((uint64_t)context->stream <= 2) return;
-  cudaDriverEntryPointQueryResult found;
-  void* entry = nullptr;
-  const char* name = "cuMemcpyBatchAsync";
-  if (cudaGetDriverEntryPointByVersion(name, &entry, 13000, cudaEnableDefault, &found) ==
-          cudaSuccess &&
-      found == cudaDriverEntryPointSuccess) {
-    context->batch_v2 = (BatchV2)entry;
-  } else if (cudaGetDriverEntryPointByVersion(name, &entry, 12080, cudaEnableDefault, &found) ==
-                 cudaSuccess &&
-             found == cudaDriverEntryPointSuccess) {
-    context->batch_v1 = (BatchV1)entry;
-  }
-  cudaGetLastError();
-#endif
-}
-
-int open_context(Context* context, const uint64_t* stream) {
+int open_context(Context* context) {
   int least, greatest;
-  if (stream) {
-    context->stream = (cudaStream_t)*stream;
-    context->own_stream = false;
-  } else if (cudaDeviceGetStreamPriorityRange(&least, &greatest) != cudaSuccess ||
-             cudaStreamCreateWithPriority(&context->stream, cudaStreamNonBlocking, greatest) !=
-                 cudaSuccess) {
-    return KVC_DEVICE_FAILED;
-  }
-  if (cudaEventCreateWithFlags(&context->after, cudaEventDisableTiming) != cudaSuccess ||
+  if (cudaDeviceGetStreamPriorityRange(&least, &greatest) != cudaSuccess ||
+      cudaStreamCreateWithPriority(&context->stream, cudaStreamNonBlocking, greatest) !=
+          cudaSuccess ||
       cudaDeviceGetAttribute(&context->multiprocessors, cudaDevAttrMultiProcessorCount,
                              context->device) != cudaSuccess)
     return KVC_DEVICE_FAILED;
-  find_batch(context);
   return KVC_OK;
 }
 
 // Tables, then sums; both rounded up to 16 bytes.
-int launch_plan(Context* context, const Plan& plan, uint32_t units, bool checksum, bool gather,
-                Slot* slot) {
+int launch_plan(Context* context, const Plan& plan, uint32_t units, bool gather, Slot* slot) {
   const auto rounded = [](size_t n) { return (n + 15) / 16 * 16; };
   const size_t parts = rounded(plan.parts.size() * sizeof(GridPart));
   const size_t pieces = rounded(plan.pieces.size() * sizeof(Piece));
-  const size_t sums = checksum ? rounded(units * sizeof(uint64_t)) : 0;
+  const size_t sums = rounded(units * sizeof(uint64_t));
   if (!slot->reserve(parts + pieces + sums)) return KVC_NO_MEMORY;
   memcpy(slot->host, plan.parts.data(), plan.parts.size() * sizeof(GridPart));
   memcpy(slot->host + parts, plan.pieces.data(), plan.pieces.size() * sizeof(Piece));
   memset(slot->host + parts + pieces, 0, sums);
   slot->sums = (uint64_t*)(slot->host + parts + pieces);
-  auto* device_sums =
-      checksum ? (unsigned long long*)(slot->device + parts + pieces) : nullptr;
+  auto* device_sums = (unsigned long long*)(slot->device + parts + pieces);
   if (plan.groups.empty()) return KVC_OK;
   if (cudaMemcpyAsync(slot->device, slot->host, parts + pieces + sums, cudaMemcpyHostToDevice,
                       context->stream) != cudaSuccess)
@@ -256,8 +202,8 @@ int launch_plan(Context* context, const Plan& plan, uint32_t units, bool checksu
                          (const Piece*)(slot->device + parts), group.items, device_sums))
       return KVC_DEVICE_FAILED;
   }
-  if (sums && cudaMemcpyAsync(slot->sums, device_sums, sums, cudaMemcpyDeviceToHost,
-                              context->stream) != cudaSuccess)
+  if (cudaMemcpyAsync(slot->sums, device_sums, sums, cudaMemcpyDeviceToHost, context->stream) !=
+      cudaSuccess)
     return KVC_DEVICE_FAILED;
   return KVC_OK;
 }
@@ -275,30 +221,8 @@ int finish(Context* context, Slot* slot, int error, void** launch) {
   return KVC_OK;
 }
 
-int copy_by_loop(Context* context, const std::vector<Run>& runs) {
-  for (const Run& run : runs)
-    if (cudaMemcpyAsync((void*)run.dst, (const void*)run.src, run.bytes, cudaMemcpyDefault,
-                        context->stream) != cudaSuccess)
-      return KVC_DEVICE_FAILED;
-  return KVC_OK;
-}
-
-int copy_by_batch(Context* context, const std::vector<Run>& runs) {
-  const size_t n = runs.size();
-  std::vector<uint64_t> dst(n), src(n);
-  std::vector<size_t> bytes(n);
-  for (size_t i = 0; i < n; ++i) dst[i] = runs[i].dst, src[i] = runs[i].src, bytes[i] = runs[i].bytes;
-  CopyAttributes attributes = {1, {0, 0}, {0, 0}, 0};
-  size_t first = 0, failed = 0;
-  const int error = context->batch_v2
-                        ? context->batch_v2(dst.data(), src.data(), bytes.data(), n, &attributes,
-                                            &first, 1, context->stream)
-                        : context->batch_v1(dst.data(), src.data(), bytes.data(), n, &attributes,
-                                            &first, 1, &failed, context->stream);
-  return error ? KVC_DEVICE_FAILED : KVC_OK;
-}
-
-int copy_by_kernel(Context* context, const std::vector<Run>& runs, Slot* slot) {
+int copy_runs(Context* context, const std::vector<Run>& runs, Slot* slot) {
+  if (runs.empty()) return KVC_OK;
   std::vector<Run> pieces;
   const uint32_t width = cut_runs(runs, &pieces);
   const size_t bytes = pieces.size() * sizeof(Run);
@@ -314,25 +238,15 @@ int copy_by_kernel(Context* context, const std::vector<Run>& runs, Slot* slot) {
              : KVC_DEVICE_FAILED;
 }
 
-int copy_runs(Context* context, int way, const std::vector<Run>& runs, Slot* slot) {
-  if (runs.empty()) return KVC_OK;
-  if (way == KVC_KERNEL) return copy_by_kernel(context, runs, slot);
-  if (way == KVC_BATCH && (context->batch_v1 || context->batch_v2))
-    return copy_by_batch(context, runs);
-  return copy_by_loop(context, runs);
-}
-
 // Takes a slot, lets `work` use it and gives the launch to the caller.
 template <class Work>
-int in_slot(Context* context, const uint64_t* after, void** launch, Work work) {
+int in_slot(Context* context, void** launch, Work work) {
   const std::lock_guard<std::mutex> lock(context->mutex);
   const OnDevice on(context->device);
   if (!on.ok()) return KVC_DEVICE_FAILED;
   Slot* slot = context->take();
   if (!slot) return KVC_NO_MEMORY;
-  int error = context->wait_for(after) ? KVC_OK : KVC_DEVICE_FAILED;
-  if (!error) error = work(slot);
-  return finish(context, slot, error, launch);
+  return finish(context, slot, work(slot), launch);
 }
 
 }  // namespace
@@ -358,16 +272,15 @@ KVC_EXPORT int kvc_cuda_device_count(void) {
   return count;
 }
 
-// `max_ctas` bounds every launch; 0 is as many as fit. `stream`, if not null, points to the handle
-// of the stream to use, which must outlive the context.
-KVC_EXPORT int kvc_cuda_open(int device, int max_ctas, const uint64_t* stream, void** context) {
+// `max_ctas` bounds every launch; 0 is as many as fit.
+KVC_EXPORT int kvc_cuda_open(int device, int max_ctas, void** context) {
   if (device < 0 || device >= kvc_cuda_device_count()) return KVC_NO_DEVICE;
   try {
     const OnDevice on(device);
     if (!on.ok()) return KVC_NO_DEVICE;
     std::unique_ptr<Context> made(new Context);
     made->device = device, made->max_ctas = max_ctas;
-    if (int error = open_context(made.get(), stream)) return error;
+    if (int error = open_context(made.get())) return error;
     *context = made.release();
     return KVC_OK;
   } catch (const std::bad_alloc&) {
@@ -406,14 +319,12 @@ KVC_EXPORT void kvc_cuda_free(void* context, int pinned, void* memory) {
     cudaFree(memory);
 }
 
-// Cache -> wire if `gather`, else wire -> cache; a kernel per path, however many chunks. `after`, if
-// not null, points to the handle of a stream whose work so far comes first. *launch is for
-// kvc_cuda_done, _sums and _release.
-KVC_EXPORT int kvc_cuda_launch(void* handle, int gather, const kvc_copy* copies, uint32_t n_copies,
-                               const kvc_segment* segments, uint32_t n_segments,
-                               const uint64_t* wires, uint32_t n_wires, uint64_t wire_bytes,
-                               uint32_t units, int checksum, const uint64_t* after,
-                               void** launch) {
+// Cache -> wire if `gather`, else wire -> cache; a kernel per path, however many chunks. *launch is
+// for kvc_cuda_done, _sums and _release.
+KVC_EXPORT int kvc_cuda_move(void* handle, int gather, const kvc_copy* copies, uint32_t n_copies,
+                             const kvc_segment* segments, uint32_t n_segments,
+                             const uint64_t* wires, uint32_t n_wires, uint64_t wire_bytes,
+                             uint32_t units, void** launch) {
   Context* context = (Context*)handle;
   try {
     std::vector<Part> parts(n_copies);
@@ -426,34 +337,26 @@ KVC_EXPORT int kvc_cuda_launch(void* handle, int gather, const kvc_copy* copies,
     if (tokens && n_copies)
       if (int error = make_grid(parts, segments, n_segments, tokens, to, &plan))
         return error;
-    return in_slot(context, after, launch, [&](Slot* slot) {
-      return launch_plan(context, plan, units, checksum != 0, gather != 0, slot);
+    return in_slot(context, launch, [&](Slot* slot) {
+      return launch_plan(context, plan, units, gather != 0, slot);
     });
   } catch (const std::bad_alloc&) {
     return KVC_NO_MEMORY;
   }
 }
 
-// n copies of sizes[i] bytes between any device and pinned memory, in one of the ways of kvc_way; a
-// batch is a loop where the driver has none. Neighbours on both sides become one copy.
-KVC_EXPORT int kvc_cuda_copy_runs(void* handle, int way, const uint64_t* dst, const uint64_t* src,
-                                  const uint64_t* sizes, uint64_t n, const uint64_t* after,
-                                  void** launch) {
+// n copies of sizes[i] bytes between any device and pinned memory, by a kernel. Neighbours on both
+// sides become one copy.
+KVC_EXPORT int kvc_cuda_copy_runs(void* handle, const uint64_t* dst, const uint64_t* src,
+                                  const uint64_t* sizes, uint64_t n, void** launch) {
   Context* context = (Context*)handle;
-  if (way < KVC_LOOP || way > KVC_KERNEL) return KVC_BAD_TYPE;
   try {
     std::vector<Run> runs;
     for (uint64_t i = 0; i < n; ++i) add_run(runs, dst[i], src[i], sizes[i]);
-    return in_slot(context, after, launch,
-                   [&](Slot* slot) { return copy_runs(context, way, runs, slot); });
+    return in_slot(context, launch, [&](Slot* slot) { return copy_runs(context, runs, slot); });
   } catch (const std::bad_alloc&) {
     return KVC_NO_MEMORY;
   }
-}
-
-KVC_EXPORT int kvc_cuda_has_batch(void* handle) {
-  const Context* context = (const Context*)handle;
-  return context->batch_v1 || context->batch_v2;
 }
 
 // 1 once all is written, 0 before, negative if the device failed.

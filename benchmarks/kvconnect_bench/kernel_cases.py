@@ -8,16 +8,15 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from kvconnect.ops import Copy, Kernels, Prepared, Type, chunk_bytes
+from kvconnect.ops import Copy, Kernels, Prepared, Type, Verb, chunk_bytes
 from kvconnect.ops.cuda import CudaKernels
 from kvconnect.ops.pages import use_huge_pages
 
-Verb = Literal["gather", "scatter"]
 TOKENS, HEADS, WIDTH = 16, 8, 128  # of a block; bf16, as of Llama-3 8B
 
 RUN_KIB = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -231,21 +230,20 @@ class Case:
         self._at += self.blocks
         return self._order[self._at - self.blocks : self._at]
 
-    def _call(self, ids: np.ndarray, wire: torch.Tensor, checksum: bool) -> Callable[[], Any]:
+    def _call(self, ids: np.ndarray, wire: torch.Tensor) -> Callable[[], Any]:
         n = len(ids)
         segments = np.zeros((n, 4), dtype=np.int32)
         segments[:, 0], segments[:, 2], segments[:, 3] = ids, TOKENS, np.arange(n)
-        call = getattr(self._prepared, self.verb)
         place = (wire.data_ptr(), wire.nbytes, n)
-        return lambda: call(segments, *place, checksum=checksum)
+        return lambda: self._prepared.move(self.verb, segments, *place)
 
-    def time(self, checksum: bool) -> float:
+    def time(self) -> float:
         """Seconds of one call on other blocks than the last."""
-        return self._arena.timed(self._call(self.next_blocks(), self._arena.window(), checksum))
+        return self._arena.timed(self._call(self.next_blocks(), self._arena.window()))
 
     def time_submit(self) -> float:
         """Seconds of the host for one call."""
-        return self._arena.submitted(self._call(self.next_blocks(), self._arena.window(), True))
+        return self._arena.submitted(self._call(self.next_blocks(), self._arena.window()))
 
     def time_torch(self) -> float:
         """Seconds of torch's index_select, conversion and copy to the same place."""
@@ -271,7 +269,7 @@ class Case:
     def check_torch(self) -> None:
         """Raise AssertionError unless a gather gives torch's bits."""
         ids, wire = self.next_blocks(), self._arena.window()
-        self._arena.timed(self._call(ids, wire, True))
+        self._arena.timed(self._call(ids, wire))
         used = chunk_bytes([self.copy], len(ids) * TOKENS)
         ours = wire[:used].clone()
         self._arena.timed(self._by_torch(torch.from_numpy(ids.astype(np.int64)), wire))

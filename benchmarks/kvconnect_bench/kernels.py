@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,19 +35,15 @@ class Row:
     """Contiguous bytes of the cache, at least."""
     call_bytes: int
     gb_s: float
-    """Median, without checksum."""
+    """Median; sums are made in the same pass."""
     memcpy_gb_s: float
     """Median of as many bytes, contiguous on both sides."""
     fraction: float
     """Of memcpy."""
-    checksum_gb_s: float
-    checksum_fraction: float
-    checksum_cost: float
-    """Time that the checksum adds, as a part of the time without; median of the rounds' costs."""
     torch_ratio: float | None
     """Times as fast as torch's gather, then convert; only where torch's bits are equal to ours."""
     submit_us: float | None = None
-    """On a GPU, whose figures are the device's time: the host's time for a call with checksum."""
+    """On a GPU, whose figures are the device's time: the host's time for a call."""
 
 
 @dataclass
@@ -55,8 +51,7 @@ class Times:
     """Seconds of one row, a value a round."""
 
     memcpy: list[float]
-    plain: list[float]
-    checksum: list[float]
+    move: list[float]
     torch: list[float]
     submit: list[float]
 
@@ -107,19 +102,16 @@ def kernels(
 def _measure(arena: "Arena", cases: Sequence["Case"], rounds: int, console: Any) -> list[Row]:
     from rich.progress import track
 
-    times = [Times([], [], [], [], []) for _ in cases]
+    times = [Times([], [], [], []) for _ in cases]
     for turn in track(range(rounds + 1), "measuring", console=console, transient=True):
         for case, t in zip(cases, times, strict=True):
             against_torch = case.verb == "gather" and case.shape.compare_torch
             seconds = [arena.time_memcpy(case.nbytes)]
-            # neither is always the first
-            order: list[Literal[0, 1]] = [0, 1] if turn % 2 else [1, 0]
-            found = {checksum: case.time(bool(checksum)) for checksum in order}
+            moved_s = case.time()
             if turn == 0:  # page tables, frequencies, modules of kernels
                 continue
             t.memcpy += seconds
-            t.plain.append(found[0])
-            t.checksum.append(found[1])
+            t.move.append(moved_s)
             if against_torch:
                 t.torch.append(case.time_torch())
             if arena.on_gpu:
@@ -139,13 +131,10 @@ def _row(case: "Case", t: Times) -> Row:
         shape=case.shape.name,
         run_bytes=case.shape.run_bytes,
         call_bytes=case.nbytes,
-        gb_s=gb_s(t.plain),
+        gb_s=gb_s(t.move),
         memcpy_gb_s=gb_s(t.memcpy),
-        fraction=ratio(t.memcpy, t.plain),
-        checksum_gb_s=gb_s(t.checksum),
-        checksum_fraction=ratio(t.memcpy, t.checksum),
-        checksum_cost=round(ratio(t.checksum, t.plain) - 1, 3),
-        torch_ratio=ratio(t.torch, t.plain) if t.torch else None,
+        fraction=ratio(t.memcpy, t.move),
+        torch_ratio=ratio(t.torch, t.move) if t.torch else None,
         submit_us=round(statistics.median(t.submit) * 1e6, 1) if t.submit else None,
     )
 
@@ -184,13 +173,11 @@ def _table(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     table = Table(title=f"{machine['kernels']} on {where}; fractions of memcpy in the same run")
     for heading in ("shape", "verb"):
         table.add_column(heading)
-    for heading in ("run", "GB/s", "memcpy", "fraction", "summed", "sum costs", "× torch"):
+    for heading in ("run", "GB/s", "memcpy", "fraction", "× torch"):
         table.add_column(heading, justify="right")
     for row in rows:
         run = f"{row.run_bytes >> 10} KiB" if row.run_bytes >= 1024 else f"{row.run_bytes} B"
         torch_ratio = "" if row.torch_ratio is None else f"{row.torch_ratio:.2f}"
-        cost = f"{row.checksum_cost:+.1%}"
         rates = (f"{row.gb_s:.2f}", f"{row.memcpy_gb_s:.2f}", f"{row.fraction:.2f}")
-        more = (f"{row.checksum_fraction:.2f}", cost, torch_ratio)
-        table.add_row(row.shape, row.verb, run, *rates, *more)
+        table.add_row(row.shape, row.verb, run, *rates, torch_ratio)
     return table

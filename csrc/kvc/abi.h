@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define KVC_ABI_VERSION 3
+#define KVC_ABI_VERSION 4
 #define KVC_WIRE_ALIGN 256
 
 #if defined(_WIN32)
@@ -49,13 +49,6 @@ enum kvc_error {
   KVC_DEVICE_FAILED = -10,
   KVC_MISALIGNED = -11,
   KVC_BAD_CHUNKS = -12,
-};
-
-// How plain runs are copied by libkvc_cuda.
-enum kvc_way {
-  KVC_LOOP = 0,    // cudaMemcpyAsync for each
-  KVC_BATCH = 1,   // cuMemcpyBatchAsync: one call of the driver, copy engines
-  KVC_KERNEL = 2,  // a kernel, also to and from pinned host memory
 };
 
 // One part (K, V or both fused) of one layer. Strides are bytes and not negative. Token t is at

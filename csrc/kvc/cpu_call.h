@@ -17,8 +17,8 @@ struct Call {
   bool stream;  // write past the cache
 };
 
-// Tokens [first, end) of the chunk; adds to sums[unit] unless null.
-using Run = void (*)(const Call&, uint64_t first, uint64_t end, uint64_t* sums);
+// Moves the chunk and adds to sums[unit].
+using Run = void (*)(const Call&, uint64_t* sums);
 
 }  // namespace kvc
 

@@ -333,7 +333,7 @@ struct Rows {
 // ---- the paths: what lane `lane` does of an item; the sum of its words
 
 template <class WORDS, bool GATHER>
-KVC_HD uint64_t plain(const GridPart& p, const Item& item, uint32_t lane, bool sum) {
+KVC_HD uint64_t plain(const GridPart& p, const Item& item, uint32_t lane) {
   constexpr uint32_t BYTES = sizeof(WORDS), FLIGHT = 8;
   const uint64_t skip = uint64_t(item.first_unit) * BYTES;
   const uint64_t wire = item.wire + skip, offset = item.offset + skip;
@@ -353,12 +353,10 @@ KVC_HD uint64_t plain(const GridPart& p, const Item& item, uint32_t lane, bool s
       const uint32_t at = u + j * LANES;
       if (at < item.units) {
         store(GATHER ? wire + uint64_t(at) * BYTES : rows.at(BYTES), v[j]);
-        if (sum) {
-          const uint64_t key = key_at(offset + uint64_t(at) * BYTES);
-          const uint64_t* words = (const uint64_t*)&v[j];
-          found += mix(words[0], key);
-          if (BYTES == 16) found += mix(words[BYTES / 16], key + 8 * KEY_STEP);
-        }
+        const uint64_t key = key_at(offset + uint64_t(at) * BYTES);
+        const uint64_t* words = (const uint64_t*)&v[j];
+        found += mix(words[0], key);
+        if (BYTES == 16) found += mix(words[BYTES / 16], key + 8 * KEY_STEP);
       }
       if (!GATHER) rows.next();
     }
@@ -367,7 +365,7 @@ KVC_HD uint64_t plain(const GridPart& p, const Item& item, uint32_t lane, bool s
 }
 
 template <int KV, int WIRE, bool GATHER>
-KVC_HD uint64_t converted(const GridPart& p, const Item& item, uint32_t lane, bool sum) {
+KVC_HD uint64_t converted(const GridPart& p, const Item& item, uint32_t lane) {
   constexpr uint32_t FLIGHT = 4;
   const uint64_t skip = uint64_t(item.first_unit) * 8 * WIRE;
   const uint64_t wire = item.wire + skip, offset = item.offset + skip;
@@ -395,9 +393,9 @@ KVC_HD uint64_t converted(const GridPart& p, const Item& item, uint32_t lane, bo
         if constexpr (GATHER) {
           const auto made = convert_eight<KV, WIRE>(v[j], p.kv_type, p.wire_type, p.factor);
           store_eight<WIRE>(wire + uint64_t(at) * 8 * WIRE, made);
-          if (sum) add(made, at);
+          add(made, at);
         } else {
-          if (sum) add(v[j], at);
+          add(v[j], at);
           store_eight<KV>(rows.at(8 * KV),
                           convert_eight<WIRE, KV>(v[j], p.wire_type, p.kv_type, p.factor));
         }
@@ -424,7 +422,7 @@ KVC_HD void store_item(uint64_t address, uint32_t item, uint64_t value) {
 
 // A unit is 8 bytes of a token on the wire, fewer at its end; 16 for elements that large.
 template <bool GATHER>
-KVC_HD uint64_t cells(const GridPart& p, const Item& item, uint32_t lane, bool sum) {
+KVC_HD uint64_t cells(const GridPart& p, const Item& item, uint32_t lane) {
   const uint32_t unit_bytes = p.wire_item == 16 ? 16 : 8;
   const uint32_t per_unit = unit_bytes / p.wire_item;
   const uint32_t parts = p.wire_item == 16 ? 2 : 1;  // an element of 16 bytes goes as two
@@ -456,11 +454,9 @@ KVC_HD uint64_t cells(const GridPart& p, const Item& item, uint32_t lane, bool s
           store_item(cell + k * 8, kv_bytes, value);
       }
     }
-    if (sum) {
-      const uint64_t key = key_at(item.offset + at);
-      found += mix(words[0], key);
-      if (parts == 2) found += mix(words[1], key + 8 * KEY_STEP);
-    }
+    const uint64_t key = key_at(item.offset + at);
+    found += mix(words[0], key);
+    if (parts == 2) found += mix(words[1], key + 8 * KEY_STEP);
   }
   return found;
 }
@@ -487,16 +483,16 @@ KVC_HD void copy_run(const Run& run, uint32_t lane) {
 }
 
 template <Path PATH, bool GATHER>
-KVC_HD uint64_t work(const GridPart& p, const Item& item, uint32_t lane, bool sum) {
-  if constexpr (PATH == Path::PLAIN16) return plain<Words16, GATHER>(p, item, lane, sum);
-  if constexpr (PATH == Path::PLAIN8) return plain<uint64_t, GATHER>(p, item, lane, sum);
-  if constexpr (PATH == Path::CELLS) return cells<GATHER>(p, item, lane, sum);
-  if constexpr (PATH == Path::CONVERT_1_2) return converted<1, 2, GATHER>(p, item, lane, sum);
-  if constexpr (PATH == Path::CONVERT_1_4) return converted<1, 4, GATHER>(p, item, lane, sum);
-  if constexpr (PATH == Path::CONVERT_2_1) return converted<2, 1, GATHER>(p, item, lane, sum);
-  if constexpr (PATH == Path::CONVERT_2_4) return converted<2, 4, GATHER>(p, item, lane, sum);
-  if constexpr (PATH == Path::CONVERT_4_1) return converted<4, 1, GATHER>(p, item, lane, sum);
-  if constexpr (PATH == Path::CONVERT_4_2) return converted<4, 2, GATHER>(p, item, lane, sum);
+KVC_HD uint64_t work(const GridPart& p, const Item& item, uint32_t lane) {
+  if constexpr (PATH == Path::PLAIN16) return plain<Words16, GATHER>(p, item, lane);
+  if constexpr (PATH == Path::PLAIN8) return plain<uint64_t, GATHER>(p, item, lane);
+  if constexpr (PATH == Path::CELLS) return cells<GATHER>(p, item, lane);
+  if constexpr (PATH == Path::CONVERT_1_2) return converted<1, 2, GATHER>(p, item, lane);
+  if constexpr (PATH == Path::CONVERT_1_4) return converted<1, 4, GATHER>(p, item, lane);
+  if constexpr (PATH == Path::CONVERT_2_1) return converted<2, 1, GATHER>(p, item, lane);
+  if constexpr (PATH == Path::CONVERT_2_4) return converted<2, 4, GATHER>(p, item, lane);
+  if constexpr (PATH == Path::CONVERT_4_1) return converted<4, 1, GATHER>(p, item, lane);
+  if constexpr (PATH == Path::CONVERT_4_2) return converted<4, 2, GATHER>(p, item, lane);
   return 0;
 }
 

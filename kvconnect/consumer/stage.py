@@ -39,7 +39,7 @@ class StagedPath:
     @property
     def fast(self) -> bool:
         """Whether it is worth trying where it need not be."""
-        return self._kernels.name.startswith(("cpu:", "cuda"))
+        return self._kernels.fast
 
     def ready(self, hello: bytes, deadline: float) -> tuple[bool, str]:
         """Whether the source knows what we want of it, and why it never will; asks it to."""
@@ -195,7 +195,8 @@ class ChunkReceiver:
                     f"{asked.chunk.nbytes}"
                 )
             asked.sums = reply.sums
-            asked.launch = self._staged.prepared(asked.chunk).scatter(
+            asked.launch = self._staged.prepared(asked.chunk).move(
+                "scatter",
                 asked.chunk.segments,
                 self._staged.slots.address(asked.slot),
                 self._staged.slots.slot_bytes,

@@ -1,7 +1,7 @@
 """Strided KV cache ↔ dense wire, in one pass: slice, re-layout, convert, checksum.
 
 `load` gives the `Kernels` of this machine; `Kernels.prepare` turns `Copy` descriptions into a
-`Prepared` that gathers (cache → wire) and scatters (wire → cache) any segments of blocks.
+`Prepared`, whose `move` gathers (cache → wire) or scatters (wire → cache) any segments of blocks.
 `docs/kernels.md` has the formats and figures.
 """
 
@@ -12,6 +12,7 @@ from kvconnect.ops.copies import (
     Launch,
     Prepared,
     Type,
+    Verb,
     Wires,
     chunk_bytes,
     wire_offsets,
@@ -25,6 +26,7 @@ __all__ = [
     "Launch",
     "Prepared",
     "Type",
+    "Verb",
     "Wires",
     "chunk_bytes",
     "load",

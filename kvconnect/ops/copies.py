@@ -15,7 +15,7 @@ between copies are neither read nor written nor summed.
 import enum
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -84,6 +84,9 @@ class Copy(NamedTuple):
     content_outer: int = 0
 
 
+Verb = Literal["gather", "scatter"]
+"""``gather``: cache → wire. ``scatter``: wire → cache."""
+
 Wires = int | Sequence[int] | np.ndarray
 """Address of a chunk, or of several."""
 
@@ -96,46 +99,31 @@ class Launch(Protocol):
 
     @property
     def sums(self) -> np.ndarray:
-        """uint64 ``[units]``, empty without checksum; valid once done."""
+        """uint64 ``[units]``; valid once done."""
 
 
 class Prepared(Protocol):
-    """Copies made ready. ``segments`` is int32 ``[n, 4]``: block, first token, tokens, unit.
+    """Copies made ready."""
 
-    ``wires``: of the chunks, with ``wire_bytes`` each; the segments of the first come first.
-    ``after``: handle of a CUDA stream whose work so far comes before this.
-    """
-
-    def gather(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,
+    def move(
+        self, verb: Verb, segments: np.ndarray, wires: Wires, wire_bytes: int, units: int
     ) -> Launch:
-        """Cache → wire. A block may occur more than once."""
+        """Start to move chunks between the cache and the wire.
 
-    def scatter(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,
-    ) -> Launch:
-        """Wire → cache. Sums are of what was read from the wire."""
+        ``segments`` is int32 ``[n, 4]``: block, first token, tokens, unit. ``wires`` are the
+        addresses of the chunks, with ``wire_bytes`` each; the segments of the first come first.
+        A block may occur more than once in a gather. The sums of a scatter are of what was read
+        from the wire.
+        """
 
 
 class Kernels(Protocol):
     """An implementation, made once by `load`."""
 
     name: str
-    """``cpu:avx512``, ``cuda``, ``torch``, …"""
+    """``cpu:avx512``, ``cuda``, ``numpy``, …"""
+    fast: bool
+    """Whether moving KV with it is worth trying where it need not be."""
 
     def prepare(self, copies: Sequence[Copy]) -> Prepared:
         """Check ``copies`` and make them ready for any number of calls."""

@@ -1,34 +1,29 @@
 """The kernels of libkvc_cuda (csrc/kvc_cuda.cu) behind the interface of `copies`.
 
-A `CudaKernels` works on the stream that it is given, or one of its own of the greatest priority;
-calls return at once. A launch holds buffers until `CudaLaunch.done` was seen to be true, so each
-launch must be polled until then.
+A `CudaKernels` works on a stream of its own, of the greatest priority; calls return at once. A
+launch holds buffers until `CudaLaunch.done` was seen to be true, so each must be polled until then.
 """
 
 import contextlib
 import ctypes
-import enum
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
 from kvconnect.errors import ConfigError, GeometryError, TransportError
-from kvconnect.ops.copies import Copy, Wires, as_segments, as_wires, check_segments, checked
+from kvconnect.ops.copies import (
+    Copy,
+    Verb,
+    Wires,
+    as_segments,
+    as_wires,
+    check_segments,
+    checked,
+)
 from kvconnect.ops.native import copy_table, open_library
 
 NO_DEVICE, DEVICE_FAILED, NO_MEMORY = -9, -10, -8  # csrc/kvc/abi.h
-
-
-class Way(enum.IntEnum):
-    """How plain runs are copied; kvc_way of csrc/kvc/abi.h."""
-
-    LOOP = 0
-    """A cudaMemcpyAsync for each."""
-    BATCH = 1
-    """One cuMemcpyBatchAsync for all, by the copy engines."""
-    KERNEL = 2
-    """A kernel, which reads and writes pinned host memory too."""
 
 
 class CudaLaunch:
@@ -54,7 +49,7 @@ class CudaLaunch:
 
     @property
     def sums(self) -> np.ndarray:
-        """uint64 ``[units]``, empty without checksum; valid once done."""
+        """uint64 ``[units]``; valid once done."""
         assert self._handle is None, "sums are there once done() is true"
         return self._sums
 
@@ -67,61 +62,30 @@ class CudaPrepared:
         self._copies = [checked(copy) for copy in copies]
         self._table = copy_table(self._copies)
 
-    def gather(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,
+    def move(
+        self, verb: Verb, segments: np.ndarray, wires: Wires, wire_bytes: int, units: int
     ) -> CudaLaunch:
-        """Cache → wire."""
-        return self._launch(True, as_segments(segments), wires, wire_bytes, units, checksum, after)
-
-    def scatter(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,
-    ) -> CudaLaunch:
-        """Wire → cache."""
-        return self._launch(False, as_segments(segments), wires, wire_bytes, units, checksum, after)
-
-    def _launch(
-        self,
-        gather: bool,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        checksum: bool,
-        after: int | None,
-    ) -> CudaLaunch:
-        table = (self._table.ctypes.data, len(self._table), segments.ctypes.data, len(segments))
-        at = as_wires(wires)
-        call = (gather, *table, at.ctypes.data, len(at), wire_bytes, units, checksum)
+        """See `kvconnect.ops.Prepared`."""
+        found, at = as_segments(segments), as_wires(wires)
+        table = (self._table.ctypes.data, len(self._table), found.ctypes.data, len(found))
         try:
-            return self._kernels.launch(call, units if checksum else 0, after)
+            return self._kernels.launch(
+                (verb == "gather", *table, at.ctypes.data, len(at), wire_bytes, units), units
+            )
         except GeometryError:
             # says what was wrong
-            check_segments(self._copies, segments, len(at), wire_bytes, units)
+            check_segments(self._copies, found, len(at), wire_bytes, units)
             raise
 
 
 class CudaKernels:
     """The kernels of libkvc_cuda on one device; see `kvconnect.ops.Kernels`."""
 
-    def __init__(self, device: int = 0, max_ctas: int = 0, stream: int | None = None) -> None:
-        """``max_ctas`` bounds every launch, so that compute goes on beside it; 0: no bound.
+    name = "cuda"
+    fast = True
 
-        ``stream`` is a handle, as torch's ``cuda_stream``, of a stream that outlives this.
-        """
+    def __init__(self, device: int = 0, max_ctas: int = 0) -> None:
+        """``max_ctas`` bounds every launch, so that compute goes on beside it; 0: no bound."""
         try:
             self._library = open_library("kvc_cuda")
         except OSError as error:
@@ -131,36 +95,22 @@ class CudaKernels:
         self._declare()
         self._device = device
         self._context = ctypes.c_void_p()
-        given = None if stream is None else ctypes.byref(ctypes.c_uint64(stream))
-        opened = ctypes.byref(self._context)
-        failed = self._library.kvc_cuda_open(device, max_ctas, given, opened)
+        failed = self._library.kvc_cuda_open(device, max_ctas, ctypes.byref(self._context))
         if failed:
             count = self._library.kvc_cuda_device_count()
             raise ConfigError(f"CUDA device {device} of {count}: {self._explain(failed)}")
-        self.name = "cuda"
 
     def prepare(self, copies: Sequence[Copy]) -> CudaPrepared:
         """Check ``copies`` and put them in a table."""
         return CudaPrepared(self, copies)
 
-    def copy_runs(
-        self,
-        way: Way,
-        dst: np.ndarray,
-        src: np.ndarray,
-        nbytes: np.ndarray,
-        *,
-        after: int | None = None,
-    ) -> CudaLaunch:
-        """Copy plain runs, uint64 ``[n]`` each, device or pinned memory; has no sums.
-
-        `kvconnect.ops.ways.CopyWays` knows the way that is the fastest for a direction.
-        """
+    def copy_runs(self, dst: np.ndarray, src: np.ndarray, nbytes: np.ndarray) -> CudaLaunch:
+        """Copy plain runs, uint64 ``[n]`` each, of device or pinned memory; has no sums."""
         arrays = [np.ascontiguousarray(a, dtype=np.uint64) for a in (dst, src, nbytes)]
         if len({a.shape for a in arrays}) != 1 or arrays[0].ndim != 1:
             raise GeometryError(f"runs of {[a.shape for a in arrays]}, expected three equal [n]")
-        call = (way, *(a.ctypes.data for a in arrays), len(arrays[0]))
-        return self._begin(self._library.kvc_cuda_copy_runs, call, 0, after)
+        call = (*(a.ctypes.data for a in arrays), len(arrays[0]))
+        return self._begin(self._library.kvc_cuda_copy_runs, call, 0)
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -189,19 +139,14 @@ class CudaKernels:
         """Give back what `alloc` gave."""
         self._library.kvc_cuda_free(self._context, pinned, address)
 
-    @property
-    def has_batch(self) -> bool:
-        """Whether the driver copies a batch in one call."""
-        return bool(self._library.kvc_cuda_has_batch(self._context))
-
     def close(self) -> None:
         """Wait for all launches, then give everything back. Idempotent."""
         self._library.kvc_cuda_close(self._context)
         self._context = ctypes.c_void_p()
 
-    def launch(self, call: tuple[int, ...], units: int, after: int | None) -> CudaLaunch:
-        """Start a gather or scatter; ``call`` as kvc_cuda_launch has it."""
-        return self._begin(self._library.kvc_cuda_launch, call, units, after)
+    def launch(self, call: tuple[int, ...], units: int) -> CudaLaunch:
+        """Start a gather or scatter; ``call`` as kvc_cuda_move has it."""
+        return self._begin(self._library.kvc_cuda_move, call, units)
 
     def state(self, handle: int) -> bool:
         """Whether a launch is done."""
@@ -219,12 +164,9 @@ class CudaKernels:
         """Let a launch's buffers be used again."""
         self._library.kvc_cuda_release(self._context, handle)
 
-    def _begin(
-        self, function: Any, arguments: tuple[int, ...], units: int, after: int | None
-    ) -> CudaLaunch:
+    def _begin(self, function: Any, arguments: tuple[int, ...], units: int) -> CudaLaunch:
         handle = ctypes.c_void_p()
-        stream = None if after is None else ctypes.byref(ctypes.c_uint64(after))
-        error = function(self._context, *arguments, stream, ctypes.byref(handle))
+        error = function(self._context, *arguments, ctypes.byref(handle))
         if error:
             self._fail(error)
         assert handle.value is not None
@@ -239,19 +181,17 @@ class CudaKernels:
 
     def _declare(self) -> None:
         pointer, u32, u64, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int
-        library, after = self._library, ctypes.POINTER(ctypes.c_uint64)
-        library.kvc_cuda_open.argtypes = (flag, flag, after, ctypes.POINTER(pointer))
+        library, out = self._library, ctypes.POINTER(pointer)
+        library.kvc_cuda_open.argtypes = (flag, flag, out)
         library.kvc_cuda_stream.argtypes = (pointer,)
         library.kvc_cuda_stream.restype = u64
         library.kvc_cuda_alloc.argtypes = (pointer, flag, u64)
         library.kvc_cuda_alloc.restype = pointer
         library.kvc_cuda_free.argtypes = (pointer, flag, pointer)
         library.kvc_cuda_close.argtypes = (pointer,)
-        library.kvc_cuda_has_batch.argtypes = (pointer,)
         table = (pointer, u32) * 3
-        ends = (after, ctypes.POINTER(pointer))
-        library.kvc_cuda_launch.argtypes = (pointer, flag, *table, u64, u32, flag, *ends)
-        library.kvc_cuda_copy_runs.argtypes = (pointer, flag, *(pointer,) * 3, u64, *ends)
+        library.kvc_cuda_move.argtypes = (pointer, flag, *table, u64, u32, out)
+        library.kvc_cuda_copy_runs.argtypes = (*(pointer,) * 4, u64, out)
         library.kvc_cuda_done.argtypes = (pointer,)
         library.kvc_cuda_sums.argtypes = (pointer,)
         library.kvc_cuda_sums.restype = ctypes.POINTER(ctypes.c_uint64)

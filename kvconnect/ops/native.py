@@ -14,6 +14,7 @@ from kvconnect.errors import GeometryError
 from kvconnect.ops.copies import (
     Copy,
     Kernels,
+    Verb,
     Wires,
     as_segments,
     as_wires,
@@ -25,7 +26,7 @@ from kvconnect.ops.plain import PlainKernels, PlainLaunch
 logger = logging.getLogger(f"vllm.{__name__}")
 
 LIB = Path(__file__).parents[1] / "lib"
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 # kvc_copy of csrc/kvc/abi.h
 COPY = np.dtype(
@@ -38,27 +39,26 @@ COPY = np.dtype(
     + [("factor", "f4"), ("reserved", "u4")]
 )
 
+# kvc_move of csrc/kvc_cpu.cpp
+MOVE_ARGUMENTS = (
+    ctypes.c_int,
+    *(ctypes.c_void_p, ctypes.c_uint32) * 3,
+    *(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint32),
+)
 
-def load(
-    device: Literal["cpu", "cuda"] = "cpu",
-    *,
-    index: int = 0,
-    threads: int = 1,
-    max_ctas: int = 0,
-    stream: int | None = None,
-) -> Kernels:
+
+def load(device: Literal["cpu", "cuda"] = "cpu", *, index: int = 0, max_ctas: int = 0) -> Kernels:
     """The best kernels for memory of ``device``: compiled ones, else numpy and torch for CPU.
 
-    ``threads`` are those of a CPU call; ``index`` is that of the CUDA device, whose launches
-    take at most ``max_ctas`` CTAs (0: as many as fit) and go to ``stream``, or one of their own.
-    Raises ConfigError if it cannot be used.
+    ``index`` is that of the CUDA device, whose launches take at most ``max_ctas`` CTAs (0: as
+    many as fit). Raises ConfigError if it cannot be used.
     """
     if device == "cuda":
         from kvconnect.ops.cuda import CudaKernels
 
-        return CudaKernels(index, max_ctas, stream)
+        return CudaKernels(index, max_ctas)
     try:
-        return CpuKernels(threads)
+        return CpuKernels()
     except OSError as error:
         say_fallback(str(error))
         return PlainKernels()
@@ -99,53 +99,22 @@ class CpuPrepared:
         self._copies = [checked(copy) for copy in copies]
         self._table = copy_table(self._copies)
 
-    def gather(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,  # noqa: ARG002 - nothing to wait for
+    def move(
+        self, verb: Verb, segments: np.ndarray, wires: Wires, wire_bytes: int, units: int
     ) -> PlainLaunch:
-        """Cache → wire."""
-        return self._call("gather", as_segments(segments), wires, wire_bytes, units, checksum)
-
-    def scatter(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,  # noqa: ARG002 - nothing to wait for
-    ) -> PlainLaunch:
-        """Wire → cache."""
-        return self._call("scatter", as_segments(segments), wires, wire_bytes, units, checksum)
-
-    def _call(
-        self,
-        verb: str,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        checksum: bool,
-    ) -> PlainLaunch:
-        at = as_wires(wires)
-        sums = np.empty(units if checksum else 0, dtype=np.uint64)
+        """See `kvconnect.ops.Prepared`."""
+        found, at = as_segments(segments), as_wires(wires)
+        sums = np.empty(units, dtype=np.uint64)
         error = self._kernels.call(
             verb,
             *(self._table.ctypes.data, len(self._table)),
-            *(segments.ctypes.data, len(segments)),
+            *(found.ctypes.data, len(found)),
             *(at.ctypes.data, len(at), wire_bytes),
-            *(sums.ctypes.data if checksum else None, units),
+            *(sums.ctypes.data, units),
         )
         if error:
             # says what was wrong
-            check_segments(self._copies, segments, len(at), wire_bytes, units)
+            check_segments(self._copies, found, len(at), wire_bytes, units)
             raise GeometryError(self._kernels.explain(error))
         return PlainLaunch(sums)
 
@@ -153,14 +122,12 @@ class CpuPrepared:
 class CpuKernels:
     """The kernels of libkvc_cpu; see `kvconnect.ops.Kernels`."""
 
-    def __init__(self, threads: int = 1, isa: str | None = None) -> None:
+    fast = True
+
+    def __init__(self, isa: str | None = None) -> None:
+        """``isa`` names an instruction set; the best one of this CPU is taken without."""
         self._library = open_library("kvc_cpu")
-        self._threads = threads
-        pointer, u32, u64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64
-        common = (*(pointer, u32) * 3, u64, pointer, u32)
-        for verb in ("gather", "scatter"):
-            getattr(self._library, f"kvc_{verb}").argtypes = (*common, ctypes.c_int)
-            getattr(self._library, f"kvc_grid_{verb}").argtypes = (*common, u32, pointer)
+        self._library.kvc_move.argtypes = MOVE_ARGUMENTS
         self._library.kvc_isa.restype = ctypes.c_char_p
         if isa is not None and self._library.kvc_use_isa(isa.encode()):
             raise OSError(f"this CPU has no {isa}")
@@ -170,26 +137,10 @@ class CpuKernels:
         """Check ``copies`` and put them in a table."""
         return CpuPrepared(self, copies)
 
-    def call(self, verb: str, *arguments: int | None) -> int:
-        """Call the library's ``verb``; its error or 0."""
-        return int(getattr(self._library, f"kvc_{verb}")(*arguments, self._threads))
+    def call(self, verb: Verb, *arguments: int) -> int:
+        """Call the library's kvc_move; its error or 0."""
+        return int(self._library.kvc_move(verb == "gather", *arguments))
 
     def explain(self, error: int) -> str:
         """What an error of `call` means."""
         return str(self._library.kvc_strerror(error).decode())
-
-
-class GridKernels(CpuKernels):
-    """The CUDA kernels' code, run on the CPU lane after lane; for tests, and slow."""
-
-    def __init__(self, warps: int = 5) -> None:
-        super().__init__()
-        self._warps = warps
-        self.name = "grid"
-        self.paths = np.zeros(1, dtype=np.uint32)
-        """Bit n is set once a call took path n of csrc/kvc/grid.h."""
-
-    def call(self, verb: str, *arguments: int | None) -> int:
-        """Call the library's grid of ``verb``; its error or 0."""
-        function = getattr(self._library, f"kvc_grid_{verb}")
-        return int(function(*arguments, self._warps, self.paths.ctypes.data))

@@ -14,6 +14,7 @@ import numpy as np
 from kvconnect.ops.copies import (
     Copy,
     Type,
+    Verb,
     Wires,
     as_segments,
     as_wires,
@@ -65,52 +66,18 @@ class PlainPrepared:
         self._copies = [checked(copy) for copy in copies]
         self._cells = [_cells(copy) for copy in self._copies]
 
-    def gather(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,  # noqa: ARG002 - nothing to wait for
+    def move(
+        self, verb: Verb, segments: np.ndarray, wires: Wires, wire_bytes: int, units: int
     ) -> PlainLaunch:
-        """Cache → wire."""
-        return self._run(segments, wires, wire_bytes, units, checksum, gather=True)
-
-    def scatter(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,  # noqa: ARG002 - nothing to wait for
-    ) -> PlainLaunch:
-        """Wire → cache."""
-        return self._run(segments, wires, wire_bytes, units, checksum, gather=False)
-
-    def _run(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        checksum: bool,
-        *,
-        gather: bool,
-    ) -> PlainLaunch:
+        """See `kvconnect.ops.Prepared`."""
         segments, at = as_segments(segments), as_wires(wires)
         check_segments(self._copies, segments, len(at), wire_bytes, units)
-        sums = np.zeros(units if checksum else 0, dtype=np.uint64)
+        sums = np.zeros(units, dtype=np.uint64)
         for mine, wire in split(segments, at):
-            self._run_chunk(mine, wire, sums, gather=gather)
+            self._move_chunk(verb, mine, wire, sums)
         return PlainLaunch(sums)
 
-    def _run_chunk(
-        self, segments: np.ndarray, wire: int, sums: np.ndarray, *, gather: bool
-    ) -> None:
+    def _move_chunk(self, verb: Verb, segments: np.ndarray, wire: int, sums: np.ndarray) -> None:
         block, first, count, unit = segments.T.astype(np.int64)
         blocks, units_of = np.repeat(block, count), np.repeat(unit, count)
         ends = np.cumsum(count)
@@ -123,21 +90,21 @@ class PlainPrepared:
             dense = _memory(wire + offset, dims, copy.wire_type)
             # [τ, head, content tile, element]: what stands between two index arrays goes second
             at = (blocks, slice(None), tokens // copy.token_tile, tokens % copy.token_tile)
-            if gather:
+            if verb == "gather":
                 found = cells[at].transpose(1, 0, 2, 3).reshape(dims)
                 dense[...] = convert(found, copy.kv_type, copy.wire_type, copy.factor)
             else:
                 found = convert(dense, copy.wire_type, copy.kv_type, copy.factor)
                 tiled = (dims[0], dims[1], -1, copy.content_tile)
                 cells[at] = found.reshape(tiled).transpose(1, 0, 2, 3)
-            if len(sums):
-                np.add.at(sums, units_of, row_sums(dense, offset).sum(axis=0, dtype=np.uint64))
+            np.add.at(sums, units_of, row_sums(dense, offset).sum(axis=0, dtype=np.uint64))
 
 
 class PlainKernels:
     """The fallback; see `kvconnect.ops.Kernels`."""
 
-    name = "torch"
+    name = "numpy"
+    fast = False
 
     def prepare(self, copies: Sequence[Copy]) -> PlainPrepared:
         """Check ``copies`` and make their views."""

@@ -240,8 +240,12 @@ class ChunkSender:
         assert slot is not None
         started_at = time.perf_counter()
         try:
-            launch = bundle.prepared.gather(
-                found, self._slots.address(slot), self._slots.slot_bytes, len(want.runs)
+            launch = bundle.prepared.move(
+                "gather",
+                found,
+                self._slots.address(slot),
+                self._slots.slot_bytes,
+                len(want.runs),
             )
         except GeometryError:
             self._slots.give(slot)

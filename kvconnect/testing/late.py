@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvconnect.errors import TransportError
-from kvconnect.ops import Copy, Kernels, Launch, Prepared, Wires
+from kvconnect.ops import Copy, Kernels, Launch, Prepared, Verb, Wires
 
 
 class LateLaunch:
@@ -44,40 +44,14 @@ class LatePrepared:
         self._kernels = kernels
         self._prepared = prepared
 
-    def gather(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,
+    def move(
+        self, verb: Verb, segments: np.ndarray, wires: Wires, wire_bytes: int, units: int
     ) -> LateLaunch:
-        return self._later(
-            lambda: self._prepared.gather(
-                segments, wires, wire_bytes, units, checksum=checksum, after=after
-            )
+        return LateLaunch(
+            lambda: self._prepared.move(verb, segments, wires, wire_bytes, units),
+            self._kernels.asked,
+            self._kernels.fails,
         )
-
-    def scatter(
-        self,
-        segments: np.ndarray,
-        wires: Wires,
-        wire_bytes: int,
-        units: int,
-        *,
-        checksum: bool = True,
-        after: int | None = None,
-    ) -> LateLaunch:
-        return self._later(
-            lambda: self._prepared.scatter(
-                segments, wires, wire_bytes, units, checksum=checksum, after=after
-            )
-        )
-
-    def _later(self, move: Callable[[], Launch]) -> LateLaunch:
-        return LateLaunch(move, self._kernels.asked, self._kernels.fails)
 
 
 class LateKernels:
@@ -85,6 +59,7 @@ class LateKernels:
 
     def __init__(self, kernels: Kernels) -> None:
         self.name = f"late {kernels.name}"
+        self.fast = kernels.fast
         self.asked = 1
         self.fails = False
         self._kernels = kernels

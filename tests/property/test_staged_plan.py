@@ -304,14 +304,16 @@ class Move(NamedTuple):
     def gather(self, fill=0):
         """(bytes, sums) of the chunk; bytes between copies are ``fill``."""
         slot = np.full(self.nbytes + GUARD, fill, dtype=np.uint8)
-        launch = self.owner.gather(self.held, address(slot), self.nbytes, len(self.runs))
+        launch = self.owner.move("gather", self.held, address(slot), self.nbytes, len(self.runs))
         assert launch.done() and (slot[self.nbytes :] == fill).all()
         return slot[: self.nbytes], launch.sums
 
     def scatter(self, wire):
         """Sums of the bytes that were scattered."""
         given = wire.copy()
-        launch = self.reader.scatter(self.wanted, address(given), self.nbytes, len(self.runs))
+        launch = self.reader.move(
+            "scatter", self.wanted, address(given), self.nbytes, len(self.runs)
+        )
         assert launch.done() and np.array_equal(given, wire)
         return launch.sums
 
@@ -637,11 +639,11 @@ def test_packed_blocks_cross_whole(seed, heads, rows, nbytes, block_tokens, slot
         assert all(h.whole for h in held) and chunk.bundle.kind.whole
         wire = np.empty(chunk.nbytes, dtype=np.uint8)
         found = segments(chunk.runs, table, held[0].copy.block_tokens)
-        sent = kernels.prepare([h.copy for h in held]).gather(
-            found, address(wire), chunk.nbytes, len(chunk.runs)
+        sent = kernels.prepare([h.copy for h in held]).move(
+            "gather", found, address(wire), chunk.nbytes, len(chunk.runs)
         )
-        arrived = kernels.prepare(course.copies[pieces]).scatter(
-            chunk.segments, address(wire), chunk.nbytes, len(chunk.runs)
+        arrived = kernels.prepare(course.copies[pieces]).move(
+            "scatter", chunk.segments, address(wire), chunk.nbytes, len(chunk.runs)
         )
         assert sent.done() and arrived.done() and np.array_equal(sent.sums, arrived.sums)
     assert np.array_equal(ours.bytes, wanted)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvconnect.errors import TransportError
-from kvconnect.ops.cuda import CudaKernels, Way
+from kvconnect.ops.cuda import CudaKernels
 
 DEVICES = [0, 0]  # of rank 0 and rank 1
 PATIENCE_S = 20.0
@@ -30,7 +30,7 @@ class Rank:
 
     def copy(self, dst, src, nbytes):
         runs = (np.array([n], np.uint64) for n in (dst, src, nbytes))
-        until(self.kernels.copy_runs(Way.LOOP, *runs).done)
+        until(self.kernels.copy_runs(*runs).done)
 
     def put(self, data):
         ctypes.memmove(self.host, data.ctypes.data, len(data))
@@ -47,7 +47,7 @@ class Rank:
     def marker(self):
         """A launch that is done when the stream is."""
         nothing = np.empty(0, np.uint64)
-        return self.kernels.copy_runs(Way.LOOP, nothing, nothing, nothing)
+        return self.kernels.copy_runs(nothing, nothing, nothing)
 
     def close(self):
         self.communicator.abort()

@@ -4,14 +4,21 @@ A `Case` says where the parts of a cache are, relative to one buffer; buffers ar
 runs it. Its repr is its seed.
 """
 
+import ctypes
+import functools
 import random
+import shutil
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from kvconnect.ops import Copy, Type, chunk_bytes
 from kvconnect.ops.copies import checked, span
+from kvconnect.ops.native import MOVE_ARGUMENTS, CpuKernels
 from kvconnect.ops.plain import TORCH_NAME, PlainKernels
 
 FLOATS = (Type.BF16, Type.FP16, Type.FP32, Type.E4M3, Type.E5M2)
@@ -169,6 +176,38 @@ def distinct(case, rng):
     return Case(case.seed, case.copies, case.nbytes, segments, case.units)
 
 
+@functools.cache
+def grid_library():
+    """tests/unit/kvc_grid_cpu.cpp as a library; raises OSError without a compiler."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler")
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "libkvc_grid.so"
+        flags = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off")
+        include = f"-I{here.parents[1] / 'csrc'}"
+        source = str(here / "kvc_grid_cpu.cpp")
+        subprocess.run([compiler, *flags, include, source, "-o", str(made)], check=True)
+        return ctypes.CDLL(str(made))
+
+
+class GridKernels(CpuKernels):
+    """The CUDA kernels' code, run on the CPU lane after lane. Slow."""
+
+    def __init__(self, warps=5):
+        super().__init__()
+        self.name = "grid"
+        self._move = grid_library().kvc_grid_move
+        self._move.argtypes = (*MOVE_ARGUMENTS, ctypes.c_uint32, ctypes.c_void_p)
+        self._warps = warps
+        self.paths = np.zeros(1, dtype=np.uint32)
+        """Bit n is set once a call took path n of csrc/kvc/grid.h."""
+
+    def call(self, verb, *arguments):
+        return self._move(verb == "gather", *arguments, self._warps, self.paths.ctypes.data)
+
+
 class HostMemory:
     """Buffers where the CPU's kernels want them."""
 
@@ -196,9 +235,9 @@ def check_equal(kernels, case, verb, memory=HostMemory):
 
 
 def _run(kernels, case, verb, cache, wire):
-    call = getattr(kernels.prepare(case.at(cache.address)), verb)
     wires = [wire.address + GUARD + i * case.stride for i in range(case.chunks)][::-1]
-    launch = call(case.segments, wires, case.wire_bytes, case.units)
+    prepared = kernels.prepare(case.at(cache.address))
+    launch = prepared.move(verb, case.segments, wires, case.wire_bytes, case.units)
     while not launch.done():
         pass
     return launch.sums

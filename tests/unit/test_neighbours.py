@@ -174,13 +174,13 @@ def test_a_slot_that_changes_while_it_is_read_is_a_miss(pair, monkeypatch):
     refresh(mine)
     payload = other.host.shelf.arena.payload
     slot = other.host.shelf._held[key_of(1)].slot
-    started = mine.packing.scatter
+    started = mine.packing.move
 
     def overwritten(*arguments):
         payload(slot)[:100] ^= 1
         return started(*arguments)
 
-    monkeypatch.setattr(mine.packing, "scatter", overwritten)
+    monkeypatch.setattr(mine.packing, "move", overwritten)
     assert not mine.load(1)
     assert mine.host.counts["neighbour_reads_spoilt"] == 1
     assert mine.host.counts["digest_mismatches"] == 0, "nothing of ours is damaged"

@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from ops_cases import check_equal, distinct, make_case
+from ops_cases import GridKernels, check_equal, distinct, make_case
 
-from kvconnect.ops.native import LIB, CpuKernels, GridKernels
+from kvconnect.ops.native import LIB, CpuKernels
 
 pytestmark = pytest.mark.skipif(
     not (LIB / "libkvc_cpu.so").exists(), reason="built without a C++ compiler"

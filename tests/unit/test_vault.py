@@ -125,10 +125,10 @@ def test_parts_that_changed_places_are_not_taken_for_one_another(bench):
     )
     packing = Packing(replace(bench.cache.shard, views=views), 0, CHUNK, load("cpu"))
     payload = np.zeros(packing.nbytes, np.uint8)
-    packed = packing.gather([((3, 4), payload.ctypes.data)])
+    packed = packing.move("gather", [((3, 4), payload.ctypes.data)])
     swapped = payload.copy()
     swapped[:64], swapped[256:320] = payload[256:320], payload[:64]
-    read = packing.scatter([((8, 9), swapped.ctypes.data)])
+    read = packing.move("scatter", [((8, 9), swapped.ctypes.data)])
     assert (read.sums() == packed.sums()).tolist() == [False, True]
 
 
@@ -185,17 +185,17 @@ def test_a_packed_layout_moves_whole_and_is_a_format_of_its_own(bench):
     assert packing.format != bench.packing.format
     payload = np.zeros(packing.nbytes, np.uint8)
     before = raw.copy()
-    packed = packing.gather([((3, 4), payload.ctypes.data)])
+    packed = packing.move("gather", [((3, 4), payload.ctypes.data)])
     assert packed.done()
     for byte in (0, packing.block_bytes - 300):  # of the packed layer, of dense ones
         damaged = payload.copy()
         damaged[byte] ^= 1
-        read = packing.scatter([((8, 9), damaged.ctypes.data)])
+        read = packing.move("scatter", [((8, 9), damaged.ctypes.data)])
         assert read.done()
         assert read.sums()[0] != packed.sums()[0]
     digest = packing.put_sums(payload, packed.sums())
     raw[:] = 0
-    found = packing.scatter([((3, NO_BLOCK), payload.ctypes.data)])
+    found = packing.move("scatter", [((3, NO_BLOCK), payload.ctypes.data)])
     assert found.sums().tolist() == packing.sums(payload, digest)[:1].tolist()
     assert np.array_equal(raw[3 * 64 : 4 * 64], before[3 * 64 : 4 * 64])
     assert not raw[4 * 64 :].any()
@@ -208,19 +208,19 @@ def test_blocks_that_are_moved_together_are_as_those_that_are_moved_alone(bench)
     chunks = [(5, 3), (0, 7), (9, 8)]
     payloads = np.zeros((3, bench.packing.nbytes), np.uint8)
     at = [payload.ctypes.data for payload in payloads]
-    sums = bench.packing.gather([(chunks[n], at[n]) for n in (2, 0, 1)]).sums().tolist()
+    sums = bench.packing.move("gather", [(chunks[n], at[n]) for n in (2, 0, 1)]).sums().tolist()
     expected = np.zeros_like(payloads)
     for n in (2, 0, 1):
         for place, block in enumerate(chunks[n]):
             one = expected[n, place * alone.block_bytes :]
-            assert alone.gather([((block,), one.ctypes.data)]).sums()[0] == sums.pop(0)
+            assert alone.move("gather", [((block,), one.ctypes.data)]).sums()[0] == sums.pop(0)
     assert np.array_equal(payloads, expected)
 
 
 @pytest.mark.parametrize("blocks", [(0,), (0, 1, 2), (0, BLOCKS), (-1, 0)])
 def test_blocks_that_are_none_are_refused(bench, blocks):
     with pytest.raises(GeometryError):
-        bench.packing.gather([(blocks, 0)])
+        bench.packing.move("gather", [(blocks, 0)])
 
 
 # -- memory ------------------------------------------------------------------------------------
@@ -305,10 +305,8 @@ class Unstartable:
     def prepare(self, copies):
         return self
 
-    def gather(self, *arguments):
+    def move(self, *arguments):
         raise TransportError("no memory for a launch")
-
-    scatter = gather
 
 
 def test_a_launch_that_does_not_start_is_a_store_or_load_that_fails(make):

@@ -24,6 +24,7 @@ from kvconnect.offload.store.arena import Entry
 from kvconnect.offload.store.neighbours import Neighbours
 from kvconnect.offload.store.packing import Packed, Packing
 from kvconnect.offload.store.shelf import Shelf
+from kvconnect.ops import Verb
 
 Ticket = int
 NONE = np.empty(0, np.uint64)
@@ -164,9 +165,9 @@ class HostStore:
             batches.setdefault((type(job), job.group), []).append(job)
         for (kind, group), jobs in batches.items():
             packing = self._packings[group]
-            move = packing.gather if kind is _Store else packing.scatter
+            verb: Verb = "gather" if kind is _Store else "scatter"
             try:
-                packed = move([(job.blocks, job.address) for job in jobs])
+                packed = packing.move(verb, [(job.blocks, job.address) for job in jobs])
             except TransportError as e:
                 self._end(jobs, str(e))
             else:

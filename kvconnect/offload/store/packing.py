@@ -19,7 +19,7 @@ import numpy as np
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import MAX_BLOCKS, BlockView, Part, Shard
 from kvconnect.geometry.intersect import NO_BLOCK
-from kvconnect.ops import WIRE_ALIGN, Copy, Kernels, Launch, Prepared, Type, chunk_bytes
+from kvconnect.ops import WIRE_ALIGN, Copy, Kernels, Launch, Prepared, Type, Verb, chunk_bytes
 
 SUM_BYTES = 8
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # keeps sums of a block's bundles apart
@@ -37,22 +37,15 @@ class _Bundle:
         self.nbytes = chunk_bytes(copies, self.tokens)
         self._prepared: Prepared = kernels.prepare(copies)
 
-    def gather(self, blocks: np.ndarray, payloads: np.ndarray) -> Launch:
-        """Blocks → where the payload of each is, all at once; a sum for each."""
-        return self._prepared.gather(*self._call(blocks, payloads))
+    def move(self, verb: Verb, blocks: np.ndarray, payloads: np.ndarray) -> Launch:
+        """Blocks ↔ the payload of each, all at once; a sum for each.
 
-    def scatter(self, blocks: np.ndarray, payloads: np.ndarray) -> Launch:
-        """The reverse."""
-        return self._prepared.scatter(*self._call(blocks, payloads))
-
-    def _call(
-        self, blocks: np.ndarray, payloads: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """To the kernels each block is a chunk of its own, so that it can be loaded alone."""
+        To the kernels each block is a chunk of its own, so that it can be loaded alone.
+        """
         segments = np.zeros((len(blocks), 4), np.int32)
         segments[:, 0], segments[:, 2] = blocks, self.tokens
         segments[:, 3] = np.arange(len(blocks))
-        return segments, payloads + self.offset, self.nbytes, len(blocks)
+        return self._prepared.move(verb, segments, payloads + self.offset, self.nbytes, len(blocks))
 
 
 class Packing:
@@ -82,18 +75,18 @@ class Packing:
         self.nbytes = self._sums_at + chunk_blocks * SUM_BYTES
         """Of a slot's payload."""
 
-    def gather(self, chunks: Sequence[Chunk]) -> "Packed":
-        """All blocks of ``chunks`` → their payloads."""
-        for blocks, _ in chunks:
-            if NO_BLOCK in blocks:
-                raise GeometryError(f"blocks {list(blocks)} are not all there")
-        found = self._places(chunks)
-        return Packed([bundle.gather(*found) for bundle in self._bundles], len(found[0]))
+    def move(self, verb: Verb, chunks: Sequence[Chunk]) -> "Packed":
+        """All blocks of ``chunks`` ↔ their payloads.
 
-    def scatter(self, chunks: Sequence[Chunk]) -> "Packed":
-        """Payloads → blocks, except those that are NO_BLOCK, which have no sum."""
+        Blocks that are NO_BLOCK are left out of a scatter and have no sum; to gather them raises
+        GeometryError.
+        """
+        if verb == "gather":
+            for blocks, _ in chunks:
+                if NO_BLOCK in blocks:
+                    raise GeometryError(f"blocks {list(blocks)} are not all there")
         found = self._places(chunks)
-        return Packed([bundle.scatter(*found) for bundle in self._bundles], len(found[0]))
+        return Packed([bundle.move(verb, *found) for bundle in self._bundles], len(found[0]))
 
     def put_sums(self, payload: np.ndarray, sums: np.ndarray) -> int:
         """Write the sums of all blocks behind them; returns the digest."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvconnect.errors import ConfigError, TransportError
-from kvconnect.ops.cuda import CudaKernels, CudaLaunch, Way
+from kvconnect.ops.cuda import CudaKernels, CudaLaunch
 from kvconnect.transport.nccl.library import Buffer, Nccl
 
 COPY_CTAS = 8  # of a gather or scatter: the model computes meanwhile
@@ -45,12 +45,12 @@ class Device:
     def gather(self, addresses: np.ndarray, nbytes: np.ndarray, buffer: int) -> CudaLaunch:
         """Copy spans, which must be this device's, one after the other into a buffer."""
         dense = buffer + np.cumsum(nbytes) - nbytes
-        return self._kernels.copy_runs(Way.KERNEL, dense, addresses, nbytes)
+        return self._kernels.copy_runs(dense, addresses, nbytes)
 
     def scatter(self, addresses: np.ndarray, nbytes: np.ndarray, buffer: int) -> CudaLaunch:
         """The reverse of `gather`."""
         dense = buffer + np.cumsum(nbytes) - nbytes
-        return self._kernels.copy_runs(Way.KERNEL, addresses, dense, nbytes)
+        return self._kernels.copy_runs(addresses, dense, nbytes)
 
     def drained(self) -> Generator[None]:
         """Wait until all copies so far are done, or the device has failed for good."""
@@ -71,9 +71,7 @@ class Device:
         held = []
         for i in range(launches):
             width = WIDTHS[i % len(WIDTHS)]
-            held.append(
-                self._kernels.copy_runs(Way.KERNEL, buffer, buffer, np.full(spans, width, np.int64))
-            )
+            held.append(self._kernels.copy_runs(buffer, buffer, np.full(spans, width, np.int64)))
         for launch in held:
             while not launch.done():
                 pass
@@ -167,4 +165,4 @@ class Pair:
 def _marker(kernels: CudaKernels) -> CudaLaunch:
     """Done when all is that is in the stream now."""
     nothing = np.empty(0, np.uint64)
-    return kernels.copy_runs(Way.LOOP, nothing, nothing, nothing)
+    return kernels.copy_runs(nothing, nothing, nothing)

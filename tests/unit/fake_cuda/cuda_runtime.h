@@ -15,19 +15,14 @@
 #include <functional>
 #include <set>
 
-#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __launch_bounds__(threads)
 
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2, cudaErrorNotReady = 600 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDefault };
-enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaEnableDefault = 0 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-enum cudaDriverEntryPointQueryResult {
-  cudaDriverEntryPointSuccess,
-  cudaDriverEntryPointSymbolNotFound
-};
 
 struct dim3 {
   unsigned x, y, z;
@@ -66,11 +61,9 @@ struct cudaLaunchConfig_t {
 
 struct Fake {
   int fail_in = 0;      // calls from now; 0: never
-  int version = 13000;  // of the driver
   unsigned late = 1;    // how often an event is asked for in vain
-  unsigned most_ctas = 0, launches = 0, batches = 0, copies = 0;
+  unsigned most_ctas = 0, launches = 0, copies = 0;
   int device = 0;
-  FakeStream caller;  // stands for a stream of the caller's
   std::set<void*> memory;
 };
 
@@ -132,16 +125,6 @@ inline cudaError_t cudaEventQuery(cudaEvent_t event) {
   event->finish();
   return event->passed == event->recorded ? cudaSuccess : cudaErrorNotReady;
 }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  KVC_FAKE_CALL;
-  FakeStream* other = event->stream;
-  const size_t until = other->work.size();  // what is there now, the event included
-  stream->work.push_back([other, until] {
-    for (size_t i = 0; i < until && !other->work.empty(); ++i) other->run_one();
-  });
-  return cudaSuccess;
-}
-
 inline cudaError_t fake_allocate(void** memory, size_t bytes) {
   KVC_FAKE_CALL;
   *memory = malloc(bytes);
@@ -187,49 +170,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-inline int fake_batch(uint64_t* dst, uint64_t* src, size_t* bytes, size_t n, cudaStream_t stream) {
-  KVC_FAKE_CALL;
-  ++fake().batches;
-  for (size_t i = 0; i < n; ++i) {
-    void *to = (void*)dst[i], *from = (void*)src[i];
-    const size_t size = bytes[i];
-    stream->work.push_back([=] { memcpy(to, from, size); });
-  }
-  return 0;
-}
-inline int fake_batch_v1(uint64_t* dst, uint64_t* src, size_t* bytes, size_t n, void*, size_t*,
-                         size_t, size_t*, cudaStream_t stream) {
-  return fake_batch(dst, src, bytes, n, stream);
-}
-inline int fake_batch_v2(uint64_t* dst, uint64_t* src, size_t* bytes, size_t n, void*, size_t*,
-                         size_t, cudaStream_t stream) {
-  return fake_batch(dst, src, bytes, n, stream);
-}
-inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned version,
-                                                    unsigned, cudaDriverEntryPointQueryResult* how) {
-  const bool there = !strcmp(name, "cuMemcpyBatchAsync") && int(version) <= fake().version;
-  *how = there ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  *entry = version >= 13000 ? (void*)fake_batch_v2 : (void*)fake_batch_v1;
-  return cudaSuccess;
-}
-
 // What tests turn and read.
 #define KVC_FAKE_EXPORT extern "C" __attribute__((visibility("default"), used))
 KVC_FAKE_EXPORT inline void kvc_fake_reset() {
-  fake().fail_in = 0, fake().version = 13000, fake().late = 1;
-  fake().most_ctas = fake().launches = fake().batches = fake().copies = 0;
+  fake().fail_in = 0, fake().late = 1;
+  fake().most_ctas = fake().launches = fake().copies = 0;
 }
 KVC_FAKE_EXPORT inline void kvc_fake_fail(int calls) { fake().fail_in = calls; }
 KVC_FAKE_EXPORT inline void kvc_fake_late(unsigned times) { fake().late = times; }
-KVC_FAKE_EXPORT inline void kvc_fake_version(int version) { fake().version = version; }
-KVC_FAKE_EXPORT inline uint64_t kvc_fake_stream() { return (uint64_t)&fake().caller; }
-KVC_FAKE_EXPORT inline void kvc_fake_later(void* dst, const void* src, size_t bytes) {
-  fake().caller.work.push_back([=] { memcpy(dst, src, bytes); });
-}
 KVC_FAKE_EXPORT inline unsigned kvc_fake_count(const char* what) {
   if (!strcmp(what, "most_ctas")) return fake().most_ctas;
   if (!strcmp(what, "launches")) return fake().launches;
-  if (!strcmp(what, "batches")) return fake().batches;
   if (!strcmp(what, "copies")) return fake().copies;
   if (!strcmp(what, "device")) return fake().device;
   return unsigned(fake().memory.size());

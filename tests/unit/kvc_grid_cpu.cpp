@@ -1,5 +1,5 @@
 // The CUDA grid on the CPU, lane after lane: its index arithmetic, conversions and sums are tested
-// where there is no GPU. Slow; nothing but tests calls it.
+// where there is no GPU. Slow: `ops_cases.GridKernels` builds it for the tests.
 #include <string.h>
 
 #include <new>
@@ -19,9 +19,7 @@ void run_group(const Plan& plan, const Group& group, uint32_t warps, uint64_t* s
     for (uint32_t i = warp; i < group.items; i += warps) {
       const Item item = cursor.decode(i);
       for (uint32_t lane = 0; lane < LANES; ++lane) {
-        const uint64_t sum =
-            work<PATH, GATHER>(cursor.parts[cursor.part], item, lane, sums != nullptr);
-        if (sums) sums[item.unit] += sum;
+        sums[item.unit] += work<PATH, GATHER>(cursor.parts[cursor.part], item, lane);
       }
     }
   }
@@ -44,46 +42,28 @@ void run_plan(const Plan& plan, uint32_t warps, uint64_t* sums) {
   }
 }
 
-int call_grid(const kvc_copy* copies, uint32_t n_copies, const kvc_segment* segments,
-              uint32_t n_segments, const kvc::Wires& wires, uint64_t* sums, uint32_t units,
-              uint32_t warps, bool gather, uint32_t* paths) {
+}  // namespace
+
+// As kvc_move of libkvc_cpu. Bits of *paths are set for the paths taken.
+KVC_EXPORT int kvc_grid_move(int gather, const kvc_copy* copies, uint32_t n_copies,
+                             const kvc_segment* segments, uint32_t n_segments,
+                             const uint64_t* wires, uint32_t n_wires, uint64_t wire_bytes,
+                             uint64_t* sums, uint32_t units, uint32_t warps, uint32_t* paths) {
   try {
     std::vector<Part> parts(n_copies);
+    const kvc::Wires to = {wires, n_wires, wire_bytes};
     uint64_t tokens = 0;
-    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, wires, units,
+    if (int error = kvc::make_plan(copies, n_copies, segments, n_segments, to, units,
                                    parts.data(), &tokens))
       return error;
-    if (sums) memset(sums, 0, units * sizeof(uint64_t));
+    memset(sums, 0, units * sizeof(uint64_t));
     if (tokens == 0 || n_copies == 0) return KVC_OK;
     Plan plan;
-    if (int error = make_grid(parts, segments, n_segments, tokens, wires, &plan))
-      return error;
-    for (const Group& group : plan.groups)
-      if (paths) *paths |= 1u << uint32_t(group.path);
+    if (int error = make_grid(parts, segments, n_segments, tokens, to, &plan)) return error;
+    for (const Group& group : plan.groups) *paths |= 1u << uint32_t(group.path);
     gather ? run_plan<true>(plan, warps, sums) : run_plan<false>(plan, warps, sums);
     return KVC_OK;
   } catch (const std::bad_alloc&) {
     return KVC_NO_MEMORY;
   }
-}
-
-}  // namespace
-
-// As kvc_gather and kvc_scatter. Bits of *paths, if not null, are set for the paths taken.
-KVC_EXPORT int kvc_grid_gather(const kvc_copy* copies, uint32_t n_copies,
-                               const kvc_segment* segments, uint32_t n_segments,
-                               const uint64_t* wires, uint32_t n_wires, uint64_t wire_bytes,
-                               uint64_t* sums, uint32_t units, uint32_t warps,
-                               uint32_t* paths) {
-  return call_grid(copies, n_copies, segments, n_segments, {wires, n_wires, wire_bytes}, sums, units,
-                   warps, true, paths);
-}
-
-KVC_EXPORT int kvc_grid_scatter(const kvc_copy* copies, uint32_t n_copies,
-                                const kvc_segment* segments, uint32_t n_segments,
-                                const uint64_t* wires, uint32_t n_wires, uint64_t wire_bytes,
-                                uint64_t* sums, uint32_t units, uint32_t warps,
-                                uint32_t* paths) {
-  return call_grid(copies, n_copies, segments, n_segments, {wires, n_wires, wire_bytes}, sums, units,
-                   warps, false, paths);
 }
