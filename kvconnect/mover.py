@@ -279,6 +279,7 @@ class Mover:
             self._listener,
             self._lender,
             self._transport,
+            self._clock,
             kernels,
             self._memory,
             slots,

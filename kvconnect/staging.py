@@ -2,11 +2,26 @@
 
 * A slot is free, taken, or quarantined: a remote may still write to it. A quarantined slot is
   free again when its user says that the remote has answered, or after `QUARANTINE_S`; after
-  `ENDED_S` if the remote's process has ended, for only what is on the wire can still arrive. Should
-  more, the checksums of the slot's next chunk fail: a load fails, and nothing wrong is served.
+  `ENDED_S` if the remote's process has ended, for only what is on the wire can still arrive.
+* The pool is small and remotes decide how long a slot is held, so each slot is taken for an owner,
+  a peer, and counts as the owner's until it is free again, its quarantine included. An owner gets
+  another slot only while it would hold no more than half of what is free without it (and one, if
+  any is free). One peer that hangs, however many requests wait for it, leaves half to the others.
+* Where so many peers hang that nothing is free, the slot that has been longest in quarantine is
+  used again once it was there for `SCARCE_S`. A write may still arrive in it when a stopped peer
+  goes on; the checksums of the chunk that uses it then fail, and so does that load, and nothing
+  wrong is served. The alternative is that nobody loads for a minute.
 * Knows addresses, no transports; allocates nothing.
+
+Rejected: a spare set of slots that only replaces quarantined ones, since memory that is registered
+and idle is worth more as slots; growing, since a transport registers its memory when it is made;
+a fixed number per peer, since how many peers there are is not known. A quarantine that ends only
+when the peer was fenced off would be best, but a NIC that holds our keys can be fenced off only by
+registering all memory anew, which ends every other peer's transfers, too.
 """
 
+from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +34,7 @@ from kvconnect.lease import Clock
 GRANULE_BYTES = 64 << 10  # what is written to a slot is a multiple of this
 MOST_SLOT_BYTES = 4 << 20
 QUARANTINE_S, ENDED_S = 60.0, 3.0
+SCARCE_S = 10.0  # of quarantine, where nothing else is free
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,18 @@ def staging_slot_bytes(staging_bytes: int) -> int:
     return max(wanted // GRANULE_BYTES, 1) * GRANULE_BYTES
 
 
+@dataclass(frozen=True)
+class _Quarantine:
+    since: float
+    until: float
+    is_over: Callable[[], bool]
+
+
+def share(held: int, free: int) -> int:
+    """How much of a pool somebody may hold who holds ``held`` of it when ``free`` is left."""
+    return max(1, (held + free) // 2) if free else 0
+
+
 class Slots:
     """The slots of one arena. Not thread-safe: the mover's thread owns it."""
 
@@ -63,35 +91,60 @@ class Slots:
         """The arena as rows of one granule each."""
         self._clock = clock
         self._free = list(range(region.nbytes // staging.slot_bytes))
-        self._quarantined: dict[int, float] = {}  # slot → until when
+        self._owners: dict[int, Hashable] = {}  # slot that is not free → who took it
+        self._held: Counter[Hashable] = Counter()  # owner → slots
+        self._quarantined: dict[int, _Quarantine] = {}  # in the order in which it began
 
     @property
     def free(self) -> int:
-        """How many slots can be taken."""
+        """How many slots nobody has."""
         return len(self._free)
 
-    def take(self) -> int | None:
-        """A free slot, if there is one."""
-        return self._free.pop() if self._free else None
+    def may_take(self, owner: Hashable) -> bool:
+        """Whether `take` would give this owner a slot."""
+        held = self._held[owner]
+        return held < share(held, self._available())
+
+    def take(self, owner: Hashable) -> int | None:
+        """A slot for ``owner``, if there is one and its share is not used up."""
+        if not self.may_take(owner):
+            return None
+        if not self._free:
+            self.give(next(iter(self._quarantined)))
+        slot = self._free.pop()
+        self._owners[slot] = owner
+        self._held[owner] += 1
+        return slot
 
     def give(self, slot: int) -> None:
         """A taken or quarantined slot that nobody writes to any more."""
         self._quarantined.pop(slot, None)
+        owner = self._owners.pop(slot)
+        self._held[owner] -= 1
+        if not self._held[owner]:
+            del self._held[owner]
         self._free.append(slot)
 
-    def quarantine(self, slot: int, seconds: float = QUARANTINE_S) -> None:
-        """A taken slot whose user gave up while a remote may still write to it."""
-        self._quarantined[slot] = self._clock() + seconds
+    def quarantine(self, slot: int, seconds: float, is_over: Callable[[], bool]) -> None:
+        """A taken slot whose user gave up while a remote may still write to it.
 
-    def is_quarantined(self, slot: int) -> bool:
-        """Whether nobody may use it yet."""
-        return slot in self._quarantined
+        It is free again after so many seconds, or when ``is_over`` says that the remote is done.
+        """
+        now = self._clock()
+        self._quarantined[slot] = _Quarantine(now, now + seconds, is_over)
 
     def tick(self) -> None:
-        """Free what was in quarantine for long enough."""
+        """Free what need not be in quarantine any more."""
         now = self._clock()
-        for slot in [s for s, until in self._quarantined.items() if now >= until]:
+        for slot in [s for s, q in self._quarantined.items() if now >= q.until or q.is_over()]:
             self.give(slot)
+
+    def _available(self) -> int:
+        """Free slots or, where there are none, whether a quarantined one may be used."""
+        if self._free or not self._quarantined:
+            return len(self._free)
+        longest = next(iter(self._quarantined.values()))
+        return int(self._clock() - longest.since >= SCARCE_S)
 
     def address(self, slot: int) -> int:
         """Where a slot starts."""

@@ -89,7 +89,6 @@ class Fetcher:
         self._load_timeout_s = load_timeout_s
         self._fetches: dict[str, _Fetch] = {}
         self._watcher = LeaseRenewer(dialer, remotes, clock)
-        self._late: list[tuple[int, Call]] = []  # slots in quarantine → what may still fill them
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
 
@@ -132,7 +131,8 @@ class Fetcher:
     def tick(self) -> None:
         """Move every fetch on as far as it goes, and renew leases."""
         self._remotes.tick()
-        self._look_after_slots()
+        if slots := self._remotes.means.slots:
+            slots.tick()
         for request_id, fetch in list(self._fetches.items()):
             if self._advance(fetch):
                 del self._fetches[request_id]
@@ -182,7 +182,7 @@ class Fetcher:
             if any(pull.touches_blocks for pull in fetch.pulls.values()):
                 return False
             for pull in fetch.pulls.values():
-                self._late += pull.abandon()
+                pull.abandon()
             fetch.pulls.clear()
             if not fetch.closes:  # else it failed while closing
                 self._close(fetch)
@@ -333,18 +333,6 @@ class Fetcher:
         if path := fetch.remote.paths[at]:
             path.costs.measured(staged, fetch.expected.get(at, 0), nbytes, seconds)
             self._stats.path(staged, path.costs)
-
-    def _look_after_slots(self) -> None:
-        """Slots of pulls that were given up are free once their source has answered."""
-        slots = self._remotes.means.slots
-        if slots is None:
-            return
-        for slot, call in list(self._late):
-            if call.reply is not None:
-                slots.give(slot)
-        slots.tick()
-        # answered, or quarantined for long enough: somebody else's by now
-        self._late = [(slot, call) for slot, call in self._late if slots.is_quarantined(slot)]
 
     def _close(self, fetch: _Fetch) -> None:
         """Tell every rank of the source that we are done with its blocks.

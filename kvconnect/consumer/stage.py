@@ -84,6 +84,10 @@ class _Asked:
     launch: Launch | None = None
     sums: bytes = b""
 
+    def is_answered(self) -> bool:
+        """Whether the source has said that it does not write to the slot any more."""
+        return self.call.reply is not None
+
 
 class ChunkReceiver:
     """All chunks of one fetch from one source rank."""
@@ -131,28 +135,25 @@ class ChunkReceiver:
             return str(e)
         return ""
 
-    def abandon(self) -> list[tuple[int, Call]]:
-        """Give up; returns the slots that the source may still write to, with what it was asked.
+    def abandon(self) -> None:
+        """Give up; slots that the source may still write to go into quarantine.
 
         Only once nothing `touches_blocks`.
         """
         slots = self._staged.slots
         seconds = ENDED_S if self._staged.peer.ended else QUARANTINE_S
-        late = []
         for asked in self._asked:
             if asked.launch is None and asked.call.reply is None:
-                slots.quarantine(asked.slot, seconds)
-                late.append((asked.slot, asked.call))
+                slots.quarantine(asked.slot, seconds, asked.is_answered)
             else:
                 slots.give(asked.slot)
         self._asked.clear()
         self._next = None
-        return late
 
     def _ask_more(self, lease_id: str, reader: int) -> None:
         slots = self._staged.slots
         while (chunk := self._next) is not None and len(self._asked) < WINDOW:
-            if (slot := slots.take()) is None:
+            if (slot := slots.take(self._staged.peer.address)) is None:
                 return
             self._ask(chunk, slot, lease_id, reader)
             self.nbytes += chunk.nbytes

@@ -5,7 +5,13 @@ chunk, each with room for it (Want). A Want is answered once: Filled when the wr
 Refused. Only who opened a lease gets its chunks, and only as long as it stands.
 
 * Everything here comes from a peer: what is not held, leased or does not fit is a GeometryError.
-* Bounded: readers, and wants that wait for one of our own slots.
+* Each reader has its share of our slots and of the wants that wait for one, and readers take turns:
+  one that hangs, or asks for much, delays its own chunks.
+* Who holds slots has `STALLED_S` for its next write to end. Then its transport peer is dropped,
+  which makes its writes end, and its slots are free as soon as they have. A chunk that the device
+  does not finish is refused after that time; its slot stays taken while the device may write to it.
+* A reader that a write failed to reach is forgotten: it stages anew with what its transport is by
+  then. So is one that was silent for `IDLE_S`, whose process may have ended: nobody tells us.
 * A repeated message is answered again, never carried out twice.
 """
 
@@ -25,10 +31,10 @@ from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.blocks import MAX_ADDRESS, Shard
 from kvconnect.geometry.chunks import Held, segments, source_copy
 from kvconnect.geometry.rows import RowTable
-from kvconnect.lease import Terms
+from kvconnect.lease import Clock, Terms
 from kvconnect.ops import Copy, Kernels, Launch, Prepared, chunk_bytes
 from kvconnect.producer.leases import LeaseServer
-from kvconnect.staging import GRANULE_BYTES, Slots, granule_table, granules
+from kvconnect.staging import GRANULE_BYTES, Slots, granule_table, granules, share
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
@@ -37,6 +43,8 @@ logger = logging.getLogger(f"vllm.{__name__}")
 MAX_READERS = 1024
 MAX_WAITING = 4096
 REMEMBERED = 4096
+STALLED_S = 10.0  # a write of 4 MiB takes that long at 0.4 MB/s
+IDLE_S = 300.0
 
 
 @dataclass
@@ -59,6 +67,10 @@ class Reader:
     table: RowTable
     held: list[Held]
     bundles: dict[tuple[int, int], PreparedSlices] = field(default_factory=dict)
+    heard_at: float = 0.0
+    """When it staged, or a chunk was last gathered for it or written to it."""
+    wrote_at: float = 0.0
+    """When a write to it last ended well."""
     gathered: Average = field(default_factory=Average)  # seconds per byte
     written: Average = field(default_factory=Average)
 
@@ -91,8 +103,13 @@ class _Sending:
     want: wire.Want
     slot: int
     launch: Launch
+    began: float
+    """When its gather began, by the mover's clock; then when its write did."""
     started_at: float
+    """When its gather began, by the clock that measures."""
     ticket: TransferId | None = None
+    refused: bool = False
+    """Whether it was given up and only waits for the device to leave its slot alone."""
 
 
 class ChunkSender:
@@ -103,12 +120,14 @@ class ChunkSender:
         listener: Listener,
         lender: LeaseServer,
         transport: Transport,
+        clock: Clock,
         kernels: Kernels,
         memory: Shard,
         slots: Slots,
         stats: Stats,
     ) -> None:
         self._stats = stats
+        self._clock = clock
         self._listener = listener
         self._lender = lender
         self._transport = transport
@@ -118,7 +137,9 @@ class ChunkSender:
         self._readers: OrderedDict[Link, Reader] = OrderedDict()
         self._names = 0
         self._tables: tuple[str, list[np.ndarray]] = "", []  # lease_id, of the last chunk's lease
-        self._waiting: deque[tuple[Link, wire.Want]] = deque()
+        # of each reader that has some; who was served last is last
+        self._waiting: OrderedDict[Link, deque[wire.Want]] = OrderedDict()
+        self._num_waiting = 0
         self._filling: list[_Sending] = []
         # (link, seq): carried out now, and answered
         self._under_way: set[tuple[Link, int]] = set()
@@ -143,10 +164,13 @@ class ChunkSender:
         self._under_way.add(key)
         if isinstance(message, wire.Stage):
             self._stage(link, message)
-        elif len(self._waiting) >= MAX_WAITING:
-            self._refuse(link, message, "busy", f"{MAX_WAITING} chunks already wait here")
+        elif self._may_wait(link):
+            self._waiting.setdefault(link, deque()).append(message)
+            self._num_waiting += 1
         else:
-            self._waiting.append((link, message))
+            own = len(self._waiting.get(link, ()))
+            detail = f"{self._num_waiting} chunks already wait here, {own} of them yours"
+            self._refuse(link, message, "busy", detail)
 
     def done(self, done: Done) -> None:
         """Take in a ticket that ended, if it is one of ours."""
@@ -155,14 +179,17 @@ class ChunkSender:
                 continue
             self._filling.remove(filling)
             self._slots.give(filling.slot)
-            want = filling.want
+            link, want = filling.link, filling.want
             if done.error is None:
-                self._measured(filling.link, "write", done.wire_s / max(want.nbytes, 1))
+                if reader := self._readers.get(link):
+                    reader.heard_at = reader.wrote_at = self._clock()
+                self._measured(link, "write", done.wire_s / max(want.nbytes, 1))
                 sums = filling.launch.sums.astype("<u8").tobytes()
                 answer = wire.Filled(seq=want.seq, nbytes=want.nbytes, sums=sums)
-                self._answer(filling.link, want.seq, answer)
+                self._answer(link, want.seq, answer)
             else:
-                self._refuse(filling.link, want, "write", f"the write to you: {done.error}")
+                self._forget(link)  # and its other writes with it: they have one fate
+                self._refuse(link, want, "write", f"the write to you: {done.error}")
             return
 
     @property
@@ -173,15 +200,15 @@ class ChunkSender:
     @property
     def ready(self) -> bool:
         """Whether the next `tick` will gather a chunk."""
-        return bool(self._waiting and self._slots.free)
+        return self._next_link() is not None
 
     def tick(self) -> None:
         """Gather a chunk for who waits, if a slot is free; write what is gathered.
 
         One chunk a tick: gathered all at once, the first would wait here for the last.
         """
-        if self.ready:
-            link, want = self._waiting.popleft()
+        if (link := self._next_link()) is not None:
+            want = self._take_waiting(link)
             try:
                 self._gather(link, want)
             except (GeometryError, TransportError) as e:
@@ -192,6 +219,51 @@ class ChunkSender:
                     self._write(filling)
             except TransportError as e:
                 self._drop(filling, "device", str(e))
+        self._end_stalled()
+
+    def _may_wait(self, link: Link) -> bool:
+        own = len(self._waiting.get(link, ()))
+        return own < share(own, MAX_WAITING - self._num_waiting)
+
+    def _next_link(self) -> Link | None:
+        """Whose chunk is gathered next: of those with a slot to take, who waits longest."""
+        if not self._slots.free:
+            return None
+        # only who holds slots can have used up its share: this looks at few
+        return next((link for link in self._waiting if self._slots.may_take(link)), None)
+
+    def _take_waiting(self, link: Link) -> wire.Want:
+        """The oldest Want of a reader, whose turn comes last from now on."""
+        wants = self._waiting[link]
+        want = wants.popleft()
+        self._num_waiting -= 1
+        self._waiting.move_to_end(link)
+        if not wants:
+            del self._waiting[link]
+        return want
+
+    def _end_stalled(self) -> None:
+        """Give up on chunks that do not get on, and on readers whose writes do not end."""
+        now = self._clock()
+        for filling in list(self._filling):
+            if filling.refused or now - filling.began < STALLED_S:
+                continue
+            reader = self._readers.get(filling.link)
+            if filling.ticket is None:
+                filling.refused = True
+                detail = f"the device did not gather it within {STALLED_S:g} s"
+                self._refuse(filling.link, filling.want, "device", detail)
+            elif reader is not None and now - reader.wrote_at >= STALLED_S:
+                logger.warning("%s is dropped: no write ended in %g s", reader.name, STALLED_S)
+                self._forget(filling.link)
+        # the first ones are those not heard for longest
+        while self._readers and now - next(iter(self._readers.values())).heard_at >= IDLE_S:
+            self._forget(next(iter(self._readers)))
+
+    def _forget(self, link: Link) -> None:
+        """Drop a reader and what is being written to it; it has to stage anew."""
+        if reader := self._readers.pop(link, None):
+            self._transport.drop_peer(reader.name)
 
     # -- one reader -----------------------------------------------------------------------
 
@@ -213,11 +285,12 @@ class ChunkSender:
             return
         arena = stage.arena
         table = granule_table(arena.address, arena.count, arena.kind, arena.device)
-        if old := self._readers.pop(link, None):
-            self._transport.drop_peer(old.name)
-        self._readers[link] = Reader(name, arena, table, held)
+        self._forget(link)
+        self._readers[link] = Reader(
+            name, arena, table, held, heard_at=self._clock(), wrote_at=self._clock()
+        )
         if len(self._readers) > MAX_READERS:
-            self._transport.drop_peer(self._readers.popitem(last=False)[1].name)
+            self._forget(next(iter(self._readers)))
         self._answer(link, stage.seq, wire.Staged(seq=stage.seq))
 
     # -- one chunk ------------------------------------------------------------------------
@@ -227,6 +300,7 @@ class ChunkSender:
         if reader is None:
             raise GeometryError("no Stage came before this Want")
         self._readers.move_to_end(link)
+        reader.heard_at = self._clock()
         bundle = reader.bundle(want, self._kernels)
         terms = self._lender.opened(want.lease_id, (link, want.reader))
         if terms is None:
@@ -234,9 +308,9 @@ class ChunkSender:
             return
         table, block_tokens = self._table(terms, want.group), bundle.copies[0].block_tokens
         leased = len(table) * block_tokens if bundle.whole else terms.tokens
-        _check(want, bundle, leased, reader.arena)
+        _check(want, bundle, leased, reader.arena, self._slots.slot_bytes)
         found = segments(want.runs, table, block_tokens)
-        slot = self._slots.take()
+        slot = self._slots.take(link)
         assert slot is not None
         started_at = time.perf_counter()
         try:
@@ -247,10 +321,10 @@ class ChunkSender:
                 self._slots.slot_bytes,
                 len(want.runs),
             )
-        except GeometryError:
+        except BaseException:
             self._slots.give(slot)
             raise
-        self._filling.append(_Sending(link, want, slot, launch, started_at))
+        self._filling.append(_Sending(link, want, slot, launch, self._clock(), started_at))
 
     def _table(self, terms: Terms, group: int) -> np.ndarray:
         """A lease's table as an array, made anew for the first of many chunks."""
@@ -262,6 +336,10 @@ class ChunkSender:
 
     def _write(self, filling: _Sending) -> None:
         link, want = filling.link, filling.want
+        if filling.refused:
+            self._filling.remove(filling)
+            self._slots.give(filling.slot)
+            return
         reader = self._readers.get(link)
         # the blocks were leased all the while they were read, or their content means nothing
         stood = self._lender.opened(want.lease_id, (link, want.reader)) is not None
@@ -270,6 +348,7 @@ class ChunkSender:
             return
         gathered_s = time.perf_counter() - filling.started_at
         self._measured(link, "gather", gathered_s / max(want.nbytes, 1))
+        filling.began = self._clock()
         filling.ticket = self._transport.submit(
             Work(
                 op=Op.WRITE,
@@ -285,7 +364,8 @@ class ChunkSender:
     def _drop(self, filling: _Sending, cause: str, detail: str) -> None:
         self._filling.remove(filling)
         self._slots.give(filling.slot)
-        self._refuse(filling.link, filling.want, cause, detail)
+        if not filling.refused:
+            self._refuse(filling.link, filling.want, cause, detail)
 
     def _measured(self, link: Link, what: Literal["gather", "write"], per_byte: float) -> None:
         if reader := self._readers.get(link):
@@ -306,9 +386,20 @@ class ChunkSender:
 
 
 def _check(
-    want: wire.Want, bundle: PreparedSlices, leased_tokens: int, arena: wire.Granules
+    want: wire.Want,
+    bundle: PreparedSlices,
+    leased_tokens: int,
+    arena: wire.Granules,
+    slot_bytes: int,
 ) -> None:
-    """Raise GeometryError for a chunk that is not what was leased, or does not fit its room."""
+    """Raise GeometryError for a chunk that is not what was leased, or does not fit its room.
+
+    ``slot_bytes`` is what one of our own slots holds: nothing is computed of a larger chunk.
+    """
+    if want.nbytes > slot_bytes:
+        raise GeometryError(
+            f"a chunk of {want.nbytes} bytes is wanted, expected at most our slots' {slot_bytes}"
+        )
     end = max(start + count for start, count in want.runs)
     if end > leased_tokens or min(count for _, count in want.runs) < 1:
         raise GeometryError(f"runs up to token {end} are wanted, {leased_tokens} are leased")

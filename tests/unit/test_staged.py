@@ -459,7 +459,7 @@ def test_an_answer_after_the_quarantine_frees_nobody_elses_slot(staged):
     world.clock.advance(QUARANTINE_S)
     d.step()
     assert slots.free == 4
-    taken = [slots.take() for _ in range(4)]
+    taken = [slots.take(f"owner {i}") for i in range(4)]
     world.network.held = False
     world.network.flush()
     world.go_on(3)

@@ -1,0 +1,180 @@
+"""One peer that hangs, dies or fails costs its own requests, and no slot or second of others'."""
+
+import pytest
+
+from kvconnect.errors import TransportError
+from kvconnect.lease import Terms
+from kvconnect.ops import load
+from kvconnect.orders import Fetch, Grant
+from kvconnect.producer.stage import STALLED_S
+from kvconnect.testing.engines import Engine, World
+from kvconnect.testing.faulty import Fault, Plan
+from kvconnect.testing.geometry import Model
+from kvconnect.testing.late import LateKernels
+
+# a token of a layer takes 16 KiB, and a slot 64: a fetch of 32 tokens takes 24 chunks
+MODEL = Model(layers=3, heads=4, block_tokens=4, content=2048, itemsize=2)
+OPTIONS = {"num_blocks": 40, "mode": "staged", "staging": (16, 1), "lease_max_s": 3600.0}
+
+
+def make(world, **options):
+    return Engine(world, MODEL, **(OPTIONS | {"load_timeout_s": 60.0} | options))
+
+
+class Load:
+    """One load of a decode engine from a prefill engine, begun when it is made."""
+
+    def __init__(self, p, d, name, first=8, ttl_s=600.0, tokens=32):
+        self.world, self.d, self.name = p.world, d, name
+        table = tuple(range(1, 1 + tokens // 4))
+        self.seed = sum(name.encode())
+        for cache in p.caches:
+            cache.fill(table, self.seed)
+        terms = Terms(name, f"lease {name}", (table,), tokens, b"d", ttl_s)
+        p.put(Grant(terms))
+        self.blocks = tuple(enumerate(range(first, first + len(table))))
+        d.put(Fetch(name, p.source(terms), (self.blocks,), tokens, b"d"))
+        self.began = self.world.clock()
+
+    def seconds(self, most=130.0):
+        """Lets all go on until it has ended, well; returns the seconds it took."""
+        while self.name not in self.d.ended:
+            assert self.world.clock() - self.began < most, f"{self.name} has not ended"
+            self.world.go_on(5, seconds=0.02)
+        assert self.d.ended[self.name] == [None]
+        assert all(cache.holds_fill(self.blocks, self.seed) for cache in self.d.caches)
+        return self.world.clock() - self.began
+
+
+def hang(engine):
+    """It does not take a step any more, as under SIGSTOP; its connections stay up."""
+    engine.world.engines.remove(engine)
+
+
+# -- a reader that hangs, and the engine that it reads from -------------------------------------
+
+
+def hung_reader(readers=1):
+    """A prefill engine amid writes that never end, to so many readers; and one that is well."""
+    world = World()
+    p, good = make(world), make(world)
+    hung = [make(world) for _ in range(readers)]
+    for i, d in enumerate((good, *hung)):
+        Load(p, d, f"warm {i}").seconds()
+    p.transports[0].usual = Plan(Fault.HANGS)
+    for i, d in enumerate(hung):
+        Load(p, d, f"hung {i}", ttl_s=30.0)
+    world.go_on(40)
+    for d in hung:
+        hang(d)
+    p.transports[0].usual = Plan()
+    assert p.transports[0].running
+    return world, p, hung, good
+
+
+def test_a_reader_that_hangs_takes_no_second_from_the_others():
+    """It used to hold every gather slot, without end: no other reader was served any more."""
+    world, p, _, good = hung_reader()
+    for i in range(3):
+        assert Load(p, good, f"load {i}").seconds() < 1.0
+        world.go_on(10, seconds=1.0)
+
+
+def test_a_reader_that_hangs_gives_its_slots_back():
+    """A write to a stopped process never ends by itself."""
+    world, p, _, _ = hung_reader()
+    world.go_on(8, seconds=STALLED_S / 4 + 0.1)
+    assert not p.transports[0].running
+
+
+def test_readers_that_hang_all_at_once_give_their_slots_back():
+    world, p, _, good = hung_reader(readers=6)
+    world.go_on(10, seconds=2.0)
+    assert not p.transports[0].running
+    assert Load(p, good, "afterwards").seconds() < 1.0
+
+
+def test_a_reader_that_asks_for_much_does_not_make_another_wait_for_all_of_it():
+    """Wants used to be served in the order in which they came, whoever asked."""
+    world = World()
+    p, few = make(world, staging=(4, 1)), make(world)
+    many = make(world, staging=(64, 1), num_blocks=200)
+    for i, d in enumerate((few, many)):
+        Load(p, d, f"warm {i}").seconds()
+    large = [Load(p, many, f"large {i}", first=8 + 20 * i) for i in range(4)]
+    world.go_on(8)
+    Load(p, few, "small", tokens=4).seconds()
+    assert not any(load.name in many.ended for load in large)
+
+
+class FailingKernels:
+    """Kernels of which so many launches fail, as libkvc_cuda's do: with a TransportError."""
+
+    def __init__(self, error):
+        self.name = "cuda, failing"
+        self.fail, self.error = 0, error
+        self._kernels = load("cpu")
+
+    def prepare(self, copies):
+        prepared = self._kernels.prepare(copies)
+        return _FailingPrepared(self, prepared)
+
+
+class _FailingPrepared:
+    def __init__(self, kernels, prepared):
+        self._kernels, self._prepared = kernels, prepared
+
+    def move(self, *a, **k):
+        if self._kernels.fail:
+            self._kernels.fail -= 1
+            raise self._kernels.error
+        return self._prepared.move(*a, **k)
+
+
+@pytest.mark.parametrize("side", ["gathering", "scattering"])
+def test_a_launch_that_fails_keeps_no_slot(side):
+    """After as many as there are slots nobody was served any more."""
+    kernels = FailingKernels(TransportError("out of memory"))
+    world = World()
+    p = make(world, staging=(4, 1), kernels=kernels if side == "gathering" else None)
+    d = make(world, staging=(4, 1), kernels=kernels if side == "scattering" else None)
+    Load(p, d, "warm", tokens=4).seconds()
+    for i in range(6):
+        kernels.fail = 2
+        Load(p, d, f"fails {i}", tokens=4)
+        world.go_on(40)
+        kernels.fail = 0
+    assert Load(p, d, "well", tokens=8).seconds() < 1.0
+
+
+def test_a_device_that_does_not_finish_a_chunk_keeps_only_that_chunks_slot():
+    world = World()
+    kernels = LateKernels(load("cpu"))
+    p, d, other = make(world, kernels=kernels), make(world), make(world)
+    for i, one in enumerate((d, other)):
+        Load(p, one, f"warm {i}").seconds()
+    kernels.asked = 1500
+    Load(p, d, "late")
+    world.go_on(20)
+    kernels.asked = 1
+    assert Load(p, other, "meanwhile").seconds() < 1.0
+    world.go_on(10, seconds=2.0)
+    assert "the device did not gather it" in d.ended["late"][0]
+    world.go_on(3000)
+    assert Load(p, d, "again").seconds() < 1.0
+
+
+def test_readers_whose_process_ended_are_forgotten():
+    """Nobody is told of a link that arrived and broke: they and their peers were kept."""
+    world = World()
+    p = make(world)
+    dropped = []
+    drop_peer = p.transports[0].drop_peer
+    p.transports[0].drop_peer = lambda name: dropped.append(name) or drop_peer(name)
+    for i in range(3):
+        d = make(world)
+        Load(p, d, f"load {i}").seconds()
+        d.stop()
+        world.engines.remove(d)
+    world.go_on(10, seconds=60.0)
+    assert len(dropped) == 3
