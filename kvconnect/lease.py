@@ -3,7 +3,7 @@
 A lease covers the blocks of one prefilled request on one rank. It carries a random
 lease_id, so a stale reference to a request id or to a restarted engine never matches.
 
-* expect → grant → end: expected while the request is computed (a reader that is early waits
+* promise → grant → end: promised while the request is computed (a reader that is early waits
   instead of being refused), granted when its blocks hold the KV, ended once: by its last
   reader, by expiry, or withdrawn before it was granted.
 * A lease does not end by its last reader while another is between open and close, even one of
@@ -43,7 +43,7 @@ class Terms:
 class LeaseState(enum.Enum):
     """How a lease stands when somebody asks."""
 
-    EXPECTED = "expected"
+    PROMISED = "promised"
     GRANTED = "granted"
     GONE = "gone"
 
@@ -64,9 +64,9 @@ class LeaseBook:
     def __init__(self, clock: Clock, max_duration_s: float) -> None:
         self._clock = clock
         self._max_duration_s = max_duration_s
-        self._expected: dict[str, str] = {}  # lease_id → name
+        self._promised: dict[str, str] = {}  # lease_id → name
         self._leases: dict[str, _Lease] = {}  # lease_id → lease
-        self._lease_ids: dict[str, str] = {}  # name → lease_id, expected or granted
+        self._lease_ids: dict[str, str] = {}  # name → lease_id, promised or granted
         self._over: OrderedDict[str, None] = OrderedDict()  # names of leases that ended last
         self._heap: list[tuple[float, str]] = []  # (a deadline at or before the real one, gen.)
 
@@ -78,14 +78,14 @@ class LeaseBook:
         """Whether some reader is between open and close: the transport needs progress."""
         return any(lease.reading for lease in self._leases.values())
 
-    def expect(self, name: str, lease_id: str) -> None:
+    def promise(self, name: str, lease_id: str) -> None:
         """A request that will be leased under ``lease_id`` is being computed."""
-        self._expected[lease_id] = name
+        self._promised[lease_id] = name
         self._named(name, lease_id)
 
     def grant(self, terms: Terms) -> None:
         """The blocks hold the KV now; the lease runs from here."""
-        self._expected.pop(terms.lease_id, None)
+        self._promised.pop(terms.lease_id, None)
         now = self._clock()
         lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s)
         self._leases[terms.lease_id] = lease
@@ -93,23 +93,23 @@ class LeaseBook:
         heapq.heappush(self._heap, (lease.deadline, terms.lease_id))
 
     def withdraw(self, lease_id: str) -> None:
-        """An expected request ended without KV to hand over (abort, error)."""
-        name = self._expected.pop(lease_id, None)
+        """A promised request ended without KV to lease (abort, error)."""
+        name = self._promised.pop(lease_id, None)
         if name is not None:
             self._unnamed(name, lease_id)
 
     def find(self, name: str) -> str | None:
-        """Generation under which a request is expected or leased now."""
+        """Id under which a request's lease is promised or granted now."""
         return self._lease_ids.get(name)
 
     def is_over(self, name: str) -> bool:
-        """Whether what was last expected or leased under ``name`` ended a short while ago."""
+        """Whether what was last promised or granted under ``name`` ended a short while ago."""
         return name in self._over
 
     def standing(self, lease_id: str) -> LeaseState:
         """How the lease stands at this moment."""
-        if lease_id in self._expected:
-            return LeaseState.EXPECTED
+        if lease_id in self._promised:
+            return LeaseState.PROMISED
         lease = self._leases.get(lease_id)
         if lease is None or self._clock() >= lease.deadline:
             return LeaseState.GONE

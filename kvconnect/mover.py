@@ -33,13 +33,13 @@ from kvconnect.ops import Kernels
 from kvconnect.orders import (
     Cancel,
     EngineAddresses,
-    Expect,
     Fetch,
     Grant,
     Order,
     Outcome,
+    Promise,
     Release,
-    Watch,
+    RenewLease,
     Withdraw,
 )
 from kvconnect.producer.leases import LeaseServer
@@ -239,14 +239,14 @@ class Mover:
 
     def _carry_out(self, order: Order) -> None:
         match order:
-            case Expect():
-                self._lender.expect(order.name or order.request_id, order.lease_id)
+            case Promise():
+                self._lender.promise(order.name or order.request_id, order.lease_id)
             case Grant():
                 self._lender.grant(order.terms)
             case Withdraw():
                 self._lender.withdraw(order.lease_id)
-            case Watch():
-                self._fetcher.watch(order)
+            case RenewLease():
+                self._fetcher.renew(order)
             case Fetch() | Release():
                 self._fetcher.start(order)
             case Cancel():

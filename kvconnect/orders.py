@@ -5,6 +5,7 @@ engine). The scheduler gives the same orders to every worker of the engine.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvconnect.control.wire import Address
 from kvconnect.lease import Terms
@@ -12,7 +13,7 @@ from kvconnect.lease import Terms
 
 @dataclass(frozen=True)
 class RankAddress:
-    """One rank of a remote engine; ``incarnation`` None where no ticket told it."""
+    """One rank of a remote engine; ``incarnation`` is None where no ticket said it."""
 
     address: Address
     incarnation: str | None
@@ -22,8 +23,8 @@ class RankAddress:
 class Source:
     """A lease on a remote engine.
 
-    Without a ticket (params of an in-tree form) only the address of rank 0 is known, which names
-    the others, and the lease's name there: ``request_id``.
+    Without a ticket (params of an in-tree form) only rank 0's address is known, which tells the
+    others', and the lease's name there: ``request_id``.
     """
 
     shards: tuple[RankAddress, ...]
@@ -34,8 +35,23 @@ class Source:
     """Where both engines are asked at once: how long the KV may take to be computed there."""
 
 
+class Offer(NamedTuple):
+    """What a request's params say: the first ``tokens`` tokens can be had at ``source``.
+
+    ``digest`` is our own digest of those tokens; the source refuses another prompt's.
+    """
+
+    source: Source
+    tokens: int
+    digest: bytes
+
+
+Blocks = tuple[tuple[tuple[int, int], ...], ...]
+"""Blocks to fill: of each group, pairs (place in the request's block table, our block id)."""
+
+
 @dataclass(frozen=True)
-class Expect:
+class Promise:
     """Producer: this request is being computed and will be leased under ``lease_id``."""
 
     request_id: str
@@ -53,13 +69,13 @@ class Grant:
 
 @dataclass(frozen=True)
 class Withdraw:
-    """Producer: an expected request ended without KV to hand over."""
+    """Producer: a promised request ended without KV to lease."""
 
     lease_id: str
 
 
 @dataclass(frozen=True)
-class Watch:
+class RenewLease:
     """Consumer: a request that may fetch has arrived; greet its source and renew its lease."""
 
     request_id: str
@@ -70,13 +86,12 @@ class Watch:
 class Fetch:
     """Consumer: fill these blocks.
 
-    ``blocks[g]`` are pairs (place in the request's block table, our block id) of group ``g``;
     ``tokens`` and ``digest`` identify the prompt that the source must hold.
     """
 
     request_id: str
     source: Source
-    blocks: tuple[tuple[tuple[int, int], ...], ...]
+    blocks: Blocks
     tokens: int
     digest: bytes
     needed_from: tuple[int, ...] = ()
@@ -101,12 +116,12 @@ class Cancel:
 
 @dataclass(frozen=True)
 class EngineAddresses:
-    """All ranks of this engine, in rank order; lets rank 0 name them to a dialer."""
+    """All ranks of this engine, in rank order; rank 0 tells them to a dialer."""
 
     shards: tuple[Address, ...]
 
 
-Order = Expect | Grant | Withdraw | Watch | Fetch | Release | Cancel | EngineAddresses
+Order = Promise | Grant | Withdraw | RenewLease | Fetch | Release | Cancel | EngineAddresses
 
 
 @dataclass

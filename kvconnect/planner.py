@@ -1,75 +1,126 @@
-"""The scheduler's loop: what a request may load, what is lent of it, and the orders for both.
+"""The scheduler's loop: what a request may fetch, what is leased of it, and the orders for both.
 
-Match → open → settle. Knows no vLLM: `kvconnect.vllm.connector` translates. Every request
-that arrived with an offer ends in exactly one of: a load, a release, a cancelled load.
+* Knows no vLLM: `kvconnect.vllm.scheduler` translates. Moves no bytes: it makes orders for movers.
+* A request that arrived with an offer ends in exactly one of: a fetch that ended, a cancelled
+  fetch, a release, or an offer that somebody else took.
+* A promise is kept by a grant under the same lease id, or withdrawn.
+* A verb here is the verb of the order, of the mover's part, and of the lease book: see "One event,
+  one verb" in docs/structure.md.
 """
 
+import secrets
+from collections.abc import Sequence
+
 from kvconnect.control.wire import Address
-from kvconnect.orders import EngineAddresses, Grant, Order
+from kvconnect.lease import Terms
+from kvconnect.orders import (
+    Blocks,
+    Cancel,
+    EngineAddresses,
+    Fetch,
+    Grant,
+    Offer,
+    Order,
+    Promise,
+    Release,
+    RenewLease,
+    Withdraw,
+)
 from kvconnect.stats import Stats
-from kvconnect.tier_base import Load, Store
-from kvconnect.tier_peer import Offer, PeerTier
 
 
 class Planner:
     """Not thread-safe: the scheduler's thread owns it."""
 
-    def __init__(self, tier: PeerTier) -> None:
+    def __init__(self, ttl_s: float) -> None:
+        """``ttl_s``: how long our leases last without renewal."""
         self.stats = Stats()
-        self._tier = tier
+        self._ttl_s = ttl_s
         self._orders: list[Order] = []
+        self._offers: dict[str, Offer] = {}  # [arrival, end of its fetch or release)
+        self._fetching: set[str] = set()  # of those, the ones that a Fetch was ordered for
+        self._promised: dict[str, str] = {}  # request id → lease id, while it is computed
 
-    def named(self, shards: tuple[Address, ...]) -> None:
+    def addresses_known(self, shards: tuple[Address, ...]) -> None:
         """All ranks of this engine are up, at these addresses."""
         self._orders.append(EngineAddresses(shards))
 
-    def offered(self, request_id: str, offer: Offer) -> None:
-        """A request arrived whose KV can be had elsewhere."""
-        self._orders += self._tier.offer(request_id, offer)
+    # -- consumer ------------------------------------------------------------------------
+
+    def renew(self, request_id: str, offer: Offer) -> None:
+        """A request arrived whose KV another engine has: keep its lease alive until it is used."""
+        self._offers[request_id] = offer
+        self._orders.append(RenewLease(request_id, offer.source))
 
     def match(self, request_id: str, local_tokens: int) -> int:
-        """Tokens to load beyond the ``local_tokens`` that are cached here; no effect."""
-        return max(0, self._tier.match(request_id) - local_tokens)
+        """Tokens to fetch beyond the ``local_tokens`` that are cached here; no effect."""
+        offer = self._offers.get(request_id)
+        if offer is None or request_id in self._fetching:
+            return 0
+        return max(0, offer.tokens - local_tokens)
 
-    def admitted(self, load: Load, tokens: int) -> None:
-        """Blocks were allocated; ``tokens`` of what `match` said are to be loaded.
+    def fetch(self, request_id: str, blocks: Blocks) -> None:
+        """Fill ``blocks``. Nothing happens without an offer, or when it is asked again."""
+        if (offer := self._offers.get(request_id)) and request_id not in self._fetching:
+            self._fetching.add(request_id)
+            fetch = Fetch(request_id, offer.source, blocks, offer.tokens, offer.digest)
+            self._orders.append(fetch)
 
-        Called again after the load, and for requests without an offer, with nothing to do.
-        """
-        if not self._tier.match(load.request_id):
-            return
-        if tokens > 0:
-            self._orders += self._tier.open_load(load)
-        else:  # all of it is here already, or vLLM chose not to load: let the lease go
-            self._orders += self._tier.settle(load.request_id)
+    def release(self, request_id: str) -> None:
+        """Nothing of the offer is needed: let its lease go. Nothing happens once it is fetched."""
+        if request_id not in self._fetching and (offer := self._offers.pop(request_id, None)):
+            self._orders.append(Release(request_id, offer.source))
 
-    def hand_over(self, request_id: str) -> Offer | None:
-        """See `PeerTier.hand_over`."""
-        return self._tier.hand_over(request_id)
+    def take_offer(self, request_id: str) -> Offer | None:
+        """A request's offer; to fetch it, and to release it, is the caller's from now on."""
+        return None if request_id in self._fetching else self._offers.pop(request_id, None)
 
     def received(self, request_id: str) -> None:
-        """All ranks ended the load."""
-        self._tier.loaded(request_id)
+        """All ranks ended the fetch: the request's end has nothing left to cancel."""
+        self._fetching.discard(request_id)
+        self._offers.pop(request_id, None)
 
-    def ended(self, request_id: str) -> None:
-        """The request is finished, whatever became of its load."""
-        self._orders += self._tier.settle(request_id)
+    def end(self, request_id: str) -> None:
+        """The request is finished: cancel its fetch, or release what it did not fetch."""
+        if request_id in self._fetching:
+            self.received(request_id)
+            self._orders.append(Cancel(request_id))
+        else:
+            self.release(request_id)
 
-    def will_lend(self, request_id: str, name: str = "") -> None:
-        """A request is being computed whose KV is to be handed over."""
-        self._orders += self._tier.open_store(request_id, name)
+    # -- producer ------------------------------------------------------------------------
 
-    def lend(self, store: Store) -> str:
-        """Its KV is computed; returns the lease's id."""
-        orders = self._tier.seal_store(store)
-        self._orders += orders
-        grant = orders[-1]
-        assert isinstance(grant, Grant)
-        return grant.terms.lease_id
+    def promise(self, request_id: str, name: str = "") -> None:
+        """A request is being computed whose KV will be leased. ``name`` as in `Terms`."""
+        if request_id in self._promised:  # a preempted request is admitted again
+            return
+        lease_id = self._promised[request_id] = secrets.token_hex(16)
+        self._orders.append(Promise(request_id, lease_id, name))
 
-    def will_not_lend(self, request_id: str) -> None:
-        """The request ended without KV to hand over."""
-        self._orders += self._tier.drop_store(request_id)
+    def grant(
+        self,
+        request_id: str,
+        tables: Sequence[Sequence[int]],
+        tokens: int,
+        digest: bytes,
+        name: str = "",
+    ) -> str:
+        """Its KV is computed and in these blocks: lease them. Returns the lease's id.
+
+        ``tables``, ``tokens``, ``digest`` and ``name`` are those of `kvconnect.lease.Terms`.
+        """
+        lease_id = self._promised.pop(request_id, None) or secrets.token_hex(16)
+        held = tuple(tuple(table) for table in tables)
+        terms = Terms(request_id, lease_id, held, tokens, digest, self._ttl_s, name)
+        self._orders.append(Grant(terms))
+        return lease_id
+
+    def withdraw(self, request_id: str) -> None:
+        """The request ended without KV to lease."""
+        if lease_id := self._promised.pop(request_id, None):
+            self._orders.append(Withdraw(lease_id))
+
+    # -- both ----------------------------------------------------------------------------
 
     def take_orders(self) -> list[Order]:
         """Orders since the last call, for every worker."""

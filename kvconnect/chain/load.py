@@ -22,8 +22,7 @@ from typing import NamedTuple, Protocol
 
 from kvconnect.chain.plan import Hop, Load, Rates, Source
 from kvconnect.offload.jobs import Fill
-from kvconnect.orders import Cancel, Fetch, Release
-from kvconnect.tier_peer import Offer
+from kvconnect.orders import Cancel, Fetch, Offer, Release
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -21,7 +21,7 @@ from kvconnect.control import wire
 from kvconnect.control.dialer import Call, Dialer, PeerState
 from kvconnect.errors import GeometryError
 from kvconnect.lease import Clock
-from kvconnect.orders import Cancel, Fetch, Release, Watch
+from kvconnect.orders import Cancel, Fetch, Release, RenewLease
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
@@ -88,7 +88,7 @@ class Fetcher:
         self._ranks = ranks
         self._load_timeout_s = load_timeout_s
         self._fetches: dict[str, _Fetch] = {}
-        self._watcher = LeaseRenewer(dialer, remotes, clock)
+        self._renewer = LeaseRenewer(dialer, remotes, clock)
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
 
@@ -97,9 +97,9 @@ class Fetcher:
         """Whether the transport has work of ours."""
         return any(f.tickets or f.pulls for f in self._fetches.values())
 
-    def watch(self, order: Watch) -> None:
+    def renew(self, order: RenewLease) -> None:
         """Greet early and keep the lease alive while the request waits."""
-        self._watcher.watch(order)
+        self._renewer.renew(order)
 
     def start(self, order: Fetch | Release) -> None:
         """Begin a fetch, or a release, which is a fetch of nothing that reports nothing."""
@@ -136,15 +136,15 @@ class Fetcher:
         for request_id, fetch in list(self._fetches.items()):
             if self._advance(fetch):
                 del self._fetches[request_id]
-                self._watcher.forget(request_id)
+                self._renewer.forget(request_id)
                 if isinstance(fetch.order, Fetch):
                     self._report(request_id, fetch)
-        self._watcher.tick()
+        self._renewer.tick()
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
         times = [f.deadline for f in self._fetches.values()]
-        if (renewal := self._watcher.next_deadline()) is not None:
+        if (renewal := self._renewer.next_deadline()) is not None:
             times.append(renewal)
         return min(times, default=None)
 
@@ -340,7 +340,7 @@ class Fetcher:
         Samples of one prompt share its lease (vLLM's ``n`` > 1): the last one ends it.
         """
         source = fetch.order.source
-        final = not self._watcher.waits_for(source, but=fetch.order.request_id)
+        final = not self._renewer.waits_for(source, but=fetch.order.request_id)
 
         def close_of(lease_id: str | None) -> Callable[[int], wire.Close]:
             return lambda seq: wire.Close(

@@ -11,7 +11,7 @@ from kvconnect.consumer.remote import Remote, Remotes
 from kvconnect.control import wire
 from kvconnect.control.dialer import Dialer, PeerState
 from kvconnect.lease import Clock
-from kvconnect.orders import Source, Watch
+from kvconnect.orders import RenewLease, Source
 
 RENEWALS_PER_TTL = 3
 MIN_RENEWAL_S = 1.0  # whatever ttl a ticket claims
@@ -31,34 +31,34 @@ class LeaseRenewer:
         self._dialler = dialer
         self._remotes = remotes
         self._clock = clock
-        self._watches: dict[str, _Renewal] = {}
+        self._renewals: dict[str, _Renewal] = {}
 
-    def watch(self, order: Watch) -> None:
+    def renew(self, order: RenewLease) -> None:
         """Greet early and keep the lease alive while the request waits."""
         remote = self._remotes.of(order.source)
-        self._watches[order.request_id] = _Renewal(order.source, remote, self._clock())
+        self._renewals[order.request_id] = _Renewal(order.source, remote, self._clock())
 
     def forget(self, request_id: str) -> None:
         """Its fetch or release has ended."""
-        self._watches.pop(request_id, None)
+        self._renewals.pop(request_id, None)
 
     def waits_for(self, source: Source, but: str) -> bool:
         """Whether a request other than ``but`` waits for this lease."""
         return any(
             request_id != but and watch.source == source
-            for request_id, watch in self._watches.items()
+            for request_id, watch in self._renewals.items()
         )
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        waiting = (w for w in self._watches.values() if w.remote.state is not PeerState.GREETING)
+        waiting = (w for w in self._renewals.values() if w.remote.state is not PeerState.GREETING)
         return min((w.renew_at for w in waiting), default=None)
 
     def tick(self) -> None:
         """Renew what is due, many leases of one source in one message."""
         now = self._clock()
         due: dict[int, tuple[Remote, list[Source]]] = {}
-        for watch in self._watches.values():
+        for watch in self._renewals.values():
             if now < watch.renew_at:
                 continue
             watch.remote.advance()

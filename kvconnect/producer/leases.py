@@ -1,6 +1,6 @@
 """The producer's half of a mover: answers readers of our leased blocks.
 
-* A reader that is early (its lease is expected, not granted) is parked and answered when the
+* A reader that is early (its lease is promised, not granted) is parked and answered when the
   lease is granted or withdrawn; parked readers are bounded. One that is earlier still, because
   the router asked both engines at once and the request is not here yet, waits in `EarlyReaders`.
 * A reader whose prompt is not the leased one is refused: a ticket or a request id alone is
@@ -48,9 +48,9 @@ class LeaseServer:
         """Whether a reader is between open and close: the transport needs progress."""
         return self._book.reading
 
-    def expect(self, name: str, lease_id: str) -> None:
+    def promise(self, name: str, lease_id: str) -> None:
         """A request that will be leased is being computed."""
-        self._book.expect(name, lease_id)
+        self._book.promise(name, lease_id)
         for link, message in self._early.take(name):
             self._park(link, message, lease_id)
 
@@ -63,7 +63,7 @@ class LeaseServer:
             self._open(link, message)
 
     def withdraw(self, lease_id: str) -> None:
-        """An expected request ended without KV."""
+        """A promised request ended without KV."""
         self._book.withdraw(lease_id)
         for (link, _), message in self._parked.pop(lease_id, {}).items():
             self._refuse(link, message, "withdrawn", "the request ended without KV to hand over")
@@ -109,7 +109,7 @@ class LeaseServer:
     def _open(self, link: Link, message: wire.Open) -> None:
         lease_id = self._lease_id(message)
         standing = self._book.standing(lease_id) if lease_id else LeaseState.GONE
-        if lease_id and standing is LeaseState.EXPECTED:
+        if lease_id and standing is LeaseState.PROMISED:
             self._park(link, message, lease_id)
             return
         if not lease_id and self._may_be_early(link, message):

@@ -18,8 +18,7 @@ from kvconnect.control.session import sign
 from kvconnect.control.wire import MAX_RANKS, Address, Count, LeaseId, RequestId, Short
 from kvconnect.errors import OfferError
 from kvconnect.geometry.blocks import Name
-from kvconnect.orders import RankAddress, Source
-from kvconnect.tier_peer import Offer
+from kvconnect.orders import Offer, RankAddress, Source
 
 TICKET_KEY = "kvconnect"
 MAX_TICKET_CHARS = 1 << 20

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from kvconnect.config import PeerConfig
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.tier_peer import Offer
+from kvconnect.orders import Offer
 from kvconnect.vllm.params import (
     TICKET_KEY,
     Prompt,

@@ -14,10 +14,8 @@ from kvconnect.config import PeerConfig, read_secret
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
 from kvconnect.geometry.intersect import NO_BLOCK
-from kvconnect.orders import Order
+from kvconnect.orders import Blocks, Offer, Order
 from kvconnect.planner import Planner
-from kvconnect.tier_base import Load, Store
-from kvconnect.tier_peer import Offer, PeerTier
 from kvconnect.vllm import _compat
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
@@ -56,7 +54,7 @@ class Scheduler:
             "pp_size": parallel.pipeline_parallel_size,
         }
         self._backoff = _backoff(vllm_config, kv_cache_config)
-        self._planner = Planner(PeerTier(self._us.ttl_s))
+        self._planner = Planner(self._us.ttl_s)
         self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
         self._world_size = parallel.world_size
         self.waits_to_be_named = False
@@ -70,7 +68,7 @@ class Scheduler:
         )
         addresses = tuple(address for address, _ in self._shards)
         self._protocol.named(addresses)
-        self._planner.named(addresses)
+        self._planner.addresses_known(addresses)
 
     def introduced(self, ranks: Mapping[int, RankMetadata]) -> None:
         """Some workers have said where they are, by rank; it may be known already."""
@@ -88,7 +86,7 @@ class Scheduler:
             self._decide()
         elif self._protocol.lends(request):
             self._shorten(request)
-            self._planner.will_lend(request.request_id, self._protocol.name(request))
+            self._planner.promise(request.request_id, self._protocol.name(request))
 
     def match(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here; None: not known yet. No effect."""
@@ -98,12 +96,14 @@ class Scheduler:
 
     def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
-        wanted = self._wanted(blocks, request) if tokens else ()
-        self._planner.admitted(Load(request.request_id, wanted), tokens)
+        if tokens:
+            self._planner.fetch(request.request_id, self._wanted(blocks, request))
+        else:  # all of it is here already, or vLLM chose not to load
+            self._planner.release(request.request_id)
 
     def hand_over(self, request: Any) -> Offer | None:
         """The request's offer; its load, and its release, are the caller's from now on."""
-        return self._planner.hand_over(request.request_id)
+        return self._planner.take_offer(request.request_id)
 
     def received(self, request_ids: Sequence[str]) -> None:
         """All ranks ended these loads."""
@@ -114,7 +114,7 @@ class Scheduler:
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request ended; says whether its blocks are lent, and with which params."""
-        self._planner.ended(request.request_id)
+        self._planner.end(request.request_id)
         if not self._protocol.lends(request):
             return False, None
         tables = [block_ids[g] for g in self._groups]
@@ -124,7 +124,7 @@ class Scheduler:
             RequestStatus.FINISHED_STOPPED,
         )
         if not computed or tokens <= 0 or not any(tables):
-            self._planner.will_not_lend(request.request_id)
+            self._planner.withdraw(request.request_id)
             return False, None
         return True, self._lend(request, tables, tokens)
 
@@ -159,9 +159,9 @@ class Scheduler:
                     continue
             del self._undecided[request_id]
             if offer is not None:
-                self._planner.offered(request_id, offer)
+                self._planner.renew(request_id, offer)
             if request.is_finished():
-                self._planner.ended(request_id)
+                self._planner.end(request_id)
 
     def _offer(self, request: Any) -> Offer | None:
         if getattr(request, "abort_immediately", False):  # never runs; its prompt is a dummy
@@ -175,7 +175,7 @@ class Scheduler:
         )
         digest = Prompt(request).digest(tokens)
         name = self._protocol.name(request)
-        lease_id = self._planner.lend(Store(request.request_id, kept, tokens, digest, name))
+        lease_id = self._planner.grant(request.request_id, kept, tokens, digest, name)
         ticket = Ticket(
             version=TICKET_VERSION,
             engine_id=self._us.engine_id,
@@ -209,7 +209,7 @@ class Scheduler:
         request.max_tokens = 1
         setattr(request, SHORTENED, True)
 
-    def _wanted(self, blocks: Any, request: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def _wanted(self, blocks: Any, request: Any) -> Blocks:
         """Blocks to fill per group: those of the prompt that no prefix cache hit filled."""
         tokens = self._planner.match(request.request_id, 0)
         return tuple(

@@ -17,8 +17,7 @@ from kvconnect.offload.cache import CacheTier
 from kvconnect.offload.eviction import make
 from kvconnect.offload.jobs import Fill
 from kvconnect.offload.tiers import Chunk, OffloadTier
-from kvconnect.orders import Cancel, Fetch, Release, Source
-from kvconnect.tier_peer import Offer
+from kvconnect.orders import Cancel, Fetch, Offer, Release, Source
 
 RANKS, CHUNK, MOST = 2, 4, 5
 PEERS = ("one", "two")

@@ -31,7 +31,7 @@ class Model:
         if self.ended:
             return LeaseState.GONE
         if self.granted_at is None:
-            return LeaseState.EXPECTED
+            return LeaseState.PROMISED
         return LeaseState.GRANTED if now < self.deadline else LeaseState.GONE
 
 
@@ -57,27 +57,27 @@ class LeaseMachine(RuleBasedStateMachine):
         assert self.book.next_deadline() is None
 
     @rule()
-    def expect(self):
+    def promise(self):
         model = Model(f"r{len(self.models)}", f"g{len(self.models)}")
         self.models.append(model)
-        self.book.expect(model.request_id, model.lease_id)
+        self.book.promise(model.request_id, model.lease_id)
 
     @rule()
-    def expect_a_request_id_again_that_is_over(self):
+    def promise_a_request_id_again_that_is_over(self):
         over = [m for m in self.models if m.ended]
         taken = {m.request_id for m in self.models if not m.ended}
         free = [m for m in over if m.request_id not in taken]
         if free:
             model = Model(free[-1].request_id, f"g{len(self.models)}")
             self.models.append(model)
-            self.book.expect(model.request_id, model.lease_id)
+            self.book.promise(model.request_id, model.lease_id)
 
-    @rule(number=picks, expected=st.booleans())
-    def grant(self, number, expected):
+    @rule(number=picks, promised=st.booleans())
+    def grant(self, number, promised):
         waiting = [m for m in self.models if m.granted_at is None and not m.ended]
-        if expected and not waiting:
+        if promised and not waiting:
             return
-        if expected:
+        if promised:
             model = waiting[number % len(waiting)]
         else:
             model = Model(f"r{len(self.models)}", f"g{len(self.models)}")
@@ -162,7 +162,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert self.book.standing("never heard of") is LeaseState.GONE
 
     @invariant()
-    def requests_are_found_by_id_exactly_while_they_are_expected_or_leased(self):
+    def requests_are_found_by_id_exactly_while_they_are_promised_or_granted(self):
         live = {m.request_id: m.lease_id for m in self.models if not m.ended}
         for request_id in {m.request_id for m in self.models}:
             assert self.book.find(request_id) == live.get(request_id)

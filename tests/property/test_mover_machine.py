@@ -17,13 +17,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvconnect.lease import Terms
 from kvconnect.orders import (
     Cancel,
-    Expect,
     Fetch,
     Grant,
+    Promise,
     RankAddress,
     Release,
+    RenewLease,
     Source,
-    Watch,
     Withdraw,
 )
 from kvconnect.testing import Fault, engines
@@ -47,7 +47,7 @@ class Lease:
     seed: int
     shards: tuple[RankAddress, ...]
     blocks: list[int] = field(default_factory=list)
-    state: str = "expected"
+    state: str = "promised"
     held_by: set[int] = field(default_factory=set)  # ranks that have not reported it as sent
 
     @property
@@ -125,12 +125,12 @@ class MoverMachine(RuleBasedStateMachine):
     # -- the producer's scheduler --------------------------------------------------------
 
     @rule(reuse=st.booleans())
-    def expect(self, reuse):
-        self.expect_lease(reuse)
+    def promise(self, reuse):
+        self.promise_lease(reuse)
 
-    def expect_lease(self, reuse=False):
+    def promise_lease(self, reuse=False):
         number = next(self.numbers)
-        live = {x.request_id for x in self.leases if x.state in ("expected", "granted")}
+        live = {x.request_id for x in self.leases if x.state in ("promised", "granted")}
         over = [x.request_id for x in self.leases if x.request_id not in live]
         request_id = over[-1] if reuse and over else f"p{number}"
         shards = tuple(
@@ -139,12 +139,12 @@ class MoverMachine(RuleBasedStateMachine):
         )
         lease = Lease(request_id, f"g{number}", number + 1, shards)
         self.leases.append(lease)
-        self.producer.put(Expect(lease.request_id, lease.lease_id))
+        self.producer.put(Promise(lease.request_id, lease.lease_id))
         return lease
 
     @rule(number=picks, count=st.integers(1, 2), on=rounds)
     def grant(self, number, count, on):
-        waiting = [x for x in self.leases if x.state == "expected"]
+        waiting = [x for x in self.leases if x.state == "promised"]
         if waiting:
             self.grant_lease(waiting[number % len(waiting)], count)
             self.go_on(on)
@@ -157,7 +157,7 @@ class MoverMachine(RuleBasedStateMachine):
         on=rounds,
     )
     def a_request_comes(self, count, consumer, ticket, early, on):
-        lease = self.expect_lease()
+        lease = self.promise_lease()
         if not early:
             self.grant_lease(lease, count)
         self.fetch_request(self.watch_lease(lease, consumer, ticket))
@@ -178,13 +178,13 @@ class MoverMachine(RuleBasedStateMachine):
 
     def some_lease(self, number):
         """Of all leases in one case of eight, else one that lives if there is any."""
-        live = [x for x in self.leases if x.state in ("expected", "granted")]
+        live = [x for x in self.leases if x.state in ("promised", "granted")]
         chosen = live if live and number % 8 else self.leases
         return chosen[number // 8 % len(chosen)]
 
     @rule(number=picks)
     def withdraw(self, number):
-        waiting = [x for x in self.leases if x.state == "expected"]
+        waiting = [x for x in self.leases if x.state == "promised"]
         if waiting:
             self.withdraw_lease(waiting[number % len(waiting)])
 
@@ -203,7 +203,7 @@ class MoverMachine(RuleBasedStateMachine):
         self.producer.stop()
         self.producer.start()
         for lease in self.leases:
-            if lease.state in ("expected", "granted"):
+            if lease.state in ("promised", "granted"):
                 lease.state = "lost"
 
     # -- the consumers' schedulers -------------------------------------------------------
@@ -224,7 +224,7 @@ class MoverMachine(RuleBasedStateMachine):
         request = Request(f"d{next(self.numbers)}", lease, source, prompt_is_another)
         request.engine = self.consumers[consumer]
         self.requests.append(request)
-        request.engine.put(Watch(request.request_id, source))
+        request.engine.put(RenewLease(request.request_id, source))
         return request
 
     @rule(number=picks, places=st.sets(st.integers(0, 1), min_size=1), on=rounds)
@@ -406,7 +406,7 @@ class MoverMachine(RuleBasedStateMachine):
             if request.state == "watching":
                 self.release_request(request)
         for lease in self.leases:
-            if lease.state == "expected":
+            if lease.state == "promised":
                 self.withdraw_lease(lease)
         for transport in (t for e in self.engines for t in e.transports):
             transport.forget_plans()
@@ -418,7 +418,7 @@ class MoverMachine(RuleBasedStateMachine):
     def all_is_well_again(self):
         """Whatever happened, a new request is served at once."""
         for ticket, consumer in itertools.product((True, False), (0, 1)):
-            lease = self.expect_lease()
+            lease = self.promise_lease()
             self.grant_lease(lease, 2)
             request = self.watch_lease(lease, consumer, ticket)
             self.fetch_request(request)

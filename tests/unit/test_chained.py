@@ -10,11 +10,10 @@ from kvconnect.offload.cache import CacheTier
 from kvconnect.offload.eviction import make
 from kvconnect.offload.jobs import Fill, Forget
 from kvconnect.offload.tiers import Chunk, OffloadTier
-from kvconnect.orders import Cancel, Fetch, Source, Watch
+from kvconnect.orders import Cancel, Fetch, Offer, RenewLease, Source
+from kvconnect.planner import Planner
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault
-from kvconnect.tier_base import Load
-from kvconnect.tier_peer import Offer, PeerTier
 
 SEED, SPARE = 7, 15
 
@@ -58,7 +57,7 @@ class Decode:
             for i, block in enumerate(blocks)
         )
         source = self.prefill.source(lease)
-        self.engine.put(Watch(request, source))
+        self.engine.put(RenewLease(request, source))
         offer = Offer(source, lease.tokens, lease.digest)
         self.chained.begin(ChainedLoad(request, pieces, (("peer", offer),)))
 
@@ -260,13 +259,20 @@ def test_a_chunk_from_disk_that_some_rank_declined_is_not_in_memory():
     assert "chunks_failed" not in tier.counts
 
 
-def test_an_offer_that_was_handed_over_is_its_new_owners_to_release():
-    tier = PeerTier(1.0)
+def test_an_offer_that_was_taken_is_its_new_owners_to_release():
+    planner = Planner(1.0)
     offer = Offer(Source((), "p", "g", 1.0), 5, b"")
-    tier.offer("r", offer)
-    assert tier.hand_over("r") is offer
-    assert (tier.match("r"), tier.hand_over("r"), tier.settle("r")) == (0, None, [])
-    tier.offer("loading", offer)
-    tier.open_load(Load("loading", ()))
-    assert tier.hand_over("loading") is None
-    assert tier.settle("loading") == [Cancel("loading")]
+    planner.renew("r", offer)
+    assert planner.take_offer("r") is offer
+    assert (planner.match("r", 0), planner.take_offer("r")) == (0, None)
+    planner.end("r")
+    planner.renew("loading", offer)
+    planner.fetch("loading", ())
+    assert planner.take_offer("loading") is None
+    planner.end("loading")
+    assert [type(order) for order in planner.take_orders()] == [
+        RenewLease,
+        RenewLease,
+        Fetch,
+        Cancel,
+    ]

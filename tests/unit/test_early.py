@@ -7,7 +7,7 @@ from kvconnect.control import wire
 from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming
 from kvconnect.lease import Terms
-from kvconnect.orders import Cancel, Expect, Fetch, Grant, Release, Source, Watch, Withdraw
+from kvconnect.orders import Cancel, Fetch, Grant, Promise, Release, RenewLease, Source, Withdraw
 from kvconnect.producer import leases
 from kvconnect.producer.leases import MAX_WAIT_S, SILENT_S, EarlyReaders, LeaseServer
 from kvconnect.testing import FakeClock, Fault
@@ -69,7 +69,7 @@ def rig():
 
 def test_a_reader_may_come_before_the_request(rig):
     assert rig.send(ask()) == []
-    rig.lender.expect("transfer", "g")
+    rig.lender.promise("transfer", "g")
     assert rig.send(ask()) == []
     rig.lender.grant(TERMS)
     ((link, opened),) = rig.answers.take()
@@ -124,11 +124,11 @@ def test_who_gives_up_is_not_opened_later(rig):
 
 def test_a_request_that_ended_without_kv_is_not_waited_for(rig):
     """Used to be thought of as one that is still to come."""
-    rig.lender.expect("transfer", "g")
+    rig.lender.promise("transfer", "g")
     rig.lender.withdraw("g")
     ((_, refused),) = rig.send(ask())
     assert refused.cause == "gone"
-    rig.lender.expect("transfer", "again")
+    rig.lender.promise("transfer", "again")
     assert rig.send(ask()) == [], "the same name, asked for once more"
 
 
@@ -175,14 +175,14 @@ class Pair:
         known = self.p.source(self.terms, ticket=False)
         self.source = Source(known.shards, "transfer", None, known.ttl_s, wait_s)
         self.world.go_on(1)
-        self.d.put(Watch("d", self.source))
+        self.d.put(RenewLease("d", self.source))
         self.world.go_on(6)
 
     def fetch(self):
         self.d.put(Fetch("d", self.source, (PLACES,), self.terms.tokens, self.terms.digest))
 
-    def expect(self):
-        self.p.put(Expect("r", self.terms.lease_id, "transfer"))
+    def promise(self):
+        self.p.put(Promise("r", self.terms.lease_id, "transfer"))
 
     def grant(self):
         for cache in self.p.caches:
@@ -202,7 +202,7 @@ def test_the_decode_leg_may_come_first(p, d):
     pair.fetch()
     pair.world.go_on(20, seconds=1.0)
     assert pair.d.ended == {}
-    pair.expect()
+    pair.promise()
     pair.world.go_on(5, seconds=1.0)
     assert pair.d.ended == {}
     pair.grant()
@@ -214,7 +214,7 @@ def test_the_decode_leg_may_come_first(p, d):
 def test_prefill_may_take_longer_than_a_load_may():
     """12 s here: the time to load counts from when there is something to load."""
     pair = Pair(wait_s=100.0)
-    pair.expect()
+    pair.promise()
     pair.fetch()
     pair.world.go_on(80, seconds=1.0)
     assert pair.d.ended == {}
@@ -246,7 +246,7 @@ def test_a_prefill_leg_that_never_comes_fails_the_load():
 
 def test_a_prefill_leg_that_takes_for_ever_fails_the_load():
     pair = Pair(wait_s=8.0)
-    pair.expect()
+    pair.promise()
     pair.fetch()
     pair.world.go_on(19, seconds=1.0)
     assert pair.d.ended == {}
@@ -257,7 +257,7 @@ def test_a_prefill_leg_that_takes_for_ever_fails_the_load():
 def test_a_prefill_leg_that_is_aborted_fails_the_load():
     pair = Pair()
     pair.fetch()
-    pair.expect()
+    pair.promise()
     pair.world.go_on(4)
     pair.p.put(Withdraw(pair.terms.lease_id))
     pair.world.go_on(4)
@@ -282,7 +282,7 @@ def test_a_release_waits_for_the_lease_that_it_is_of(is_expected):
     """Used to be lost: prefill kept the blocks of a prompt that decode had until they expired."""
     pair = Pair()
     if is_expected:
-        pair.expect()
+        pair.promise()
     pair.d.put(Release("d", pair.source))
     pair.world.go_on(4, seconds=1.0)
     pair.grant()

@@ -8,13 +8,13 @@ from kvconnect.control.session import PLAIN, SEALED
 from kvconnect.orders import (
     Cancel,
     EngineAddresses,
-    Expect,
     Fetch,
     Grant,
+    Promise,
     RankAddress,
     Release,
+    RenewLease,
     Source,
-    Watch,
     Withdraw,
 )
 from kvconnect.testing import Fault
@@ -32,7 +32,7 @@ class Rig:
 
     def fetch(self, terms, request_id="d", ticket=True, blocks=PLACES, digest=None, source=None):
         source = source or self.p.source(terms, ticket)
-        self.d.put(Watch(request_id, source))
+        self.d.put(RenewLease(request_id, source))
         self.d.put(Fetch(request_id, source, (blocks,), terms.tokens, digest or terms.digest))
 
     def went_well(self, seed, request_id="d", blocks=PLACES):
@@ -102,7 +102,7 @@ def test_a_fetch_of_nothing_only_ends_the_lease(rig):
 
 def test_an_early_fetch_waits_for_the_grant(rig):
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.lease_id))
+    rig.p.put(Promise("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on()
     assert rig.d.ended == {}
@@ -134,7 +134,7 @@ def test_samples_of_one_prompt_share_its_lease(rig):
 def test_a_release_ends_the_lease_and_reports_nothing(rig):
     terms = rig.p.lend("r", [3, 1], seed=7)
     source = rig.p.source(terms)
-    rig.d.put(Watch("d", source))
+    rig.d.put(RenewLease("d", source))
     rig.d.put(Release("d", source))
     rig.world.go_on()
     assert rig.p.sent == ["r"]
@@ -144,7 +144,7 @@ def test_a_release_ends_the_lease_and_reports_nothing(rig):
 
 def test_a_watched_lease_is_renewed_until_it_is_fetched(rig):
     terms = rig.p.lend("r", [3, 1], seed=7, ttl_s=3)
-    rig.d.put(Watch("d", rig.p.source(terms)))
+    rig.d.put(RenewLease("d", rig.p.source(terms)))
     rig.world.go_on(rounds=30, seconds=0.5)  # five times its ttl
     assert rig.p.sent == []
     rig.fetch(terms)
@@ -157,7 +157,7 @@ def test_leases_are_renewed_every_third_of_their_ttl_and_all_in_one_message(rig)
     tell = dialer.tell
     dialer.tell = lambda peer, message: told.append(message) or tell(peer, message)
     for name in ("a", "b", "c"):
-        rig.d.put(Watch(name, rig.p.source(rig.p.lend(name, [3], seed=7, ttl_s=9))))
+        rig.d.put(RenewLease(name, rig.p.source(rig.p.lend(name, [3], seed=7, ttl_s=9))))
     rig.world.go_on()
     del told[:]
     rig.world.go_on(rounds=19, seconds=0.5)  # 9.5 s, of which the first round is at 0 s
@@ -168,7 +168,7 @@ def test_leases_are_renewed_every_third_of_their_ttl_and_all_in_one_message(rig)
 def test_a_mover_that_only_watches_does_not_spin(rig, ticket):
     """Used to be: a watched lease without a ticket was always due, a thousand times a second."""
     terms = rig.p.lend("r", [3, 1], seed=7, ttl_s=9)
-    rig.d.put(Watch("d", rig.p.source(terms, ticket)))
+    rig.d.put(RenewLease("d", rig.p.source(terms, ticket)))
     rig.world.go_on()
     assert rig.d.movers[0].wait_s() > 0.5
 
@@ -176,7 +176,7 @@ def test_a_mover_that_only_watches_does_not_spin(rig, ticket):
 def test_a_ttl_that_a_client_claims_does_not_make_us_spin(rig):
     terms = rig.p.lend("r", [3, 1], seed=7)
     hasty = changed_source(rig.p.source(terms), ttl_s=0.001)
-    rig.d.put(Watch("d", hasty))
+    rig.d.put(RenewLease("d", hasty))
     rig.world.go_on()
     assert rig.d.movers[0].wait_s() > 0.5
 
@@ -235,7 +235,7 @@ def test_one_late_rank_of_two_fails_the_fetch():
 
 def test_a_lease_that_was_said_to_be_gone_is_not_even_opened(rig):
     terms = rig.p.lend("r", [3, 1], seed=7, ttl_s=2)
-    rig.d.put(Watch("d", rig.p.source(terms)))
+    rig.d.put(RenewLease("d", rig.p.source(terms)))
     rig.world.go_on()
     rig.clock.advance(2)
     rig.world.go_on()
@@ -258,7 +258,7 @@ def test_another_prompt_is_refused_and_read_by_nobody(rig):
 
 def test_a_withdrawn_lease_is_refused(rig):
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.lease_id))
+    rig.p.put(Promise("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on()
     rig.p.put(Withdraw(terms.lease_id))
@@ -438,7 +438,7 @@ def test_a_rank_that_is_not_read_may_be_late():
 def test_all_ranks_must_have_granted_before_any_is_read():
     rig = Rig(p=2)
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.lease_id))
+    rig.p.put(Promise("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on()
     for cache, mover in zip(rig.p.caches, rig.p.movers, strict=True):
@@ -491,7 +491,7 @@ def test_a_peer_that_has_gone_is_let_go_though_nothing_is_fetched(rig):
 
 def test_a_watched_lease_is_renewed_over_a_new_connection_when_the_old_one_is_given_up(rig):
     watched = rig.p.lend("r", [3, 1], seed=7, ttl_s=3)
-    rig.d.put(Watch("d", rig.p.source(watched)))
+    rig.d.put(RenewLease("d", rig.p.source(watched)))
     rig.d.transports[0].plan(Fault.LOST)
     rig.fetch(rig.p.lend("r2", [4, 2], seed=8), "fails")
     rig.world.go_on(rounds=30, seconds=0.5)
@@ -515,7 +515,7 @@ def test_a_fetch_that_takes_too_long_is_fenced_and_fails(rig):
 
 def test_a_reader_that_waits_in_vain_gives_up_at_its_deadline(rig):
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.lease_id))
+    rig.p.put(Promise("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on(rounds=14, seconds=1.0)
     assert "not loaded within 12 s" in rig.error() or "did not answer in time" in rig.error()
@@ -578,7 +578,7 @@ def test_a_cancel_of_what_has_ended_or_never_was_does_nothing(rig):
 def test_a_cancelled_early_fetch_leaves_no_reader_behind(rig):
     """Used to be: its Open was repeated, opened the lease when granted, and was never closed."""
     terms = rig.p.terms("r", [3, 1], seed=7)
-    rig.p.put(Expect("r", terms.lease_id))
+    rig.p.put(Promise("r", terms.lease_id))
     rig.fetch(terms)
     rig.world.go_on()
     rig.d.put(Cancel("d"))
@@ -623,7 +623,7 @@ def test_another_model_fails_with_both_values(rig):
 def test_a_watched_engine_that_does_not_fit_is_not_greeted_at_every_step(rig):
     """Used to be: it was connected to and failed again in each step, with an error logged."""
     big = Engine(rig.world, model=type(TINY)(**{**vars(TINY), "block_tokens": 4}))
-    rig.d.put(Watch("d", big.source(big.terms("r", [3, 1], seed=7))))
+    rig.d.put(RenewLease("d", big.source(big.terms("r", [3, 1], seed=7))))
     rig.world.go_on(20)
     attached = []
     rig.d.transports[0].add_peer = lambda name, hello: attached.append(name)

@@ -17,7 +17,7 @@ def terms(lease_id):
 
 def test_a_request_id_leads_to_its_latest_generation(book):
     book.grant(terms("g1"))
-    book.expect("r", "g2")
+    book.promise("r", "g2")
     assert book.find("r") == "g2"
     assert book.standing("g1") is LeaseState.GRANTED
     assert book.close("g1", "reader", 0, 1) == (True, "r")
@@ -25,8 +25,8 @@ def test_a_request_id_leads_to_its_latest_generation(book):
 
 
 def test_the_withdrawal_of_an_older_promise_does_not_hide_a_newer_one(book):
-    book.expect("r", "g1")
-    book.expect("r", "g2")
+    book.promise("r", "g1")
+    book.promise("r", "g2")
     book.withdraw("g1")
     assert book.find("r") == "g2"
     book.withdraw("g2")

@@ -94,7 +94,7 @@ def test_another_prompt_is_refused(rig, prompt):
 
 
 def test_an_early_reader_is_answered_when_the_lease_is_granted(rig):
-    rig.lender.expect("r", "g")
+    rig.lender.promise("r", "g")
     assert rig.open(seq=3) == []
     assert rig.open(seq=3) == [], "repeated while it waits"
     rig.lender.grant(TERMS)
@@ -103,7 +103,7 @@ def test_an_early_reader_is_answered_when_the_lease_is_granted(rig):
 
 
 def test_an_early_reader_of_another_prompt_is_refused_when_the_lease_is_granted(rig):
-    rig.lender.expect("r", "g")
+    rig.lender.promise("r", "g")
     rig.open(digest=b"other")
     rig.lender.grant(TERMS)
     ((_, refused),) = rig.answers.take()
@@ -111,7 +111,7 @@ def test_an_early_reader_of_another_prompt_is_refused_when_the_lease_is_granted(
 
 
 def test_early_readers_are_refused_when_the_request_ends_without_kv(rig):
-    rig.lender.expect("r", "g")
+    rig.lender.promise("r", "g")
     rig.open(link=NEAR)
     rig.open(link=FAR)
     rig.lender.withdraw("g")
@@ -126,7 +126,7 @@ def test_early_readers_are_refused_when_the_request_ends_without_kv(rig):
 
 def test_samples_of_one_prompt_may_all_be_early(rig):
     """Used to be: a rank's second early Open took the place of its first."""
-    rig.lender.expect("r", "g")
+    rig.lender.promise("r", "g")
     rig.open(seq=1)
     rig.open(seq=2)
     rig.lender.grant(TERMS)
@@ -135,7 +135,7 @@ def test_samples_of_one_prompt_may_all_be_early(rig):
 
 def test_an_early_reader_that_gave_up_is_not_opened(rig):
     """Used to be: it was opened when granted, never closed, and the mover spun until expiry."""
-    rig.lender.expect("r", "g")
+    rig.lender.promise("r", "g")
     rig.open(link=NEAR)
     rig.open(link=FAR)
     assert rig.close(link=NEAR) is False
@@ -147,7 +147,7 @@ def test_an_early_reader_that_gave_up_is_not_opened(rig):
 
 def test_parked_readers_are_bounded(rig, monkeypatch):
     monkeypatch.setattr(lender_module, "MAX_PARKED", 2)
-    rig.lender.expect("r", "g")
+    rig.lender.promise("r", "g")
     rig.open(), rig.open()
     (refused,) = rig.open()
     assert refused.cause == "busy"

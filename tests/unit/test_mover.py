@@ -6,7 +6,7 @@ import pytest
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.mover import IDLE_WAIT_S, Mover
-from kvconnect.orders import Expect, Fetch, Release, Watch
+from kvconnect.orders import Fetch, Promise, Release, RenewLease
 from kvconnect.testing import Faulty, Network
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.geometry import Cache
@@ -92,7 +92,7 @@ def test_a_fault_of_ours_in_the_thread_is_raised_in_the_engine():
     engine = Engine(world)
     mover = engine.movers[0]
     mover.start()
-    mover.put([Expect("r", "g")], fence=lambda: 1 / 0)
+    mover.put([Promise("r", "g")], fence=lambda: 1 / 0)
     end = threading.Event()
     for _ in range(1000):
         try:
@@ -119,7 +119,7 @@ def test_close_is_idempotent_and_gives_up_the_address():
 def test_orders_after_close_are_harmless():
     engine = Engine(World())
     engine.stop()
-    engine.put(Expect("r", "g"))
+    engine.put(Promise("r", "g"))
 
 
 def make_threaded(channel, fabric, engine):
@@ -145,7 +145,7 @@ def test_threads_and_real_time_serve_many_requests(kind):
         for number in range(20):
             terms = p.lend(f"r{number}", [number % 8], seed=number, ttl_s=30)
             source = p.source(terms)
-            consumer.put([Watch(f"d{number}", source)])
+            consumer.put([RenewLease(f"d{number}", source)])
             blocks = (((0, number % 8),),)
             consumer.put([Fetch(f"d{number}", source, blocks, 1, terms.digest)])
             for _ in range(4000):

@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from kvconnect.config import MooncakeConfig
 from kvconnect.errors import ConfigError
-from kvconnect.orders import Expect, Fetch, Grant, Release, Watch, Withdraw
+from kvconnect.orders import Fetch, Grant, Promise, Release, RenewLease, Withdraw
 from kvconnect.vllm.mooncake import place
 from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
 
@@ -59,12 +59,12 @@ def test_both_legs_agree_on_a_lease(make, mamba, tokens):
     """Recurrent state cannot step back a token, so prefill leaves the last one to decode."""
     p, d = make("P", "kv_producer", mamba), make("D", "kv_consumer", mamba)
     prefill = p.arrives(PREFILL, "at P")
-    (expect,) = p.steps([Expect])
+    (expect,) = p.steps([Promise])
     prefill.num_computed_tokens = prefill.num_prompt_tokens
     assert p.finishes(prefill) == (True, None), "lent, and nothing is answered"
     (grant,) = p.steps([Grant])
     request = d.arrives(decode(p), "at D")
-    d.steps([Watch])
+    d.steps([RenewLease])
     assert d.scheduler.match(request, 0) == tokens
     d.scheduler.admitted(request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens)
     (fetch,) = d.steps([Fetch])
@@ -98,7 +98,7 @@ def test_a_port_that_nobody_chose_may_be_taken_where_an_engine_may_be_either_sid
 def test_a_request_waits_in_the_queue_while_prefill_is_looked_up(p, d):
     request = d.arrives(decode(p))
     assert d.scheduler.match(request, 0) is None
-    d.steps([Watch])
+    d.steps([RenewLease])
     assert d.scheduler.match(request, 16) == 24
     again = d.arrives(decode(p, transfer_id="xfer-2"), "r2")
     assert d.scheduler.match(again, 0) == 40, "at once: it is known by now"
@@ -117,19 +117,19 @@ def test_what_cannot_be_found_is_prefilled_here(p, d):
 def test_a_request_aborted_while_prefill_is_looked_up_lets_its_lease_go(p, d):
     request = d.arrives(decode(p))
     assert d.finishes(request, RequestStatus.FINISHED_ABORTED) == (False, None)
-    d.steps([Watch, Release])
+    d.steps([RenewLease, Release])
     assert d.scheduler.take_orders() == []
 
 
 def test_a_request_that_the_api_server_rejected_lets_its_lease_go(p, d):
     request = d.arrives(decode(p), abort_immediately=True)
     d.finishes(request, RequestStatus.FINISHED_ABORTED)
-    d.steps([Watch, Release])
+    d.steps([RenewLease, Release])
 
 
 @pytest.mark.parametrize("status", [RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR])
 def test_prefill_that_ends_otherwise_lends_nothing(p, status):
     prefill = p.arrives(PREFILL)
-    p.steps([Expect])
+    p.steps([Promise])
     assert p.finishes(prefill, status) == (False, None)
     p.steps([Withdraw])

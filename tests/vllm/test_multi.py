@@ -22,8 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvconnect.chain.load import Abort, ChainedLoad, Piece
 from kvconnect.errors import ConfigError
 from kvconnect.offload.jobs import Fill, Forget
-from kvconnect.orders import Fetch, Outcome, Release, Source
-from kvconnect.tier_peer import Offer
+from kvconnect.orders import Fetch, Offer, Outcome, Release, Source
 from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents

@@ -7,7 +7,7 @@ from halves import Block, Engine
 from vllm.v1.request import RequestStatus
 
 from kvconnect.control.wire import Address
-from kvconnect.orders import Expect, Fetch, Grant, RankAddress, Release, Watch
+from kvconnect.orders import Fetch, Grant, Promise, RankAddress, Release, RenewLease
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.protocol import P2pProtocol
 
@@ -25,14 +25,14 @@ def test_both_engines_agree_on_a_lease(roles, mamba, tokens):
     """Recurrent state cannot step back a token, so prefill leaves the last one to decode."""
     p, d = engine(roles[0], P, mamba=mamba), engine(roles[1], D, mamba=mamba)
     prefill = p.arrives(None, f"{NAMED}-01234567")
-    (expect,) = p.steps([Expect])
+    (expect,) = p.steps([Promise])
     prefill.num_computed_tokens = prefill.num_prompt_tokens
     lent, _ = p.finishes(prefill)
     (grant,) = p.steps([Grant])
     assert lent
     assert expect.name == grant.terms.name == NAMED
     request = d.arrives(None, f"{NAMED}-fedcba98")
-    d.steps([Watch])
+    d.steps([RenewLease])
     assert d.scheduler.match(request, 0) == tokens
     d.scheduler.admitted(request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens)
     (fetch,) = d.steps([Fetch])
@@ -55,5 +55,5 @@ def test_a_request_that_the_api_server_rejected_lets_its_lease_go():
     d = engine("kv_consumer", D)
     request = d.arrives(None, f"{NAMED}-fedcba98", abort_immediately=True)
     d.finishes(request, RequestStatus.FINISHED_ABORTED)
-    _, release = d.steps([Watch, Release])
+    _, release = d.steps([RenewLease, Release])
     assert release.source.request_id == NAMED

@@ -18,8 +18,7 @@ from typing import Any
 from kvconnect.config import MooncakeConfig, PeerConfig
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.orders import RankAddress, Source
-from kvconnect.tier_peer import Offer
+from kvconnect.orders import Offer, RankAddress, Source
 from kvconnect.vllm.mooncake.allowed import Allowed, Endpoint, parse_endpoint
 from kvconnect.vllm.mooncake.client import Client
 from kvconnect.vllm.mooncake.directory import Directory, registrations

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from kvconnect.chain.load import Abort, Chained, ChainedLoad, Piece
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.jobs import Fill
-from kvconnect.orders import Cancel, Fetch, Release
-from kvconnect.tier_peer import Offer
+from kvconnect.orders import Cancel, Fetch, Offer, Release
 from kvconnect.vllm import _compat
 from kvconnect.vllm.engine import this_rank
 from kvconnect.vllm.offload.messages import Wanted

@@ -12,8 +12,7 @@ from typing import Any
 
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.orders import RankAddress, Source
-from kvconnect.tier_peer import Offer
+from kvconnect.orders import Offer, RankAddress, Source
 from kvconnect.vllm.p2p.ids import MARK, Pairing, parse_pairing
 from kvconnect.vllm.params import Prompt
 from kvconnect.vllm.protocol import RouterProtocol
