@@ -31,8 +31,9 @@ demo: setup ## prefill and decode engines on this machine's CPU
 test: setup ## all tests, those with real engines included
 	@$(RUN) python -m pytest -q --timeout=600 tests $(ARGS)
 
-test-unit: setup ## the tests that start no engine
-	@$(RUN) python -m pytest -q --timeout=60 tests/unit tests/property tests/contract $(ARGS)
+test-unit: setup ## the tests that start no engine, and what of the package they run
+	@$(RUN) python -m coverage run -m pytest -q --timeout=120 tests/unit tests/property tests/contract $(ARGS) && \
+	    python -m coverage report
 
 crash: setup ## kill -9 during stores
 	@$(RUN) python tests/unit/killing.py --times 200 && \
