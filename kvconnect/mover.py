@@ -45,7 +45,7 @@ from kvconnect.orders import (
 from kvconnect.producer.leases import LeaseServer
 from kvconnect.producer.stage import ChunkSender
 from kvconnect.staging import Slots, Staging
-from kvconnect.stats import Stats
+from kvconnect.stats import Stats, StatsData
 from kvconnect.transport.base import Transport
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -143,7 +143,7 @@ class Mover:
             taken, self._outcome = self._outcome, Outcome()
         return taken
 
-    def take_stats(self) -> dict[str, list[float]] | None:
+    def take_stats(self) -> StatsData | None:
         """What was measured since the last call; None if nothing."""
         with self._lock:
             return self._reported.take()

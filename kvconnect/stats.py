@@ -2,49 +2,46 @@
 
 Names and units follow vLLM ``kv_connector/v1/nixl/stats.py``: lists of observations, seconds
 and bytes, so that dashboards made for the in-tree connector go on working. AVERAGES are ours: at
-each transfer, the running averages of the peer that it was with (`kvconnect.costs`).
+each transfer, the running averages of the peer that it was with (`kvconnect.costs`). Counts are
+numbers. `kvconnect.vllm.metrics` says how each of them is exported.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from kvconnect.costs import Costs
 from kvconnect.transport.base import Done
+
+StatsData = dict[str, Any]
+"""Name → how often something was counted (a number), or the observations (a list of them)."""
 
 OBSERVED = ("transfer_duration", "post_duration", "bytes_transferred", "num_descriptors")
 AVERAGES = (
     "descriptor_seconds",  # of direct reads, aside from their bytes
     "direct_seconds_per_byte",  # aside from descriptors
     "staged_seconds_per_byte",  # from the first chunk asked for to the last one scattered
-    "gather_seconds_per_byte",  # by the supplier
-    "write_seconds_per_byte",  # by the supplier
-)
-COUNTED = (
-    "num_staged_transfers",
-    "num_failed_transfers",
-    "num_failed_notifications",
-    "num_failed_handshakes",
-    "num_kv_expired_reqs",
-    "num_notifications_after_expiry",
-    "num_late_reads",
-    "num_invalid_params",
+    "gather_seconds_per_byte",  # by the producer
+    "write_seconds_per_byte",  # by the producer
 )
 
 
-def empty() -> dict[str, list[float]]:
-    """All names, nothing observed."""
-    return {name: [] for name in OBSERVED + AVERAGES + COUNTED}
+def add(to: StatsData, more: Mapping[str, Any]) -> None:
+    """Counts add up; observations are put after each other."""
+    for name, value in more.items():
+        there = to.get(name)
+        to[name] = there + value if isinstance(there, type(value)) else value
 
 
 class Stats:
     """Observations of one mover or planner. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._data = empty()
+        self._data: StatsData = {}
 
     def transfer(self, done: Done) -> None:
         """A read that succeeded."""
-        self._data["transfer_duration"].append(done.wire_s)
-        self._data["post_duration"].append(done.post_s)
-        self._data["bytes_transferred"].append(done.nbytes)
-        self._data["num_descriptors"].append(done.descriptors)
+        seen = (done.wire_s, done.post_s, done.nbytes, done.descriptors)
+        add(self._data, {name: [value] for name, value in zip(OBSERVED, seen, strict=True)})
 
     def path(self, staged: bool, costs: Costs) -> None:
         """A transfer from a peer ended, whose costs are these by now."""
@@ -58,20 +55,18 @@ class Stats:
 
     def average(self, name: str, value: float) -> None:
         """One of AVERAGES is now ``value``, of some peer."""
-        self._data[name].append(value)
+        add(self._data, {name: [value]})
 
     def count(self, name: str, times: int = 1) -> None:
-        """Something of COUNTED happened."""
-        self._data[name].extend([1] * times)
+        """Something happened so many times."""
+        if times:
+            add(self._data, {name: times})
 
-    def add(self, data: dict[str, list[float]]) -> None:
+    def add(self, data: StatsData) -> None:
         """What another one has taken."""
-        for name, values in data.items():
-            self._data[name].extend(values)
+        add(self._data, data)
 
-    def take(self) -> dict[str, list[float]] | None:
+    def take(self) -> StatsData | None:
         """What was observed since the last call; None if nothing."""
-        if not any(self._data.values()):
-            return None
-        taken, self._data = self._data, empty()
-        return taken
+        taken, self._data = self._data, {}
+        return taken or None

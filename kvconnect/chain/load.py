@@ -28,6 +28,12 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 PEER_S = 1 / 2e9  # per byte, as stores' below: guesses, until the first loads were measured
 STORES_S = {"host": 1 / 5e9, "disk": 1 / 1e9, "beside": 1 / 4e9}
+TOKENS_FROM = {
+    "host": "tokens_from_host",
+    "disk": "tokens_from_disk",
+    "beside": "tokens_from_beside",
+    "peers": "tokens_from_peers",
+}  # what is counted, by where they were loaded from
 
 
 class Piece(NamedTuple):
@@ -237,7 +243,7 @@ class Chained:
         if loading.aborted:  # what ended so, was perhaps cut short
             loading.load.ended(hop)
             return
-        self.counts[f"tokens_from_{self._kind(hop.source)}"] += sum(p.tokens for p in good)
+        self.counts[TOKENS_FROM[self._kind(hop.source)]] += sum(p.tokens for p in good)
         if not going.failed:
             nbytes = sum(map(self._nbytes, good))
             self._rates.measured(hop.source, nbytes, ended_s - going.started_s)

@@ -94,7 +94,7 @@ class CacheTier:
         """KV of ``keys``, in the order of their prefix, can be stored; says which to store."""
         wanted = [key for key in dict.fromkeys(keys) if key not in self._known]
         worth = [key for key in wanted if self._is_worth_it(key)]
-        self.counts["below_threshold"] += len(wanted) - len(worth)
+        self.counts["keys_below_threshold"] += len(wanted) - len(worth)
         return self.admit(worth)
 
     def admit(self, keys: Sequence[Key]) -> Admission:
@@ -104,11 +104,11 @@ class CacheTier:
         for key in [key for key in dict.fromkeys(keys) if key not in self._known]:
             insertion = self._policy.insert(key)
             if not insertion.ok:
-                self.counts["skipped_all_pinned"] += 1
+                self.counts["keys_skipped_all_pinned"] += 1
                 continue
             if insertion.evicted is not None:
                 self._gone(insertion.evicted)
-                self.counts["evicted"] += 1
+                self.counts["keys_evicted"] += 1
                 evicted.append(insertion.evicted)
             self._policy.pin(key)  # until it is settled
             self._known[key] = Pin(key, Standing.FILLING, 1)
@@ -121,7 +121,7 @@ class CacheTier:
         known = self._known[key]
         assert known.standing is Standing.FILLING
         if not stored:
-            self.counts["not_stored"] += 1
+            self.counts["keys_not_stored"] += 1
         if not stored or known.cleared:
             return self._leave(key)
         known.standing = Standing.HELD
@@ -170,7 +170,7 @@ class CacheTier:
         """A rank does not have a held key any more; returns who left."""
         if not self.holds(key):
             return []
-        self.counts["lost"] += 1
+        self.counts["keys_lost"] += 1
         return self._leave(key)
 
     def recover(self, keys: Iterable[Key]) -> list[Key]:

@@ -22,6 +22,12 @@ from kvconnect.offload.cache import CacheTier, Pin, Standing
 from kvconnect.offload.eviction import Key
 from kvconnect.offload.jobs import Fill, Forget, Job, Save, Spill
 
+CHUNKS_FROM = {
+    "host": "chunks_from_host",
+    "disk": "chunks_from_disk",
+    "beside": "chunks_from_beside",
+}  # what is counted, by where chunks were loaded from
+
 
 class Writes(enum.Enum):
     """When the disk gets what memory holds."""
@@ -129,7 +135,7 @@ class OffloadTier:
                     tier.unpin(pins)
                     load.failed.append(chunk.key)
                     continue
-            self.counts[f"chunks_from_{tier.name if tier else 'beside'}"] += 1
+            self.counts[CHUNKS_FROM[tier.name if tier else "beside"]] += 1
             number = next(self._numbers)
             load.running.add(number)
             self._fills[number] = _Filling(chunk.key, request_id, tier, pins, promotes)

@@ -40,6 +40,8 @@ from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
+SECONDS_PER_BYTE = {"gather": "gather_seconds_per_byte", "write": "write_seconds_per_byte"}
+
 MAX_READERS = 1024
 MAX_WAITING = 4096
 REMEMBERED = 4096
@@ -370,7 +372,7 @@ class ChunkSender:
     def _measured(self, link: Link, what: Literal["gather", "write"], per_byte: float) -> None:
         if reader := self._readers.get(link):
             average = reader.gathered if what == "gather" else reader.written
-            self._stats.average(f"{what}_seconds_per_byte", average.add(per_byte))
+            self._stats.average(SECONDS_PER_BYTE[what], average.add(per_byte))
 
     def _answer(self, link: Link, seq: int, answer: wire.Message) -> None:
         self._under_way.discard((link, seq))

@@ -1,32 +1,20 @@
-"""What all prefill → decode connectors are: vLLM's interface, as our scheduler and worker halves.
+"""What all prefill → decode connectors are: leased blocks of one engine, read by another."""
 
-The lifecycle is vLLM's (``kv_connector/v1/base.py``, 0.32). Loads are asynchronous and start
-when the step's metadata is bound, which is before the step's forward: a pull never waits for
-the engine's own computation.
-"""
-
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorMetadata,
-    KVConnectorRole,
-    SupportsHMA,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from kvconnect.config import PeerConfig, parse
+from kvconnect.config import PeerConfig
 from kvconnect.orders import Order
 from kvconnect.vllm import _compat
-from kvconnect.vllm.engine import check_parallelism
-from kvconnect.vllm.metrics import KvConnectPromMetrics, KvConnectStats
+from kvconnect.vllm.base import HalvesConnector
+from kvconnect.vllm.metrics import PeerStats
 from kvconnect.vllm.protocol import RouterProtocol
 from kvconnect.vllm.scheduler import Scheduler
 from kvconnect.vllm.worker import Introduction, RankMetadata, Worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -45,7 +33,7 @@ class Orders(KVConnectorMetadata):
         return taken
 
 
-class PeerConnector(KVConnectorBase_V1, SupportsHMA):
+class PeerConnector(HalvesConnector[Scheduler, Worker]):
     """Prefill → decode: the decode engine gets leased blocks of the prefill engine.
 
     Connectors differ in their options, which choose the transport, and in their contract.
@@ -53,22 +41,23 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
 
     config_type: ClassVar[type[PeerConfig]]
     protocol_type: ClassVar[type[RouterProtocol]] = RouterProtocol
+    handshake_type = RankMetadata
+    stats_type = PeerStats
     _cache_hit_source = _compat.CACHE_HIT_SOURCE
+    _config: PeerConfig
 
-    def __init__(
-        self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
-    ) -> None:
-        super().__init__(vllm_config, role, kv_cache_config)
-        options = self._kv_transfer_config.kv_connector_extra_config or {}
-        self._config = config = parse(options, self.config_type, type(self).__name__)
-        check_parallelism(vllm_config.parallel_config)
-        self._scheduler: Scheduler | None = None
-        self._worker: Worker | None = None
+    def _make_scheduler(
+        self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", config: PeerConfig
+    ) -> Scheduler:
+        self._config = config
+        return Scheduler(vllm_config, kv_cache_config, config, self.protocol_type)
+
+    def _make_worker(
+        self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", config: PeerConfig
+    ) -> Worker:
+        self._config = config
         self._lost_blocks: set[int] = set()
-        if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = Scheduler(vllm_config, kv_cache_config, config, self.protocol_type)
-        else:
-            self._worker = Worker(vllm_config, kv_cache_config, config)
+        return Worker(vllm_config, kv_cache_config, config)
 
     # -- classes of vLLM ask before there is an instance ---------------------------------
 
@@ -83,128 +72,48 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
         model = vllm_config.model_config
         return None if model is None or model.use_mla else _compat.HEAD_MAJOR_LAYOUT
 
-    @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvConnectStats:
-        return KvConnectStats(data=data) if data else KvConnectStats()
-
-    @classmethod
-    def build_prom_metrics(
-        cls,
-        vllm_config: "VllmConfig",
-        metric_types: dict[type[Any], type[Any]],
-        labelnames: list[str],
-        per_engine_labelvalues: dict[int, list[object]],
-    ) -> KvConnectPromMetrics:
-        return KvConnectPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-
-    @property
-    def scheduler(self) -> Scheduler:
-        """The scheduler's half, for a chain that this connector is part of."""
-        assert self._scheduler is not None
-        return self._scheduler
-
-    @property
-    def worker(self) -> Worker:
-        """The worker's half, for the same."""
-        assert self._worker is not None
-        return self._worker
-
     # -- scheduler -----------------------------------------------------------------------
 
-    def set_xfer_handshake_metadata(self, metadata: dict[int, RankMetadata]) -> None:
-        self.set_xfer_handshake_metadata_pp_aware({(0, r): m for r, m in metadata.items()})
-
-    def set_xfer_handshake_metadata_pp_aware(
-        self, metadata: dict[tuple[int, int], RankMetadata]
-    ) -> None:
-        assert self._scheduler is not None
-        if all(isinstance(one, RankMetadata) for one in metadata.values()):
-            self._scheduler.named(metadata)
-        else:  # in-tree MultiConnector gives all its children the first one's
-            self._scheduler.waits_to_be_named = True
-
     def on_new_request(self, request: "Request") -> None:
-        assert self._scheduler is not None
-        self._scheduler.arrived(request)
+        self.scheduler.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        assert self._scheduler is not None
-        if self._scheduler.waits_to_be_named:
+        if self.scheduler.waits_to_be_named:
             return None, False  # after a step, which brings the workers' introductions
-        tokens = self._scheduler.match(request, num_computed_tokens)
-        return tokens, bool(tokens)
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request: "Request") -> tuple[int, ...]:
         """A lease holds the request's own blocks: every transferred group."""
         return _compat.transfer_group_ids(self._kv_cache_config)
 
-    def update_state_after_alloc(
-        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
-    ) -> None:
-        assert self._scheduler is not None
-        self._scheduler.admitted(request, blocks, num_external_tokens)
-
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        assert self._scheduler is not None
-        return Orders(self._scheduler.take_orders())
+        return Orders(self.scheduler.take_orders())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        assert self._scheduler is not None
         introduction = connector_output.kv_connector_worker_meta
         if isinstance(introduction, Introduction):
-            self._scheduler.introduced(introduction.ranks)
-        self._scheduler.received(connector_output.finished_recving or ())
-
-    def request_finished(
-        self, request: "Request", block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished_all_groups(request, (block_ids,))
+            self.scheduler.introduced(introduction.ranks)
+        self.scheduler.received(connector_output.finished_recving or ())
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        assert self._scheduler is not None
-        return self._scheduler.finished(request, block_ids)
+        return self.scheduler.finished(request, block_ids)
 
     # -- worker --------------------------------------------------------------------------
 
-    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        assert self._worker is not None
-        self._worker.register(kv_caches)
-
-    def get_handshake_metadata(self) -> RankMetadata | None:
-        assert self._worker is not None
-        return self._worker.handshake_metadata()
-
     def build_connector_worker_meta(self) -> Introduction | None:
-        assert self._worker is not None
-        return self._worker.introduction()
+        return self.worker.introduction()
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        assert self._worker is not None
         if isinstance(connector_metadata, Orders):
-            self._worker.obey(connector_metadata.take())
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Loads have started when the metadata was bound."""
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are asynchronous: a request runs only once its load has ended."""
-
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
-    ) -> None:
-        """Nothing is saved: blocks are lent where they are."""
-
-    def wait_for_save(self) -> None:
-        """Nothing is saved."""
+            self.worker.obey(connector_metadata.take())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        assert self._worker is not None
-        outcome, lost = self._worker.outcome()
+        outcome, lost = self.worker.outcome()
         if not _compat.HAS_TRANSFER_RESULTS:
             self._lost_blocks |= lost
         return _compat.TransferResults(
@@ -213,27 +122,13 @@ class PeerConnector(KVConnectorBase_V1, SupportsHMA):
             failed_recving=set(outcome.failed),
         )
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
-        results = self.get_transfer_results(finished_req_ids)
-        return results.finished_sending, results.finished_recving
-
     def get_block_ids_with_load_errors(self) -> set[int]:
         lost, self._lost_blocks = self._lost_blocks, set()
         return lost
 
     # -- both ----------------------------------------------------------------------------
 
-    def get_kv_connector_stats(self) -> KvConnectStats | None:
-        half = self._scheduler or self._worker
-        assert half is not None
-        data = half.take_stats()
-        return None if data is None else KvConnectStats(data=data)
-
-    def take_events(self) -> Iterable[Any]:
-        return ()
-
     def shutdown(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
+        super().shutdown()
         if self._scheduler is not None:
             self._scheduler.close()

@@ -16,6 +16,7 @@ from kvconnect.errors import OfferError
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.orders import Blocks, Offer, Order
 from kvconnect.planner import Planner
+from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
@@ -133,7 +134,7 @@ class Scheduler:
         self._decide()
         return self._planner.take_orders()
 
-    def take_stats(self) -> dict[str, list[float]] | None:
+    def take_stats(self) -> StatsData | None:
         """What was counted here since the last call; None if nothing."""
         return self._planner.stats.take()
 

@@ -23,6 +23,7 @@ from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
 from kvconnect.orders import Fetch, Order, Outcome
 from kvconnect.staging import Staging, staging_slot_bytes
+from kvconnect.stats import StatsData
 from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.engine import Rank, kernels_for, this_rank
 from kvconnect.vllm.fingerprint import fingerprint
@@ -170,7 +171,7 @@ class Worker:
                 lost |= blocks
         return outcome, lost
 
-    def take_stats(self) -> dict[str, list[float]] | None:
+    def take_stats(self) -> StatsData | None:
         """See `Mover.take_stats`."""
         return self._mover.take_stats() if self._mover else None
 

@@ -218,7 +218,7 @@ def test_a_pin_of_what_was_lost_does_not_hold_what_came_back():
     new = tier.pin(KEYS[:1])
     tier.unpin(old)
     assert tier.admit(KEYS[1:2]) == ([], [])
-    assert tier.counts["skipped_all_pinned"] == 1
+    assert tier.counts["keys_skipped_all_pinned"] == 1
     tier.unpin(new)
     assert tier.admit(KEYS[1:2]) == (KEYS[1:2], KEYS[:1])
 
@@ -226,5 +226,5 @@ def test_a_pin_of_what_was_lost_does_not_hold_what_came_back():
 def test_a_key_is_stored_when_it_was_offered_often_enough():
     tier = CacheTier("host", Lru(4), threshold=3)
     assert [tier.offer(KEYS[:1]).admitted for _ in range(3)] == [[], [], KEYS[:1]]
-    assert tier.counts["below_threshold"] == 2
+    assert tier.counts["keys_below_threshold"] == 2
     assert tier.admit(KEYS[1:2]).admitted == KEYS[1:2], "a promotion has been asked for"

@@ -118,8 +118,8 @@ def kill_one(folder, cache, rng, share, report):
 
 def check(bench, report):
     """Load everything that is there into blocks of its own, and compare."""
-    damaged = Counter(bench.host.counts)["half_written_discarded"]
-    damaged += bench.disk.counts["half_written_discarded"]
+    damaged = Counter(bench.host.counts)["host_half_written_discarded"]
+    damaged += bench.disk.counts["disk_half_written_discarded"]
     report.half_written += damaged
     report.kills_in_a_store += damaged > 0
     keys = [*bench.host.shelf.keys(), *bench.disk.shelf.keys()]

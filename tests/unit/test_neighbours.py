@@ -111,11 +111,11 @@ def test_what_one_stored_the_other_loads_from_memory_and_from_disk(pair):
     other.vault.forget(key_of(2))
     refresh(mine)
     assert mine.load(1)
-    assert mine.host.counts["promoted"] == 0
+    assert mine.host.counts["host_promoted"] == 0
     assert mine.load(2)
-    assert mine.host.counts["promoted"] == 1
+    assert mine.host.counts["host_promoted"] == 1
     assert mine.load(2)
-    assert mine.host.counts["promoted"] == 2, "it only passes through our memory"
+    assert mine.host.counts["host_promoted"] == 2, "it only passes through our memory"
     assert not mine.host.shelf.keys()
     assert mine.host.shelf.free == 4
 
@@ -182,8 +182,8 @@ def test_a_slot_that_changes_while_it_is_read_is_a_miss(pair, monkeypatch):
 
     monkeypatch.setattr(mine.packing, "move", overwritten)
     assert not mine.load(1)
-    assert mine.host.counts["neighbour_reads_spoilt"] == 1
-    assert mine.host.counts["digest_mismatches"] == 0, "nothing of ours is damaged"
+    assert mine.host.counts["host_neighbour_reads_spoilt"] == 1
+    assert mine.host.counts["host_digest_mismatches"] == 0, "nothing of ours is damaged"
     assert mine.host.take_lost() == []
 
 
@@ -206,7 +206,7 @@ def test_a_slot_on_disk_that_changes_while_it_is_read_is_a_miss(pair):
     assert other.spill(2), "it is written where the other was"
     files[0].let_go()
     assert mine.settle()[ticket] == "its writer overwrote it"
-    assert mine.disk.counts["neighbour_reads_spoilt"] == 1
+    assert mine.disk.counts["disk_neighbour_reads_spoilt"] == 1
 
 
 def test_neighbours_do_not_stand_in_the_way_of_stores(pair):

@@ -59,7 +59,7 @@ def test_what_is_being_spilled_is_not_evicted_before_that():
     one.store(chunks(A))
     (spill,) = one.answered(1, True).jobs
     assert one.store(chunks(B)).jobs == []
-    assert one.host.counts["skipped_all_pinned"] == 1
+    assert one.host.counts["keys_skipped_all_pinned"] == 1
     one.answered(spill.number, True)
     assert one.store(chunks(B)).jobs == [Forget(A, False), Save(3, B, 0, (0, 1))]
 

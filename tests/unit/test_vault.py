@@ -233,7 +233,7 @@ def test_any_blocks_of_a_chunk_can_be_loaded_alone(bench, blocks):
     parts = [(layer, p) for layer in bench.cache.layers for p in range(bench.cache.parts)]
     before = [bench.cache.cells(*part)[spared].copy() for part in parts]
     assert bench.load(1, blocks)
-    assert bench.host.counts["loaded"] == 1
+    assert bench.host.counts["host_loaded"] == 1
     for part, cells in zip(parts, before, strict=True):
         assert np.array_equal(bench.cache.cells(*part)[spared], cells)
 
@@ -241,11 +241,11 @@ def test_any_blocks_of_a_chunk_can_be_loaded_alone(bench, blocks):
 def test_no_free_slot_is_a_store_that_is_skipped(make):
     bench = make(slots=2, disk_slots=0)
     assert [bench.save(seed) for seed in (1, 2, 3)] == [True, True, False]
-    assert bench.host.counts["stores_without_slot"] == 1
+    assert bench.host.counts["host_stores_without_slot"] == 1
     bench.vault.forget(key_of(1))
     assert bench.save(3)
     assert [bench.load(seed) for seed in (1, 2, 3)] == [False, True, True]
-    assert bench.host.counts["loads_missed"] == 1
+    assert bench.host.counts["host_loads_missed"] == 1
 
 
 @pytest.mark.parametrize("where", ["first block", "second block", "sums"])
@@ -255,11 +255,11 @@ def test_a_flipped_bit_in_memory_is_a_miss_once(make, where):
     at = {"first block": 0, "second block": bench.packing.block_bytes, "sums": -8}[where]
     bench.flip(bench.host.shelf.arena, 1, at % bench.packing.nbytes)
     assert not bench.load(1)
-    assert bench.host.counts["digest_mismatches"] == 1
+    assert bench.host.counts["host_digest_mismatches"] == 1
     assert bench.host.take_lost() == [key_of(1)]
     assert bench.host.take_lost() == []
     assert not bench.load(1)
-    assert bench.host.counts["digest_mismatches"] == 1
+    assert bench.host.counts["host_digest_mismatches"] == 1
     assert bench.host.shelf.free == 4
 
 
@@ -293,7 +293,7 @@ def test_a_device_that_fails_is_a_skipped_store_and_a_failed_load(make):
     assert not bench.load(2)
     kernels.fails = False
     assert bench.load(2), "nothing is wrong with what is stored"
-    assert bench.host.counts["stores_failed"] == bench.host.counts["loads_failed"] == 1
+    assert bench.host.counts["host_stores_failed"] == bench.host.counts["host_loads_failed"] == 1
     assert bench.host.shelf.free == 3
 
 
@@ -319,7 +319,7 @@ def test_a_launch_that_does_not_start_is_a_store_or_load_that_fails(make):
     assert store.load(2, key_of(1), 0, (2, 3))
     assert [bool(ended.error) for ended in store.poll()] == [True, True]
     assert not store.busy
-    assert store.counts["stores_failed"] == store.counts["loads_failed"] == 1
+    assert store.counts["host_stores_failed"] == store.counts["host_loads_failed"] == 1
     assert bench.host.shelf.free == 3
     assert bench.load(1)
 
@@ -337,8 +337,8 @@ def test_what_is_on_disk_is_promoted_and_then_in_memory(bench):
     on_disk_only(bench, 1)
     assert bench.load(1)
     assert bench.load(1)
-    assert bench.host.counts["promoted"] == 1
-    assert bench.disk.counts["read"] == bench.disk.counts["written"] == 1
+    assert bench.host.counts["host_promoted"] == 1
+    assert bench.disk.counts["disk_read"] == bench.disk.counts["disk_written"] == 1
     assert bench.host.shelf.free == 3
 
 
@@ -360,7 +360,7 @@ def test_loads_that_want_the_same_at_once_read_it_once(bench):
     for number, ticket in enumerate(tickets):
         assert bench.vault.load(ticket, key_of(1), 0, (10 + 2 * number, 11 + 2 * number))
     assert set(bench.settle().values()) == {""}
-    assert bench.disk.counts["read"] == 1
+    assert bench.disk.counts["disk_read"] == 1
     assert all(bench.holds(1, (10 + 2 * n, 11 + 2 * n)) for n in range(3))
 
 
@@ -369,7 +369,7 @@ def test_nothing_is_written_to_disk_twice(bench):
     assert bench.load(1)
     assert not bench.spill(1)
     assert not bench.spill(2)
-    assert bench.disk.counts["written"] == 1
+    assert bench.disk.counts["disk_written"] == 1
 
 
 def test_memory_may_forget_while_the_disk_still_writes(make):
@@ -397,7 +397,7 @@ def test_a_slow_disk_drops_writes_and_lets_reads_wait(make):
     assert started == [True, True, False, False]
     ticket = bench.ticket()
     assert bench.vault.load(ticket, key_of(9), 0, (10, 11))
-    assert bench.disk.counts["writes_dropped_queue_full"] == 2
+    assert bench.disk.counts["disk_writes_dropped_queue_full"] == 2
     bench.file.let_go()
     assert bench.settle()[ticket] == ""
     assert bench.holds(9, (10, 11))
@@ -408,7 +408,7 @@ def test_a_full_disk_tier_drops_writes(make):
     for seed in range(3):
         assert bench.save(seed)
     assert [bench.spill(seed) for seed in range(3)] == [True, True, False]
-    assert bench.disk.counts["writes_without_slot"] == 1
+    assert bench.disk.counts["disk_writes_without_slot"] == 1
     bench.vault.forget_on_disk(key_of(0))
     assert bench.spill(2)
 
@@ -451,7 +451,7 @@ def test_no_slot_to_promote_to_is_a_miss(make):
     on_disk_only(bench, 1)
     assert bench.save(2)
     assert not bench.load(1)
-    assert bench.host.counts["promotions_without_slot"] == 1
+    assert bench.host.counts["host_promotions_without_slot"] == 1
     bench.vault.forget(key_of(2))
     assert bench.load(1)
 
@@ -461,7 +461,7 @@ def test_a_write_that_fails_is_dropped(bench, fault):
     assert bench.save(1)
     bench.file.plan(fault)
     assert not bench.spill(1)
-    assert bench.disk.counts["writes_failed"] == 1
+    assert bench.disk.counts["disk_writes_failed"] == 1
     assert key_of(1) not in bench.disk.shelf
     assert bench.disk.shelf.free == 8
     assert bench.spill(1)
@@ -474,7 +474,7 @@ def test_a_read_that_fails_is_a_miss_and_is_given_up(bench, fault):
     on_disk_only(bench, 1)
     bench.file.plan(fault)
     assert not bench.load(1)
-    assert bench.disk.counts["reads_failed"] == 1
+    assert bench.disk.counts["disk_reads_failed"] == 1
     assert bench.disk.take_lost() == [key_of(1)]
     assert bench.host.shelf.free == 4
     assert bench.disk.shelf.free == 8
@@ -496,7 +496,11 @@ def test_a_disk_that_lies_is_found_out(bench, fault, verb):
     if verb == "read":
         bench.file.plan(fault)
     assert not bench.load(1)
-    assert bench.host.counts["digest_mismatches"] == bench.disk.counts["digest_mismatches"] == 1
+    assert (
+        bench.host.counts["host_digest_mismatches"]
+        == bench.disk.counts["disk_digest_mismatches"]
+        == 1
+    )
     assert bench.disk.take_lost() == [key_of(1)]
     assert (bench.host.shelf.free, bench.disk.shelf.free) == (4, 8)
     assert not bench.vault.busy
@@ -507,8 +511,8 @@ def test_what_is_damaged_in_memory_is_loaded_from_disk_within_the_load(bench):
     assert bench.spill(1)
     bench.flip(bench.host.shelf.arena, 1)
     assert bench.load(1)
-    assert bench.host.counts["digest_mismatches"] == 1
-    assert bench.host.counts["promoted"] == 1
+    assert bench.host.counts["host_digest_mismatches"] == 1
+    assert bench.host.counts["host_promoted"] == 1
 
 
 def test_a_disk_that_only_fails_is_left_alone(bench):
@@ -519,7 +523,7 @@ def test_a_disk_that_only_fails_is_left_alone(bench):
     seen = bench.file.operations
     assert not bench.spill(1)
     assert bench.file.operations == seen
-    assert bench.disk.counts["writes_dropped_disk_off"] == 1
+    assert bench.disk.counts["disk_writes_dropped_disk_off"] == 1
 
 
 def test_only_failures_in_a_row_turn_a_disk_off(bench):
@@ -538,7 +542,7 @@ def test_a_bit_flipped_in_the_file_is_a_miss(bench, at):
     on_disk_only(bench, 1)
     bench.flip(bench.disk.shelf.arena, 1, 0 if at == "payload" else bench.packing.nbytes - 8)
     assert not bench.load(1)
-    assert bench.disk.counts["digest_mismatches"] == 1
+    assert bench.disk.counts["disk_digest_mismatches"] == 1
     assert not bench.load(1)
 
 
@@ -549,7 +553,7 @@ def test_a_file_cut_short_under_a_running_engine_is_misses_and_failed_writes(ben
     first = bench.disk.shelf._held[key_of(0)].slot
     os.truncate(path, bench.disk.shelf.arena.offset(first) + 100)
     assert [bench.load(seed) for seed in range(3)].count(True) <= 1
-    assert bench.disk.counts["reads_failed"] >= 2
+    assert bench.disk.counts["disk_reads_failed"] >= 2
     assert bench.save(7)
     bench.close()
 

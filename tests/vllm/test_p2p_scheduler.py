@@ -46,7 +46,7 @@ def test_an_id_that_names_nobody_is_prefilled_here(end):
     d = engine("kv_consumer", D)
     request = d.arrives(None, "cmpl-___prefill_addr_10.0.0.1" + end)
     assert d.scheduler.match(request, 0) == 0
-    assert d.scheduler.take_stats()["num_invalid_params"] == [1]
+    assert d.scheduler.take_stats()["num_invalid_params"] == 1
     assert d.finishes(request, RequestStatus.FINISHED_STOPPED) == (False, None)
     assert d.scheduler.take_orders() == []
 

@@ -62,7 +62,7 @@ class DiskStore:
         open_file: Open = system_file,
     ) -> None:
         self.shelf = shelf
-        self.counts: Counter[str] = Counter(half_written_discarded=shelf.discarded)
+        self.counts: Counter[str] = Counter(disk_half_written_discarded=shelf.discarded)
         self.seconds = {"read": 0.0, "write": 0.0}
         """Spent on what went well; with `nbytes`, the measured rates."""
         self.nbytes = {"read": 0, "write": 0}
@@ -82,10 +82,10 @@ class DiskStore:
     def write(self, ticket: Ticket, entry: Entry, payload: np.ndarray) -> bool:
         """Start to write what ``entry`` says is in ``payload``, which must stay; False: dropped."""
         if self._failures >= MOST_FAILURES:
-            self.counts["writes_dropped_disk_off"] += 1
+            self.counts["disk_writes_dropped_disk_off"] += 1
             return False
         if not self._lanes.room:
-            self.counts["writes_dropped_queue_full"] += 1
+            self.counts["disk_writes_dropped_queue_full"] += 1
             return False
         try:
             slot = self.shelf.fill()
@@ -93,7 +93,7 @@ class DiskStore:
             self._failed(e)
             return False
         if slot is None:
-            self.counts["writes_without_slot"] += 1
+            self.counts["disk_writes_without_slot"] += 1
             return False
         arena = self.shelf.arena
         content = payload.data[: pages(entry.nbytes)]
@@ -109,7 +109,7 @@ class DiskStore:
     def has(self, key: bytes) -> bool:
         """Whether a key can be read, as far as is known."""
         found = key in self.shelf or (self.neighbours and self.neighbours.find(key))
-        self.counts["reads_missed"] += not found
+        self.counts["disk_reads_missed"] += not found
         return bool(found)
 
     def read(self, ticket: Ticket, key: bytes, into: np.ndarray) -> Entry | None:
@@ -118,7 +118,7 @@ class DiskStore:
         if entry is None and self.neighbours and (found := self.neighbours.find(key)):
             arena, entry, own = *found, False
         if entry is None or not self._lanes.room:
-            self.counts["reads_missed" if entry is None else "reads_refused"] += 1
+            self.counts["disk_reads_missed" if entry is None else "disk_reads_refused"] += 1
             if entry is not None and own:
                 self.shelf.done(entry)
             return None
@@ -152,7 +152,7 @@ class DiskStore:
 
     def damaged(self, entry: Entry) -> None:
         """What was read of it turned out not to be what was written."""
-        self.counts["digest_mismatches"] += 1
+        self.counts["disk_digest_mismatches"] += 1
         if self.shelf.drop_entry(entry):
             self._lost.append(entry.key)
 
@@ -186,7 +186,7 @@ class DiskStore:
             self._failed(error)
             return Ended(job.ticket, memory.key, f"not written: {error}", 0)
         self._failures = 0
-        self.counts["written"] += 1
+        self.counts["disk_written"] += 1
         return Ended(job.ticket, memory.key, "", memory.nbytes)
 
     def _end_read(self, job: _Read, error: OSError | None) -> Ended:
@@ -194,18 +194,18 @@ class DiskStore:
         if job.own:
             self.shelf.done(entry)
         if error is None and not job.own and not job.arena.still(entry):
-            self.counts["neighbour_reads_spoilt"] += 1
+            self.counts["disk_neighbour_reads_spoilt"] += 1
             return Ended(job.ticket, entry.key, "its writer overwrote it", 0)
         if error is not None:
-            self.counts["reads_failed"] += 1
+            self.counts["disk_reads_failed"] += 1
             if job.own and self.shelf.drop_entry(entry):
                 self._lost.append(entry.key)
             return Ended(job.ticket, entry.key, f"not read: {error}", 0)
-        self.counts["read"] += 1
+        self.counts["disk_read"] += 1
         return Ended(job.ticket, entry.key, "", entry.nbytes)
 
     def _failed(self, error: OSError) -> None:
-        self.counts["writes_failed"] += 1
+        self.counts["disk_writes_failed"] += 1
         self._failures += 1
         if self._failures == MOST_FAILURES:
             logger.warning(

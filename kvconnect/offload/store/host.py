@@ -89,7 +89,7 @@ class HostStore:
         self._waiting: list[_Job] = []  # for the next launch
         self._batches: list[_Batch] = []
         self._ended: list[Ended] = []
-        self.counts["half_written_discarded"] += shelf.discarded
+        self.counts["host_half_written_discarded"] += shelf.discarded
 
     def store(
         self,
@@ -101,7 +101,7 @@ class HostStore:
         """Start to copy ``blocks`` into a slot for ``key``; False: skipped."""
         slot = self.shelf.fill()
         if slot is None:
-            self.counts["stores_without_slot"] += 1
+            self.counts["host_stores_without_slot"] += 1
             return False
         address = self.shelf.arena.address(slot)
         self._waiting.append(_Store(ticket, key, group, blocks, slot, address))
@@ -120,7 +120,7 @@ class HostStore:
         if entry is None and self.neighbours and (found := self.neighbours.find(key)):
             arena, entry, own = *found, False
         if entry is None:
-            self.counts["loads_missed"] += 1
+            self.counts["host_loads_missed"] += 1
             return False
         sums = None
         if (entry.group, entry.tokens, entry.nbytes) == (group, packing.tokens, packing.nbytes):
@@ -196,7 +196,7 @@ class HostStore:
     def _end_store(self, store: _Store, error: str, sums: np.ndarray) -> None:
         if error:
             self.shelf.abandon(store.slot)
-            self.counts["stores_failed"] += 1
+            self.counts["host_stores_failed"] += 1
             self._ended.append(Ended(store.ticket, store.key, error, 0))
             return
         packing = self._packings[store.group]
@@ -204,25 +204,25 @@ class HostStore:
         self.shelf.commit(
             store.slot, store.key, store.group, packing.tokens, packing.nbytes, digest
         )
-        self.counts["stored"] += 1
+        self.counts["host_stored"] += 1
         self._ended.append(Ended(store.ticket, store.key, "", packing.nbytes))
 
     def _end_load(self, load: _Load, error: str, right: bool, blocks: int) -> None:
         if error:
-            self.counts["loads_failed"] += 1
+            self.counts["host_loads_failed"] += 1
         elif not right:
             error = "its sums are not those of what was stored"
             self._damaged(load.entry, load.own)
         if load.own:
             self.shelf.done(load.entry)
-        self.counts["loaded"] += not error
+        self.counts["host_loaded"] += not error
         nbytes = 0 if error else blocks * self._packings[load.group].block_bytes
         self._ended.append(Ended(load.ticket, load.entry.key, error, nbytes))
 
     def _damaged(self, entry: Entry, own: bool) -> None:
         if own:
-            self.counts["digest_mismatches"] += 1
+            self.counts["host_digest_mismatches"] += 1
             if self.shelf.drop_entry(entry):
                 self._lost.append(entry.key)
         else:  # as often as not, its writer was faster than we
-            self.counts["neighbour_reads_spoilt"] += 1
+            self.counts["host_neighbour_reads_spoilt"] += 1

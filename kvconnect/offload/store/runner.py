@@ -29,6 +29,8 @@ THREAD_NAME = "kvconnect-offload"
 LOOK_AROUND_S = 1.0
 BUSY_PAUSE_S = 200e-6
 TOGETHER_BYTES = 16 << 20
+BYTES = {"load": "load_bytes", "store": "store_bytes"}  # what is counted, by what was done
+MICROSECONDS = {"load": "load_us", "store": "store_us"}
 
 Fence = Callable[[], bool]
 """True once the device has finished what was submitted before the jobs were given."""
@@ -200,10 +202,10 @@ class Runner:
         for answer in answers:
             verb, nbytes, at_s = self._started.pop(answer.number)
             if verb and not answer.error:
-                counts[f"{verb}_bytes"] += nbytes
+                counts[BYTES[verb]] += nbytes
                 moved.add((verb, at_s))
         for verb, at_s in moved:  # once for what went together
-            counts[f"{verb}_us"] += round(1e6 * (self._clock() - at_s))
+            counts[MICROSECONDS[verb]] += round(1e6 * (self._clock() - at_s))
         now = self._counts()
         counts += now - self._counted
         self._counted = now

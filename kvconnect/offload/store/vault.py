@@ -202,7 +202,7 @@ class Vault:
                 self._queued.appendleft((wanted, since_s))
                 return
             else:
-                self.host.counts["promotions_without_slot"] += 1
+                self.host.counts["host_promotions_without_slot"] += 1
                 self._ended.append(Ended(wanted.ticket, wanted.key, "no slot to read it to", 0))
 
     def _read(self, wanted: _Wanted, slot: int) -> None:
@@ -235,7 +235,7 @@ class Vault:
             shelf.commit(
                 fetch.slot, *(entry.key, entry.group, entry.tokens, entry.nbytes, entry.digest)
             )
-            self.host.counts["promoted"] += 1
+            self.host.counts["host_promoted"] += 1
         for wanted in fetch.waiting:
             if not self._load(wanted, entry):
                 self._spoilt(entry)

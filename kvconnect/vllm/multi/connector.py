@@ -22,11 +22,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvconnect.errors import ConfigError
 from kvconnect.vllm import _compat
 from kvconnect.vllm.connector import PeerConnector
+from kvconnect.vllm.metrics import ChainStats
 from kvconnect.vllm.multi import params
 from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.children import checked, labels
 from kvconnect.vllm.multi.messages import Handshakes, MultiEvents, MultiMetadata
-from kvconnect.vllm.multi.metrics import CHAIN, ChainStats, MultiPromMetrics, MultiStats, rebuild
+from kvconnect.vllm.multi.metrics import CHAIN, MultiPromMetrics, MultiStats, rebuild
 from kvconnect.vllm.offload.connector import KVConnectOffloading, recompute_failed_loads
 
 

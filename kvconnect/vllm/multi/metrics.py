@@ -4,7 +4,6 @@ Nothing here raises on odd data: an exception in stats would end the API server'
 """
 
 import importlib
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,51 +11,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
-from vllm.v1.metrics.utils import create_metric_per_engine
 
-from kvconnect.vllm.metrics import SummedStats
-
-logger = logging.getLogger(f"vllm.{__name__}")
+from kvconnect.vllm.metrics import ChainStats, Metrics
 
 CHAIN = "chain"  # the label of what loads together
 CLASS, DATA = "class", "data"
-COUNTERS = {
-    "vllm:kvconnect_chain_tokens_from_peers": (
-        "tokens_from_peers",
-        "Prompt tokens of chained loads that other engines gave.",
-    ),
-    "vllm:kvconnect_chain_tokens_from_host": (
-        "tokens_from_host",
-        "Prompt tokens of chained loads out of host memory.",
-    ),
-    "vllm:kvconnect_chain_tokens_from_disk": (
-        "tokens_from_disk",
-        "Prompt tokens of chained loads out of the disk tier.",
-    ),
-    "vllm:kvconnect_chain_tokens_from_beside": (
-        "tokens_from_beside",
-        "Prompt tokens of chained loads out of what engines beside stored.",
-    ),
-    "vllm:kvconnect_chain_tokens_lost": (
-        "tokens_lost",
-        "Prompt tokens of chained loads that no source could give, and that were computed again.",
-    ),
-    "vllm:kvconnect_chain_fallbacks": (
-        "fallbacks",
-        "Times that another source took over within a load, per rank.",
-    ),
-    "vllm:kvconnect_chain_failed_pieces": (
-        "pieces_failed",
-        "Chunks that no source could give, per rank.",
-    ),
-}
-
-
-class ChainStats(SummedStats):
-    """See `COUNTERS`."""
-
-    def reduce(self) -> dict[str, int | float]:
-        return {name: self.data.get(name, 0) for name, _ in COUNTERS.values()}
 
 
 class MultiStats(KVConnectorStats):
@@ -128,25 +87,21 @@ class MultiPromMetrics(KVConnectorPromMetrics):
         made: dict[Any, KVConnectorPromMetrics | None] = {}
         self._children: dict[str, KVConnectorPromMetrics | None] = {}
         for label, connector, config in children:
-            makes = connector.build_prom_metrics.__func__
+            stats = getattr(connector, "stats_type", None)  # of connectors that are ours
+            makes = stats or connector.build_prom_metrics.__func__
             if makes not in made:
                 made[makes] = connector.build_prom_metrics(
                     config, metric_types, labelnames, per_engine_labelvalues
                 )
             self._children[label] = made[makes]
-        self._counters = {
-            key: create_metric_per_engine(
-                self._counter_cls(name=name, documentation=text, labelnames=labelnames),
-                per_engine_labelvalues,
-            )
-            for name, (key, text) in COUNTERS.items()
-        }
+        self._chain = Metrics(
+            ChainStats.metrics, vllm_config, metric_types, labelnames, per_engine_labelvalues
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for label, one in transfer_stats_data.items():
             metrics = self._children.get(label)
             if metrics is not None:
                 metrics.observe(one[DATA], engine_idx)
-        for key, count in transfer_stats_data.get(CHAIN, {}).get(DATA, {}).items():
-            if count and key in self._counters:
-                self._counters[key][engine_idx].inc(count)
+        if CHAIN in transfer_stats_data:
+            self._chain.observe(transfer_stats_data[CHAIN][DATA], engine_idx)

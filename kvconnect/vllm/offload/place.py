@@ -124,10 +124,7 @@ def open_place(
         keys = [], []
 
     def counts() -> Counter[str]:
-        found = Counter({f"host_{name}": n for name, n in host.counts.items()})
-        if disk:
-            found.update({f"disk_{name}": n for name, n in disk.counts.items()})
-        return found
+        return Counter(host.counts) + (disk.counts if disk else Counter())
 
     runner = Runner(hand, [packing.block_bytes for packing in packings], counts)
     disk_slots = disk.shelf.arena.spec.slots if disk else 0
@@ -162,7 +159,7 @@ def follow(
     follower = Follower(beside, packings, lead.keys, ready=_ready(memory, pinning))
 
     def counts() -> Counter[str]:
-        return Counter({f"host_{name}": n for name, n in follower.host.counts.items()})
+        return Counter(follower.host.counts)
 
     each = [packing.block_bytes for packing in packings]
     runner = Runner(Hand(follower), each, counts, stores=False)

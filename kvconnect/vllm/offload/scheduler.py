@@ -28,6 +28,12 @@ from kvconnect.vllm.offload.tracked import Tracked
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
+TOKENS_FROM = {
+    "host": "tokens_from_host",
+    "disk": "tokens_from_disk",
+    "beside": "tokens_from_beside",
+}
+
 
 class OffloadScheduler:
     """One per engine. Not thread-safe: vLLM's scheduler calls it."""
@@ -207,7 +213,7 @@ class OffloadScheduler:
             now.update(self._tier.counts)
             for cache in (self._tier.host, self._tier.disk):
                 if cache is not None:
-                    now.update({f"{cache.name}_keys_{k}": n for k, n in cache.counts.items()})
+                    now.update({f"{cache.name}_{k}": n for k, n in cache.counts.items()})
         found, self._reported = now - self._reported, now
         return dict(found) or None
 
@@ -243,13 +249,13 @@ class OffloadScheduler:
     def _sources(self, chunks: list[Chunk]) -> Counter[str]:
         """Tokens that are loaded from each tier; of the first group, which stands for all."""
         assert self._tier is not None
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for chunk in chunks:
             if chunk.group == 0:
                 wanted = sum(block != NO_BLOCK for block in chunk.blocks)
                 source = self._tier.whence(chunk.key) or "beside"
-                found[f"tokens_from_{source}"] += wanted * self.cuts[0].block_tokens
-        return found
+                counts[TOKENS_FROM[source]] += wanted * self.cuts[0].block_tokens
+        return counts
 
     def _store(self, tracked: Tracked, tables: Any, scheduled: int) -> None:
         """Offer chunks that this step completes."""
