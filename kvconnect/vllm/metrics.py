@@ -26,7 +26,7 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 from kvconnect.stats import OBSERVED, add
 
 
-class Kind(enum.Enum):
+class MetricKind(enum.Enum):
     """What Prometheus makes of what was counted or observed."""
 
     COUNTER = "the sum of all counts"
@@ -41,7 +41,7 @@ class Metric(NamedTuple):
     name: str
     keys: tuple[str, ...]
     help: str
-    kind: Kind = Kind.COUNTER
+    kind: MetricKind = MetricKind.COUNTER
     factor: float = 1
     buckets: Sequence[float] = ()
 
@@ -55,28 +55,28 @@ PEER = (
         "vllm:nixl_xfer_time_seconds",
         ("transfer_duration",),
         "Duration of KV cache transfers, per rank that was read.",
-        Kind.HISTOGRAM,
+        MetricKind.HISTOGRAM,
         buckets=SECONDS[1:],
     ),
     Metric(
         "vllm:nixl_post_time_seconds",
         ("post_duration",),
         "Time to post KV cache transfers, per rank that was read.",
-        Kind.HISTOGRAM,
+        MetricKind.HISTOGRAM,
         buckets=SECONDS,
     ),
     Metric(
         "vllm:nixl_bytes_transferred",
         ("bytes_transferred",),
         "Bytes per KV cache transfer.",
-        Kind.HISTOGRAM,
+        MetricKind.HISTOGRAM,
         buckets=[2**i for i in range(11, 35, 2)],
     ),
     Metric(
         "vllm:nixl_num_descriptors",
         ("num_descriptors",),
         "Descriptors per KV cache transfer, after merging.",
-        Kind.HISTOGRAM,
+        MetricKind.HISTOGRAM,
         buckets=DESCRIPTORS,
     ),
     Metric(
@@ -103,31 +103,31 @@ PEER = (
         "vllm:kvconnect_descriptor_seconds",
         ("descriptor_seconds",),
         "What a descriptor of a direct read costs, aside from its bytes.",
-        Kind.MEAN,
+        MetricKind.MEAN,
     ),
     Metric(
         "vllm:kvconnect_direct_bytes_per_second",
         ("direct_seconds_per_byte",),
         "Rate of direct reads, aside from what their descriptors cost.",
-        Kind.RATE,
+        MetricKind.RATE,
     ),
     Metric(
         "vllm:kvconnect_staged_bytes_per_second",
         ("staged_seconds_per_byte",),
         "Rate of staged reads: gather, write and scatter together.",
-        Kind.RATE,
+        MetricKind.RATE,
     ),
     Metric(
         "vllm:kvconnect_gather_bytes_per_second",
         ("gather_seconds_per_byte",),
         "Rate at which KV is gathered for staged readers; by the producer.",
-        Kind.RATE,
+        MetricKind.RATE,
     ),
     Metric(
         "vllm:kvconnect_write_bytes_per_second",
         ("write_seconds_per_byte",),
         "Rate at which a gathered chunk is written to its reader; by the producer.",
-        Kind.RATE,
+        MetricKind.RATE,
     ),
     Metric(
         "vllm:kvconnect_num_failed_handshakes",
@@ -460,27 +460,27 @@ class Metrics(KVConnectorPromMetrics):
     def _made(self, metric: Metric, labelnames: list[str]) -> Any:
         common = {"name": metric.name, "documentation": metric.help, "labelnames": labelnames}
         match metric.kind:
-            case Kind.COUNTER:
+            case MetricKind.COUNTER:
                 return self._counter_cls(**common)
-            case Kind.HISTOGRAM:
+            case MetricKind.HISTOGRAM:
                 return self._histogram_cls(**common, buckets=list(metric.buckets))
-            case Kind.MEAN | Kind.RATE:
+            case MetricKind.MEAN | MetricKind.RATE:
                 return self._gauge_cls(**common, multiprocess_mode="mostrecent")
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for metric, by_engine in self._by_engine:
-            if metric.kind is Kind.COUNTER:
+            if metric.kind is MetricKind.COUNTER:
                 if times := total(transfer_stats_data, metric.keys):
                     by_engine[engine_idx].inc(times * metric.factor)
                 continue
             values = [v for key in metric.keys for v in _list(transfer_stats_data, key)]
             mean = sum(values) / len(values) if values else 0
-            if metric.kind is Kind.HISTOGRAM:
+            if metric.kind is MetricKind.HISTOGRAM:
                 for value in values:
                     by_engine[engine_idx].observe(value * metric.factor)
-            elif metric.kind is Kind.MEAN and values:
+            elif metric.kind is MetricKind.MEAN and values:
                 by_engine[engine_idx].set(mean * metric.factor)
-            elif metric.kind is Kind.RATE and mean > 0:  # 0: too fast to be measured
+            elif metric.kind is MetricKind.RATE and mean > 0:  # 0: too fast to be measured
                 by_engine[engine_idx].set(metric.factor / mean)
 
 
