@@ -122,19 +122,19 @@ KVC_HD void store(uint64_t address, const T& v) {
 // ---- conversion of types known at run time; equal for all lanes, so a branch costs little
 
 KVC_HD uint32_t decode_any(uint32_t type, uint32_t bits) {
-  if (type == KVC_BF16) return decode<KVC_BF16>(bits);
-  if (type == KVC_FP16) return decode<KVC_FP16>(bits);
-  if (type == KVC_E4M3) return decode<KVC_E4M3>(bits);
-  if (type == KVC_E5M2) return decode<KVC_E5M2>(bits);
+#define ROW(TYPE, BYTES) \
+  if (type == KVC_##TYPE) return decode<KVC_##TYPE>(bits);
+  KVC_NUMBERS(ROW)
+#undef ROW
   return bits;
 }
 
 KVC_HD uint32_t encode_any(uint32_t type, uint32_t abs, uint32_t sign) {
-  if (type == KVC_BF16) return encode<KVC_BF16>(abs, sign);
-  if (type == KVC_FP16) return encode<KVC_FP16>(abs, sign);
-  if (type == KVC_E4M3) return encode<KVC_E4M3>(abs, sign);
-  if (type == KVC_E5M2) return encode<KVC_E5M2>(abs, sign);
-  return encode<KVC_FP32>(abs, sign);
+#define ROW(TYPE, BYTES) \
+  if (type == KVC_##TYPE) return encode<KVC_##TYPE>(abs, sign);
+  KVC_NUMBERS(ROW)
+#undef ROW
+  return abs | sign;
 }
 
 KVC_HD uint32_t convert_any(uint32_t from, uint32_t to, uint32_t bits, float factor) {
@@ -190,7 +190,7 @@ KVC_HD void decode_eight(const Eight<ITEM>& v, uint32_t* source) {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-#define KVC_FP8_HARDWARE 1
+#define KVC_FP8_HARDWARE(TYPE) ((TYPE) == KVC_E4M3 || (TYPE) == KVC_E5M2)
 template <uint32_t TYPE>
 KVC_HD uint32_t fp8_pair(float low, float high) {
   uint16_t pair;
@@ -201,22 +201,21 @@ KVC_HD uint32_t fp8_pair(float low, float high) {
   return pair;
 }
 #else
-#define KVC_FP8_HARDWARE 0
+#define KVC_FP8_HARDWARE(TYPE) false
+template <uint32_t TYPE>
+KVC_HD uint32_t fp8_pair(float, float);  // never called
 #endif
 
 template <uint32_t TYPE, int ITEM>
 KVC_HD void encode_eight(const uint32_t* source, float factor, Eight<ITEM>* found) {
-#if KVC_FP8_HARDWARE  // NaN and sign as in types.h
-  if constexpr (ITEM == 1) {
+  if constexpr (KVC_FP8_HARDWARE(TYPE)) {  // NaN and sign as in types.h
     KVC_UNROLL
     for (int i = 0; i < 8; i += 2) {
       const float low = as_float(source[i]) * factor, high = as_float(source[i + 1]) * factor;
       const uint32_t signs = ((source[i] >> 24) & 0x80) | ((source[i + 1] >> 16) & 0x8000);
       found->w[0] |= uint64_t((fp8_pair<TYPE>(low, high) & 0x7F7Fu) | signs) << (8 * i);
     }
-  } else
-#endif
-  {
+  } else {
     KVC_UNROLL
     for (int i = 0; i < 8; ++i)
       found->put(i, encode<TYPE>(as_bits(as_float(source[i]) * factor) & 0x7FFFFFFFu, source[i]));
@@ -225,34 +224,18 @@ KVC_HD void encode_eight(const uint32_t* source, float factor, Eight<ITEM>* foun
 
 template <int FROM, int TO>
 KVC_HD Eight<TO> convert_eight(const Eight<FROM>& v, uint32_t from, uint32_t to, float factor) {
-  uint32_t source[8];
-  if constexpr (FROM == 4) decode_eight<KVC_FP32>(v, source);
-  if constexpr (FROM == 2) {
-    if (from == KVC_BF16)
-      decode_eight<KVC_BF16>(v, source);
-    else
-      decode_eight<KVC_FP16>(v, source);
-  }
-  if constexpr (FROM == 1) {
-    if (from == KVC_E4M3)
-      decode_eight<KVC_E4M3>(v, source);
-    else
-      decode_eight<KVC_E5M2>(v, source);
-  }
+  uint32_t source[8] = {};
   Eight<TO> found = {};
-  if constexpr (TO == 4) encode_eight<KVC_FP32>(source, factor, &found);
-  if constexpr (TO == 2) {
-    if (to == KVC_BF16)
-      encode_eight<KVC_BF16>(source, factor, &found);
-    else
-      encode_eight<KVC_FP16>(source, factor, &found);
-  }
-  if constexpr (TO == 1) {
-    if (to == KVC_E4M3)
-      encode_eight<KVC_E4M3>(source, factor, &found);
-    else
-      encode_eight<KVC_E5M2>(source, factor, &found);
-  }
+#define ROW(TYPE, BYTES)          \
+  if constexpr (FROM == BYTES)    \
+    if (from == KVC_##TYPE) decode_eight<KVC_##TYPE>(v, source);
+  KVC_NUMBERS(ROW)
+#undef ROW
+#define ROW(TYPE, BYTES)        \
+  if constexpr (TO == BYTES)    \
+    if (to == KVC_##TYPE) encode_eight<KVC_##TYPE>(source, factor, &found);
+  KVC_NUMBERS(ROW)
+#undef ROW
   return found;
 }
 

@@ -32,16 +32,20 @@ KVC_HD uint32_t as_bits(float value) {
 #endif
 }
 
+// Types that are converted, with their bytes; `decode` and `encode` below have a line for each.
+#define KVC_NUMBERS(ROW) ROW(BF16, 2) ROW(FP16, 2) ROW(FP32, 4) ROW(E4M3, 1) ROW(E5M2, 1)
+
 KVC_HD constexpr uint32_t item_bytes(uint32_t type) {
-  return type == KVC_E4M3 || type == KVC_E5M2 || type == KVC_RAW1   ? 1
-         : type == KVC_BF16 || type == KVC_FP16 || type == KVC_RAW2 ? 2
-         : type == KVC_FP32 || type == KVC_RAW4                     ? 4
-         : type == KVC_RAW8                                         ? 8
-         : type == KVC_RAW16                                        ? 16
-                                                                    : 0;
+  switch (type) {
+#define ROW(TYPE, BYTES) \
+  case KVC_##TYPE: return BYTES;
+    KVC_NUMBERS(ROW) ROW(RAW1, 1) ROW(RAW2, 2) ROW(RAW4, 4) ROW(RAW8, 8) ROW(RAW16, 16)
+#undef ROW
+    default: return 0;
+  }
 }
 
-KVC_HD constexpr bool is_raw(uint32_t type) { return type >= KVC_RAW1; }
+KVC_HD constexpr bool is_raw(uint32_t type) { return type >= KVC_RAW1 && type <= KVC_RAW16; }
 
 // A small IEEE-like float of E exponent and M mantissa bits; E4M3 has NaN but no infinity.
 template <int E, int M, bool FN>

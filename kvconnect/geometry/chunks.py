@@ -19,16 +19,8 @@ import numpy as np
 
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import DENSE, BlockView, Extent, Name, Part, Size
-from kvconnect.geometry.intersect import FLOATS, NO_BLOCK, Rect, joined, part_pairs
-from kvconnect.ops import Copy, Type, chunk_bytes
-
-TYPES = {
-    "bfloat16": Type.BF16,
-    "float16": Type.FP16,
-    "float32": Type.FP32,
-    "fp8_e4m3": Type.E4M3,
-    "fp8_e5m2": Type.E5M2,
-}
+from kvconnect.geometry.intersect import NO_BLOCK, Rect, joined, part_pairs
+from kvconnect.ops import NUMBERS, Copy, Type, chunk_bytes
 
 MAX_RUNS = 1 << 14
 
@@ -216,7 +208,7 @@ def segments(runs: Runs, table: Sequence[int] | np.ndarray, block_tokens: int) -
 def copy_of(view: BlockView, part: Part, piece: HeadSlice, factor: float) -> Copy:
     """One side's half of a piece: the part's cells of its heads."""
     token, content = part.tiles
-    numbers = view.layout == DENSE and view.dtype in FLOATS
+    numbers = view.layout == DENSE and view.dtype in NUMBERS
     raw = None if numbers else Type.raw(part.itemsize)
     return Copy(
         base=part.base + (piece.first - view.heads.first) * part.strides[1],
@@ -228,8 +220,8 @@ def copy_of(view: BlockView, part: Part, piece: HeadSlice, factor: float) -> Cop
         content=part.shape[2],
         block_tokens=part.shape[1],
         num_blocks=view.num_blocks,
-        kv_type=raw or TYPES[view.dtype],
-        wire_type=raw or TYPES[piece.dtype],
+        kv_type=raw or NUMBERS[view.dtype],
+        wire_type=raw or NUMBERS[piece.dtype],
         factor=1.0 if raw else factor,
         token_tile=token.cells,
         token_outer=token.stride,
@@ -259,7 +251,7 @@ def source_copy(views: dict[str, BlockView], piece: HeadSlice) -> Held:
             f"{piece.part}, {part.shape[2]} are held here"
         )
     whole = view.layout != DENSE
-    convertible = not whole and {piece.dtype, view.dtype} <= FLOATS.keys()
+    convertible = not whole and {piece.dtype, view.dtype} <= NUMBERS.keys()
     if piece.dtype != view.dtype and not convertible:
         raise GeometryError(
             f"layer {piece.layer}: {view.dtype} cannot be converted to {piece.dtype}"

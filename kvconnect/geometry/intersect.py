@@ -17,9 +17,8 @@ from msgspec.structs import replace
 
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import DENSE, BlockView, Part, Tile
+from kvconnect.ops import NUMBERS
 
-FLOATS = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
-"""KV dtypes that the staged path converts among, with their bytes."""
 NO_BLOCK = -1  # entry of a block table whose tokens are not kept (outside a sliding window)
 
 
@@ -97,13 +96,13 @@ def check_mappable(src: BlockView, dst: BlockView, allow_lossy: bool = False) ->
 
 
 def _check_convertible(src: BlockView, dst: BlockView, where: str, allow_lossy: bool) -> None:
-    unknown = [d for d in (src.dtype, dst.dtype) if d not in FLOATS]
+    unknown = [d for d in (src.dtype, dst.dtype) if d not in NUMBERS]
     if unknown:
         raise GeometryError(
             f"{where} KV dtype {src.dtype}, we have {dst.dtype}, and {unknown[0]} cannot be "
             "converted; set the same --kv-cache-dtype on both engines"
         )
-    if FLOATS[src.dtype] == FLOATS[dst.dtype] and not allow_lossy:
+    if NUMBERS[src.dtype].itemsize == NUMBERS[dst.dtype].itemsize and not allow_lossy:
         raise GeometryError(
             f"{where} KV dtype {src.dtype}, we have {dst.dtype}: neither holds the other's values; "
             'set the same --dtype and --kv-cache-dtype on both engines, or "allow_lossy": true in '
@@ -116,7 +115,8 @@ def _check_itemsizes(src: BlockView, dst: BlockView, where: str) -> None:
     and wider ones than ours would be written over what lies beside our cells."""
     ours = {part.name: part.itemsize for part in dst.parts}
     for part in src.parts:
-        wanted = FLOATS.get(src.dtype, ours[part.name])
+        number = NUMBERS.get(src.dtype)
+        wanted = number.itemsize if number else ours[part.name]
         if part.itemsize != wanted or (src.dtype == dst.dtype and wanted != ours[part.name]):
             raise GeometryError(
                 f"{where} elements of {part.itemsize} bytes in part {part.name} of KV dtype "

@@ -11,15 +11,16 @@ from kvconnect.ops.copies import (
     Kernels,
     Launch,
     Prepared,
-    Type,
     Verb,
     Wires,
     chunk_bytes,
     wire_offsets,
 )
+from kvconnect.ops.dtypes import NUMBERS, Type
 from kvconnect.ops.native import load
 
 __all__ = [
+    "NUMBERS",
     "WIRE_ALIGN",
     "Copy",
     "Kernels",

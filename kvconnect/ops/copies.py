@@ -12,7 +12,6 @@ between copies are neither read nor written nor summed.
   the chunk: equal for every implementation, and for gather and scatter of the same chunk.
 """
 
-import enum
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -20,39 +19,10 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from kvconnect.errors import GeometryError
+from kvconnect.ops.dtypes import Type
 
 WIRE_ALIGN = 256
 MAX_BYTES = 1 << 62
-
-
-class Type(enum.IntEnum):
-    """Type of an element; the RAW ones are only copied, never converted."""
-
-    BF16 = 1
-    FP16 = 2
-    FP32 = 3
-    E4M3 = 4
-    E5M2 = 5
-    RAW1 = 6
-    RAW2 = 7
-    RAW4 = 8
-    RAW8 = 9
-    RAW16 = 10
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return (2, 2, 4, 1, 1, 1, 2, 4, 8, 16)[self - 1]
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether it is only ever copied."""
-        return self >= Type.RAW1
-
-    @classmethod
-    def raw(cls, itemsize: int) -> "Type":
-        """The RAW type of ``itemsize`` bytes."""
-        return cls(cls.RAW1 + (1, 2, 4, 8, 16).index(itemsize))
 
 
 class Copy(NamedTuple):

@@ -13,7 +13,6 @@ import numpy as np
 
 from kvconnect.ops.copies import (
     Copy,
-    Type,
     Verb,
     Wires,
     as_segments,
@@ -26,26 +25,11 @@ from kvconnect.ops.copies import (
     strides,
     wire_offsets,
 )
+from kvconnect.ops.dtypes import Type
 
 # Of csrc/kvc/checksum.h
 KEY_STEP = np.uint64(0x9E3779B97F4A7C15)
 KEY_START = np.uint64(0xD1B54A32D192ED03)
-
-LARGEST = {Type.E4M3: 448.0, Type.E5M2: 57344.0}
-QUIET_NAN = {
-    Type.BF16: 0x7FC0,
-    Type.FP16: 0x7E00,
-    Type.FP32: 0x7FC00000,
-    Type.E4M3: 0x7F,
-    Type.E5M2: 0x7F,
-}
-TORCH_NAME = {
-    Type.BF16: "bfloat16",
-    Type.FP16: "float16",
-    Type.FP32: "float32",
-    Type.E4M3: "float8_e4m3fn",
-    Type.E5M2: "float8_e5m2",
-}
 
 
 class PlainLaunch:
@@ -138,18 +122,17 @@ def convert(bits: np.ndarray, src: Type, dst: Type, factor: float) -> np.ndarray
 
     signed = {1: np.uint8, 2: np.int16, 4: np.int32}[src.itemsize]
     given = torch.from_numpy(np.ascontiguousarray(bits).view(signed))
-    given = given.view(getattr(torch, TORCH_NAME[src]))
+    given = given.view(getattr(torch, src.torch_name))
     value = given.float() * torch.tensor(factor, dtype=torch.float32)
-    if dst in LARGEST:
-        value = value.clamp(-LARGEST[dst], LARGEST[dst])
-    made = value.to(getattr(torch, TORCH_NAME[dst]))
+    value = value.clamp(-dst.largest, dst.largest)
+    made = value.to(getattr(torch, dst.torch_name))
     into = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dst.itemsize]
     found: np.ndarray = made.contiguous().view(into).numpy().view(_bits(dst))
     nan = value.isnan().numpy()
     if nan.any():  # torch keeps sign and payload in some code paths and not in others
         sign = (bits[nan] >> np.uint8(8 * src.itemsize - 1)).astype(found.dtype)
         shifted = sign << np.uint8(8 * dst.itemsize - 1)
-        found[nan] = shifted | np.array(QUIET_NAN[dst], found.dtype)
+        found[nan] = shifted | np.array(dst.quiet_nan, found.dtype)
     return found
 
 

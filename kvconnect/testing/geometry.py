@@ -28,13 +28,17 @@ from kvconnect.geometry.blocks import (
     Tile,
     held_heads,
 )
-from kvconnect.geometry.intersect import FLOATS
+from kvconnect.ops import NUMBERS
 from kvconnect.testing.numbers import bits_at
 
 ORDERS = ("LBHNC", "LBNHC", "BLHNC", "LHBNC", "BLNHC", "BHLNC")
 LAYOUTS = (*ORDERS, "pieces", "vec", "amx")
 GUARD_BYTES = 64
-ITEM_BYTES = {**FLOATS, "int8": 1, "int16": 2, "int32": 4}
+ITEM_BYTES = {name: row.itemsize for name, row in NUMBERS.items()} | {
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+}
 _BY_BYTES = {1: "fp8_e4m3", 2: "bfloat16", 4: "float32"}
 
 

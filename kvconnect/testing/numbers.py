@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvconnect.geometry.intersect import FLOATS
+from kvconnect.ops import NUMBERS
 
-NUMBERS = np.array(
+VALUES = np.array(
     [s * (1 + m / 4) * 2.0**e for s in (1, -1) for m in range(4) for e in range(-4, 4)],
     dtype=np.float32,
 )
@@ -21,30 +21,24 @@ def bits_at(
 ) -> np.ndarray:
     """Bits of the numbers at ``places`` of the sequence that ``key`` names, divided by ``scale``.
 
-    Of a dtype that is not one of FLOATS, any bits.
+    Of a dtype that is not one of NUMBERS, any bits.
     """
     start = np.random.SeedSequence(key).generate_state(1, np.uint64)
     drawn = _mixed(places.astype(np.uint64) ^ start)
-    if dtype not in FLOATS:
+    if dtype not in NUMBERS:
         return drawn.astype(f"u{itemsize}")
-    codes = encoded(NUMBERS / np.float32(scale), dtype)
+    codes = encoded(VALUES / np.float32(scale), dtype)
     return codes.take((drawn >> np.uint64(58)).astype(np.int64))
 
 
 def encoded(numbers: np.ndarray, dtype: str) -> np.ndarray:
     """Bits of numbers that ``dtype`` holds exactly, none of them subnormal."""
+    kind = NUMBERS[dtype]
     whole = numbers.astype(np.float32).view(np.uint32)
-    if dtype == "float32":
-        return whole
-    if dtype == "bfloat16":
-        return (whole >> 16).astype(np.uint16)
-    half = numbers.astype(np.float16).view(np.uint16)
-    if dtype == "float16":
-        return half
-    if dtype == "fp8_e5m2":
-        return (half >> 8).astype(np.uint8)
-    # e4m3: sign, and five bits of exponent with three of mantissa, of another bias
-    return ((half >> 8 & 0x80) | ((half >> 7 & 0xFF) - (8 << 3))).astype(np.uint8)
+    sign, exponent, mantissa = whole >> 31, whole >> 23 & 0xFF, whole & 0x7FFFFF
+    exponent = exponent - 127 + (1 << kind.exponent_bits - 1) - 1
+    low = exponent << kind.mantissa_bits | mantissa >> (23 - kind.mantissa_bits)
+    return (sign << 8 * kind.itemsize - 1 | low).astype(f"u{kind.itemsize}")
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:

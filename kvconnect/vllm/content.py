@@ -15,13 +15,16 @@ import torch
 from msgspec.structs import replace
 
 from kvconnect.geometry.blocks import DENSE, UNTILED, Part, Tile
+from kvconnect.ops import NUMBERS, Type
 from kvconnect.vllm.probe import Axis, Kernel, Packing, packings
 
 # vLLM stores fp8 as bytes; of which format, the layer's kv_cache_dtype tells ("fp8" is e4m3 on
 # CUDA and CPU). Other names are of packings or, fp8_inc, of Gaudi's own format.
-FP8 = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-STORED = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+STORED = {
+    name: getattr(torch, row.torch_name) for name, row in NUMBERS.items() if row.itemsize == 1
+}
+FP8 = {"fp8": Type.E4M3.kv_name} | {name: name for name in STORED}
+FLOATS = [getattr(torch, row.torch_name) for row in NUMBERS.values() if row.itemsize > 1]
 MOST_ROW_BYTES = 1 << 16
 
 _PartName = Literal["k", "v", "kv"]

@@ -22,8 +22,9 @@ from kvconnect import ops
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import BlockView, Heads, Part
 from kvconnect.geometry.chunks import ChunkPlan, HeadSlice, segments, source_copy
-from kvconnect.geometry.intersect import FLOATS, NO_BLOCK, assign, why_not_direct
+from kvconnect.geometry.intersect import NO_BLOCK, assign, why_not_direct
 from kvconnect.geometry.rows import Memory, Route
+from kvconnect.ops import NUMBERS
 from kvconnect.ops.plain import PlainKernels
 from kvconnect.testing.geometry import LAYOUTS, Cache, Model
 from kvconnect.transport.base import Op, Work
@@ -44,21 +45,9 @@ SLOTS = (1 << 13, 1 << 16, 1 << 20)
 MOST_CELLS = 60_000  # of all heads and layers, so that examples stay quick
 GUARD = 64
 
-TORCH = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+TORCH = {name: getattr(torch, row.torch_name) for name, row in NUMBERS.items()}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-NAN = {
-    "bfloat16": 0x7FC0,
-    "float16": 0x7E00,
-    "float32": 0x7FC00000,
-    "fp8_e4m3": 0x7F,
-    "fp8_e5m2": 0x7F,
-}
+NAN = {name: row.quiet_nan for name, row in NUMBERS.items()}
 KERNELS = {"compiled": ops.load("cpu"), "plain": PlainKernels()}
 
 
@@ -91,8 +80,8 @@ class Transfer:
 @st.composite
 def formats(draw, model):
     """The model in some engine's block size, dtype and scales."""
-    dtype = draw(st.sampled_from(list(FLOATS)))
-    scale = st.sampled_from(SCALES) if FLOATS[dtype] == 1 else st.just(1.0)
+    dtype = draw(st.sampled_from(list(NUMBERS)))
+    scale = st.sampled_from(SCALES) if NUMBERS[dtype].itemsize == 1 else st.just(1.0)
     blocks = BLOCK_TOKENS if draw(st.integers(0, 3)) else SMALL_BLOCKS
     return replace(
         model,
@@ -431,7 +420,7 @@ def test_every_wanted_cell_equals_its_converted_source_and_nothing_else_is_touch
     check()
     pairs = {
         "layouts": list(itertools.product(LAYOUTS, repeat=2)),
-        "dtypes": list(itertools.product(FLOATS, repeat=2)),
+        "dtypes": list(itertools.product(NUMBERS, repeat=2)),
         "TP sizes": [("TP", *pair) for pair in itertools.product(TP_SIZES, repeat=2)],
         "PP sizes": [("PP", *pair) for pair in itertools.product(PP_SIZES, repeat=2)],
         "block sizes": [("block size", *p) for p in itertools.product(BLOCK_TOKENS, repeat=2)],

@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvconnect.ops import Copy, Type, chunk_bytes
+from kvconnect.ops import NUMBERS, Copy, Type, chunk_bytes
 from kvconnect.ops.copies import checked, span
 from kvconnect.ops.native import MOVE_ARGUMENTS, CpuKernels
-from kvconnect.ops.plain import TORCH_NAME, PlainKernels
+from kvconnect.ops.plain import PlainKernels
 
-FLOATS = (Type.BF16, Type.FP16, Type.FP32, Type.E4M3, Type.E5M2)
-RAWS = (Type.RAW1, Type.RAW2, Type.RAW4, Type.RAW8, Type.RAW16)
+FLOATS = tuple(NUMBERS.values())
+RAWS = tuple(kind for kind in Type if kind.is_raw)
 LAYOUTS = ("BHNC", "BNHC", "HBNC", "BHCN", "HNBC", "NBHC", "amx K", "amx V")
 GUARD = 64
-LARGEST = {Type.E4M3: 448.0, Type.E5M2: 57344.0}
 
 
 @dataclass
@@ -261,10 +260,9 @@ def every_value(kind):
 def by_torch(bits, src, dst, factor):
     """(bits, isnan) as the issue defines a conversion."""
     signed = {1: np.uint8, 2: np.int16, 4: np.int32}[src.itemsize]
-    value = torch.from_numpy(bits.view(signed)).view(getattr(torch, TORCH_NAME[src])).float()
+    value = torch.from_numpy(bits.view(signed)).view(getattr(torch, src.torch_name)).float()
     value = value * torch.tensor(factor, dtype=torch.float32)
-    if dst in LARGEST:
-        value = value.clamp(-LARGEST[dst], LARGEST[dst])
+    value = value.clamp(-dst.largest, dst.largest)
     into = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dst.itemsize]
-    made = value.to(getattr(torch, TORCH_NAME[dst])).view(into).numpy().view(f"u{dst.itemsize}")
+    made = value.to(getattr(torch, dst.torch_name)).view(into).numpy().view(f"u{dst.itemsize}")
     return made, value.isnan().numpy()

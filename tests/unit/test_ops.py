@@ -1,17 +1,19 @@
 """kvconnect.ops: formats, refusals, conversions and sums, for every implementation here."""
 
 import mmap
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from ops_cases import FLOATS, LARGEST, GridKernels, by_torch, every_value
+from ops_cases import FLOATS, GridKernels, by_torch, every_value
 
 from kvconnect.errors import ConfigError, GeometryError
 from kvconnect.ops import Copy, Type, chunk_bytes, load, native, wire_offsets
 from kvconnect.ops.native import CpuKernels, copy_table
-from kvconnect.ops.plain import TORCH_NAME, PlainKernels
+from kvconnect.ops.plain import PlainKernels
 
 MAKERS = {
     "numpy": PlainKernels,
@@ -63,9 +65,9 @@ def test_conversions_are_torchs_bit_for_bit(kernels, src, dst):
         wire, _ = gathered(kernels, [dense(cache, src, dst, factor)], whole(1, cache.shape[1]))
         found, (expected, nan) = wire.view(f"u{dst.itemsize}"), by_torch(values, src, dst, factor)
         np.testing.assert_array_equal(found[~nan], expected[~nan])
-        as_float = torch.from_numpy(wire).view(getattr(torch, TORCH_NAME[dst])).float()
+        as_float = torch.from_numpy(wire).view(getattr(torch, dst.torch_name)).float()
         assert as_float.isnan().numpy()[nan].all()
-        if dst in LARGEST:  # torch's NaN is the same in all its code paths
+        if dst.itemsize == 1:  # torch's NaN is the same in all its code paths
             np.testing.assert_array_equal(found, expected)
 
 
@@ -118,6 +120,17 @@ def test_many_chunks_in_one_call_are_as_many_calls(kernels, verb):
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
     assert (found[0][0] != cache).any() or (found[0][1] != given).any()
+
+
+def test_types_are_the_same_on_both_sides_of_the_c_abi():
+    csrc = Path(__file__).parents[2] / "csrc/kvc"
+    listed = re.search(r"enum kvc_type \{(.*?)\};", (csrc / "abi.h").read_text(), re.DOTALL)[1]
+    codes, code = {}, 0
+    for name, given in re.findall(r"KVC_(\w+)(?: = (\d+))?,", listed):
+        codes[name] = code = int(given or code + 1)
+    assert codes == {kind.name: kind.value for kind in Type}
+    rows = re.findall(r"ROW\((\w+), (\d+)\)", (csrc / "types.h").read_text())
+    assert {name: int(nbytes) for name, nbytes in rows} == {k.name: k.itemsize for k in Type}
 
 
 # ---- sums
