@@ -22,7 +22,9 @@ from pathlib import Path
 
 from kvconnect.config import Settings
 from kvconnect.consumer.fetch import Fetcher
+from kvconnect.consumer.release import Releaser
 from kvconnect.consumer.remote import ConsumerContext, Remotes
+from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.control import wire
 from kvconnect.control.channel import Channel
 from kvconnect.control.dialer import Dialer
@@ -87,13 +89,13 @@ class Mover:
         self._shards: tuple[wire.Address, ...] = (channel.address,)
         secret = settings.secret or b""
         self._listener = Listener(channel, settings.fingerprint, self._body, secret)
-        self._dialler = Dialer(
+        self._dialer = Dialer(
             channel, clock, settings.fingerprint, secret, settings.handshake_timeout_s
         )
-        self._lender = LeaseServer(self._listener, clock, settings.lease_max_s)
+        self._lease_server = LeaseServer(self._listener, clock, settings.lease_max_s)
         filled, gathered = staging.halves() if staging else (None, None)
-        means = ConsumerContext(
-            self._dialler,
+        context = ConsumerContext(
+            self._dialer,
             transport,
             memory,
             settings.rank,
@@ -102,17 +104,8 @@ class Mover:
             kernels,
             Slots(filled, clock) if filled else None,
         )
-        self._fetcher = Fetcher(
-            self._dialler,
-            Remotes(means),
-            transport,
-            clock,
-            self._stats,
-            settings.rank,
-            settings.ranks,
-            settings.load_timeout_s,
-        )
-        self._supplier = self._make_supplier(gathered, kernels)
+        self._renewer, self._releaser, self._fetcher = self._make_consumer(context)
+        self._chunk_sender = self._make_chunk_sender(gathered, kernels)
         self._lock = threading.Lock()  # guards the three below
         self._orders: deque[tuple[Sequence[Order], Fence | None]] = deque()
         self._outcome = Outcome()
@@ -169,26 +162,28 @@ class Mover:
         frames = self._channel.poll(wait_s)
         for frame in frames:  # a peer that ended must not be asked for anything more,
             if frame.link.dialled:
-                self._dialler.receive(frame)
-        self._obey()  # and whoever asks us must find what we were told before
+                self._dialer.receive(frame)
+        self._carry_out_orders()  # and whoever asks us must find what was ordered before
         for frame in frames:
             if not frame.link.dialled and (incoming := self._listener.receive(frame)):
-                self._lender.receive(incoming)
-                if self._supplier:
-                    self._supplier.receive(incoming)
+                self._lease_server.receive(incoming)
+                if self._chunk_sender:
+                    self._chunk_sender.receive(incoming)
         ended = self._transport.poll()
         for done in ended:
             self._fetcher.done(done)
-            if self._supplier:
-                self._supplier.done(done)
-        active = bool(frames or ended or (self._supplier and self._supplier.ready))
+            if self._chunk_sender:
+                self._chunk_sender.done(done)
+        active = bool(frames or ended or (self._chunk_sender and self._chunk_sender.ready))
         if active:
             self._active_at = self._clock()
-        self._dialler.tick()
-        self._lender.tick()
-        if self._supplier:
-            self._supplier.tick()
+        self._dialer.tick()
+        self._lease_server.tick()
+        if self._chunk_sender:
+            self._chunk_sender.tick()
         self._fetcher.tick()
+        self._releaser.tick()
+        self._renewer.tick()
         self._publish()
         return active
 
@@ -196,7 +191,7 @@ class Mover:
         """How long the next step may wait for a frame."""
         if self._busy:
             return 0.0
-        parts = (self._dialler, self._lender, self._fetcher)
+        parts = (self._dialer, self._lease_server, self._fetcher, self._releaser, self._renewer)
         deadlines = [d for part in parts if (d := part.next_deadline()) is not None]
         if self._fenced:
             return 0.001
@@ -205,8 +200,8 @@ class Mover:
 
     @property
     def _busy(self) -> bool:
-        supplying = self._supplier is not None and self._supplier.busy
-        return self._fetcher.reading or self._lender.reading or supplying
+        sending = self._chunk_sender is not None and self._chunk_sender.busy
+        return self._fetcher.reading or self._lease_server.reading or sending
 
     def _pause_s(self) -> float:
         """Between busy steps: short while things happen, longer for a reader that went silent."""
@@ -224,7 +219,7 @@ class Mover:
             with self._lock:
                 self._fault = e
 
-    def _obey(self) -> None:
+    def _carry_out_orders(self) -> None:
         while True:
             with self._lock:
                 if not self._orders:
@@ -240,25 +235,27 @@ class Mover:
     def _carry_out(self, order: Order) -> None:
         match order:
             case Promise():
-                self._lender.promise(order.name or order.request_id, order.lease_id)
+                self._lease_server.promise(order.name or order.request_id, order.lease_id)
             case Grant():
-                self._lender.grant(order.terms)
+                self._lease_server.grant(order.terms)
             case Withdraw():
-                self._lender.withdraw(order.lease_id)
+                self._lease_server.withdraw(order.lease_id)
             case RenewLease():
-                self._fetcher.renew(order)
-            case Fetch() | Release():
-                self._fetcher.start(order)
+                self._renewer.renew(order)
+            case Fetch():
+                self._fetcher.fetch(order)
+            case Release():
+                self._releaser.release(order)
             case Cancel():
                 self._fetcher.cancel(order)
             case EngineAddresses():
                 self._shards = order.shards
 
     def _publish(self) -> None:
-        sent = self._lender.take_freed()
+        sent = self._lease_server.take_freed()
         received, failed = self._fetcher.take()
-        self._stats.count("num_kv_expired_reqs", self._lender.expired)
-        self._stats.count("num_notifications_after_expiry", self._lender.late)
+        self._stats.count("num_kv_expired_reqs", self._lease_server.expired)
+        self._stats.count("num_notifications_after_expiry", self._lease_server.late)
         counted = self._stats.take()
         with self._lock:
             if counted is not None:
@@ -267,9 +264,17 @@ class Mover:
             self._outcome.received |= received
             self._outcome.ended_s |= dict.fromkeys(received, self._clock())
             self._outcome.failed |= failed
-        self._lender.expired = self._lender.late = 0
+        self._lease_server.expired = self._lease_server.late = 0
 
-    def _make_supplier(
+    def _make_consumer(self, context: ConsumerContext) -> tuple[LeaseRenewer, Releaser, Fetcher]:
+        remotes, clock, settings = Remotes(context), self._clock, self._settings
+        load_timeout_s = settings.load_timeout_s
+        renewer = LeaseRenewer(self._dialer, remotes, clock)
+        releaser = Releaser(context, remotes, renewer, clock, settings.ranks, load_timeout_s)
+        fetcher = Fetcher(context, remotes, renewer, releaser, clock, self._stats, load_timeout_s)
+        return renewer, releaser, fetcher
+
+    def _make_chunk_sender(
         self, gathered: Staging | None, kernels: Kernels | None
     ) -> ChunkSender | None:
         if gathered is None or kernels is None or self._settings.mode == "direct":
@@ -277,7 +282,7 @@ class Mover:
         slots = Slots(gathered, self._clock)
         return ChunkSender(
             self._listener,
-            self._lender,
+            self._lease_server,
             self._transport,
             self._clock,
             kernels,
@@ -295,8 +300,8 @@ class Mover:
             hello=self._transport.hello(),
             shards=self._shards,
             direct=self._settings.mode != "staged",
-            staged=self._supplier is not None,
+            staged=self._chunk_sender is not None,
             versions=dict(self._settings.versions),
             joins=True,
-            slot_bytes=self._supplier.slot_bytes if self._supplier else 0,
+            slot_bytes=self._chunk_sender.slot_bytes if self._chunk_sender else 0,
         )

@@ -6,28 +6,28 @@ wrong moves it to FAILING, where it stays until no transport can touch our block
 
 * An id is reported exactly once, and only if it was ordered by a Fetch.
 * Every remote rank, read or not, is told when we are done with its blocks.
-* A watched request's lease is renewed (`kvconnect.consumer.renew`) until its fetch or release ends.
+* Its lease is renewed until it ends (`kvconnect.consumer.renew`). A request that fetches nothing
+  is no business of this module (`kvconnect.consumer.release`).
 """
 
 import enum
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvconnect.consumer.remote import PeerPath, Remote, Remotes
+from kvconnect.consumer.release import Releaser
+from kvconnect.consumer.remote import ConsumerContext, PeerPath, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.consumer.stage import ChunkReceiver
 from kvconnect.control import wire
-from kvconnect.control.dialer import Call, Dialer, PeerState
+from kvconnect.control.dialer import Call, PeerState
 from kvconnect.errors import GeometryError
 from kvconnect.lease import Clock
-from kvconnect.orders import Cancel, Fetch, Release, RenewLease
+from kvconnect.orders import Cancel, Fetch
 from kvconnect.stats import Stats
-from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
+from kvconnect.transport.base import Done, Op, TransferId, Work
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-CLOSE_TIMEOUT_S = 10.0
 TRANSFER, HANDSHAKE = "num_failed_transfers", "num_failed_handshakes"
 
 
@@ -43,7 +43,7 @@ class Phase(enum.Enum):
 
 @dataclass
 class _Fetch:
-    order: Fetch | Release
+    order: Fetch
     remote: Remote
     deadline: float
     phase: Phase = Phase.GREETING
@@ -57,7 +57,7 @@ class _Fetch:
     expected: dict[int, int] = field(default_factory=dict)  # index of the rank → descriptors
 
     def lease_id_at(self, index: int) -> str | None:
-        """As that rank said when it was opened, else as any other did, else as the ticket says."""
+        """That rank's lease id; failing that, another rank's; failing that, the ticket's."""
         asked = [self.opens[index]] if index in self.opens else []
         for call in (*asked, *self.opens.values()):
             if isinstance(call.reply, wire.Opened):
@@ -66,29 +66,31 @@ class _Fetch:
 
 
 class Fetcher:
-    """All fetches of one rank. ``rank`` of ``ranks`` is our place in our engine."""
+    """All fetches of one rank."""
 
     def __init__(
         self,
-        dialer: Dialer,
+        context: ConsumerContext,
         remotes: Remotes,
-        transport: Transport,
+        renewer: LeaseRenewer,
+        releaser: Releaser,
         clock: Clock,
         stats: Stats,
-        rank: int,
-        ranks: int,
         load_timeout_s: float,
     ) -> None:
-        self._dialler = dialer
+        """``load_timeout_s``: from a Fetch until its KV must have arrived."""
+        self._dialer = context.dialer
+        self._transport = context.transport
+        self._rank = context.rank
+        self._mode = context.mode
+        self._slots = context.slots
         self._remotes = remotes
-        self._transport = transport
+        self._renewer = renewer
+        self._releaser = releaser
         self._clock = clock
         self._stats = stats
-        self._rank = rank
-        self._ranks = ranks
         self._load_timeout_s = load_timeout_s
         self._fetches: dict[str, _Fetch] = {}
-        self._renewer = LeaseRenewer(dialer, remotes, clock)
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
 
@@ -97,12 +99,8 @@ class Fetcher:
         """Whether the transport has work of ours."""
         return any(f.tickets or f.pulls for f in self._fetches.values())
 
-    def renew(self, order: RenewLease) -> None:
-        """Greet early and keep the lease alive while the request waits."""
-        self._renewer.renew(order)
-
-    def start(self, order: Fetch | Release) -> None:
-        """Begin a fetch, or a release, which is a fetch of nothing that reports nothing."""
+    def fetch(self, order: Fetch) -> None:
+        """Begin a fetch."""
         remote = self._remotes.of(order.source)
         deadline = self._clock() + order.source.wait_s + self._load_timeout_s
         self._fetches[order.request_id] = _Fetch(order, remote, deadline)
@@ -129,24 +127,19 @@ class Fetcher:
             return
 
     def tick(self) -> None:
-        """Move every fetch on as far as it goes, and renew leases."""
+        """Move every fetch on as far as it goes."""
         self._remotes.tick()
-        if slots := self._remotes.means.slots:
-            slots.tick()
+        if self._slots is not None:
+            self._slots.tick()
         for request_id, fetch in list(self._fetches.items()):
             if self._advance(fetch):
                 del self._fetches[request_id]
                 self._renewer.forget(request_id)
-                if isinstance(fetch.order, Fetch):
-                    self._report(request_id, fetch)
-        self._renewer.tick()
+                self._report(request_id, fetch)
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = [f.deadline for f in self._fetches.values()]
-        if (renewal := self._renewer.next_deadline()) is not None:
-            times.append(renewal)
-        return min(times, default=None)
+        return min((f.deadline for f in self._fetches.values()), default=None)
 
     def take(self) -> tuple[set[str], dict[str, str]]:
         """Requests whose fetch ended, and of those the failed ones; each told once."""
@@ -221,9 +214,6 @@ class Fetcher:
 
     def _open(self, fetch: _Fetch) -> None:
         order, source = fetch.order, fetch.order.source
-        if isinstance(order, Release) and not source.wait_s:
-            fetch.phase = Phase.READING  # of nothing
-            return
         if fetch.remote.was_restarted(source):
             self._fail(fetch, "the peer was restarted since the ticket was made")
             return
@@ -232,16 +222,15 @@ class Fetcher:
             return
         for index, path in enumerate(fetch.remote.paths):
             if path is not None:
-                fetch.opens[index] = self._dialler.call(
+                fetch.opens[index] = self._dialer.call(
                     fetch.remote.peers[index],
                     lambda seq: wire.Open(
                         seq=seq,
                         lease_id=source.lease_id,
                         request_id=source.request_id,
                         reader=self._rank,
-                        # a release has none: it is refused, once there is a lease to close
-                        tokens=order.tokens if isinstance(order, Fetch) else 0,
-                        digest=order.digest if isinstance(order, Fetch) else b"",
+                        tokens=order.tokens,
+                        digest=order.digest,
                         early_ms=round(source.wait_s * 1000),
                     ),
                     (wire.Opened, wire.Refused),
@@ -250,9 +239,6 @@ class Fetcher:
         fetch.phase = Phase.OPENING
 
     def _read(self, fetch: _Fetch) -> None:
-        if isinstance(fetch.order, Release):
-            self._fail(fetch, "there is nothing to read")
-            return
         fetch.phase, fetch.pulled_from = Phase.READING, self._clock()
         fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
         for index, call in fetch.opens.items():
@@ -271,7 +257,7 @@ class Fetcher:
 
     def _submit(self, fetch: _Fetch, index: int, path: PeerPath, opened: wire.Opened) -> None:
         route = path.route
-        assert route is not None and isinstance(fetch.order, Fetch)
+        assert route is not None
         chosen = route.select(opened.tables, fetch.order.blocks)
         if not len(chosen.src):
             return
@@ -290,11 +276,11 @@ class Fetcher:
         """A direct read failed: fall back if the transport may have no way to read this peer."""
         peer, could = fetch.remote.peers[index], path.route is not None
         if not path.give_up_route():
-            if self._remotes.means.mode == "direct":
+            if self._mode == "direct":
                 error += "; where hosts cannot read each other's memory, transfer_mode must be auto"
             self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {error}")
             # its transport may have been made anew: learn of that by greeting it again
-            self._dialler.fail(peer, f"a read failed: {error}")
+            self._dialer.fail(peer, f"a read failed: {error}")
             return
         if could:
             logger.warning("peer %s: staged from now on, for reading failed: %s", peer, error)
@@ -304,7 +290,7 @@ class Fetcher:
             self._fail(fetch, f"peer {peer}: {e}")
 
     def _start_pull(self, fetch: _Fetch, index: int, path: PeerPath) -> None:
-        assert path.staged is not None and isinstance(fetch.order, Fetch)
+        assert path.staged is not None
         pull = ChunkReceiver(
             path.staged,
             fetch.order,
@@ -335,35 +321,19 @@ class Fetcher:
             self._stats.path(staged, path.costs)
 
     def _close(self, fetch: _Fetch) -> None:
-        """Tell every rank of the source that we are done with its blocks.
-
-        Samples of one prompt share its lease (vLLM's ``n`` > 1): the last one ends it.
-        """
-        source = fetch.order.source
-        final = not self._renewer.waits_for(source, but=fetch.order.request_id)
-
-        def close_of(lease_id: str | None) -> Callable[[int], wire.Close]:
-            return lambda seq: wire.Close(
-                seq=seq,
-                lease_id=lease_id,
-                request_id=source.request_id,
-                reader=self._rank,
-                readers=self._ranks,
-                final=final,
-            )
-
-        deadline = self._clock() + CLOSE_TIMEOUT_S
-        for index, peer in enumerate(fetch.remote.peers):
-            message = close_of(fetch.lease_id_at(index))
-            fetch.closes[index] = self._dialler.call(peer, message, (wire.Closed,), deadline)
+        """Tell every rank of the source that we are done with its blocks."""
+        order = fetch.order
+        fetch.closes = self._releaser.close(
+            order.request_id, order.source, fetch.remote, fetch.lease_id_at
+        )
 
     def _fail(self, fetch: _Fetch, error: str, counted_as: str = TRANSFER) -> None:
         if fetch.phase is Phase.FAILING:
             return
         fetch.phase, fetch.error = Phase.FAILING, error
-        if isinstance(fetch.order, Fetch) and not fetch.aborted:
+        if not fetch.aborted:
             self._stats.count(counted_as)
         for index, call in fetch.opens.items():
-            self._dialler.cancel(fetch.remote.peers[index], call)
+            self._dialer.cancel(fetch.remote.peers[index], call)
         for ticket in fetch.tickets:
             self._transport.cancel(ticket)

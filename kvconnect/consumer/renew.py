@@ -28,7 +28,7 @@ class LeaseRenewer:
     """The leases that one rank waits for."""
 
     def __init__(self, dialer: Dialer, remotes: Remotes, clock: Clock) -> None:
-        self._dialler = dialer
+        self._dialer = dialer
         self._remotes = remotes
         self._clock = clock
         self._renewals: dict[str, _Renewal] = {}
@@ -78,7 +78,7 @@ class LeaseRenewer:
                     request_ids=[s.request_id for s in some if not s.lease_id],
                 )
                 for peer in remote.peers:
-                    self._dialler.tell(peer, renew)
+                    self._dialer.tell(peer, renew)
 
 
 def _batched(items: list[Source], size: int) -> Iterator[list[Source]]:

@@ -152,7 +152,7 @@ def test_a_device_that_fails_fails_the_fetch_and_nothing_else(side):
     fetch(p, d, terms, (4, 5, 1))
     world.go_on(60)
     assert "the device failed" in d.ended["d"][0]
-    slots = [p.movers[0]._supplier._slots, d.movers[0]._fetcher._remotes.means.slots]
+    slots = [p.movers[0]._chunk_sender._slots, d.movers[0]._fetcher._remotes.means.slots]
     assert [s.free for s in slots] == [4, 4]
 
 
@@ -216,7 +216,7 @@ def test_a_lease_that_ends_while_its_blocks_are_gathered():
     p, d = make(world, mode="staged", kernels=kernels), make(world, mode="staged")
     fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6, ttl_s=2.0), (4, 5, 1))
     world.go_on(20)
-    assert p.movers[0]._supplier._filling
+    assert p.movers[0]._chunk_sender._filling
     world.clock.advance(3.0)
     world.go_on(60)
     assert "before the chunk was gathered" in d.ended["d"][0]
@@ -271,7 +271,7 @@ def test_a_hostile_stage_is_refused(change, why):
     world = World()
     p, d = make(world, mode="staged"), make(world, mode="staged")
     fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
-    dialer = d.movers[0]._dialler
+    dialer = d.movers[0]._dialer
     tell = dialer.tell
 
     def altered(peer, message):
@@ -293,14 +293,14 @@ def test_pieces_of_two_groups_are_not_one_chunk():
     blocks = (((0, 1), (1, 2)), ((0, 1), (1, 2)))
     source = p.source(Terms("r", "g", ((7, 8), (7, 8)), 8, b"d", 5.0))
     d.put(Fetch("d", source, blocks, 8, b"d"))
-    tell = d.movers[0]._dialler.tell
+    tell = d.movers[0]._dialer.tell
 
     def altered(peer, message):
         if isinstance(message, wire.Want):
             message = msgspec.structs.replace(message, first=0, count=3)
         tell(peer, message)
 
-    d.movers[0]._dialler.tell = altered
+    d.movers[0]._dialer.tell = altered
     world.go_on(30)
     assert "not all of one group" in d.ended["d"][0]
 
@@ -375,7 +375,7 @@ def test_a_truncated_chunk_fails_the_fetch(staged):
 )
 def test_a_hostile_answer_fails_the_fetch_and_nothing_else(staged, change, why):
     world, p, d = staged
-    listener = p.movers[0]._supplier._listener
+    listener = p.movers[0]._chunk_sender._listener
     answer = listener.answer
 
     def altered(link, message):
@@ -476,7 +476,7 @@ def test_a_lease_that_ended_is_not_gathered():
         world.network.flush()
         for one in world.engines:
             one.step()
-        if p.movers[0]._supplier._readers:
+        if p.movers[0]._chunk_sender._readers:
             break
     world.clock.advance(3.0)  # between Stage and Want
     world.network.held = False
@@ -503,7 +503,7 @@ def test_a_lease_that_ended_is_not_gathered():
 )
 def test_a_hostile_want_is_refused(staged, change, why):
     world, _, d = staged
-    dialer = d.movers[0]._dialler
+    dialer = d.movers[0]._dialer
     call = dialer.call
 
     def altered(peer, make, accepts, deadline):

@@ -123,7 +123,7 @@ class Conversation:
             self.lender.receive(incoming)
         return list(self.far.sent)
 
-    def to_dialler(self, data):
+    def to_dialer(self, data):
         """Returns what the dialer sends back."""
         del self.near.sent[:]
         self.dialer.receive(Frame(LINK, data))
@@ -138,9 +138,9 @@ def record():
         dialled, listened = [], []
         hello = list(talk.near.sent)
         (challenge,) = talk.to_listener(hello[0])
-        (prove,) = talk.to_dialler(challenge)
+        (prove,) = talk.to_dialer(challenge)
         (welcome,) = talk.to_listener(prove)
-        talk.to_dialler(welcome)
+        talk.to_dialer(welcome)
         assert talk.peer.state is PeerState.READY
         del talk.near.sent[:]
         talk.open_and_close()
@@ -195,9 +195,9 @@ def test_an_older_lender_is_understood(frames):
     with nonces():
         talk = Conversation()
         talk.dial()
-        (prove,) = talk.to_dialler(challenge)
+        (prove,) = talk.to_dialer(challenge)
         assert prove == frames["dialled"][1], "the proof is that of the recorded session"
-        talk.to_dialler(welcome)
+        talk.to_dialer(welcome)
         assert talk.peer.state is PeerState.READY, talk.peer.error
         body = talk.peer.body
         assert (body.incarnation, body.views, body.regions) == (
@@ -209,7 +209,7 @@ def test_an_older_lender_is_understood(frames):
         assert (body.direct, body.staged) == (True, False)
         talk.open_and_close()
         for answer in answers:
-            talk.to_dialler(answer)
+            talk.to_dialer(answer)
     opened, closed = (call.reply for call in talk.calls)
     assert (opened.lease_id, opened.tables, opened.ttl_ms) == (
         "generation",
@@ -225,8 +225,8 @@ def test_an_altered_recording_is_noticed(frames):
     with nonces():
         talk = Conversation()
         talk.dial()
-        talk.to_dialler(challenge)
-        talk.to_dialler(welcome[:-1] + bytes([welcome[-1] ^ 1]))
+        talk.to_dialer(challenge)
+        talk.to_dialer(welcome[:-1] + bytes([welcome[-1] ^ 1]))
     assert talk.peer.state is PeerState.GREETING
 
 
@@ -246,10 +246,10 @@ def test_fields_of_a_later_minor_version_are_ignored():
             "secret": True,
             "from the future": {"a": [1, 2]},
         }
-        talk.to_dialler(PLAIN + wire.encode(later))
+        talk.to_dialer(PLAIN + wire.encode(later))
         body = {**as_dict(BODY), "from the future": [1]}
         welcome = {"type": "Welcome", "fingerprint": FINGERPRINT, "body": wire.encode(body)}
-        talk.to_dialler(session.seal(wire.encode({**welcome, "more": 1})))
+        talk.to_dialer(session.seal(wire.encode({**welcome, "more": 1})))
     assert talk.peer.state is PeerState.READY, talk.peer.error
     assert talk.peer.body == BODY
 

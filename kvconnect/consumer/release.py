@@ -1,0 +1,143 @@
+"""Tells a source that one of its leases is not needed any more.
+
+* A release is of a request that reads nothing: its prompt is cached here already, or it ended
+  while it waited. It is reported to nobody.
+* A Close of a lease that the source does not know yet is lost on it. Where a router asks both
+  engines at once, a release therefore first asks to open the lease, with no prompt: the source
+  refuses that as soon as there is a lease to close.
+* Samples of one prompt share its lease (vLLM's ``n`` > 1): only the last one's Close is final.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
+from kvconnect.consumer.renew import LeaseRenewer
+from kvconnect.control import wire
+from kvconnect.control.dialer import Call, Peer, PeerState
+from kvconnect.lease import Clock
+from kvconnect.orders import Release, Source
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass
+class _Releasing:
+    source: Source
+    remote: Remote
+    deadline: float
+    opens: list[tuple[Peer, Call]] | None = None
+
+    def lease_id_at(self, index: int) -> str | None:  # noqa: ARG002 - a fetch knows each rank's
+        return self.source.lease_id
+
+
+class Releaser:
+    """All releases of one rank."""
+
+    def __init__(
+        self,
+        context: ConsumerContext,
+        remotes: Remotes,
+        renewer: LeaseRenewer,
+        clock: Clock,
+        ranks: int,
+        timeout_s: float,
+    ) -> None:
+        """``ranks``: how many of our engine close each lease; ``timeout_s``: see `Release`."""
+        self._dialer = context.dialer
+        self._rank = context.rank
+        self._remotes = remotes
+        self._renewer = renewer
+        self._clock = clock
+        self._ranks = ranks
+        self._timeout_s = timeout_s
+        self._releasing: dict[str, _Releasing] = {}
+
+    def __len__(self) -> int:
+        return len(self._releasing)
+
+    def release(self, order: Release) -> None:
+        """Let a lease go that the request does not read."""
+        remote = self._remotes.of(order.source)
+        deadline = self._clock() + order.source.wait_s + self._timeout_s
+        self._releasing[order.request_id] = _Releasing(order.source, remote, deadline)
+
+    def close(
+        self,
+        request_id: str,
+        source: Source,
+        remote: Remote,
+        lease_id_at: Callable[[int], str | None],
+    ) -> dict[int, Call]:
+        """Tell every rank of a source, read or not, that a request is done with its blocks.
+
+        Returns the calls by the index of the rank. ``lease_id_at``: the lease's id there.
+        """
+        final = not self._renewer.waits_for(source, but=request_id)
+
+        def close_of(lease_id: str | None) -> Callable[[int], wire.Close]:
+            return lambda seq: wire.Close(
+                seq=seq,
+                lease_id=lease_id,
+                request_id=source.request_id,
+                reader=self._rank,
+                readers=self._ranks,
+                final=final,
+            )
+
+        deadline = self._clock() + CLOSE_TIMEOUT_S
+        return {
+            index: self._dialer.call(peer, close_of(lease_id_at(index)), (wire.Closed,), deadline)
+            for index, peer in enumerate(remote.peers)
+        }
+
+    def tick(self) -> None:
+        """Move every release on as far as it goes."""
+        for request_id, releasing in list(self._releasing.items()):
+            if self._can_close(releasing):
+                for peer, call in releasing.opens or ():
+                    self._dialer.cancel(peer, call)
+                self.close(request_id, releasing.source, releasing.remote, releasing.lease_id_at)
+                del self._releasing[request_id]
+                self._renewer.forget(request_id)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is worth calling next."""
+        return min((r.deadline for r in self._releasing.values()), default=None)
+
+    def _can_close(self, releasing: _Releasing) -> bool:
+        """Whether to wait no longer: for the greeting, or for the source to know the lease."""
+        remote, source = releasing.remote, releasing.source
+        remote.advance()
+        if self._clock() >= releasing.deadline or remote.state is PeerState.FAILED:
+            return True
+        if remote.state is PeerState.GREETING:
+            return False
+        if not source.wait_s or remote.was_restarted(source):
+            return True
+        if releasing.opens is None:
+            releasing.opens = [
+                (peer, self._open(peer, releasing))
+                for peer, path in zip(remote.peers, remote.paths, strict=True)
+                if path is not None
+            ]
+        calls = [call for _, call in releasing.opens]
+        return not calls or any(call.reply or call.error for call in calls)
+
+    def _open(self, peer: Peer, releasing: _Releasing) -> Call:
+        source = releasing.source
+        return self._dialer.call(
+            peer,
+            lambda seq: wire.Open(
+                seq=seq,
+                lease_id=source.lease_id,
+                request_id=source.request_id,
+                reader=self._rank,
+                tokens=0,
+                digest=b"",
+                early_ms=round(source.wait_s * 1000),
+            ),
+            (wire.Opened, wire.Refused),
+            releasing.deadline,
+        )
