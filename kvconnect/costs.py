@@ -10,7 +10,8 @@
 * The slower path is tried again when the time spent on the faster one has earned it: tries cost
   at most `TRIES_COST` of all time, however much slower that path is.
 * A path that failed is left alone until the time spent since has earned what the failure cost, and
-  for at least `AFTER_FAILURE` transfers. Where both fail, the one that failed longer ago is tried.
+  for at least `AFTER_FAILURE` transfers, twice as many with each failure in a row. Where both fail,
+  the one that failed longer ago is tried.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ WORTH_MEASURING_BYTES = 1 << 20  # a smaller transfer says little about rates
 TRIES_COST = 0.02  # of all time, for trying the slower path
 OFTEN = 4  # transfers between two tries, at least
 AFTER_FAILURE = 64  # transfers that a path which failed is left alone, at least
+DOUBLINGS = 6  # of that, with each failure in a row
 DESCRIPTOR_S = 2e-6  # a first guess: NIXL over UCX takes 1.7 µs to submit one, docs/perf-log.md
 FIRST_TRY_S = 0.1  # more than that is not spent on a first guess where a transfer can be staged
 INDEPENDENT = 1e-3  # a smaller part that the two do not have in common cannot be told apart
@@ -89,6 +91,8 @@ class _Path:
     """Transfers that ended well."""
     failed_at: int = 0
     """Number of the transfer at which it failed last; 0 if it never did, or was well since."""
+    failures: int = 0
+    """In a row."""
     owed_s: float = 0.0
     """What its last failure cost and the other path has not earned yet."""
 
@@ -106,7 +110,7 @@ class Costs:
     def measured(self, staged: bool, descriptors: int, nbytes: int, seconds: float) -> None:
         """A transfer ended well; ``descriptors`` as they were expected when it was chosen."""
         path, other = self._paths[staged], self._paths[not staged]
-        path.failed_at, path.owed_s = 0, 0.0
+        path.failed_at, path.failures, path.owed_s = 0, 0, 0.0
         other.owed_s = max(0.0, other.owed_s - TRIES_COST * seconds)
         if nbytes < WORTH_MEASURING_BYTES:
             return
@@ -118,6 +122,12 @@ class Costs:
         """A transfer failed by reason of the path it took, ``seconds`` after it had begun."""
         path = self._paths[staged]
         path.failed_at, path.owed_s = max(self._transfers, 1), max(seconds, 0.0)
+        path.failures += 1
+
+    @property
+    def direct_fails(self) -> bool:
+        """Whether the direct path failed so lately that it is not to be tried."""
+        return self._is_failing(False)
 
     def choose_staged(self, descriptors: int, nbytes: int) -> bool:
         """Whether the next transfer, which could go either way, should be staged."""
@@ -152,4 +162,5 @@ class Costs:
     def _is_failing(self, staged: bool) -> bool:
         path = self._paths[staged]
         since = self._transfers - path.failed_at
-        return bool(path.failed_at) and (since <= AFTER_FAILURE or path.owed_s > 0)
+        rests = AFTER_FAILURE * 2 ** min(path.failures - 1, DOUBLINGS)
+        return bool(path.failed_at) and (since <= rests or path.owed_s > 0)

@@ -97,6 +97,7 @@ class Mover:
         context = ConsumerContext(
             self._dialer,
             transport,
+            clock,
             memory,
             settings.rank,
             settings.mode,

@@ -53,7 +53,8 @@ class _Fetch:
     closes: dict[int, Call] = field(default_factory=dict)
     tickets: dict[TransferId, int] = field(default_factory=dict)  # running → index of the rank
     pulls: dict[int, ChunkReceiver] = field(default_factory=dict)  # index of the rank → running
-    pulled_from: float = 0.0  # when the pulls began
+    began: dict[int, float] = field(default_factory=dict)  # index of the rank → when, by its path
+    fell_back: set[int] = field(default_factory=set)  # ranks whose first path has failed
     expected: dict[int, int] = field(default_factory=dict)  # index of the rank → descriptors
 
     def lease_id_at(self, index: int) -> str | None:
@@ -103,6 +104,7 @@ class Fetcher:
         """Begin a fetch."""
         remote = self._remotes.of(order.source)
         deadline = self._clock() + order.source.wait_s + self._load_timeout_s
+        remote.fetches += 1
         self._fetches[order.request_id] = _Fetch(order, remote, deadline)
 
     def cancel(self, order: Cancel) -> None:
@@ -134,6 +136,7 @@ class Fetcher:
         for request_id, fetch in list(self._fetches.items()):
             if self._advance(fetch):
                 del self._fetches[request_id]
+                fetch.remote.fetches -= 1
                 self._renewer.forget(request_id)
                 self._report(request_id, fetch)
 
@@ -239,7 +242,7 @@ class Fetcher:
         fetch.phase = Phase.OPENING
 
     def _read(self, fetch: _Fetch) -> None:
-        fetch.phase, fetch.pulled_from = Phase.READING, self._clock()
+        fetch.phase = Phase.READING
         fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
         for index, call in fetch.opens.items():
             path = fetch.remote.paths[index]
@@ -261,6 +264,7 @@ class Fetcher:
         chosen = route.select(opened.tables, fetch.order.blocks)
         if not len(chosen.src):
             return
+        fetch.began[index] = self._clock()
         work = Work(
             op=Op.READ,
             peer=fetch.remote.name_of(index),
@@ -273,21 +277,49 @@ class Fetcher:
         fetch.tickets[self._transport.submit(work)] = index
 
     def _not_read(self, fetch: _Fetch, index: int, path: PeerPath, error: str) -> None:
-        """A direct read failed: fall back if the transport may have no way to read this peer."""
-        peer, could = fetch.remote.peers[index], path.route is not None
-        if not path.give_up_route():
+        """A direct read failed: stage instead."""
+        peer = fetch.remote.peers[index]
+        error = f"read from {fetch.remote.name_of(index)}: {error}"
+        path.costs.failed(False, self._clock() - fetch.began[index])
+        if path.staged is None or index in fetch.fell_back:
             if self._mode == "direct":
                 error += "; where hosts cannot read each other's memory, transfer_mode must be auto"
-            self._fail(fetch, f"read from {fetch.remote.name_of(index)}: {error}")
+            self._fail(fetch, error)
             # its transport may have been made anew: learn of that by greeting it again
             self._dialer.fail(peer, f"a read failed: {error}")
             return
-        if could:
-            logger.warning("peer %s: staged from now on, for reading failed: %s", peer, error)
+        if path.was_read:
+            fetch.remote.greet_anew(error)
+        self._fall_back(fetch, index, error)
         try:
             self._start_pull(fetch, index, path)
         except (GeometryError, IndexError) as e:
             self._fail(fetch, f"peer {peer}: {e}")
+
+    def _not_staged(self, fetch: _Fetch, index: int, pull: ChunkReceiver) -> None:
+        """A staged transfer failed, and touches our blocks no more: read directly instead."""
+        path, opened = fetch.remote.paths[index], fetch.opens[index].reply
+        assert path is not None and isinstance(opened, wire.Opened)
+        if pull.only_this_path:
+            path.costs.failed(True, self._clock() - fetch.began[index])
+        if not pull.only_this_path or path.route is None or index in fetch.fell_back:
+            self._fail(fetch, pull.error)
+            return
+        self._fall_back(fetch, index, pull.error)
+        try:
+            self._submit(fetch, index, path, opened)
+        except (GeometryError, IndexError) as e:
+            self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
+
+    def _fall_back(self, fetch: _Fetch, index: int, error: str) -> None:
+        fetch.fell_back.add(index)
+        self._stats.count("num_fallbacks")
+        logger.warning(
+            "request %s: the other path is taken to peer %s: %s",
+            fetch.order.request_id,
+            fetch.remote.peers[index],
+            error,
+        )
 
     def _start_pull(self, fetch: _Fetch, index: int, path: PeerPath) -> None:
         assert path.staged is not None
@@ -298,21 +330,25 @@ class Fetcher:
             fetch.deadline,
         )
         if not pull.done:
-            fetch.pulls[index] = pull
+            fetch.pulls[index], fetch.began[index] = pull, self._clock()
 
     def _pull(self, fetch: _Fetch) -> None:
         """Move the staged transfers of a fetch on."""
         for index, pull in list(fetch.pulls.items()):
             lease_id = fetch.lease_id_at(index)
             assert lease_id is not None
-            if error := pull.advance(lease_id, self._rank):
-                self._fail(fetch, error)
-                return
-            if pull.done:
+            pull.advance(lease_id, self._rank)
+            if pull.error and not pull.touches_blocks:
+                pull.abandon()
                 del fetch.pulls[index]
-                seconds = self._clock() - fetch.pulled_from
+                self._not_staged(fetch, index, pull)
+            elif pull.done:
+                del fetch.pulls[index]
+                seconds = self._clock() - fetch.began[index]
                 self._stats.transfer(Done(0, None, pull.nbytes, pull.chunks, 0.0, seconds))
                 self._measured(fetch, index, True, pull.nbytes, seconds)
+            if fetch.phase is not Phase.READING:
+                return
 
     def _measured(self, fetch: _Fetch, at: int, staged: bool, nbytes: int, seconds: float) -> None:
         """For the next choice, and for people to see."""

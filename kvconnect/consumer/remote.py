@@ -23,6 +23,7 @@ from kvconnect.geometry.chunks import ChunkPlan
 from kvconnect.geometry.intersect import Rect, assign, why_not_direct
 from kvconnect.geometry.rows import Memory as MemoryKind
 from kvconnect.geometry.rows import Route
+from kvconnect.lease import Clock
 from kvconnect.ops import Kernels
 from kvconnect.orders import Source
 from kvconnect.staging import Slots
@@ -37,6 +38,7 @@ class ConsumerContext:
 
     dialer: Dialer
     transport: Transport
+    clock: Clock
     mine: Memory
     rank: int
     mode: Mode = "auto"
@@ -62,14 +64,7 @@ class PeerPath:
     staged: StagedPath | None
     costs: Costs = field(default_factory=Costs)
     was_read: bool = False
-    """Whether a direct read has ever ended well."""
-
-    def give_up_route(self) -> bool:
-        """A direct read failed: only stage from now on, if none ever worked. Whether it is so."""
-        if self.was_read or self.staged is None:
-            return False
-        self.route = None
-        return True
+    """Whether a direct read has ever ended well: if one then fails, greeting anew may help."""
 
     def choose_staged(
         self, tables: Sequence[Sequence[int]], blocks: Sequence[Sequence[tuple[int, int]]]
@@ -81,7 +76,7 @@ class PeerPath:
         if self.staged is None:
             return Choice(False, found)
         staged = self.costs.choose_staged(found, self.route.nbytes(blocks))
-        return Choice(self.staged.fast and staged, found)
+        return Choice(staged and (self.staged.fast or self.costs.direct_fails), found)
 
 
 class Remote:
@@ -94,8 +89,11 @@ class Remote:
         self.paths: list[PeerPath | None] = []
         """Of each peer; None where we read nothing from it."""
         self._means = means
-        self._dialler = means.dialer
+        self._dialer = means.dialer
         self._transport = means.transport
+        self.fetches = 0
+        """How many use it now."""
+        self._outdated = ""  # why it is to be greeted anew
         self._added: dict[int, str] = {}  # index of a peer → the transport's name of it
 
     def advance(self) -> None:
@@ -118,6 +116,18 @@ class Remote:
         for name in self._added.values():
             self._transport.drop_peer(name)
 
+    def greet_anew(self, why: str) -> None:
+        """Its transport may have been made anew: greet it again when nothing uses it."""
+        self._outdated = why
+
+    def tick(self) -> None:
+        """Advance, or give up one that is to be greeted anew and that nothing uses."""
+        self.advance()
+        if self._outdated and not self.fetches and self.state is PeerState.READY:
+            for peer in self.peers:
+                self._dialer.fail(peer, self._outdated)
+            self.advance()
+
     def name_of(self, index: int) -> str:
         """The transport's name of a rank that we read from."""
         return self._added[index]
@@ -134,7 +144,7 @@ class Remote:
     def _greeted(self) -> None:
         bodies = [p.body for p in self.peers if p.body]
         if len(bodies) == 1 and len(bodies[0].shards) > 1:
-            self.peers = [self._dialler.greet(address) for address in bodies[0].shards]
+            self.peers = [self._dialer.greet(address) for address in bodies[0].shards]
             return self.advance()
         try:
             self._connect()
@@ -142,7 +152,7 @@ class Remote:
             logger.error("remote engine at %s cannot be read from: %s", self.peers[0], e)
             self.fail(str(e))
             if len(bodies) == 1:  # perhaps it did not know its other ranks yet: ask again
-                self._dialler.fail(self.peers[0], str(e))
+                self._dialer.fail(self.peers[0], str(e))
         else:
             self.state = PeerState.READY
 
@@ -196,7 +206,7 @@ class Remote:
             course = ChunkPlan(wanted, slot_bytes, join=body.joins)
         except GeometryError as e:
             return None, str(e)
-        return StagedPath(means.dialer, peer, course, means.kernels, means.slots), ""
+        return StagedPath(means.dialer, peer, course, means.kernels, means.slots, means.clock), ""
 
 
 def _kind(regions: Sequence[Region]) -> MemoryKind:
@@ -226,6 +236,6 @@ class Remotes:
     def tick(self) -> None:
         """Advance all; forget the failed ones."""
         for key, remote in list(self._by_addresses.items()):
-            remote.advance()
+            remote.tick()
             if remote.state is PeerState.FAILED:
                 del self._by_addresses[key]

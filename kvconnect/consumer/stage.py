@@ -7,27 +7,51 @@ and scattering here overlap, since several chunks are under way.
 * A pull that is abandoned leaves the slots that may still be written to quarantined until the
   source has answered for them.
 * What was scattered counts only if the fetch as a whole ends well.
+* What the source knows of us it may lose: its transport lost us, or it was short of room. A chunk
+  that it refuses for that reason is staged for and asked for anew, once; then the pull has failed.
+* A source that answers nothing for `SILENT_S` hangs, and the pull has failed. While it is slow we
+  ask it after `PROBE_S` whether the lease stands, which it answers at once, however much it has to
+  gather. One that answers, and yet fills no chunk for `STUCK_S`, cannot write to us.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvconnect.control import wire
 from kvconnect.control.dialer import Call, Dialer, Peer
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.chunks import Chunk, ChunkPlan
+from kvconnect.lease import Clock
 from kvconnect.ops import Kernels, Launch, Prepared
 from kvconnect.orders import Fetch
 from kvconnect.staging import ENDED_S, GRANULE_BYTES, QUARANTINE_S, Slots
 
 WINDOW = 8  # chunks that one pull has under way
+PROBE_S = 1.0
+SILENT_S = 5.0  # a mover steps many times a second, whatever its engine computes
+STUCK_S = 20.0  # the source itself gives a write 10 s (kvconnect.producer.stage)
+BUSY_S = 0.25  # before a chunk that a source has no room for is asked for again
+LOST = ("write", "unusable")  # causes of a refusal that staging anew may mend
 
 
 class StagedPath:
     """What our rank stages from one source rank: made once per peer, used by many pulls."""
 
     def __init__(
-        self, dialer: Dialer, peer: Peer, course: ChunkPlan, kernels: Kernels, slots: Slots
+        self,
+        dialer: Dialer,
+        peer: Peer,
+        course: ChunkPlan,
+        kernels: Kernels,
+        slots: Slots,
+        clock: Clock,
     ) -> None:
+        self.clock = clock
+        self.times_staged = 0
+        """How often the source was told what we want of it, or has to be told."""
+        self.heard_at = 0.0
+        """When it last answered anything about a chunk or a lease."""
+        self._probe: Call | None = None
         self.dialer = dialer
         self.peer = peer
         self.course = course
@@ -67,6 +91,35 @@ class StagedPath:
             return False, f"peer {self.peer} refused to stage: {refused.detail}"
         return self._call.reply is not None, self._call.error
 
+    def stage_anew(self) -> None:
+        """The source may have forgotten us: tell it again, with what our transport is by now."""
+        self._call = None
+        self.times_staged += 1
+
+    def probe(self, lease_id: str, reader: int) -> bool:
+        """Ask whether a lease stands, unless that was asked and not answered; False if it is over.
+
+        Its answer says more than that: the source is there.
+        """
+        if self._probe is not None and isinstance(closed := self._probe.reply, wire.Closed):
+            self._probe, self.heard_at = None, self.clock()
+            return closed.stood
+        if self._probe is None or self._probe.error:
+            self._probe = self.dialer.call(
+                self.peer,
+                lambda seq: wire.Close(
+                    seq=seq,
+                    lease_id=lease_id,
+                    request_id=None,
+                    reader=reader,
+                    readers=reader + 1,
+                    final=False,
+                ),
+                (wire.Closed,),
+                self.clock() + SILENT_S,
+            )
+        return True
+
     def prepared(self, chunk: Chunk) -> Prepared:
         """Our kernels for a chunk's pieces."""
         first, count = chunk.bundle.first, chunk.bundle.num_pieces
@@ -81,12 +134,17 @@ class _Asked:
     chunk: Chunk
     slot: int
     call: Call
+    times_staged: int
+    """Of its path, when it was asked for."""
+    again_at: float | None = None
+    """When it is to be asked for once more."""
     launch: Launch | None = None
     sums: bytes = b""
 
-    def is_answered(self) -> bool:
-        """Whether the source has said that it does not write to the slot any more."""
-        return self.call.reply is not None
+    @property
+    def waits(self) -> bool:
+        """Whether the source has it to fill."""
+        return self.launch is None and self.call.reply is None
 
 
 class ChunkReceiver:
@@ -107,6 +165,12 @@ class ChunkReceiver:
         self._hello = hello
         self._deadline = deadline
         self._asked: list[_Asked] = []
+        self._staged_anew = 0  # times since a chunk arrived
+        self._since = staged.clock()  # when it last did, or was first waited for
+        self.error = ""
+        """Why the pull has failed; then it is only to be abandoned."""
+        self.only_this_path = False
+        """Whether it failed by reason of the path, so that another one may do."""
         self.nbytes = 0
         """Of the chunks that were asked for."""
         self.chunks = 0
@@ -114,26 +178,54 @@ class ChunkReceiver:
     @property
     def done(self) -> bool:
         """Whether every chunk is in our blocks."""
-        return self._next is None and not self._asked
+        return self._next is None and not self._asked and not self.error
 
     @property
     def touches_blocks(self) -> bool:
         """Whether a scatter is under way, which nothing can stop."""
         return any(asked.launch is not None and _runs(asked.launch) for asked in self._asked)
 
-    def advance(self, lease_id: str, reader: int) -> str:
-        """Go on as far as it goes; returns why it failed, or nothing."""
+    def advance(self, lease_id: str, reader: int) -> None:
+        """Go on as far as it goes; sets ``error`` if that is nowhere."""
+        if self.error:
+            return
         ready, error = self._staged.ready(self._hello, self._deadline)
-        if error or not ready:
-            return error
         try:
+            if error:
+                self._fail(error)
             for asked in list(self._asked):
-                if error := self._take(asked):
-                    return error
-            self._ask_more(lease_id, reader)
+                if not self.error:
+                    self._take(asked)
+            if ready and not self.error:
+                self._ask_again(lease_id, reader)
+                self._ask_more(lease_id, reader)
         except (GeometryError, TransportError) as e:
-            return str(e)
-        return ""
+            self._fail(str(e))
+        if not self.error:
+            self._check_progress(lease_id, reader, waits_for_stage=not ready)
+
+    def _fail(self, error: str, only_this_path: bool = True) -> None:
+        self.error, self.only_this_path = error, only_this_path
+
+    def _check_progress(self, lease_id: str, reader: int, waits_for_stage: bool) -> None:
+        """Fail a pull whose source hangs, has ended the lease, or cannot write to us."""
+        path, now = self._staged, self._staged.clock()
+        if not (waits_for_stage or any(asked.waits for asked in self._asked)):
+            self._since = now  # it waits for our own slots or device
+            return
+        silent_s = now - max(path.heard_at, self._since)
+        if silent_s < PROBE_S and now - self._since < STUCK_S:
+            return
+        if not path.probe(lease_id, reader):
+            self._fail("the lease is over", only_this_path=False)
+        elif now - max(path.heard_at, self._since) >= SILENT_S:
+            self._fail(
+                f"peer {path.peer} has answered nothing for {SILENT_S:g} s; is it stopped, or its "
+                "host out of reach?",
+                only_this_path=False,
+            )
+        elif now - self._since >= STUCK_S:
+            self._fail(f"peer {path.peer} has filled no chunk for {STUCK_S:g} s")
 
     def abandon(self) -> None:
         """Give up; slots that the source may still write to go into quarantine.
@@ -143,8 +235,8 @@ class ChunkReceiver:
         slots = self._staged.slots
         seconds = ENDED_S if self._staged.peer.ended else QUARANTINE_S
         for asked in self._asked:
-            if asked.launch is None and asked.call.reply is None:
-                slots.quarantine(asked.slot, seconds, asked.is_answered)
+            if asked.waits:
+                slots.quarantine(asked.slot, seconds, _is_answered(asked.call))
             else:
                 slots.give(asked.slot)
         self._asked.clear()
@@ -161,8 +253,19 @@ class ChunkReceiver:
             self._next = next(self._chunks, None)
 
     def _ask(self, chunk: Chunk, slot: int, lease_id: str, reader: int) -> None:
+        call = self._want(chunk, slot, lease_id, reader)
+        self._asked.append(_Asked(chunk, slot, call, self._staged.times_staged))
+
+    def _ask_again(self, lease_id: str, reader: int) -> None:
+        now = self._staged.clock()
+        for asked in self._asked:
+            if asked.again_at is not None and now >= asked.again_at:
+                asked.again_at, asked.times_staged = None, self._staged.times_staged
+                asked.call = self._want(asked.chunk, asked.slot, lease_id, reader)
+
+    def _want(self, chunk: Chunk, slot: int, lease_id: str, reader: int) -> Call:
         granule = self._staged.slots.granule(slot)
-        call = self._staged.dialer.call(
+        return self._staged.dialer.call(
             self._staged.peer,
             lambda seq: wire.Want(
                 seq=seq,
@@ -179,22 +282,47 @@ class ChunkReceiver:
             # beyond the fetch's own end: a late answer ends its slot's quarantine
             self._deadline + QUARANTINE_S,
         )
-        self._asked.append(_Asked(chunk, slot, call))
 
-    def _take(self, asked: _Asked) -> str:
+    def _refused(self, asked: _Asked, refused: wire.Refused) -> None:
+        """Ask for it again if that may help."""
+        path, now = self._staged, self._staged.clock()
+        if refused.cause == "busy":
+            asked.again_at = now + BUSY_S
+            return
+        may_help = asked.times_staged < path.times_staged or not self._staged_anew
+        if refused.cause not in LOST or not may_help:
+            path.stage_anew()  # for the next pull: who knows what the source has kept
+            error = f"peer {path.peer} refused a chunk: {refused.detail}"
+            self._fail(error, only_this_path=refused.cause != "gone")
+            return
+        if asked.times_staged == path.times_staged:  # else another chunk was refused before
+            path.stage_anew()
+            self._staged_anew += 1
+        asked.again_at = now
+
+    def _take(self, asked: _Asked) -> None:
+        """Go on with a chunk that was asked for."""
+        if asked.again_at is not None:
+            return
         if asked.launch is None:
             if asked.call.error:
-                return asked.call.error
+                self._fail(asked.call.error, only_this_path=False)
+                return
             reply = asked.call.reply
+            if reply is None:
+                return
+            self._staged.heard_at = self._staged.clock()
             if isinstance(reply, wire.Refused):
-                return f"peer {self._staged.peer} refused a chunk: {reply.detail}"
-            if not isinstance(reply, wire.Filled):
-                return ""
+                self._refused(asked, reply)
+                return
+            assert isinstance(reply, wire.Filled)
             if reply.nbytes != asked.chunk.nbytes:
-                return (
+                self._fail(
                     f"peer {self._staged.peer} wrote {reply.nbytes} bytes of a chunk of "
                     f"{asked.chunk.nbytes}"
                 )
+                return
+            self._since, self._staged_anew = self._staged.clock(), 0
             asked.sums = reply.sums
             asked.launch = self._staged.prepared(asked.chunk).move(
                 "scatter",
@@ -204,12 +332,17 @@ class ChunkReceiver:
                 len(asked.chunk.runs),
             )
         if not asked.launch.done():
-            return ""
+            return
         if asked.launch.sums.astype("<u8").tobytes() != asked.sums:
-            return f"a chunk of peer {self._staged.peer} arrived with another checksum"
+            self._fail(f"a chunk of peer {self._staged.peer} arrived with another checksum")
+            return
         self._asked.remove(asked)
         self._staged.slots.give(asked.slot)
-        return ""
+
+
+def _is_answered(call: Call) -> Callable[[], bool]:
+    """Whether the source has said that it does not write to a chunk's slot any more."""
+    return lambda: call.reply is not None
 
 
 def _runs(launch: Launch) -> bool:

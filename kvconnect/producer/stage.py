@@ -300,7 +300,7 @@ class ChunkSender:
     def _gather(self, link: Link, want: wire.Want) -> None:
         reader = self._readers.get(link)
         if reader is None:
-            raise GeometryError("no Stage came before this Want")
+            raise GeometryError("no Stage came before this Want, or it was forgotten since")
         self._readers.move_to_end(link)
         reader.heard_at = self._clock()
         bundle = reader.bundle(want, self._kernels)

@@ -145,6 +145,11 @@ PEER = (
         "Reads thrown away because their lease was over before they had ended.",
     ),
     Metric(
+        "vllm:kvconnect_num_fallbacks",
+        ("num_fallbacks",),
+        "Transfers that failed on one path, direct or staged, and were made on the other.",
+    ),
+    Metric(
         "vllm:kvconnect_num_invalid_params",
         ("num_invalid_params",),
         "Requests whose kv_transfer_params were unusable and that were prefilled locally.",

@@ -1,5 +1,7 @@
 """One peer that hangs, dies or fails costs its own requests, and no slot or second of others'."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvconnect.errors import TransportError
@@ -24,7 +26,7 @@ def make(world, **options):
 class Load:
     """One load of a decode engine from a prefill engine, begun when it is made."""
 
-    def __init__(self, p, d, name, first=8, ttl_s=600.0, tokens=32):
+    def __init__(self, p, d, name, first=8, ttl_s=600.0, tokens=32, block_tokens=4):
         self.world, self.d, self.name = p.world, d, name
         table = tuple(range(1, 1 + tokens // 4))
         self.seed = sum(name.encode())
@@ -32,7 +34,7 @@ class Load:
             cache.fill(table, self.seed)
         terms = Terms(name, f"lease {name}", (table,), tokens, b"d", ttl_s)
         p.put(Grant(terms))
-        self.blocks = tuple(enumerate(range(first, first + len(table))))
+        self.blocks = tuple(enumerate(range(first, first + tokens // block_tokens)))
         d.put(Fetch(name, p.source(terms), (self.blocks,), tokens, b"d"))
         self.began = self.world.clock()
 
@@ -49,6 +51,15 @@ class Load:
 def hang(engine):
     """It does not take a step any more, as under SIGSTOP; its connections stay up."""
     engine.world.engines.remove(engine)
+
+
+def resume(engine):
+    engine.world.engines.append(engine)
+
+
+def reader_of(p):
+    """How prefill's transport calls who it wrote to last."""
+    return p.transports[0].submitted[-1].peer
 
 
 # -- a reader that hangs, and the engine that it reads from -------------------------------------
@@ -88,10 +99,15 @@ def test_a_reader_that_hangs_gives_its_slots_back():
 
 
 def test_readers_that_hang_all_at_once_give_their_slots_back():
-    world, p, _, good = hung_reader(readers=6)
+    world, p, hung, good = hung_reader(readers=6)
     world.go_on(10, seconds=2.0)
     assert not p.transports[0].running
     assert Load(p, good, "afterwards").seconds() < 1.0
+    for d in hung:
+        resume(d)
+    world.go_on(30, seconds=3.0)
+    for i, d in enumerate(hung):
+        assert Load(p, d, f"again {i}").seconds() < 1.0
 
 
 def test_a_reader_that_asks_for_much_does_not_make_another_wait_for_all_of_it():
@@ -178,3 +194,149 @@ def test_readers_whose_process_ended_are_forgotten():
         world.engines.remove(d)
     world.go_on(10, seconds=60.0)
     assert len(dropped) == 3
+
+
+# -- a source that hangs, and the engine that reads it ------------------------------------------
+
+
+def hung_source(sources=1):
+    """A decode engine amid staged loads from sources that hang; and one that is well."""
+    world = World()
+    d, good = make(world), make(world)
+    hung = [make(world) for _ in range(sources)]
+    for i, p in enumerate((good, *hung)):
+        Load(p, d, f"warm {i}").seconds()
+    for i, p in enumerate(hung):
+        Load(p, d, f"hung {i}")
+        p.transports[0].usual = Plan(Fault.HANGS)
+        world.go_on(20)
+        hang(p)
+    world.go_on(4)
+    return world, hung, good, d
+
+
+def test_a_source_that_hangs_takes_no_second_from_the_others():
+    """It used to hold all slots until the load timed out, and then in quarantine: 127 s."""
+    world, _, good, d = hung_source()
+    slowest = 0.0
+    for i in range(30):
+        slowest = max(slowest, Load(good, d, f"load {i}").seconds())
+        world.go_on(10, seconds=0.3)
+    assert slowest < 1.0
+
+
+def test_a_source_that_hangs_is_given_up_in_seconds():
+    """Not at load_timeout, which is a minute."""
+    world, _, _, d = hung_source()
+    world.go_on(60, seconds=0.1)
+    assert "has answered nothing for 5 s" in d.ended["hung 0"][0]
+
+
+def test_a_source_that_hung_is_used_again_when_it_goes_on():
+    world, (p,), _, d = hung_source()
+    world.go_on(100, seconds=0.1)
+    p.transports[0].forget_plans()
+    resume(p)
+    world.go_on(60, seconds=0.5)
+    assert Load(p, d, "again").seconds() < 1.0
+
+
+def test_slots_of_a_source_that_goes_on_are_free_when_it_has_answered():
+    """All are: of half of them each, a load of another source gets all it may."""
+    world, (p,), good, d = hung_source()
+    world.go_on(60, seconds=0.1)
+    p.transports[0].forget_plans()
+    resume(p)
+    p.transports[0].lose_peer(reader_of(p))  # its writes end
+    world.go_on(30, seconds=0.1)
+    good.transports[0].usual = Plan(Fault.HANGS)
+    Load(good, d, "load")
+    world.go_on(20)
+    assert good.transports[0].running == 4
+
+
+def test_where_many_sources_hang_others_are_loaded_from_within_seconds():
+    """No share can leave a slot to everybody; a quarantine is then cut short."""
+    world, _, good, d = hung_source(sources=6)
+    world.go_on(80, seconds=0.2)
+    for i in range(4):
+        assert Load(good, d, f"load {i}").seconds() < 2.0, "one slot at a time"
+        world.go_on(5, seconds=1.0)
+
+
+def test_a_source_that_is_slow_and_answers_is_waited_for():
+    """Nothing filled for some seconds is no hang: it may have much to gather for others."""
+    world = World()
+    kernels = LateKernels(load("cpu"))
+    p, d = make(world, kernels=kernels), make(world)
+    Load(p, d, "warm").seconds()
+    kernels.asked = 80  # times 0.1 s, and each chunk's write comes after it
+    Load(p, d, "slow")
+    world.go_on(1000, seconds=0.1)
+    assert d.ended["slow"] == [None]
+
+
+def test_a_source_that_answers_and_never_writes_is_given_up():
+    """As one whose wire stalls, of a version that does not give up by itself."""
+    world = World()
+    p, d = make(world), make(world)
+    Load(p, d, "warm").seconds()
+    p.transports[0].usual = Plan(Fault.HANGS)
+    p.transports[0].drop_peer = lambda name: None
+    Load(p, d, "never")
+    world.go_on(250, seconds=0.1)
+    assert "has filled no chunk for 20 s" in d.ended["never"][0]
+
+
+def test_a_chunk_of_a_lease_that_ended_is_not_waited_for():
+    world = World()
+    p, d = make(world), make(world)
+    Load(p, d, "warm").seconds()
+    p.transports[0].usual = Plan(Fault.HANGS)
+    Load(p, d, "ends", ttl_s=2.0)
+    world.go_on(60, seconds=0.1)
+    assert d.ended["ends"] == ["the lease is over"]
+
+
+# -- what one side knows of the other, and has lost ---------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["staged", "auto"])
+def test_a_reader_that_the_sources_transport_lost_is_staged_for_anew_within_the_load(mode):
+    """Every later load used to fail until a restart: Stage was believed for ever."""
+    world = World()
+    p = make(world, mode=mode)
+    d = Engine(world, replace(MODEL, block_tokens=8), **(OPTIONS | {"mode": mode}))
+    for i in range(3):
+        assert Load(p, d, f"load {i}", tokens=32, block_tokens=8).seconds() < 1.0
+        p.transports[0].lose_peer(reader_of(p))
+
+
+def test_a_reader_that_was_forgotten_for_others_is_staged_for_anew(monkeypatch):
+    monkeypatch.setattr("kvconnect.producer.stage.MAX_READERS", 2)
+    world = World()
+    p, readers = make(world), [make(world) for _ in range(4)]
+    for turn in range(2):
+        for i, d in enumerate(readers):
+            assert Load(p, d, f"load {turn} {i}").seconds() < 1.0
+
+
+def test_a_reader_that_was_idle_for_long_is_staged_for_anew():
+    world = World()
+    p, d = make(world), make(world)
+    Load(p, d, "warm").seconds()
+    world.go_on(10, seconds=100.0)
+    assert Load(p, d, "later").seconds() < 1.0
+
+
+def test_a_reader_that_no_write_reaches_is_not_staged_for_without_end():
+    world = World()
+    p, d = make(world), make(world)
+    Load(p, d, "warm").seconds()
+    p.transports[0].usual = Plan(Fault.LOST)
+    Load(p, d, "fails")
+    world.go_on(60, seconds=0.1)
+    assert "refused a chunk" in d.ended["fails"][0]
+    assert len(p.transports[0].submitted) < 60
+    p.transports[0].forget_plans()
+    assert Load(p, d, "well").seconds() < 1.0

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 
 from kvconnect.lease import Terms
+from kvconnect.ops import load
 from kvconnect.orders import Fetch, Grant
 from kvconnect.stats import AVERAGES
 from kvconnect.testing.engines import Engine, World
-from kvconnect.testing.faulty import Fault
+from kvconnect.testing.faulty import Fault, Plan
 from kvconnect.testing.geometry import Model
+from kvconnect.testing.late import LateKernels
 
 # 12 blocks of it are 1.5 MiB, which is enough to learn from
 MODEL = Model(layers=2, heads=4, block_tokens=16, content=512, itemsize=2)
@@ -85,19 +87,67 @@ def test_one_failed_read_of_two_peers_is_made_up_for_alone():
     assert told[0]["num_staged_transfers"] == 1
 
 
-def test_a_peer_that_was_read_before_is_greeted_anew_when_that_fails():
-    """Its transport may have been made anew; staging for ever would be slower."""
+def test_a_peer_that_was_read_before_is_staged_and_then_greeted_anew():
+    """Its transport may have been made anew. The load used to fail."""
     world, p, d = made("auto")
     fetched(world, p, d, 0)
-    d.transports[0].plan(Fault.LOST)
     fetched(world, p, d, 1)  # staged
+    d.transports[0].plan(Fault.LOST)
+    told = fetched(world, p, d, 2)
+    assert told["num_staged_transfers"] == 1 == told["num_fallbacks"]
+    told = fetched(world, p, d, 3)
+    assert "num_staged_transfers" not in told, "it is greeted anew and read directly again"
+
+
+def test_a_peer_that_cannot_write_is_read_directly_within_the_same_fetch():
+    """Only what went well used to count: once direct reads were well, all else was staged."""
+    world, p, d = made("auto")
+    p.transports[0].usual = Plan(Fault.LOST)
+    told = [fetched(world, p, d, i) for i in range(40)]
+    assert [i for i, t in enumerate(told) if t.get("num_fallbacks")] == [1]
+    assert not any(t.get("num_failed_transfers") for t in told)
+    assert not any(t.get("num_staged_transfers") for t in told)
+
+
+def test_what_fails_on_both_paths_fails_once():
+    world, p, d = made("auto")
+    fetched(world, p, d, 0)
+    p.transports[0].usual = d.transports[0].usual = Plan(Fault.LOST)
     terms = Terms("x", "x", (TABLE,), 192, b"d", 9.0)
     p.put(Grant(terms))
     d.put(Fetch("x", p.source(terms), (tuple(enumerate(range(12))),), 192, b"d"))
-    world.go_on(30)
-    assert "planned fault: lost" in d.ended["x"][0]
-    told = [fetched(world, p, d, i) for i in range(2, 4)]
-    assert "num_staged_transfers" not in told[0], "it is read directly again"
+    world.go_on(60, seconds=0.001)
+    (reason,) = d.ended["x"]
+    assert "planned fault: lost" in reason
+    assert d.movers[0].take_stats()["num_failed_transfers"] == 1
+
+
+def test_a_path_that_fails_is_not_tried_with_every_transfer():
+    world, p, d = made("auto")
+    d.transports[0].usual = Plan(Fault.LOST)
+    told = [fetched(world, p, d, i) for i in range(100)]
+    assert 1 <= sum(t.get("num_fallbacks", 0) for t in told) <= 3
+
+
+def test_blocks_are_read_directly_only_once_no_scatter_touches_them():
+    """The staged transfer may fail while a device still writes what came before."""
+    world = World()
+    kernels = LateKernels(load("cpu"))
+    p = Engine(world, MODEL, 12, staging=(8, 4))
+    d = Engine(world, MODEL, 12, staging=(8, 4), kernels=kernels)
+    fetched(world, p, d, 0)
+    kernels.asked = 50
+    p.transports[0].plan()
+    p.transports[0].usual = Plan(Fault.LOST)
+    terms = Terms("x", "x", (TABLE,), 192, b"d", 9.0)
+    p.put(Grant(terms))
+    reads = len(d.transports[0].submitted)
+    d.put(Fetch("x", p.source(terms), (tuple(enumerate(range(12))),), 192, b"d"))
+    world.go_on(30, seconds=0.001)
+    assert len(d.transports[0].submitted) == reads, "a scatter is under way"
+    world.go_on(40, seconds=0.001)
+    assert d.ended["x"] == [None]
+    assert all(c.holds_fill(tuple(enumerate(range(12))), 0) for c in d.caches)
 
 
 def test_a_peer_that_cannot_be_read_fails_where_nothing_may_be_staged():
