@@ -116,7 +116,7 @@ class Fetcher:
     def done(self, done: Done) -> None:
         """Take in a ticket that ended."""
         for fetch in self._fetches.values():
-            if (index := fetch.tickets.pop(done.ticket, None)) is None:
+            if (index := fetch.tickets.pop(done.transfer_id, None)) is None:
                 continue
             path = fetch.remote.paths[index]
             assert path is not None

@@ -177,7 +177,7 @@ class ChunkSender:
     def done(self, done: Done) -> None:
         """Take in a ticket that ended, if it is one of ours."""
         for filling in self._filling:
-            if filling.ticket != done.ticket:
+            if filling.ticket != done.transfer_id:
                 continue
             self._filling.remove(filling)
             self._slots.give(filling.slot)

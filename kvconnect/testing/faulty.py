@@ -1,7 +1,7 @@
 """A transport with faults: a decorator over a real one.
 
-* Plan faults with `plan`: the next tickets submitted take them, one each, in order.
-* Stays inside the transport's contract: every ticket still ends exactly once, and after its
+* Plan faults with `plan`: the next transfers submitted take them, one each, in order.
+* Stays inside the transport's contract: every transfer still ends exactly once, and after its
   Done its memory is not touched. What is allowed there and inconvenient, it does: bytes that
   arrive late, after a cancel, after the peer was dropped, or before a failure is reported.
 """
@@ -15,20 +15,20 @@ from kvconnect.transport.base import Done, TransferId, Transport, Work
 
 
 class Fault(enum.Enum):
-    """What becomes of a ticket's bytes."""
+    """What becomes of a transfer's bytes."""
 
     NONE = "none"
     LOST = "lost"
-    """They never arrive; the ticket fails."""
+    """They never arrive; the transfer fails."""
     UNREPORTED = "unreported"
-    """They arrive, yet the ticket fails."""
+    """They arrive, yet the transfer fails."""
     HANGS = "hangs"
-    """Nothing happens until the peer is dropped; then the ticket fails."""
+    """Nothing happens until the peer is dropped; then the transfer fails."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A ticket's fate: polls before its bytes move, polls from then to its Done."""
+    """A transfer's fate: polls before its bytes move, polls from then to its Done."""
 
     fault: Fault = Fault.NONE
     late_polls: int = 0
@@ -36,7 +36,7 @@ class Plan:
 
 
 @dataclass
-class _Ticket:
+class _FaultyTransfer:
     work: Work
     plan: Plan
     age: int = 0  # polls since it was submitted
@@ -48,31 +48,31 @@ class _Ticket:
 
 
 class Faulty:
-    """See the module's contract. ``running``: tickets that have not ended."""
+    """See the module's contract. ``running``: transfers that have not ended."""
 
     def __init__(self, transport: Transport) -> None:
         self.usual = Plan()
-        """Fate of tickets that nothing was planned for."""
+        """Fate of transfers that nothing was planned for."""
         self._transport = transport
         self._plans: deque[Plan] = deque()
         self._numbers = itertools.count(1)
-        self._tickets: dict[TransferId, _Ticket] = {}
-        self._dropped: set[str] = set()  # while tickets to them drain
+        self._transfers: dict[TransferId, _FaultyTransfer] = {}
+        self._dropped: set[str] = set()  # while transfers to them drain
         self._submitted: list[Work] = []
 
     def plan(self, fault: Fault = Fault.NONE, late_polls: int = 0, done_polls: int = 0) -> None:
-        """Decide about the next ticket that nothing was planned for."""
+        """Decide about the next transfer that nothing was planned for."""
         self._plans.append(Plan(fault, late_polls, done_polls))
 
     def forget_plans(self) -> None:
-        """Let tickets that are yet to come go well."""
+        """Let transfers that are yet to come go well."""
         self.usual = Plan()
         self._plans.clear()
 
     @property
     def running(self) -> int:
-        """Tickets that have not ended."""
-        return len(self._tickets)
+        """Transfers that have not ended."""
+        return len(self._transfers)
 
     @property
     def submitted(self) -> list[Work]:
@@ -80,10 +80,10 @@ class Faulty:
         return list(self._submitted)
 
     def lose_peer(self, name: str) -> None:
-        """The peer dies: its tickets fail at the next poll and so do later ones."""
-        for ticket in self._tickets.values():
-            if ticket.work.peer == name:
-                ticket.error = ticket.error or f"peer {name} died"
+        """The peer dies: its transfers fail at the next poll and so do later ones."""
+        for transfer in self._transfers.values():
+            if transfer.work.peer == name:
+                transfer.error = transfer.error or f"peer {name} died"
         self._dropped.discard(name)
         self._transport.drop_peer(name)
 
@@ -97,8 +97,8 @@ class Faulty:
 
     def drop_peer(self, name: str) -> None:
         self._dropped.add(name)
-        for ticket in self._tickets.values():
-            ticket.dropped |= ticket.work.peer == name
+        for transfer in self._transfers.values():
+            transfer.dropped |= transfer.work.peer == name
         self._forget_dropped()
 
     def submit(self, work: Work) -> TransferId:
@@ -106,67 +106,71 @@ class Faulty:
         plan = self._plans.popleft() if self._plans else self.usual
         if work.peer in self._dropped:
             plan = Plan(Fault.LOST)
-        ticket = self._tickets[number] = _Ticket(work, plan)
+        transfer = self._transfers[number] = _FaultyTransfer(work, plan)
         self._submitted.append(work)
         if plan == Plan():
-            ticket.inner = self._transport.submit(work)
+            transfer.inner = self._transport.submit(work)
         return number
 
     def poll(self) -> list[Done]:
-        inner = {done.ticket: done for done in self._transport.poll()}
-        for ticket in self._tickets.values():
-            ticket.done = ticket.done or inner.get(ticket.inner or 0)
-        for ticket in self._tickets.values():
-            ticket.age += 1
-            self._start(ticket)
-        inner = {done.ticket: done for done in self._transport.poll()}
+        inner = {done.transfer_id: done for done in self._transport.poll()}
+        for transfer in self._transfers.values():
+            transfer.done = transfer.done or inner.get(transfer.inner or 0)
+        for transfer in self._transfers.values():
+            transfer.age += 1
+            self._start(transfer)
+        inner = {done.transfer_id: done for done in self._transport.poll()}
         ended = []
-        for number, ticket in list(self._tickets.items()):
-            ticket.done = ticket.done or inner.get(ticket.inner or 0)
-            if (done := self._end_of(number, ticket)) is not None:
-                del self._tickets[number]
+        for number, transfer in list(self._transfers.items()):
+            transfer.done = transfer.done or inner.get(transfer.inner or 0)
+            if (done := self._end_of(number, transfer)) is not None:
+                del self._transfers[number]
                 ended.append(done)
         self._forget_dropped()
         return ended
 
-    def cancel(self, ticket: TransferId) -> None:
-        if known := self._tickets.get(ticket):
+    def cancel(self, transfer_id: TransferId) -> None:
+        if known := self._transfers.get(transfer_id):
             known.cancelled = True
             if known.inner is not None and known.done is None:
                 self._transport.cancel(known.inner)
 
     def close(self) -> None:
-        for ticket in self._tickets.values():
-            ticket.error = ticket.error or "transport closed"
+        for transfer in self._transfers.values():
+            transfer.error = transfer.error or "transport closed"
         self._transport.close()
 
     def _forget_dropped(self) -> None:
         """As NIXL must: a peer is let go only when nothing runs on it any more."""
-        in_use = {ticket.work.peer for ticket in self._tickets.values()}
+        in_use = {transfer.work.peer for transfer in self._transfers.values()}
         for name in self._dropped - in_use:
             self._dropped.remove(name)
             self._transport.drop_peer(name)
 
-    def _start(self, ticket: _Ticket) -> None:
+    def _start(self, transfer: _FaultyTransfer) -> None:
         """Let its bytes move, if it is time for that."""
-        held = ticket.age <= ticket.plan.late_polls or ticket.error
-        if ticket.inner is None and not held and ticket.plan.fault not in (Fault.LOST, Fault.HANGS):
-            ticket.inner = self._transport.submit(ticket.work)
+        held = transfer.age <= transfer.plan.late_polls or transfer.error
+        if (
+            transfer.inner is None
+            and not held
+            and transfer.plan.fault not in (Fault.LOST, Fault.HANGS)
+        ):
+            transfer.inner = self._transport.submit(transfer.work)
 
-    def _end_of(self, number: TransferId, ticket: _Ticket) -> Done | None:
-        plan = ticket.plan
-        if ticket.inner is not None and ticket.done is None:
+    def _end_of(self, number: TransferId, transfer: _FaultyTransfer) -> Done | None:
+        plan = transfer.plan
+        if transfer.inner is not None and transfer.done is None:
             return None  # the real transport still has it
-        if ticket.error:
-            return Done(number, ticket.error)
+        if transfer.error:
+            return Done(number, transfer.error)
         if plan.fault is Fault.HANGS:
-            return Done(number, "peer was dropped") if ticket.dropped else None
-        if ticket.age <= plan.late_polls + plan.done_polls:
+            return Done(number, "peer was dropped") if transfer.dropped else None
+        if transfer.age <= plan.late_polls + plan.done_polls:
             return None
-        if ticket.dropped:
+        if transfer.dropped:
             return Done(number, "peer was dropped")
-        if plan.fault is not Fault.NONE or ticket.done is None:
+        if plan.fault is not Fault.NONE or transfer.done is None:
             return Done(number, f"planned fault: {plan.fault.value}")
-        if ticket.cancelled:
-            return Done(number, ticket.done.error or "cancelled")
-        return ticket.done._replace(ticket=number)
+        if transfer.cancelled:
+            return Done(number, transfer.done.error or "cancelled")
+        return transfer.done._replace(transfer_id=number)

@@ -96,25 +96,25 @@ class Rig(NamedTuple):
         nbytes = self.mine.row_bytes * len(ours)
         return Work(op, peer, self.mine.table, local, self.other.table, remote, nbytes)
 
-    def finish(self, tickets: Sequence[TransferId]) -> dict[TransferId, Done]:
-        """Poll both until these tickets have ended; each must end exactly once."""
+    def finish(self, transfers: Sequence[TransferId]) -> dict[TransferId, Done]:
+        """Poll both until these transfers have ended; each must end exactly once."""
         ended: dict[TransferId, Done] = {}
         end = time.monotonic() + PATIENCE_S
-        while not ended.keys() >= set(tickets):
-            assert time.monotonic() < end, f"tickets {set(tickets) - ended.keys()} never ended"
+        while not ended.keys() >= set(transfers):
+            assert time.monotonic() < end, f"transfers {set(transfers) - ended.keys()} never ended"
             for done in self.ours.poll():
-                assert done.ticket not in ended, f"ticket {done.ticket} ended twice"
-                ended[done.ticket] = done
-            assert self.theirs.poll() == [], "the passive side reports tickets it never had"
+                assert done.transfer_id not in ended, f"transfer {done.transfer_id} ended twice"
+                ended[done.transfer_id] = done
+            assert self.theirs.poll() == [], "the passive side reports transfers it never had"
         for _ in range(3):
-            assert self.ours.poll() == [], "a ticket ended again, or one that nobody submitted"
+            assert self.ours.poll() == [], "a transfer ended again, or one that nobody submitted"
             self.theirs.poll()
         return ended
 
     def finish_one(self, work: Work) -> Done:
-        """Submit and finish one ticket."""
-        ticket = self.ours.submit(work)
-        return self.finish([ticket])[ticket]
+        """Submit and finish one transfer."""
+        transfer_id = self.ours.submit(work)
+        return self.finish([transfer_id])[transfer_id]
 
 
 @contextmanager
@@ -173,15 +173,15 @@ def a_write_moves_exactly_the_rows_named(make_rig: MakeRig) -> None:
         _moves_exactly(rig, SHUFFLED[:90], SHUFFLED[50:140], Op.WRITE)
 
 
-def each_of_many_tickets_ends_exactly_once(make_rig: MakeRig) -> None:
+def each_of_many_transfers_ends_exactly_once(make_rig: MakeRig) -> None:
     with _rig(make_rig) as rig:
-        tickets = [rig.ours.submit(rig.work([i], [i])) for i in range(40)]
-        assert len(set(tickets)) == 40
-        assert all(done.error is None for done in rig.finish(tickets).values())
+        transfers = [rig.ours.submit(rig.work([i], [i])) for i in range(40)]
+        assert len(set(transfers)) == 40
+        assert all(done.error is None for done in rig.finish(transfers).values())
         assert all(np.array_equal(rig.mine.row(i), rig.other.row(i)) for i in range(40))
 
 
-def an_unknown_peer_is_a_failed_ticket(make_rig: MakeRig) -> None:
+def an_unknown_peer_is_a_failed_transfer(make_rig: MakeRig) -> None:
     with _rig(make_rig) as rig:
         before = rig.mine.memory.copy()
         done = rig.finish_one(rig.work([0], [0], peer="nobody"))
@@ -190,18 +190,18 @@ def an_unknown_peer_is_a_failed_ticket(make_rig: MakeRig) -> None:
         assert np.array_equal(rig.mine.memory, before)
 
 
-def a_dropped_peer_ends_its_tickets_and_lets_memory_be(make_rig: MakeRig) -> None:
+def a_dropped_peer_ends_its_transfers_and_lets_memory_be(make_rig: MakeRig) -> None:
     with _rig(make_rig) as rig:
-        tickets = [rig.ours.submit(rig.work(SHUFFLED, SHUFFLED)) for _ in range(5)]
+        transfers = [rig.ours.submit(rig.work(SHUFFLED, SHUFFLED)) for _ in range(5)]
         rig.ours.drop_peer("peer")
         rig.ours.drop_peer("peer")  # idempotent
         rig.ours.drop_peer("never known")
-        ended = rig.finish(tickets)
+        ended = rig.finish(transfers)
         # one that had arrived before the drop may say so; all others failed
         assert all(done.nbytes == 0 for done in ended.values() if done.error)
         before = rig.mine.memory.copy()
         assert rig.finish_one(rig.work([0], [0])).error, "a dropped peer was still read from"
-        assert np.array_equal(rig.mine.memory, before), "memory changed after the ticket's end"
+        assert np.array_equal(rig.mine.memory, before), "memory changed after the transfer's end"
 
 
 def a_dropped_peer_may_come_back(make_rig: MakeRig) -> None:
@@ -230,14 +230,14 @@ def a_peer_dropped_amid_large_rows_may_come_back(make_rig: MakeRig) -> None:
     with _rig(make_rig, large=True) as rig:
         _moves_exactly(rig, [1], [2], Op.READ)
         for polls in (0, 1, 10):
-            ticket = rig.ours.submit(rig.work(SHUFFLED, SHUFFLED))
+            transfer_id = rig.ours.submit(rig.work(SHUFFLED, SHUFFLED))
             early = []  # it may have ended already
             for _ in range(polls):
                 early += rig.ours.poll()
                 rig.theirs.poll()
             rig.ours.drop_peer("peer")
             if not early:
-                rig.finish([ticket])
+                rig.finish([transfer_id])
             rig.ours.add_peer("peer", rig.theirs.hello())
             _moves_exactly(rig, SHUFFLED, SHUFFLED[::-1], Op.READ)
 
@@ -249,19 +249,19 @@ def a_peer_under_two_names_survives_the_loss_of_one(make_rig: MakeRig) -> None:
         _moves_exactly(rig, [1], [2], Op.READ)
 
 
-def a_cancelled_ticket_still_ends(make_rig: MakeRig) -> None:
+def a_cancelled_transfer_still_ends(make_rig: MakeRig) -> None:
     with _rig(make_rig) as rig:
-        tickets = [rig.ours.submit(rig.work(SHUFFLED, SHUFFLED)) for _ in range(5)]
-        for ticket in tickets:
-            rig.ours.cancel(ticket)
-            rig.ours.cancel(ticket)
-        rig.finish(tickets)
-        rig.ours.cancel(tickets[0])  # ended: no effect
+        transfers = [rig.ours.submit(rig.work(SHUFFLED, SHUFFLED)) for _ in range(5)]
+        for transfer_id in transfers:
+            rig.ours.cancel(transfer_id)
+            rig.ours.cancel(transfer_id)
+        rig.finish(transfers)
+        rig.ours.cancel(transfers[0])  # ended: no effect
         rig.ours.cancel(123_456)
         before = rig.mine.memory.copy()
         rig.other.memory[:] ^= 0xFF
         rig.finish([])
-        assert np.array_equal(rig.mine.memory, before), "memory changed after the ticket's end"
+        assert np.array_equal(rig.mine.memory, before), "memory changed after the transfer's end"
         _moves_exactly(rig, [1], [2], Op.READ)
 
 
@@ -311,19 +311,19 @@ def _with_text_that_is_none(hello: bytes) -> list[bytes]:
     return [hello.replace(text.encode(), b"\xff" * len(text.encode())) for text in texts]
 
 
-def a_peer_that_closed_fails_tickets(make_rig: MakeRig) -> None:
+def a_peer_that_closed_fails_transfers(make_rig: MakeRig) -> None:
     with _rig(make_rig) as rig:
         _moves_exactly(rig, [1], [2], Op.READ)
         rig.theirs.close()
-        ticket = rig.ours.submit(rig.work([3], [4]))
-        # that a peer is gone may only show by silence: dropping it must end the ticket
+        transfer_id = rig.ours.submit(rig.work([3], [4]))
+        # that a peer is gone may only show by silence: dropping it must end the transfer
         rig.ours.drop_peer("peer")
         ended: list[Done] = []
         end = time.monotonic() + PATIENCE_S
         while not ended:
-            assert time.monotonic() < end, f"ticket {ticket} never ended"
+            assert time.monotonic() < end, f"transfer {transfer_id} never ended"
             ended = rig.ours.poll()
-        assert ended[0].ticket == ticket
+        assert ended[0].transfer_id == transfer_id
 
 
 def close_is_idempotent(make_rig: MakeRig) -> None:
@@ -341,19 +341,19 @@ CHECKS: dict[str, Check] = {
         a_read_takes_rows_in_any_order_from_all_regions,
         one_row_may_be_read_into_several,
         a_write_moves_exactly_the_rows_named,
-        each_of_many_tickets_ends_exactly_once,
-        an_unknown_peer_is_a_failed_ticket,
-        a_dropped_peer_ends_its_tickets_and_lets_memory_be,
+        each_of_many_transfers_ends_exactly_once,
+        an_unknown_peer_is_a_failed_transfer,
+        a_dropped_peer_ends_its_transfers_and_lets_memory_be,
         a_dropped_peer_may_come_back,
         many_large_rows_arrive,
         many_large_rows_are_written,
         a_peer_dropped_amid_large_rows_may_come_back,
         a_peer_under_two_names_survives_the_loss_of_one,
-        a_cancelled_ticket_still_ends,
+        a_cancelled_transfer_still_ends,
         rows_outside_the_peers_regions_fail,
         rows_outside_our_regions_fail,
         a_hello_that_is_none_is_a_transport_error,
-        a_peer_that_closed_fails_tickets,
+        a_peer_that_closed_fails_transfers,
         close_is_idempotent,
     )
 }

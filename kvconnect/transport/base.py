@@ -1,11 +1,11 @@
 """What a transport is. `kvconnect.testing.check_transport` holds one to this contract.
 
 * A transport is made with the memory regions that it may touch and lets peers touch.
-* One thread owns it. Nothing blocks: `submit` returns a ticket at once.
-* Each ticket appears in `poll` exactly once, as `Done`; after that its memory is never
+* One thread owns it. Nothing blocks: `submit` returns the id of a transfer at once.
+* Each transfer appears in `poll` exactly once, as `Done`; after that its memory is never
   touched again. A fault, local or remote, is a `Done` with ``error`` set.
 * `cancel` asks for an early end and promises nothing but that `Done` still comes, with an error
-  unless the bytes had arrived. `drop_peer` is the fence: it makes a peer's tickets end.
+  unless the bytes had arrived. `drop_peer` is the fence: it makes a peer's transfers end.
 * `poll` also serves peers that read or write our memory; a rank with a reader must keep polling.
 """
 
@@ -41,9 +41,9 @@ class Work:
 
 
 class Done(NamedTuple):
-    """End of a ticket. ``post_s`` was spent in submit, ``wire_s`` from then until seen done."""
+    """End of a transfer. ``post_s`` was spent in submit, ``wire_s`` from then until seen done."""
 
-    ticket: TransferId
+    transfer_id: TransferId
     error: str | None
     nbytes: int = 0
     descriptors: int = 0
@@ -61,16 +61,16 @@ class Transport(Protocol):
         """Make a peer reachable as ``name``; raises TransportError."""
 
     def drop_peer(self, name: str) -> None:
-        """Forget a peer; its outstanding tickets end with an error. Idempotent."""
+        """Forget a peer; its outstanding transfers end with an error. Idempotent."""
 
     def submit(self, work: Work) -> TransferId:
         """Start to move ``work``."""
 
     def poll(self) -> list[Done]:
-        """Tickets that ended since the last call; makes progress."""
+        """Transfers that ended since the last call; makes progress."""
 
-    def cancel(self, ticket: TransferId) -> None:
-        """Ask for a ticket's early end."""
+    def cancel(self, transfer_id: TransferId) -> None:
+        """Ask for a transfer's early end."""
 
     def close(self) -> None:
         """Give up all memory and peers. Idempotent."""

@@ -30,7 +30,7 @@ class LoopbackTransport:
         self._name = f"loopback-{next(fabric.names)}"
         fabric.members[self._name] = self
         self._peers: dict[str, str] = {}  # name that add_peer gave → fabric name
-        self._tickets = itertools.count(1)
+        self._transfers = itertools.count(1)
         self._queued: dict[TransferId, Work] = {}
         self._ended: list[Done] = []
 
@@ -44,33 +44,35 @@ class LoopbackTransport:
 
     def drop_peer(self, name: str) -> None:
         self._peers.pop(name, None)
-        for ticket, work in list(self._queued.items()):
+        for transfer_id, work in list(self._queued.items()):
             if work.peer == name:
-                self._end(ticket, f"peer {name} was dropped")
+                self._end(transfer_id, f"peer {name} was dropped")
 
     def submit(self, work: Work) -> TransferId:
-        ticket = next(self._tickets)
-        self._queued[ticket] = work
-        return ticket
+        transfer_id = next(self._transfers)
+        self._queued[transfer_id] = work
+        return transfer_id
 
     def poll(self) -> list[Done]:
-        for ticket, work in list(self._queued.items()):
-            self._end(ticket, self._move(work), work.nbytes, len(work.local_index))
+        for transfer_id, work in list(self._queued.items()):
+            self._end(transfer_id, self._move(work), work.nbytes, len(work.local_index))
         ended, self._ended = self._ended, []
         return ended
 
-    def cancel(self, ticket: TransferId) -> None:
-        if ticket in self._queued:
-            self._end(ticket, "cancelled")
+    def cancel(self, transfer_id: TransferId) -> None:
+        if transfer_id in self._queued:
+            self._end(transfer_id, "cancelled")
 
     def close(self) -> None:
         self._fabric.members.pop(self._name, None)
-        for ticket in list(self._queued):
-            self._end(ticket, "transport closed")
+        for transfer_id in list(self._queued):
+            self._end(transfer_id, "transport closed")
 
-    def _end(self, ticket: TransferId, error: str | None, nbytes: int = 0, rows: int = 0) -> None:
-        del self._queued[ticket]
-        self._ended.append(Done(ticket, error, 0 if error else nbytes, rows))
+    def _end(
+        self, transfer_id: TransferId, error: str | None, nbytes: int = 0, rows: int = 0
+    ) -> None:
+        del self._queued[transfer_id]
+        self._ended.append(Done(transfer_id, error, 0 if error else nbytes, rows))
 
     def _move(self, work: Work) -> str | None:
         peer = self._fabric.members.get(self._peers.get(work.peer, ""))

@@ -53,13 +53,13 @@ def _import_nixl() -> tuple[Any, tuple[type[Exception], ...]]:
     return _api, tuple(errors)  # NIXL's exceptions have no common base of their own
 
 
-class _Hello(msgspec.Struct):
+class _NixlHello(msgspec.Struct):
     agent: str
     metadata: bytes
 
 
 @dataclass
-class _Running:
+class _NixlTransfer:
     work: Work
     handle: Any
     posted_at: float
@@ -73,21 +73,21 @@ class NixlTransport:
     def __init__(self, regions: Sequence[Region], options: NixlOptions | None = None) -> None:
         self._api, self._errors = _import_nixl()
         self._regions, self._backends = tuple(regions), (options or NixlOptions()).backends
-        self._peers: dict[str, _Hello] = {}  # by the name that add_peer gave
-        self._dropped: dict[str, tuple[_Hello, float]] = {}  # with transfers; until when
+        self._peers: dict[str, _NixlHello] = {}  # by the name that add_peer gave
+        self._dropped: dict[str, tuple[_NixlHello, float]] = {}  # with transfers; until when
         # (peer, id of a table of either side) → the table, so that the id stays its own, handle
         self._prepared: dict[tuple[str, int], tuple[RowTable, Any]] = {}
-        self._running: dict[TransferId, _Running] = {}
+        self._running: dict[TransferId, _NixlTransfer] = {}
         self._ended: list[Done] = []
-        self._next_ticket = 1
+        self._next_id = 1
         self._closed = False
         self._make_agent()
 
     def hello(self) -> bytes:
-        return msgspec.msgpack.encode(_Hello(self._name, self._metadata))
+        return msgspec.msgpack.encode(_NixlHello(self._name, self._metadata))
 
     def add_peer(self, name: str, hello: bytes) -> None:
-        theirs = read_hello(name, hello, _Hello)
+        theirs = read_hello(name, hello, _NixlHello)
         for known in (*self._peers.values(), *(h for h, _ in self._dropped.values())):
             if known.agent == theirs.agent and known != theirs:
                 raise TransportError(f"peer {name}: another peer is NIXL agent {theirs.agent}")
@@ -110,7 +110,7 @@ class NixlTransport:
         self._forget_dropped()
 
     def submit(self, work: Work) -> TransferId:
-        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        transfer_id, self._next_id = self._next_id, self._next_id + 1
         started = time.perf_counter()
         try:
             agent = self._agent_of(work.peer)
@@ -122,9 +122,9 @@ class NixlTransport:
                 work.remote_index,
             )
         except self._errors_or(TransportError, ValueError, KeyError, OverflowError) as e:
-            self._ended.append(Done(ticket, f"NIXL refused the transfer: {e}"))
-            return ticket
-        running = self._running[ticket] = _Running(work, handle, started, 0.0)
+            self._ended.append(Done(transfer_id, f"NIXL refused the transfer: {e}"))
+            return transfer_id
+        running = self._running[transfer_id] = _NixlTransfer(work, handle, started, 0.0)
         try:
             state = self._agent.transfer(handle)
         except self._errors as e:
@@ -133,8 +133,8 @@ class NixlTransport:
             running.cancelled, state = True, "PROC"
         running.post_s = time.perf_counter() - started
         if state != "PROC":
-            self._end(ticket, state)
-        return ticket
+            self._end(transfer_id, state)
+        return transfer_id
 
     def poll(self) -> list[Done]:
         self._advance()
@@ -146,8 +146,8 @@ class NixlTransport:
         ended, self._ended = self._ended, []
         return ended
 
-    def cancel(self, ticket: TransferId) -> None:
-        if running := self._running.get(ticket):
+    def cancel(self, transfer_id: TransferId) -> None:
+        if running := self._running.get(transfer_id):
             running.cancelled = True
 
     def close(self) -> None:
@@ -228,13 +228,13 @@ class NixlTransport:
     # -- transfers ----------------------------------------------------------------------
 
     def _advance(self) -> None:
-        for ticket, running in list(self._running.items()):
+        for transfer_id, running in list(self._running.items()):
             try:
                 state = self._agent.check_xfer_state(running.handle)
             except self._errors as e:
                 state = str(e)
             if state != "PROC":
-                self._end(ticket, state)
+                self._end(transfer_id, state)
 
     def _agent_of(self, peer: str) -> str:
         if peer not in self._peers:
@@ -266,8 +266,8 @@ class NixlTransport:
             except self._errors as e:
                 logger.warning("peer %s: NIXL could not forget it: %s", name, e)
 
-    def _end(self, ticket: TransferId, state: str) -> None:
-        running = self._running.pop(ticket)
+    def _end(self, transfer_id: TransferId, state: str) -> None:
+        running = self._running.pop(transfer_id)
         wire_s = time.perf_counter() - running.posted_at
         descriptors = 0
         if state == "DONE":
@@ -277,10 +277,10 @@ class NixlTransport:
         if running.cancelled:
             error = error or "cancelled"
         nbytes = 0 if error else running.work.nbytes
-        self._ended.append(Done(ticket, error, nbytes, descriptors, running.post_s, wire_s))
+        self._ended.append(Done(transfer_id, error, nbytes, descriptors, running.post_s, wire_s))
 
     def _end_all(self, why: str) -> None:
-        self._ended += [Done(ticket, why) for ticket in self._running]
+        self._ended += [Done(transfer_id, why) for transfer_id in self._running]
         self._running.clear()
 
     def _release(self, handle: Any, what: str) -> None:

@@ -1,7 +1,7 @@
 """Registered memory by address: what transports without a NIC's checks need to stay inside it.
 
 `pair` gives a work's spans on both sides, `Reach` bounds them and copies host memory between
-scattered spans and one dense buffer. Knows no peers, libraries or tickets.
+scattered spans and one dense buffer. Knows no peers, libraries or transfers.
 """
 
 import ctypes

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from kvconnect.geometry.blocks import DENSE, UNTILED, Part, Tile
 from kvconnect.ops import NUMBERS, Type
-from kvconnect.vllm.probe import Axis, Kernel, Packing, packings
+from kvconnect.vllm.probe import Axis, CellLayout, Kernel, cell_layouts
 
 # vLLM stores fp8 as bytes; of which format, the layer's kv_cache_dtype tells ("fp8" is e4m3 on
 # CUDA and CPU). Other names are of packings or, fp8_inc, of Gaudi's own format.
@@ -105,45 +105,47 @@ def content_of(
     if backend == "CPU_ATTN":
         kernel = _kernel(cells, spec, module, dtype, vllm_config)
         layout = f"cpu:{kernel.isa}"
-        found = packings(kernel, cells.tokens, k) if explained and k == v else None
+        found = cell_layouts(kernel, cells.tokens, k) if explained and k == v else None
     else:
         layout = f"packed by {backend}"
         row = Axis(cells.token_stride, UNTILED), Axis(cells.element_stride, UNTILED)
-        found = (Packing(0, *row), Packing(k * cells.element_stride, *row)) if explained else None
+        found = (
+            (CellLayout(0, *row), CellLayout(k * cells.element_stride, *row)) if explained else None
+        )
     if dtype.scaled and (scales := (_scale(module, "k"), _scale(module, "v"))) != (1, 1):
         layout += f", scales {scales[0]:g} {scales[1]:g}"  # packed content is not rescaled
     if found is None:
         return layout, (packed(cells),)
     names: tuple[tuple[_PartName, int], ...] = (("k", k), ("v", v)) if v else (("kv", k),)
     parts = []
-    for (name, size), packing in zip(names, found, strict=False):
-        part = _part(cells, packing, name, size)
+    for (name, size), layout_of_part in zip(names, found, strict=False):
+        part = _part(cells, layout_of_part, name, size)
         if part is None:
             return layout, (packed(cells),)
         parts.append(replace(part, scale=_scale(module, name)) if dtype.scaled else part)
     return DENSE, tuple(parts)
 
 
-def _part(cells: Cells, packing: Packing, name: _PartName, size: int) -> Part | None:
-    """A part as ``packing`` has it in each piece; None where pieces need a tile of tiles."""
-    tile = packing.token.tile
+def _part(cells: Cells, layout: CellLayout, name: _PartName, size: int) -> Part | None:
+    """A part as ``layout`` has it in each piece; None where pieces need a tile of tiles."""
+    tile = layout.token.tile
     if cells.pieces > 1:
         # tokens of the next piece: on in the same step, or in a tile of their own
         if tile.cells:
             if cells.tokens // tile.cells * tile.stride != cells.piece_stride:
                 return None
-        elif cells.tokens * packing.token.stride != cells.piece_stride:
+        elif cells.tokens * layout.token.stride != cells.piece_stride:
             tile = Tile(cells.tokens, cells.piece_stride)
     block_stride = cells.pieces * cells.piece_stride
-    strides = (block_stride, cells.head_stride, packing.token.stride, packing.content.stride)
+    strides = (block_stride, cells.head_stride, layout.token.stride, layout.content.stride)
     block, head, token, content = (s * cells.item for s in strides)
     return Part(
-        base=cells.base + packing.start * cells.item,
+        base=cells.base + layout.start * cells.item,
         strides=(block, head, token, content),
         shape=(cells.heads, cells.pieces * cells.tokens, size),
         itemsize=cells.item,
         name=name,
-        tiles=(_in_bytes(tile, cells.item), _in_bytes(packing.content.tile, cells.item)),
+        tiles=(_in_bytes(tile, cells.item), _in_bytes(layout.content.tile, cells.item)),
     )
 
 

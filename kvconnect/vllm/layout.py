@@ -33,7 +33,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 ALL_TOKENS = 1 << 24  # of a block of recurrent state, whatever vLLM's block size says
 
 
-class Place(NamedTuple):
+class TpRank(NamedTuple):
     """This rank among the tensor-parallel ranks."""
 
     tp_rank: int
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def describe(
-    kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, vllm_config: Any, place: Place
+    kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, vllm_config: Any, place: TpRank
 ) -> Shard:
     """Views of all transferred layers of this rank; raises ConfigError for what cannot be."""
     views = []
@@ -121,7 +121,7 @@ def _check(layer: str, spec: Any, cache: torch.Tensor, num_blocks: int) -> None:
 
 
 def _state(
-    index: int, layer: str, spec: Any, cells: Cells, num_blocks: int, place: Place
+    index: int, layer: str, spec: Any, cells: Cells, num_blocks: int, place: TpRank
 ) -> BlockView:
     """Recurrent state: convolution and SSM state behind one another, cut by TP in its own ways."""
     shapes = ", ".join(
@@ -144,7 +144,7 @@ def _state(
 # -- heads and memory -------------------------------------------------------------------------
 
 
-def _heads(spec: Any, vllm_config: Any, place: Place) -> Heads:
+def _heads(spec: Any, vllm_config: Any, place: TpRank) -> Heads:
     slots = spec.num_heads
     if getattr(spec, "max_tp_shards", None) == 1:  # MLA: every rank holds the same
         return Heads(0, slots, slots)

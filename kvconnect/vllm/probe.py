@@ -4,7 +4,7 @@ Its kernels pack a block for their instructions, differently for every ISA, and 
 So the backend's own op writes the number of each cell into one scratch block, digit by digit in
 values that every KV dtype holds exactly; what is found there is fitted to strides and tiles.
 
-* A packing that does not fit, or an op that refuses, gives None: never a guess.
+* A layout that does not fit, or an op that refuses, gives None: never a guess.
 * Units are elements. Knows no caches, layers or peers.
 """
 
@@ -26,7 +26,7 @@ class Axis(NamedTuple):
     tile: Tile
 
 
-class Packing(NamedTuple):
+class CellLayout(NamedTuple):
     """K or V of one head in one block; ``start`` counts from the head's first element."""
 
     start: int
@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def packings(kernel: Kernel, tokens: int, size: int) -> tuple[Packing, Packing] | None:
+def cell_layouts(kernel: Kernel, tokens: int, size: int) -> tuple[CellLayout, CellLayout] | None:
     """Of K and of V, of ``size`` elements a token each; None if strides and tiles cannot say."""
     found = _cells_found(kernel, tokens, size)
     if found is None or not np.array_equal(np.sort(found), np.arange(len(found))):
@@ -55,14 +55,14 @@ def packings(kernel: Kernel, tokens: int, size: int) -> tuple[Packing, Packing] 
     return None if k is None or v is None else (k, v)
 
 
-def fit(place: np.ndarray) -> Packing | None:
-    """The packing that puts cell (token, content) at ``place[token, content]``, if there is one."""
+def fit(place: np.ndarray) -> CellLayout | None:
+    """The layout that puts cell (token, content) at ``place[token, content]``, if there is one."""
     start = place[0, 0]
     token, content = place[:, 0] - start, place[0] - start
     if not np.array_equal(place, start + token[:, None] + content):
         return None
     axes = _fit_axis(token), _fit_axis(content)
-    return None if axes[0] is None or axes[1] is None else Packing(int(start), axes[0], axes[1])
+    return None if axes[0] is None or axes[1] is None else CellLayout(int(start), axes[0], axes[1])
 
 
 def _fit_axis(place: np.ndarray) -> Axis | None:

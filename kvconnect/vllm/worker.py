@@ -27,7 +27,7 @@ from kvconnect.stats import StatsData
 from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.engine import Rank, kernels_for, this_rank
 from kvconnect.vllm.fingerprint import fingerprint
-from kvconnect.vllm.layout import Place, describe
+from kvconnect.vllm.layout import TpRank, describe
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -75,7 +75,7 @@ class Worker:
         rank = this_rank()
         self._index = rank.index
         memory = describe(
-            kv_caches, self._kv_cache_config, self._vllm_config, Place(rank.tp_rank, rank.tp_size)
+            kv_caches, self._kv_cache_config, self._vllm_config, TpRank(rank.tp_rank, rank.tp_size)
         )
         self._device = next(iter(kv_caches.values())).device
         staging, owner, kernels = self._staging(memory)

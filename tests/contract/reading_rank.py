@@ -32,11 +32,11 @@ def main(name, nbytes, address, hello):
         time.sleep(1e-4)
     print("ended", ended[0].error, flush=True)
     sys.stdin.readline()
-    tickets = [transport.submit(work) for _ in range(3)]
+    transfers = [transport.submit(work) for _ in range(3)]
     for _ in range(200):  # until requests are on their way
         transport.poll()
         time.sleep(1e-3)
-    print("reading", len(tickets), flush=True)
+    print("reading", len(transfers), flush=True)
     sys.stdin.readline()
 
 

@@ -42,15 +42,15 @@ def test_it_says_what_it_cannot_do(acme):
 
 
 @pytest.mark.slow
-def test_a_peer_that_is_killed_ends_its_tickets(acme):
+def test_a_peer_that_is_killed_ends_its_transfers(acme):
     reader = Reader(acme)
     try:
         reader.read_all()
-        tickets = [reader.submit(shift) for shift in range(1, 4)]
+        transfers = [reader.submit(shift) for shift in range(1, 4)]
         reader.process.kill()
         reader.process.wait()
         ended = reader.poll(3, seconds=5)
-        assert sorted(done.ticket for done in ended) == tickets
+        assert sorted(done.transfer_id for done in ended) == transfers
         before = reader.memory.copy()
         assert reader.poll(1, seconds=0.1) == []
         assert (reader.memory == before).all()

@@ -139,7 +139,7 @@ class Reader:
         self.process.communicate()
 
     def submit(self, shift=0):
-        """Ticket to read every row of theirs into the one ``shift`` places later of ours."""
+        """Transfer to read every row of theirs into the one ``shift`` places later of ours."""
         index = np.arange(ROWS, dtype=np.int32)
         ours, theirs = (
             RowTable(np.array([[at, ROW, ROW, ROWS]]), np.zeros(1, np.int64), "DRAM", 0)
@@ -151,7 +151,7 @@ class Reader:
         )
 
     def poll(self, until, seconds=20.0):
-        """Poll until so many tickets have ended; those that have."""
+        """Poll until so many transfers have ended; those that have."""
         ended, deadline = [], time.monotonic() + seconds
         while len(ended) < until and time.monotonic() < deadline:
             ended += self.transport.poll()
@@ -173,9 +173,9 @@ def reader(name):
 
 
 @each_real
-def test_a_peer_that_is_killed_ends_its_tickets(name, reader):
+def test_a_peer_that_is_killed_ends_its_transfers(name, reader):
     reader.read_all()
-    tickets = [reader.submit(shift) for shift in range(1, 4)]
+    transfers = [reader.submit(shift) for shift in range(1, 4)]
     early = reader.poll(1, seconds=0.002)  # so that it is amid them, unless it is very fast
     reader.process.kill()
     reader.process.wait()
@@ -184,11 +184,11 @@ def test_a_peer_that_is_killed_ends_its_tickets(name, reader):
     if len(ended) < 4:  # silence is allowed; being told is not to be ignored
         reader.transport.drop_peer("peer")
         ended += reader.poll(4 - len(ended))
-    assert sorted(done.ticket for done in ended) == [*tickets, late]
-    assert next(done for done in ended if done.ticket == late).error
+    assert sorted(done.transfer_id for done in ended) == [*transfers, late]
+    assert next(done for done in ended if done.transfer_id == late).error
     before = reader.memory.copy()
     assert reader.poll(1, seconds=0.3) == []
-    assert np.array_equal(reader.memory, before), "memory changed after the tickets' end"
+    assert np.array_equal(reader.memory, before), "memory changed after the transfers' end"
 
 
 class Rank:
@@ -255,18 +255,18 @@ def test_a_reader_that_is_killed_does_not_end_the_peer_it_reads(name, env, monke
 def test_a_peer_that_is_stopped_is_fenced_off_and_may_come_back(name, reader, monkeypatch):
     monkeypatch.setattr(mooncake, "FENCE_S", 0.5)
     reader.read_all()
-    tickets = [reader.submit(shift) for shift in range(1, 4)]
+    transfers = [reader.submit(shift) for shift in range(1, 4)]
     early = reader.poll(1, seconds=0.002)
     os.kill(reader.process.pid, signal.SIGSTOP)
     early += reader.poll(3, seconds=0.2)
     reader.transport.drop_peer("peer")
     ended = [*early, *reader.poll(3 - len(early))]
-    assert sorted(done.ticket for done in ended) == tickets
+    assert sorted(done.transfer_id for done in ended) == transfers
     assert ended[-1].error
     before = reader.memory.copy()
     os.kill(reader.process.pid, signal.SIGCONT)
     assert reader.poll(1, seconds=0.5) == []
-    assert np.array_equal(reader.memory, before), "memory changed after the tickets' end"
+    assert np.array_equal(reader.memory, before), "memory changed after the transfers' end"
     reader.transport.add_peer("peer", reader.hello)
     reader.read_all()
 

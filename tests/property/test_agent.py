@@ -13,7 +13,7 @@ from kvconnect.geometry.rows import RowTable
 from kvconnect.transport import reach
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.ucx import agent
-from kvconnect.transport.ucx.agent import Agent, Piece
+from kvconnect.transport.ucx.agent import Agent, SpanBatch
 
 SIZE = 1 << 14
 CONTENTS = np.random.default_rng(1).integers(0, 256, (3, SIZE), dtype=np.uint8)
@@ -34,13 +34,13 @@ def buffer():
     return np.zeros(1 << 16, np.uint8)  # requests here are small
 
 
-def ask(ours, theirs, piece, key=None, change=lambda request: request):
-    """Send a piece to the other side and settle its answer: None, or why it was refused."""
+def ask(ours, theirs, batch, key=None, change=lambda request: request):
+    """Send a batch to the other side and settle its answer: None, or why it was refused."""
     request, reply = buffer(), buffer()
-    size = ours.agent.request(piece, key or theirs.agent.key, b"here", 7, request)
+    size = ours.agent.request(batch, key or theirs.agent.key, b"here", 7, request)
     answer = theirs.agent.answer(change(request[:size]), reply)
     assert (answer.reply_to, answer.tag) == (b"here", 7)
-    return ours.agent.settle(piece, reply)
+    return ours.agent.settle(batch, reply)
 
 
 def work(op, ours, theirs, sizes, ours_at, theirs_at):
@@ -85,15 +85,15 @@ def test_every_byte_named_is_moved_and_no_other(op, drawn, most, few):
         wanted[t : t + n] = source.memory[s : s + n]
     places = (targets, sources) if op is Op.READ else (sources, targets)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent, "PIECE_BYTES", most)
-        patch.setattr(agent, "PIECE_SPANS", few)
+        patch.setattr(agent, "BATCH_BYTES", most)
+        patch.setattr(agent, "BATCH_SPANS", few)
         patch.setattr(reach, "LARGE_BYTES", 300)  # both ways to copy
-        pieces = list(ours.agent.pieces(work(op, ours, theirs, sizes, *places)))
-        for piece in pieces:
-            assert piece.nbytes <= most
-            assert len(piece.spans[0]) <= few
-            assert ask(ours, theirs, piece) is None
-    assert sum(piece.nbytes for piece in pieces) == sum(sizes)
+        batches = list(ours.agent.batches(work(op, ours, theirs, sizes, *places)))
+        for batch in batches:
+            assert batch.nbytes <= most
+            assert len(batch.spans[0]) <= few
+            assert ask(ours, theirs, batch) is None
+    assert sum(batch.nbytes for batch in batches) == sum(sizes)
     assert np.array_equal(target.memory, wanted)
     assert np.array_equal(source.memory, untouched)
 
@@ -108,7 +108,7 @@ def test_a_span_outside_is_refused_and_nothing_is_touched(op, address):
     at = theirs.first + address if address in EDGES else address
     one = np.array([ours.first + SIZE // 4]), np.array([at], np.int64), np.array([8])
     before = ours.memory.copy(), theirs.memory.copy()
-    error = ask(ours, theirs, Piece(op, one, 8))
+    error = ask(ours, theirs, SpanBatch(op, one, 8))
     assert "outside" in error
     assert np.array_equal(ours.memory, before[0])
     assert np.array_equal(theirs.memory, before[1])
@@ -120,7 +120,7 @@ def test_who_has_not_our_key_is_not_even_answered(op):
     one = np.array([ours.first + SIZE // 4]), np.array([theirs.first + SIZE // 4]), np.array([8])
     before = theirs.memory.copy()
     with pytest.raises(TransportError, match="hello"):
-        ask(ours, theirs, Piece(op, one, 8), key=ours.agent.key)
+        ask(ours, theirs, SpanBatch(op, one, 8), key=ours.agent.key)
     assert np.array_equal(theirs.memory, before)
 
 
@@ -129,8 +129,8 @@ SPOILT = {
     "magic": lambda head: head | {"magic": b"kvc0"},
     "an operation there is not": lambda head: head | {"op": 3},
     "a long address": lambda head: head | {"reply_to": b"a" * (agent.MAX_REPLY_TO + 1)},
-    "more than a piece": lambda head: (
-        head | dict.fromkeys(("nbytes", "span"), agent.PIECE_BYTES + 1)
+    "more than a batch": lambda head: (
+        head | dict.fromkeys(("nbytes", "span"), agent.BATCH_BYTES + 1)
     ),
     "fewer bytes than its spans": lambda head: head | {"nbytes": 7},
 }
@@ -139,7 +139,7 @@ SPOILT = {
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 def test_what_no_request_can_be_is_not_obeyed(spoil):
     """With our key, from a peer that is hostile or of another version."""
-    memory = np.zeros(agent.PIECE_BYTES + 2, np.uint8)
+    memory = np.zeros(agent.BATCH_BYTES + 2, np.uint8)
     side = Agent([Region(int(memory.ctypes.data), memory.nbytes)])
     said = {"magic": b"kvc1", "op": 1, "reply_to": b"here", "nbytes": 8, "span": 8}
 
@@ -158,7 +158,7 @@ def test_what_is_refused_is_answered_without_bytes():
     ours, theirs = Side(1), Side(2)
     one = np.array([ours.first + SIZE // 4]), np.array([theirs.first]), np.array([8])
     request, reply = buffer(), buffer()
-    size = ours.agent.request(Piece(Op.READ, one, 8), theirs.agent.key, b"here", 7, request)
+    size = ours.agent.request(SpanBatch(Op.READ, one, 8), theirs.agent.key, b"here", 7, request)
     assert theirs.agent.answer(request[:size], reply).nbytes == agent._STATUS.size
 
 
@@ -167,14 +167,14 @@ def test_rows_of_different_sizes_are_no_work():
     rows = work(Op.READ, ours, theirs, [16], [SIZE // 4], [SIZE // 4])
     longer = work(Op.READ, ours, theirs, [17], [SIZE // 4], [SIZE // 4])
     with pytest.raises(TransportError, match="different sizes"):
-        ours.agent.pieces(replace(rows, remote=longer.remote))
+        ours.agent.batches(replace(rows, remote=longer.remote))
 
 
 @pytest.mark.parametrize("op", Op)
 def test_work_outside_our_own_regions_is_not_begun(op):
     ours, theirs = Side(1), Side(2)
     with pytest.raises(TransportError, match="outside"):
-        ours.agent.pieces(work(op, ours, theirs, [16], [SIZE // 4 - 1], [SIZE // 4]))
+        ours.agent.batches(work(op, ours, theirs, [16], [SIZE // 4 - 1], [SIZE // 4]))
 
 
 @given(
@@ -186,11 +186,11 @@ def test_work_outside_our_own_regions_is_not_begun(op):
 def test_a_spoilt_request_raises_or_answers_and_stays_inside(op, at, byte, cut):
     ours, theirs = Side(1), Side(2)
     sizes = [16, 40]
-    (piece,) = ours.agent.pieces(
+    (batch,) = ours.agent.batches(
         work(op, ours, theirs, sizes, [SIZE // 4, SIZE // 2], [SIZE // 4 + 8, SIZE // 2 + 8])
     )
     request, reply = buffer(), buffer()
-    size = ours.agent.request(piece, theirs.agent.key, b"here", 7, request)
+    size = ours.agent.request(batch, theirs.agent.key, b"here", 7, request)
     request[min(at, size - 1)] = byte
     outside = theirs.memory[: SIZE // 4].copy(), theirs.memory[3 * SIZE // 4 :].copy()
     before = theirs.memory.copy()
@@ -222,8 +222,8 @@ def test_a_span_of_nothing_is_inside_no_region():
 def test_split_and_join_are_each_others_reverse_on_one_run(sizes, most):
     nbytes = np.array(sizes, np.int64)
     starts = np.cumsum(nbytes) - nbytes
-    pieces = reach.split((starts, starts + 5000, nbytes), most)
-    assert all(pieces[2] <= most)
-    ours, theirs, joined = reach.join(pieces)
+    batches = reach.split((starts, starts + 5000, nbytes), most)
+    assert all(batches[2] <= most)
+    ours, theirs, joined = reach.join(batches)
     assert joined.tolist() == ([sum(sizes)] if sizes else [])
     assert (ours.tolist(), theirs.tolist()) == (([0], [5000]) if sizes else ([], []))

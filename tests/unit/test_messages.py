@@ -2,6 +2,7 @@
 
 import time
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -112,7 +113,7 @@ class Side:
 
 class Rig:
     def __init__(self, monkeypatch):
-        monkeypatch.setattr(agent, "PIECE_BYTES", ROW)  # a message a row
+        monkeypatch.setattr(agent, "BATCH_BYTES", ROW)  # a message a row
         self.net = Net()
         self.ours, self.theirs = Side(self.net, 1), Side(self.net, 2)
         self.ours.transport.add_peer("peer", self.theirs.transport.hello())
@@ -146,49 +147,49 @@ def rig(monkeypatch):
     return Rig(monkeypatch)
 
 
-def test_at_most_a_window_of_pieces_is_under_way(rig):
-    ticket = rig.submit(rows=ROWS)
+def test_at_most_a_window_of_batches_is_under_way(rig):
+    transfer_id = rig.submit(rows=ROWS)
     assert len(rig.net.sent) == WINDOW
     rig.net.deliver(3)
     rig.theirs.transport.poll()
     assert rig.ours.transport.poll() == []
     assert len(rig.net.sent) == WINDOW  # three have come back, three more are sent
     (done,) = rig.go_on()
-    assert (done.ticket, done.error, done.descriptors) == (ticket, None, ROWS)
+    assert (done.transfer_id, done.error, done.descriptors) == (transfer_id, None, ROWS)
     assert np.array_equal(rig.ours.memory, rig.theirs.memory)
 
 
 def test_a_cancelled_read_ends_at_once_and_what_still_arrives_is_not_placed(rig):
-    ticket = rig.submit(rows=ROWS)
-    rig.ours.transport.cancel(ticket)
-    rig.ours.transport.cancel(ticket)
+    transfer_id = rig.submit(rows=ROWS)
+    rig.ours.transport.cancel(transfer_id)
+    rig.ours.transport.cancel(transfer_id)
     (done,) = rig.ours.transport.poll()
-    assert (done.ticket, done.error, done.nbytes) == (ticket, "cancelled", 0)
+    assert (done.transfer_id, done.error, done.nbytes) == (transfer_id, "cancelled", 0)
     assert rig.go_on() == []
     assert rig.is_untouched()
 
 
 def test_a_cancelled_write_ends_once_what_was_sent_is_answered_and_sends_no_more(rig):
     theirs = rig.theirs.memory.copy()
-    ticket = rig.submit(Op.WRITE, rows=ROWS)
-    rig.ours.transport.cancel(ticket)
+    transfer_id = rig.submit(Op.WRITE, rows=ROWS)
+    rig.ours.transport.cancel(transfer_id)
     assert rig.ours.transport.poll() == [], "the peer may still place what was sent"
     (done,) = rig.go_on()
-    assert (done.ticket, done.error) == (ticket, "cancelled")
+    assert (done.transfer_id, done.error) == (transfer_id, "cancelled")
     changed = (rig.theirs.memory != theirs).reshape(ROWS, ROW).any(axis=1)
     assert changed.sum() == WINDOW
 
 
-def test_a_ticket_that_is_over_or_never_was_may_be_cancelled(rig):
-    ticket = rig.submit()
+def test_a_transfer_that_is_over_or_never_was_may_be_cancelled(rig):
+    transfer_id = rig.submit()
     assert len(rig.go_on()) == 1
-    rig.ours.transport.cancel(ticket)
+    rig.ours.transport.cancel(transfer_id)
     rig.ours.transport.cancel(12345)
     assert rig.go_on() == []
 
 
 @pytest.mark.parametrize("which", ["sent", "received"])
-def test_a_message_that_the_library_lost_fails_its_ticket_and_nothing_is_placed(rig, which):
+def test_a_message_that_the_library_lost_fails_its_transfer_and_nothing_is_placed(rig, which):
     rig.net.slow = True  # the request does not leave
     rig.submit()
     rig.go_on(3)
@@ -202,43 +203,45 @@ def test_a_message_that_the_library_lost_fails_its_ticket_and_nothing_is_placed(
     assert rig.is_untouched()
 
 
-def test_a_send_that_the_library_refuses_fails_its_ticket(rig):
+def test_a_send_that_the_library_refuses_fails_its_transfer(rig):
     rig.line.broken = True
-    ticket = rig.submit(rows=3)
+    transfer_id = rig.submit(rows=3)
     (done,) = rig.ours.transport.poll()
-    assert (done.ticket, done.error) == (ticket, "the library says no")
+    assert (done.transfer_id, done.error) == (transfer_id, "the library says no")
 
 
 def test_a_work_of_no_rows_ends(rig):
-    ticket = rig.submit(rows=0)
-    assert [(done.ticket, done.error) for done in rig.ours.transport.poll()] == [(ticket, None)]
+    transfer_id = rig.submit(rows=0)
+    assert [(done.transfer_id, done.error) for done in rig.ours.transport.poll()] == [
+        (transfer_id, None)
+    ]
 
 
-def test_a_refused_piece_ends_the_ticket_and_no_more_are_asked_for(rig):
+def test_a_refused_batch_ends_the_transfer_and_no_more_are_asked_for(rig):
     index = np.arange(ROWS, dtype=np.int32)
     at = int(rig.theirs.memory.ctypes.data) + 1  # the last row ends outside
     outside = RowTable(np.array([[at, ROW, ROW, ROWS]]), np.zeros(1, np.int64), "DRAM", 0)
     backwards = index[::-1].copy()
-    ticket = rig.ours.transport.submit(
+    transfer_id = rig.ours.transport.submit(
         Work(Op.WRITE, "peer", rig.ours.table, backwards, outside, backwards, ROWS * ROW)
     )
     asked = len(rig.net.sent)
     rig.net.deliver(1)
     rig.theirs.transport.poll()
-    assert rig.ours.transport.poll() == []  # others of its pieces are under way
-    assert len(rig.net.sent) == asked - 1, "no more pieces of a work that has failed"
-    rig.ours.transport.cancel(ticket)  # which is not why it failed
+    assert rig.ours.transport.poll() == []  # others of its batches are under way
+    assert len(rig.net.sent) == asked - 1, "no more batches of a work that has failed"
+    rig.ours.transport.cancel(transfer_id)  # which is not why it failed
     (done,) = rig.go_on()
     assert "outside" in done.error
 
 
-def test_a_dropped_peers_tickets_end_and_its_line_is_closed_once_its_requests_have_left(rig):
+def test_a_dropped_peers_transfers_end_and_its_line_is_closed_once_its_requests_have_left(rig):
     rig.net.slow = True
-    tickets = [rig.submit(), rig.submit(Op.WRITE)]
+    transfers = [rig.submit(), rig.submit(Op.WRITE)]
     rig.ours.transport.drop_peer("peer")
     rig.ours.transport.drop_peer("peer")
     ended = rig.ours.transport.poll()
-    assert [done.ticket for done in ended] == tickets
+    assert [done.transfer_id for done in ended] == transfers
     assert all("dropped" in done.error for done in ended)
     assert not rig.line.closed
     for handle in rig.line.sends:
@@ -265,27 +268,27 @@ def test_a_dropped_line_is_not_kept_for_ever(rig, monkeypatch, ends):
 
 
 def test_a_peer_added_again_is_asked_through_another_line(rig):
-    first, ticket = rig.line, rig.submit()
+    first, transfer_id = rig.line, rig.submit()
     rig.ours.transport.add_peer("peer", rig.theirs.transport.hello())
     (done,) = rig.ours.transport.poll()
-    assert done.ticket == ticket and done.error
+    assert done.transfer_id == transfer_id and done.error
     assert rig.line is not first and first.closed
     rig.submit()
     assert [done.error for done in rig.go_on()] == [None]
 
 
-def test_a_line_that_died_ends_its_peers_tickets(rig):
-    ticket = rig.submit()
+def test_a_line_that_died_ends_its_peers_transfers(rig):
+    transfer_id = rig.submit()
     rig.line.alive = False
     (done,) = rig.ours.transport.poll()
-    assert done.ticket == ticket and "closed the connection" in done.error
+    assert done.transfer_id == transfer_id and "closed the connection" in done.error
     rig.submit()
     (late,) = rig.ours.transport.poll()
     assert "not reachable" in late.error
 
 
 def test_a_hello_with_a_key_of_another_size_is_refused(rig):
-    hello = messages.msgspec.msgpack.encode(messages._Hello(rig.theirs.post.address, b"short"))
+    hello = msgspec.msgpack.encode({"address": rig.theirs.post.address, "key": b"short"})
     with pytest.raises(TransportError, match="5 bytes"):
         rig.ours.transport.add_peer("other", hello)
 
@@ -296,7 +299,7 @@ def test_a_malformed_hello_is_a_transport_error(rig, hello):
         rig.ours.transport.add_peer("bad", hello)
 
 
-def test_close_ends_all_tickets_and_all_lines_once(rig):
+def test_close_ends_all_transfers_and_all_lines_once(rig):
     rig.net.slow = True
     rig.submit()
     rig.ours.transport.drop_peer("peer")

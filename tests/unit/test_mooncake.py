@@ -102,7 +102,8 @@ class Rig:
 
     def hello(self, segment="far:1", incarnation="first", regions=None):
         regions = (Region(self.at, self.memory.nbytes),) if regions is None else regions
-        return msgspec.msgpack.encode(mooncake._Hello(segment, incarnation, regions))
+        said = {"segment": segment, "incarnation": incarnation, "regions": regions}
+        return msgspec.msgpack.encode(said)
 
     def add(self, name, meet=True, **hello):
         self.transport.add_peer(name, self.hello(**hello))
@@ -127,7 +128,7 @@ class Rig:
         )
 
     def errors(self):
-        return {done.ticket: done.error for done in self.transport.poll()}
+        return {done.transfer_id: done.error for done in self.transport.poll()}
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def clock(monkeypatch):
 @pytest.fixture
 def fake(monkeypatch, clock):
     monkeypatch.setattr(Engine, "made", [])
-    monkeypatch.setattr(mooncake, "import_mooncake", lambda: Engine)
+    monkeypatch.setattr(mooncake, "import_mooncake", lambda host: Engine)
     return Engine
 
 
@@ -165,37 +166,42 @@ def test_at_most_a_window_of_a_peers_rows_is_under_way(rig, op):
 
 
 def test_neighbours_are_one_transfer(rig):
-    ticket = rig.submit(8, apart=False)
+    transfer_id = rig.submit(8, apart=False)
     assert [size for *_, size in rig.engine.asked] == [8 * ROW]
     rig.engine.end()
     (done,) = rig.transport.poll()
-    assert (done.ticket, done.error, done.nbytes, done.descriptors) == (ticket, None, 8 * ROW, 1)
+    assert (done.transfer_id, done.error, done.nbytes, done.descriptors) == (
+        transfer_id,
+        None,
+        8 * ROW,
+        1,
+    )
 
 
-def test_a_row_that_failed_ends_its_ticket_once_its_other_rows_have_ended(rig):
-    ticket = rig.submit(WINDOW + 10)
+def test_a_row_that_failed_ends_its_transfer_once_its_other_rows_have_ended(rig):
+    transfer_id = rig.submit(WINDOW + 10)
     rig.engine.end(1, FAILED)
     assert rig.errors() == {}, "others of its rows still arrive"
-    assert len(rig.engine.asked) == WINDOW, "no more rows of a ticket that has failed"
+    assert len(rig.engine.asked) == WINDOW, "no more rows of a transfer that has failed"
     rig.engine.end()
-    assert "could not move" in rig.errors()[ticket]
+    assert "could not move" in rig.errors()[transfer_id]
 
 
 def test_a_row_that_is_late_has_not_ended(rig):
-    ticket = rig.submit()
+    transfer_id = rig.submit()
     rig.engine.end(state=LATE)
     assert rig.errors() == {}
     rig.engine.end()
-    assert rig.errors() == {ticket: None}
+    assert rig.errors() == {transfer_id: None}
 
 
-def test_a_cancelled_ticket_ends_once_nothing_of_it_moves(rig):
-    ticket = rig.submit(WINDOW + 10)
-    rig.transport.cancel(ticket)
+def test_a_cancelled_transfer_ends_once_nothing_of_it_moves(rig):
+    transfer_id = rig.submit(WINDOW + 10)
+    rig.transport.cancel(transfer_id)
     rig.transport.cancel(12345)
     assert rig.errors() == {}
     rig.engine.end()
-    assert rig.errors() == {ticket: "cancelled"}
+    assert rig.errors() == {transfer_id: "cancelled"}
     assert len(rig.engine.asked) == WINDOW
 
 
@@ -203,34 +209,34 @@ def test_what_is_cancelled_before_it_was_under_way_ends_at_once(rig, fake, monke
     gate = threading.Event()
     monkeypatch.setattr(fake, "probed", staticmethod(lambda segment: not gate.wait(10)))
     rig.add("slow", meet=False, segment="far:2")
-    tickets = [rig.submit(peer="slow"), rig.submit(peer="slow")]
+    transfers = [rig.submit(peer="slow"), rig.submit(peer="slow")]
     assert rig.errors() == {} and rig.engine.asked == [], "contact is not made yet"
-    rig.transport.cancel(tickets[0])
-    assert rig.errors() == {tickets[0]: "cancelled"}
+    rig.transport.cancel(transfers[0])
+    assert rig.errors() == {transfers[0]: "cancelled"}
     gate.set()
     rig.meet()
     rig.transport.poll()
     assert len(rig.engine.asked) == 2
     rig.engine.end()
-    assert rig.errors() == {tickets[1]: None}
+    assert rig.errors() == {transfers[1]: None}
 
 
 def test_a_transfer_that_mooncake_refuses_fails(rig, fake, monkeypatch):
     monkeypatch.setattr(fake, "refuses", "transfer")
-    ticket = rig.submit()
-    assert "refused" in rig.errors()[ticket]
+    transfer_id = rig.submit()
+    assert "refused" in rig.errors()[transfer_id]
 
 
 @pytest.mark.parametrize("side", ["ours", "theirs"])
 def test_rows_outside_are_not_asked_for(rig, side):
-    ticket = rig.submit(ROWS, **{side: 1})
-    assert "outside" in rig.errors()[ticket]
+    transfer_id = rig.submit(ROWS, **{side: 1})
+    assert "outside" in rig.errors()[transfer_id]
     assert rig.engine.asked == []
 
 
-def test_a_peer_that_was_never_added_is_a_failed_ticket(rig):
-    ticket = rig.submit(peer="nobody")
-    assert "not reachable" in rig.errors()[ticket]
+def test_a_peer_that_was_never_added_is_a_failed_transfer(rig):
+    transfer_id = rig.submit(peer="nobody")
+    assert "not reachable" in rig.errors()[transfer_id]
 
 
 # -- contact ----------------------------------------------------------------------------------
@@ -239,7 +245,7 @@ NO_CONTACT = ["probe", "contact", "no regions"]
 
 
 @pytest.mark.parametrize("why", NO_CONTACT)
-def test_a_peer_that_cannot_be_met_fails_its_tickets(rig, fake, monkeypatch, why):
+def test_a_peer_that_cannot_be_met_fails_its_transfers(rig, fake, monkeypatch, why):
     if why == "probe":
         monkeypatch.setattr(fake, "probed", staticmethod(lambda segment: 1))
     if why == "contact":
@@ -248,8 +254,8 @@ def test_a_peer_that_cannot_be_met_fails_its_tickets(rig, fake, monkeypatch, why
     rig.add("new", segment="far:2", regions=regions)
     assert rig.transport._peers["new"].met is False
     if why != "no regions":  # where any row is outside
-        ticket = rig.submit(peer="new")
-        assert "cannot be reached" in rig.errors()[ticket]
+        transfer_id = rig.submit(peer="new")
+        assert "cannot be reached" in rig.errors()[transfer_id]
         assert rig.engine.asked == []
 
 
@@ -269,14 +275,14 @@ def test_regions_beyond_every_address_are_a_transport_error(rig):
 # -- the fence --------------------------------------------------------------------------------
 
 
-def test_a_dropped_peers_ticket_ends_when_its_rows_have_and_no_engine_is_made(rig, clock):
-    ticket = rig.submit()
+def test_a_dropped_peers_transfer_ends_when_its_rows_have_and_no_engine_is_made(rig, clock):
+    transfer_id = rig.submit()
     rig.transport.drop_peer("peer")
     rig.transport.drop_peer("peer")
     assert rig.errors() == {}
     clock.advance(FENCE_S - 1)
     rig.engine.end()
-    assert "dropped" in rig.errors()[ticket]
+    assert "dropped" in rig.errors()[transfer_id]
     clock.advance(2 * FENCE_S)
     rig.transport.poll()
     assert len(Engine.made) == 1
@@ -284,7 +290,7 @@ def test_a_dropped_peers_ticket_ends_when_its_rows_have_and_no_engine_is_made(ri
 
 def test_what_a_dropped_peer_leaves_under_way_is_fenced_off(rig, clock):
     rig.add("other", segment="far:2")
-    ticket, others = rig.submit(), rig.submit(peer="other")
+    transfer_id, others = rig.submit(), rig.submit(peer="other")
     rig.transport.drop_peer("peer")
     clock.advance(FENCE_S / 2)
     rig.add("third", segment="far:3")
@@ -295,11 +301,11 @@ def test_what_a_dropped_peer_leaves_under_way_is_fenced_off(rig, clock):
     clock.advance(2)
     ended = rig.errors()
     assert len(Engine.made) == 2
-    assert "dropped" in ended[ticket] and "anew" in ended[others] and len(ended) == 3
+    assert "dropped" in ended[transfer_id] and "anew" in ended[others] and len(ended) == 3
     assert Engine.made[0].memory == Engine.made[1].memory
     assert rig.errors() == {}
-    ticket = rig.submit(peer="other")
-    assert "not reachable" in rig.errors()[ticket], "all are greeted again"
+    transfer_id = rig.submit(peer="other")
+    assert "not reachable" in rig.errors()[transfer_id], "all are greeted again"
     clock.advance(2 * FENCE_S)
     rig.transport.poll()
     assert len(Engine.made) == 2
@@ -329,9 +335,9 @@ def test_another_process_at_a_known_address_gets_a_new_engine(rig):
     rig.transport.drop_peer("peer")
     rig.add("peer", incarnation="second")
     assert len(Engine.made) == 2
-    ticket = rig.submit()
+    transfer_id = rig.submit()
     rig.engine.end()
-    assert rig.errors() == {ticket: None}
+    assert rig.errors() == {transfer_id: None}
     rig.add("peer", incarnation="second")
     assert len(Engine.made) == 2
 
@@ -345,31 +351,31 @@ def test_a_new_engine_knows_nobody_yet(rig):
 
 
 def test_what_went_wrong_first_is_told(rig):
-    ticket = rig.submit()
-    rig.transport.cancel(ticket)
+    transfer_id = rig.submit()
+    rig.transport.cancel(transfer_id)
     rig.engine.end(state=FAILED)
-    assert rig.errors() == {ticket: "cancelled"}
+    assert rig.errors() == {transfer_id: "cancelled"}
 
 
-def test_a_peer_added_again_ends_its_tickets(rig):
-    ticket = rig.submit()
+def test_a_peer_added_again_ends_its_transfers(rig):
+    transfer_id = rig.submit()
     rig.add("peer")
     rig.engine.end()
-    assert "dropped" in rig.errors()[ticket]
+    assert "dropped" in rig.errors()[transfer_id]
 
 
 # -- the engine -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_close_gives_rows_a_while_and_ends_all_tickets(rig, clock, ends, monkeypatch):
-    ticket, began = rig.submit(), clock()
+def test_close_gives_rows_a_while_and_ends_all_transfers(rig, clock, ends, monkeypatch):
+    transfer_id, began = rig.submit(), clock()
     if ends:
         monkeypatch.setattr(clock, "sleep", lambda s: (clock.advance(s), rig.engine.end()))
     rig.transport.close()
     rig.transport.close()
     assert (clock() - began < 1) is ends
-    assert rig.errors() == {ticket: "transport closed"}
+    assert rig.errors() == {transfer_id: "transport closed"}
     assert rig.transport._engine is None
 
 

@@ -21,14 +21,14 @@ from kvconnect.transport.nccl import line as nccl_line
 from kvconnect.transport.nccl import transport as nccl
 from kvconnect.transport.nccl.transport import NcclOptions, NcclTransport
 from kvconnect.transport.nccl.words import (
-    Ask,
+    AskSpans,
     Bye,
-    Failed,
-    Finished,
-    Open,
+    LineFailed,
+    OpenLine,
     Ping,
     Ready,
-    Refused,
+    SpansRefused,
+    WriteFinished,
     decode,
 )
 from kvconnect.transport.registry import make_transport
@@ -90,7 +90,7 @@ class Pair:
         """Until so many of ours have ended, real time being short."""
         ended, end = [], time.monotonic() + PATIENCE_S
         while len(ended) < count:
-            assert time.monotonic() < end, f"{len(ended)} of {count} tickets ended"
+            assert time.monotonic() < end, f"{len(ended)} of {count} transfers ended"
             ended += self.poll()
         return ended
 
@@ -111,7 +111,7 @@ class Pair:
         return True
 
     def fails(self, match, advance_s=0.0):
-        """Submit, let it be under way, then time pass; the ticket must fail and touch nothing."""
+        """Submit, let it be under way, then time pass; the transfer must fail and touch nothing."""
         before = self.ours.memory.copy(), self.theirs.memory.copy()
         self.submit()
         early = self.poll(20)
@@ -130,10 +130,10 @@ class Pair:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Pieces of two rows: many of them, soon made."""
+    """Batches of two rows: many of them, soon made."""
     for module in (nccl, nccl_line):
-        monkeypatch.setattr(module, "PIECE_BYTES", 2 * ROW)
-        monkeypatch.setattr(module, "PIECE_SPANS", 16)
+        monkeypatch.setattr(module, "BATCH_BYTES", 2 * ROW)
+        monkeypatch.setattr(module, "BATCH_SPANS", 16)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_both_may_ask_each_other_at_once(pair):
         for side, left in ((pair.ours, reading), (pair.theirs, theirs)):
             for done in side.transport.poll():
                 assert done.error is None
-                left.remove(done.ticket)
+                left.remove(done.transfer_id)
 
 
 def test_a_communicator_that_is_never_made_is_given_up_in_time(pair, gpu):
@@ -185,7 +185,7 @@ def test_a_communicator_that_is_never_made_is_given_up_in_time(pair, gpu):
 
 
 @pytest.mark.parametrize("how", [2, 3])
-def test_a_communicator_that_cannot_be_made_fails_its_tickets(pair, gpu, how):
+def test_a_communicator_that_cannot_be_made_fails_its_transfers(pair, gpu, how):
     gpu.set(init=how)
     pair.fails("unhandled system error")
     gpu.set(init=0)
@@ -201,7 +201,7 @@ def test_a_transfer_without_progress_is_aborted_at_both_ends_and_another_made(pa
     pair.until(lambda: (gpu.get("alive"), gpu.get("aborted")) == (2, 2))
 
 
-def test_an_error_of_nccl_fails_the_tickets_and_another_is_made(pair, gpu):
+def test_an_error_of_nccl_fails_the_transfers_and_another_is_made(pair, gpu):
     assert pair.works()
     gpu.set(**{"async": 6})
     pair.fails("remote process exited")
@@ -209,7 +209,7 @@ def test_an_error_of_nccl_fails_the_tickets_and_another_is_made(pair, gpu):
     pair.until(lambda: gpu.get("aborted") == 2)
 
 
-def test_whatever_cuda_call_fails_tickets_fail_and_nothing_else(pair, gpu):
+def test_whatever_cuda_call_fails_transfers_fail_and_nothing_else(pair, gpu):
     """Of either side. What was in a stream then is still done; the next communicator works."""
     failed = 0
     gpu.library.kvc_fake_late(4)
@@ -248,18 +248,18 @@ def test_a_slow_abort_keeps_nobody_waiting(pair, gpu):
 
 @pytest.mark.parametrize("op", Op)
 @pytest.mark.parametrize("way", ["drop", "cancel"])
-def test_memory_is_left_alone_once_a_ticket_has_ended(pair, gpu, op, way):
+def test_memory_is_left_alone_once_a_transfer_has_ended(pair, gpu, op, way):
     """At whatever point it is dropped, also amid a copy, which takes effect late here."""
     assert pair.works()
     gpu.library.kvc_fake_late(6)
     cut_short = 0
     for polls in range(0, 75, 3):
-        ticket = pair.submit(3, op)
+        transfer_id = pair.submit(3, op)
         ended = pair.poll(polls)
         if way == "drop":
             pair.ours.transport.drop_peer("peer")
         else:
-            pair.ours.transport.cancel(ticket)
+            pair.ours.transport.cancel(transfer_id)
         (done,) = ended or pair.finish()
         cut_short += done.error is not None
         before = pair.ours.memory.copy()
@@ -319,7 +319,7 @@ def test_nobody_waits_for_ever_for_staging(pair, gpu):
 
 
 class Chaos:
-    """Anything in any order, on a pair: each ticket has four rows at ours and theirs to itself.
+    """Anything in any order, on a pair: each transfer has four rows at ours and theirs to itself.
 
     Reads use the first half of each side's rows, writes the second.
     """
@@ -327,7 +327,7 @@ class Chaos:
     def __init__(self, pair, gpu, seed):
         self.pair, self.gpu = pair, gpu
         self.random = random.Random(seed)
-        self.running = {}  # ticket → (op, its first row)
+        self.running = {}  # transfer → (op, its first row)
         self.settled = {}  # first row of a read that ended → what was there then
         self.ok = self.failed = 0
 
@@ -345,7 +345,7 @@ class Chaos:
 
     def poll(self):
         for done in self.pair.poll():
-            op, first = self.running.pop(done.ticket)  # or it ended twice
+            op, first = self.running.pop(done.transfer_id)  # or it ended twice
             rows = slice(first, first + 4)
             if done.error is None:
                 assert np.array_equal(self.pair.ours.rows[rows], self.pair.theirs.rows[rows])
@@ -354,7 +354,7 @@ class Chaos:
                 self.settled[first] = self.pair.ours.rows[rows].copy()
         for first, was in self.settled.items():
             now = self.pair.ours.rows[first : first + 4]
-            assert np.array_equal(now, was), "memory of a ticket that ended was changed"
+            assert np.array_equal(now, was), "memory of a transfer that ended was changed"
 
     def disturb(self):
         transports = self.pair.ours.transport, self.pair.theirs.transport
@@ -393,7 +393,7 @@ class Chaos:
         assert self.pair.works()
 
 
-def test_whatever_happens_tickets_end_once_and_memory_is_left_alone_then(library, gpu):
+def test_whatever_happens_transfers_end_once_and_memory_is_left_alone_then(library, gpu):
     ok = failed = 0
     for seed in range(20):
         pair = Pair(library)
@@ -438,7 +438,7 @@ class Stranger:
         )
 
     def open(self, key=None):
-        self.say(Open(self.key if key is None else key, bytes(4) + b"stranger" + bytes(116)))
+        self.say(OpenLine(self.key if key is None else key, bytes(4) + b"stranger" + bytes(116)))
 
     def hear(self):
         """The next thing that ours says."""
@@ -464,9 +464,9 @@ def spans(*given):
 
 def test_who_has_not_our_hello_gets_no_communicator(stranger, gpu):
     stranger.open(key=bytes(16))
-    assert isinstance(stranger.hear(), Failed)
-    stranger.say(Ask(0, Op.READ, *spans((4096, 16))))
-    assert isinstance(stranger.hear(), Failed)
+    assert isinstance(stranger.hear(), LineFailed)
+    stranger.say(AskSpans(0, Op.READ, *spans((4096, 16))))
+    assert isinstance(stranger.hear(), LineFailed)
     assert gpu.get("alive") == 0
 
 
@@ -478,8 +478,8 @@ def test_what_lies_outside_is_refused_and_not_touched(stranger, op, span):
     ours = stranger.pair.ours
     before = ours.memory.copy()
     stranger.open()
-    stranger.say(Ask(0, op, *spans((ours.first, 8), (ours.first + span[0], span[1]))))
-    assert isinstance(stranger.hear(), Refused | Failed)
+    stranger.say(AskSpans(0, op, *spans((ours.first, 8), (ours.first + span[0], span[1]))))
+    assert isinstance(stranger.hear(), SpansRefused | LineFailed)
     assert np.array_equal(ours.memory, before)
     assert stranger.pair.works()
 
@@ -491,12 +491,12 @@ def test_what_lies_outside_is_refused_and_not_touched(stranger, op, span):
         b"",
         bytes(100_000),
         Ready(0),
-        Finished(0),
-        Ask(0, Op.READ, b"1234567", b""),
-        Ask(0, Op.READ, bytes(16), bytes(4)),
-        Ask(0, Op.READ, b"", b""),
-        Ask(0, Op.WRITE, bytes(8 * 17), bytes([1, 0, 0, 0]) * 17),  # more than PIECE_SPANS
-        Ask(0, Op.WRITE, bytes(8), b"\xff\xff\xff\xff"),
+        WriteFinished(0),
+        AskSpans(0, Op.READ, b"1234567", b""),
+        AskSpans(0, Op.READ, bytes(16), bytes(4)),
+        AskSpans(0, Op.READ, b"", b""),
+        AskSpans(0, Op.WRITE, bytes(8 * 17), bytes([1, 0, 0, 0]) * 17),  # more than BATCH_SPANS
+        AskSpans(0, Op.WRITE, bytes(8), b"\xff\xff\xff\xff"),
         Bye(),
     ],
 )
@@ -504,7 +504,7 @@ def test_what_is_no_request_ends_the_line_and_nothing_else(stranger, said, gpu):
     stranger.open()
     stranger.pair.poll(5)
     stranger.say(said)
-    assert isinstance(stranger.hear(), Failed)
+    assert isinstance(stranger.hear(), LineFailed)
     assert stranger.pair.works()
     stranger.pair.until(lambda: gpu.get("alive") == 2)
 
@@ -512,9 +512,9 @@ def test_what_is_no_request_ends_the_line_and_nothing_else(stranger, said, gpu):
 def test_more_requests_than_fair_end_the_line(stranger):
     stranger.open()
     for number in range(nccl_line.MOST_ASKED + 1):
-        stranger.say(Ask(number, Op.READ, *spans((stranger.pair.ours.first, 16))))
+        stranger.say(AskSpans(number, Op.READ, *spans((stranger.pair.ours.first, 16))))
     said = stranger.hear()
-    while not isinstance(said, Failed):
+    while not isinstance(said, LineFailed):
         assert isinstance(said, Ready)
         said = stranger.hear()
     assert "more is asked for" in said.why
@@ -559,7 +559,7 @@ class Host:
         while time.monotonic() < end:
             assert self.pair.ours.transport.poll() == []
             for frame in self.channel.poll(0):
-                if isinstance(decode(frame.data, answers=False), Ask):
+                if isinstance(decode(frame.data, answers=False), AskSpans):
                     for one in said:
                         data = one if isinstance(one, bytes) else msgspec.msgpack.encode(one)
                         self.channel.send(frame.link, data)
@@ -571,17 +571,17 @@ class Host:
     ("said", "why"),
     [
         ([Ready(99)], "not asked"),
-        ([Finished(0)], "not asked"),
+        ([WriteFinished(0)], "not asked"),
         ([Ready(0), Ready(0)], "not asked"),
-        ([Ready(0), Refused(0)], "not asked"),
+        ([Ready(0), SpansRefused(0)], "not asked"),
         ([Ping()], "nobody understands"),
         ([b"garbage"], "nobody understands"),
         ([b"\x92\xa6Failed\xa2\xff\xff"], "nobody understands"),  # no UTF-8
-        ([Failed("of a broken heart")], "of a broken heart"),
-        ([Refused(0)], "outside every region"),
+        ([LineFailed("of a broken heart")], "of a broken heart"),
+        ([SpansRefused(0)], "outside every region"),
     ],
 )
-def test_a_peer_that_answers_nonsense_fails_the_ticket(pair, said, why):
+def test_a_peer_that_answers_nonsense_fails_the_transfer(pair, said, why):
     host = Host(pair)
     before = pair.ours.memory.copy()
     pair.submit(count=1)
@@ -594,7 +594,7 @@ def test_a_peer_that_answers_nonsense_fails_the_ticket(pair, said, why):
     assert pair.works()
 
 
-def test_a_peer_that_goes_without_a_word_fails_the_ticket(pair, gpu):
+def test_a_peer_that_goes_without_a_word_fails_the_transfer(pair, gpu):
     """As over NVLink, where NCCL does not notice: the control channel does."""
     gpu.set(deaf=1)
     host = Host(pair)

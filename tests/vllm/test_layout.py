@@ -15,10 +15,10 @@ from kvconnect.errors import ConfigError, GeometryError
 from kvconnect.geometry.blocks import DENSE, UNTILED, Heads, Part, Tile, check_views, part_extent
 from kvconnect.geometry.intersect import assign
 from kvconnect.vllm import probe
-from kvconnect.vllm.layout import Place, describe
+from kvconnect.vllm.layout import TpRank, describe
 
 BLOCKS, LAYERS = 3, ("model.layers.0.attn", "model.layers.1.attn")
-ALONE = Place(0, 1)
+ALONE = TpRank(0, 1)
 FULL = kvi.FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
 MLA = kvi.MLAAttentionSpec(
     block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16, max_tp_shards=1
@@ -115,16 +115,16 @@ def test_k_and_v_are_two_parts_of_a_tokens_row(layout, values):
 
 def test_heads_are_those_of_the_rank_where_neighbours_hold_the_same_too():
     tensors = caches(FULL)
-    (view, _) = views_of(tensors, FULL, place=Place(1, 2))
+    (view, _) = views_of(tensors, FULL, place=TpRank(1, 2))
     assert view.heads == Heads(2, 2, 4)
     one = replace(FULL, num_kv_heads=1)
-    (view, _) = views_of(caches(one), one, heads=1, total=2, place=Place(3, 4))
+    (view, _) = views_of(caches(one), one, heads=1, total=2, place=TpRank(3, 4))
     assert view.heads == Heads(1, 1, 2)
 
 
 def test_heads_of_a_layer_that_has_others_than_the_model_are_its_own():
     """As a draft's."""
-    (view, _) = views_of(caches(FULL), FULL, heads=1, total=2, place=Place(1, 2))
+    (view, _) = views_of(caches(FULL), FULL, heads=1, total=2, place=TpRank(1, 2))
     assert view.heads == Heads(2, 2, 4)
 
 
@@ -153,7 +153,7 @@ def test_caches_of_another_vllm_are_refused():
 
 def test_latent_attention_is_one_part_that_all_ranks_hold():
     tensors = caches(MLA)
-    (view, _) = views_of(tensors, MLA, heads=1, place=Place(3, 4))
+    (view, _) = views_of(tensors, MLA, heads=1, place=TpRank(3, 4))
     (part,) = view.parts
     assert part.name == "kv" and part.shape == (1, 16, 576) and view.heads == Heads(0, 1, 1)
     assert torch.equal(held(part, tensors[view.layer]), as_bytes(tensors[view.layer]))
@@ -298,7 +298,7 @@ def test_content_that_no_spec_explains_moves_whole(case):
     spec, named, suffix, dtype = PACKED[case]
     layer = module("OWN", kv_cache_dtype=named)
     tensors = caches(spec)
-    for view in views_of(tensors, spec, layer, place=Place(1, 2)):
+    for view in views_of(tensors, spec, layer, place=TpRank(1, 2)):
         (part,) = view.parts
         assert view.layout == f"packed by OWN{suffix}" and view.dtype == (dtype or named)
         assert part.itemsize == 1 and part.shape[1] == 1 and part.name == "kv"
@@ -375,9 +375,9 @@ def test_recurrent_state_moves_whole(page):
 
 
 def test_recurrent_state_is_cut_by_tp_unless_replicated():
-    (view, _) = of_state(place=Place(1, 2))
+    (view, _) = of_state(place=TpRank(1, 2))
     assert view.heads == Heads(1, 1, 2)
-    (view, _) = of_state(tp_replicated=True, place=Place(1, 2))
+    (view, _) = of_state(tp_replicated=True, place=TpRank(1, 2))
     assert view.heads == Heads(0, 1, 1)
 
 
@@ -478,10 +478,10 @@ def test_each_cell_is_where_the_cpus_kernel_wrote_it(isa, dtype, named, tokens, 
 @ON_X86
 def test_the_smallest_description_is_chosen():
     amx = probe.Kernel("amx", torch.bfloat16, "auto", torch.bfloat16)
-    k, v = probe.packings(amx, 64, 32)
+    k, v = probe.cell_layouts(amx, 64, 32)
     assert k == (0, (2, Tile(16, 512)), (1, Tile(2, 32)))
     assert v == (64 * 32, (1, Tile(2, 32)), (2, Tile(16, 1024)))
-    k, v = probe.packings(amx._replace(isa="vec"), 64, 32)
+    k, v = probe.cell_layouts(amx._replace(isa="vec"), 64, 32)
     assert k == (0, (1, UNTILED), (64, UNTILED))
     assert v == (64 * 32, (32, UNTILED), (1, UNTILED))
 

@@ -37,25 +37,25 @@ CLOSE_S = 2.0  # that all get when the transport is closed
 UNENDED = (0, -2)  # of transfer_check_status: waiting; late, yet not ended
 
 
-class _Hello(msgspec.Struct):
+class _MooncakeHello(msgspec.Struct):
     segment: str
     incarnation: str
     regions: tuple[Region, ...]
 
 
-class _Peer:
+class _MooncakePeer:
     """A peer and how contact with it stands: None under way, else whether it was made."""
 
-    def __init__(self, hello: _Hello) -> None:
+    def __init__(self, hello: _MooncakeHello) -> None:
         self.hello = hello
         self.reach = Reach(hello.regions)
         self.met: bool | None = None
 
 
 @dataclass
-class _Running:
+class _MooncakeTransfer:
     work: Work
-    peer: _Peer
+    peer: _MooncakePeer
     spans: list[tuple[int, int, int]]  # not posted yet, last first
     started: float
     post_s: float = 0.0
@@ -72,23 +72,25 @@ class MooncakeTransport:
         self._regions, self._host, self._options = tuple(regions), host, options
         self._make = import_mooncake(host)
         self._reach = Reach(regions)
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, _MooncakePeer] = {}
         self._known: dict[str, str] = {}  # segment → incarnation, of all that we ever met
-        self._running: dict[TransferId, _Running] = {}
+        self._running: dict[TransferId, _MooncakeTransfer] = {}
         self._ended: list[Done] = []
-        self._next_ticket = 1
+        self._next_id = 1
         self._fence_at = float("inf")
         self._meetings: list[threading.Thread] = []
         self._engine: Any = None
         self._make_engine()
 
     def hello(self) -> bytes:
-        return msgspec.msgpack.encode(_Hello(self._segment, self._incarnation, self._regions))
+        return msgspec.msgpack.encode(
+            _MooncakeHello(self._segment, self._incarnation, self._regions)
+        )
 
     def add_peer(self, name: str, hello: bytes) -> None:
-        theirs = read_hello(name, hello, _Hello)
+        theirs = read_hello(name, hello, _MooncakeHello)
         try:
-            peer = _Peer(theirs)
+            peer = _MooncakePeer(theirs)
         except OverflowError as e:
             raise TransportError(f"peer {name}: its hello is malformed: {e}") from e
         self.drop_peer(name)
@@ -104,15 +106,15 @@ class MooncakeTransport:
     def drop_peer(self, name: str) -> None:
         if self._peers.pop(name, None) is None:
             return
-        for ticket, running in list(self._running.items()):
+        for transfer_id, running in list(self._running.items()):
             if running.work.peer == name:
                 self._fail(running, f"peer {name} was dropped")
-                self._end_if_over(ticket)
+                self._end_if_over(transfer_id)
         if any(r.work.peer == name for r in self._running.values()):
             self._fence_at = min(self._fence_at, time.monotonic() + FENCE_S)
 
     def submit(self, work: Work) -> TransferId:
-        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        transfer_id, self._next_id = self._next_id, self._next_id + 1
         started = time.perf_counter()
         try:
             if work.peer not in self._peers:
@@ -122,14 +124,14 @@ class MooncakeTransport:
             self._reach.check(ours, nbytes)
             peer.reach.check(theirs, nbytes)
         except TransportError as e:
-            self._ended.append(Done(ticket, str(e)))
-            return ticket
+            self._ended.append(Done(transfer_id, str(e)))
+            return transfer_id
         waiting = list(zip(*(s[::-1].tolist() for s in spans), strict=True))
-        running = self._running[ticket] = _Running(work, peer, waiting, started)
+        running = self._running[transfer_id] = _MooncakeTransfer(work, peer, waiting, started)
         running.descriptors = len(waiting)
         self._post()
         running.post_s = time.perf_counter() - started
-        return ticket
+        return transfer_id
 
     def poll(self) -> list[Done]:
         self._advance()
@@ -139,10 +141,10 @@ class MooncakeTransport:
         ended, self._ended = self._ended, []
         return ended
 
-    def cancel(self, ticket: TransferId) -> None:
-        if running := self._running.get(ticket):
+    def cancel(self, transfer_id: TransferId) -> None:
+        if running := self._running.get(transfer_id):
             self._fail(running, "cancelled")
-            self._end_if_over(ticket)
+            self._end_if_over(transfer_id)
 
     def close(self) -> None:
         if self._engine is None:
@@ -158,9 +160,9 @@ class MooncakeTransport:
     # -- transfers ----------------------------------------------------------------------
 
     def _post(self) -> None:
-        """Put spans under way, oldest tickets first."""
+        """Put spans under way, oldest transfers first."""
         under_way: dict[str, int] = {}
-        for ticket, running in list(self._running.items()):
+        for transfer_id, running in list(self._running.items()):
             segment = running.peer.hello.segment
             count = under_way.get(segment, 0) + len(running.under_way)
             if running.peer.met is False:
@@ -168,9 +170,9 @@ class MooncakeTransport:
             while running.peer.met and running.spans and count < WINDOW:
                 count += self._transfer(running, *running.spans.pop())
             under_way[segment] = count
-            self._end_if_over(ticket)
+            self._end_if_over(transfer_id)
 
-    def _transfer(self, running: _Running, ours: int, theirs: int, nbytes: int) -> int:
+    def _transfer(self, running: _MooncakeTransfer, ours: int, theirs: int, nbytes: int) -> int:
         engine, segment = self._engine, running.peer.hello.segment
         read = running.work.op is Op.READ
         start = engine.batch_transfer_async_read if read else engine.batch_transfer_async_write
@@ -182,7 +184,7 @@ class MooncakeTransport:
         return 1
 
     def _advance(self) -> None:
-        for ticket, running in list(self._running.items()):
+        for transfer_id, running in list(self._running.items()):
             under_way = []
             for transfer in running.under_way:
                 state = self._engine.transfer_check_status(transfer)
@@ -191,22 +193,22 @@ class MooncakeTransport:
                 elif state != 1:
                     self._fail(running, "Mooncake could not move a row; its log says why")
             running.under_way = under_way
-            self._end_if_over(ticket)
+            self._end_if_over(transfer_id)
         if all(r.work.peer in self._peers for r in self._running.values()):
             self._fence_at = float("inf")
 
-    def _fail(self, running: _Running, error: str) -> None:
+    def _fail(self, running: _MooncakeTransfer, error: str) -> None:
         """What is under way goes on; it ends, with this error, when that has ended."""
         running.error = running.error or error
         running.spans.clear()
 
-    def _end_if_over(self, ticket: TransferId) -> None:
-        r = self._running[ticket]
+    def _end_if_over(self, transfer_id: TransferId) -> None:
+        r = self._running[transfer_id]
         if r.spans or r.under_way:
             return
-        del self._running[ticket]
+        del self._running[transfer_id]
         nbytes, wire_s = 0 if r.error else r.work.nbytes, time.perf_counter() - r.started
-        self._ended.append(Done(ticket, r.error, nbytes, r.descriptors, r.post_s, wire_s))
+        self._ended.append(Done(transfer_id, r.error, nbytes, r.descriptors, r.post_s, wire_s))
 
     # -- the engine ---------------------------------------------------------------------
 
@@ -228,8 +230,8 @@ class MooncakeTransport:
 
     def _drop_engine(self, why: str) -> None:
         """Destroy the engine and with it all registrations, peers and transfers."""
-        for ticket, running in self._running.items():
-            self._ended.append(Done(ticket, running.error or why))
+        for transfer_id, running in self._running.items():
+            self._ended.append(Done(transfer_id, running.error or why))
         self._running.clear()
         self._peers.clear()
         self._known.clear()
@@ -238,7 +240,7 @@ class MooncakeTransport:
         gc.collect()  # it ends with the last who knows it; see that that is now
 
 
-def _meet(engine: Any, peer: _Peer) -> None:
+def _meet(engine: Any, peer: _MooncakePeer) -> None:
     """Make contact. The probe first: what follows keeps all others waiting while it lasts."""
     segment, region = peer.hello.segment, peer.hello.regions[0] if peer.hello.regions else None
     if engine.send_probe(segment) or region is None:

@@ -2,7 +2,7 @@
 
 Each `Exchange` has steps, on the side that asks or on the one that serves, which are resumed
 until they end. When a line is given up, they all end, its communicator is aborted, and it is to be
-asked whether it is `gone`. Knows no peers' addresses, and of tickets no more than their numbers.
+asked whether it is `gone`. Knows no peers' addresses, and of transfers no more than their numbers.
 """
 
 import itertools
@@ -16,34 +16,34 @@ from kvconnect.control.channel import Channel, Link
 from kvconnect.errors import TransportError
 from kvconnect.ops.cuda import CudaLaunch
 from kvconnect.transport.base import Op, TransferId
-from kvconnect.transport.nccl.pair import Device, Move, Pair
+from kvconnect.transport.batches import SpanBatch
+from kvconnect.transport.nccl.pair import Device, Move, RankPair
 from kvconnect.transport.nccl.words import (
-    Ask,
+    AskSpans,
     Bye,
-    Failed,
-    Finished,
+    LineFailed,
     Ping,
     Ready,
-    Refused,
     Said,
+    SpansRefused,
+    WriteFinished,
 )
-from kvconnect.transport.pieces import Piece
 from kvconnect.transport.reach import Reach
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-PIECE_BYTES = 4 << 20
-PIECE_SPANS = 1 << 13
-WINDOW = 4  # pieces that we ask for at once
-MOST_ASKED = 4 * WINDOW  # by a peer: the side that serves sees the end of a piece later
+BATCH_BYTES = 4 << 20
+BATCH_SPANS = 1 << 13
+WINDOW = 4  # batches that we ask for at once
+MOST_ASKED = 4 * WINDOW  # by a peer: the side that serves sees the end of a batch later
 SILENT_S = 60.0  # a line that a peer opened and does not ping for so long is given up
 
 
 class Exchange:
-    """A piece under way, on either side, and the staging buffer it uses."""
+    """A batch under way, on either side, and the staging buffer it uses."""
 
-    def __init__(self, number: int, piece: Piece, ticket: TransferId | None) -> None:
-        self.number, self.piece, self.ticket = number, piece, ticket
+    def __init__(self, number: int, batch: SpanBatch, transfer_id: TransferId | None) -> None:
+        self.number, self.batch, self.transfer_id = number, batch, transfer_id
         self.steps: Generator[None]
         self.buffer: int | None = None
         self.ready = self.finished = False
@@ -52,14 +52,14 @@ class Exchange:
         self.error: str | None = None
 
 
-class Line:
+class NcclLine:
     """See the module. ``peer``: whom we ask over it; None: a peer asks us."""
 
     def __init__(
         self,
         channel: Channel,
         link: Link,
-        pair: Pair,
+        pair: RankPair,
         device: Device,
         peer: str | None,
         timeouts: tuple[float, float],
@@ -81,13 +81,13 @@ class Line:
         """Send this."""
         self._channel.send(self.link, msgspec.msgpack.encode(said))
 
-    def ask(self, piece: Piece, ticket: TransferId) -> None:
-        """Begin to read or write a piece. There must be a free buffer."""
-        x = Exchange(next(self._numbers), piece, ticket)
+    def ask(self, batch: SpanBatch, transfer_id: TransferId) -> None:
+        """Begin to read or write a batch. There must be a free buffer."""
+        x = Exchange(next(self._numbers), batch, transfer_id)
         x.buffer = self._free.pop()
         self._begin(x, self._asking(x, x.buffer))
 
-    def serve(self, asked: Ask, reach: Reach) -> None:
+    def serve(self, asked: AskSpans, reach: Reach) -> None:
         """Begin what a peer asks for; raises TransportError if that is no request."""
         if len(asked.addresses) % 8 or len(asked.sizes) * 2 != len(asked.addresses):
             raise TransportError("a request is malformed")
@@ -96,16 +96,16 @@ class Line:
         addresses = np.frombuffer(asked.addresses, "<i8")
         sizes = np.frombuffer(asked.sizes, "<u4").astype(np.int64)
         nbytes = int(sizes.sum())
-        if not 0 < nbytes <= PIECE_BYTES or len(sizes) > PIECE_SPANS:
+        if not 0 < nbytes <= BATCH_BYTES or len(sizes) > BATCH_SPANS:
             raise TransportError(f"{nbytes} bytes in {len(sizes)} spans are asked for at once")
         self._heard_at = self._clock()
         try:
             reach.check(addresses, sizes)
         except TransportError as e:
             logger.info("a request is refused: %s", e)
-            self.say(Refused(asked.number))
+            self.say(SpansRefused(asked.number))
             return
-        x = Exchange(asked.number, Piece(asked.op, (addresses, addresses, sizes), nbytes), None)
+        x = Exchange(asked.number, SpanBatch(asked.op, (addresses, addresses, sizes), nbytes), None)
         self._begin(x, self._serving(x))
 
     def progress(self) -> None:
@@ -127,17 +127,19 @@ class Line:
         self._heard_at = self._clock()
         if isinstance(said, Ping):
             return
-        if not isinstance(said, Ready | Finished | Refused):
-            raise TransportError(said.why if isinstance(said, Failed) else "the peer gave it up")
+        if not isinstance(said, Ready | WriteFinished | SpansRefused):
+            raise TransportError(
+                said.why if isinstance(said, LineFailed) else "the peer gave it up"
+            )
         exchange = self.exchanges.get(said.number)
-        if exchange is None or exchange.ready != isinstance(said, Finished):
+        if exchange is None or exchange.ready != isinstance(said, WriteFinished):
             raise TransportError("the peer answers what it was not asked")
         self._progress_at = self._heard_at
-        if isinstance(said, Refused):
+        if isinstance(said, SpansRefused):
             exchange.steps.close()
             self._end(exchange, "a row lies outside every region that the peer registered")
             return
-        exchange.ready, exchange.finished = True, isinstance(said, Finished)
+        exchange.ready, exchange.finished = True, isinstance(said, WriteFinished)
         self._step(exchange)
 
     def ended(self) -> list[Exchange]:
@@ -150,7 +152,7 @@ class Line:
         if self.broken:
             return
         self.broken = why
-        self.say(Failed(why) if self.peer is None else Bye())
+        self.say(LineFailed(why) if self.peer is None else Bye())
         self._pair.abort()
         for exchange in self.exchanges.values():
             exchange.error = exchange.error or why
@@ -173,36 +175,36 @@ class Line:
     # -- steps --------------------------------------------------------------------------
 
     def _asking(self, x: Exchange, buffer: int) -> Generator[None]:
-        (ours, theirs, sizes), read = x.piece.spans, x.piece.op is Op.READ
+        (ours, theirs, sizes), read = x.batch.spans, x.batch.op is Op.READ
         if not read:
             yield from self._copied(x, lambda: self._device.gather(ours, sizes, buffer))
         addresses, nbytes = theirs.astype("<i8").tobytes(), sizes.astype("<u4").tobytes()
-        self.say(Ask(x.number, x.piece.op, addresses, nbytes))
+        self.say(AskSpans(x.number, x.batch.op, addresses, nbytes))
         while not x.ready:
             yield
         if not read:
-            yield from _moved(self._pair.send(buffer, x.piece.nbytes))
+            yield from _moved(self._pair.send(buffer, x.batch.nbytes))
             while not x.finished:
                 yield
             return
-        yield from _moved(self._pair.receive(buffer, x.piece.nbytes))
-        if x.ticket is not None:
+        yield from _moved(self._pair.receive(buffer, x.batch.nbytes))
+        if x.transfer_id is not None:
             yield from self._copied(x, lambda: self._device.scatter(ours, sizes, buffer))
 
     def _serving(self, x: Exchange) -> Generator[None]:
-        ours, _, sizes = x.piece.spans
+        ours, _, sizes = x.batch.spans
         while not self._free:
             yield
         buffer = x.buffer = self._free.pop()
-        if x.piece.op is Op.READ:
+        if x.batch.op is Op.READ:
             yield from self._copied(x, lambda: self._device.gather(ours, sizes, buffer))
             self.say(Ready(x.number))
-            yield from _moved(self._pair.send(buffer, x.piece.nbytes))
+            yield from _moved(self._pair.send(buffer, x.batch.nbytes))
         else:
             self.say(Ready(x.number))
-            yield from _moved(self._pair.receive(buffer, x.piece.nbytes))
+            yield from _moved(self._pair.receive(buffer, x.batch.nbytes))
             yield from self._copied(x, lambda: self._device.scatter(ours, sizes, buffer))
-            self.say(Finished(x.number))
+            self.say(WriteFinished(x.number))
 
     def _copied(self, exchange: Exchange, copy: Callable[[], CudaLaunch]) -> Generator[None]:
         """Wait until our memory is not in use any more, even if the line is given up."""

@@ -1,7 +1,7 @@
 """What NCCL works on: staging memory of the device, and pairs of ranks that send and receive.
 
 * `Device` copies between scattered spans and dense staging buffers, on a stream of its own.
-* A `Pair` is one end of a two-rank communicator with a stream of its own, so that a peer that
+* A `RankPair` is one end of a two-rank communicator with a stream of its own, so that a peer that
   is silent keeps nobody else waiting. Moves go out in the order asked for; the other end must ask
   for their counterparts in the same order.
 * A copy and a move of the same buffer are never queued behind each other: who wants the second
@@ -91,7 +91,7 @@ class _Moving(NamedTuple):
     end: CudaLaunch
 
 
-class Pair:
+class RankPair:
     """One end of a two-rank communicator. Methods raise TransportError if it has failed."""
 
     def __init__(self, nccl: Nccl, device: Device, unique_id: bytes, rank: int, ctas: int) -> None:

@@ -3,17 +3,17 @@
 NCCL only sends and receives, in the same order on both sides, so each peer is asked over a line of
 its own: a control channel, and a two-rank communicator (`nccl_pair`) made at the first use.
 
-    who asks: Open(key, unique id)           who is asked:
-              Ask(number, op, spans)         Ready(number), or Refused(number)
-                                             Finished(number), of a WRITE
-              Ping, Bye                      Failed
+    who asks: OpenLine(key, unique id)       who is asked:
+              AskSpans(number, op, spans)    Ready(number), or SpansRefused(number)
+                                             WriteFinished(number), of a WRITE
+              Ping, Bye                      LineFailed
 
 * What is posted to NCCL is posted by both ends, in the order of the Readys, or the line breaks.
 * The side that is asked checks each span against its regions, and who asks by the key of its
   hello. Rows pass through staging on both sides, and each step waits for the one before it.
 * A line breaks when NCCL reports an error, the peer says so, or nothing goes on for
-  ``transfer_timeout`` (``init_timeout`` until the two have met). Its tickets fail, and both ends
-  abort the communicator; the next ticket makes another. Staging comes back when the abort is done.
+  ``transfer_timeout`` (``init_timeout`` until the two have met). Its transfers fail, and both ends
+  abort the communicator; the next one makes another. Staging comes back when the abort is done.
 * A WRITE that is under way when its peer is dropped may still be applied there.
 """
 
@@ -33,17 +33,17 @@ from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, TransportError, WireError
 from kvconnect.geometry.blocks import Region
 from kvconnect.transport.base import Done, Op, TransferId, Work
+from kvconnect.transport.batches import SpanBatch, Transfers, cut
 from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.nccl.library import Nccl, find, spelt
-from kvconnect.transport.nccl.line import PIECE_BYTES, PIECE_SPANS, WINDOW, Line
-from kvconnect.transport.nccl.pair import Device, Pair
-from kvconnect.transport.nccl.words import Ask, Failed, Open, Ping, decode
-from kvconnect.transport.pieces import Piece, Tickets, cut
+from kvconnect.transport.nccl.line import BATCH_BYTES, BATCH_SPANS, WINDOW, NcclLine
+from kvconnect.transport.nccl.pair import Device, RankPair
+from kvconnect.transport.nccl.words import AskSpans, LineFailed, OpenLine, Ping, decode
 from kvconnect.transport.reach import Reach, join, pair, split
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-BUFFERS = 8  # of PIECE_BYTES, to ask with; and as many to serve with
+BUFFERS = 8  # of BATCH_BYTES, to ask with; and as many to serve with
 MAX_GUESTS = 256  # lines that others opened
 PING_S = 10.0
 CLOSE_S = 5.0  # that aborts get when the transport is closed
@@ -62,16 +62,16 @@ class NcclOptions(TransportOptions, frozen=True, kw_only=True):
     """Seconds without any progress after which a communicator is aborted."""
 
 
-class _Hello(msgspec.Struct):
+class _NcclHello(msgspec.Struct):
     address: Address
     key: bytes
     nccl: int
 
 
 @dataclass
-class _Peer:
-    hello: _Hello
-    line: Line | None = None
+class _NcclPeer:
+    hello: _NcclHello
+    line: NcclLine | None = None
 
 
 class NcclTransport:
@@ -93,38 +93,40 @@ class NcclTransport:
         self._nccl = Nccl(find(options.library))
         self._channel = ZmqChannel(host, 0)
         try:
-            self._device = Device(devices.pop(), BUFFERS, PIECE_BYTES, PIECE_SPANS)
+            self._device = Device(devices.pop(), BUFFERS, BATCH_BYTES, BATCH_SPANS)
         except ConfigError:
             self._channel.close()
             raise
         self._reach = Reach(regions)
         self._key = secrets.token_bytes(16)
-        self._tickets = Tickets()
-        self._peers: dict[str, _Peer] = {}
-        self._lines: dict[Link, Line] = {}
-        self._leaving: list[Line] = []  # given up, not gone
+        self._transfers = Transfers()
+        self._peers: dict[str, _NcclPeer] = {}
+        self._lines: dict[Link, NcclLine] = {}
+        self._leaving: list[NcclLine] = []  # given up, not gone
         self._pinged_at = self._fed_at = clock()
         self._closed = False
 
     def hello(self) -> bytes:
-        return msgspec.msgpack.encode(_Hello(self._channel.address, self._key, self._nccl.version))
+        return msgspec.msgpack.encode(
+            _NcclHello(self._channel.address, self._key, self._nccl.version)
+        )
 
     def add_peer(self, name: str, hello: bytes) -> None:
-        theirs = read_hello(name, hello, _Hello)
+        theirs = read_hello(name, hello, _NcclHello)
         if theirs.nccl != self._nccl.version:
             raise TransportError(
                 f"peer {name} has NCCL {spelt(theirs.nccl)}, we have {spelt(self._nccl.version)}; "
                 "NCCL works between equal versions only"
             )
         self.drop_peer(name)
-        self._peers[name] = _Peer(theirs)
+        self._peers[name] = _NcclPeer(theirs)
 
     def drop_peer(self, name: str) -> None:
         if peer := self._peers.pop(name, None):
             self._fail(name, peer.line, f"peer {name} was dropped")
 
     def submit(self, work: Work) -> TransferId:
-        return self._tickets.begin(work, self._pieces, self._fill)
+        return self._transfers.begin(work, self._batches, self._fill)
 
     def poll(self) -> list[Done]:
         if not self._closed:
@@ -137,17 +139,17 @@ class NcclTransport:
             for name in self._peers:
                 self._fill(name)
             self._despair()
-        return self._tickets.ended()
+        return self._transfers.ended()
 
-    def cancel(self, ticket: TransferId) -> None:
-        read = self._tickets.op(ticket) is Op.READ
-        self._tickets.fail(ticket, "cancelled")
+    def cancel(self, transfer_id: TransferId) -> None:
+        read = self._transfers.op(transfer_id) is Op.READ
+        self._transfers.fail(transfer_id, "cancelled")
         for line in self._lines.values() if read else ():
             for x in line.exchanges.values():
                 # it goes on, for what is posted must be matched, but not into our memory
-                if x.ticket == ticket and not x.copying:
-                    x.ticket = None
-                    self._tickets.settle(ticket)
+                if x.transfer_id == transfer_id and not x.copying:
+                    x.transfer_id = None
+                    self._transfers.settle(transfer_id)
 
     def close(self) -> None:
         if self._closed:
@@ -162,33 +164,33 @@ class NcclTransport:
         while self._leaving and time.monotonic() < deadline:
             self._sweep(0.001)
         for name in {line.peer for line in self._leaving if line.peer is not None}:
-            for ticket in self._tickets.of(name):
-                self._tickets.end(ticket, "transport closed")
+            for transfer_id in self._transfers.of(name):
+                self._transfers.end(transfer_id, "transport closed")
         self._device.close(free=not self._leaving)
         self._channel.close()
 
     # -- asking -------------------------------------------------------------------------
 
-    def _pieces(self, work: Work) -> Iterator[Piece]:
+    def _batches(self, work: Work) -> Iterator[SpanBatch]:
         if work.peer not in self._peers:
             raise TransportError(f"peer {work.peer} is not reachable")
-        spans = split(join(pair(work)), PIECE_BYTES)
+        spans = split(join(pair(work)), BATCH_BYTES)
         self._reach.check(spans[0], spans[2])
-        return cut(work.op, spans, PIECE_BYTES, PIECE_SPANS)
+        return cut(work.op, spans, BATCH_BYTES, BATCH_SPANS)
 
     def _fill(self, name: str) -> None:
-        """Put pieces of this peer's tickets under way, as many as may be."""
+        """Put batches of this peer's transfers under way, as many as may be."""
         peer, free = self._peers[name], self._device.asking
         while free and (peer.line is None or len(peer.line.exchanges) < WINDOW):
-            if (peer.line and peer.line.broken) or not (taken := self._tickets.take(name)):
+            if (peer.line and peer.line.broken) or not (taken := self._transfers.take(name)):
                 return
-            ticket, piece = taken
+            transfer_id, batch = taken
             try:
                 line = peer.line = peer.line or self._open(name, peer.hello)
             except TransportError as e:
-                self._tickets.settle(ticket, str(e))
+                self._transfers.settle(transfer_id, str(e))
                 continue
-            line.ask(piece, ticket)
+            line.ask(batch, transfer_id)
             self._fed_at = self._clock()
 
     def _despair(self) -> None:
@@ -199,7 +201,7 @@ class NcclTransport:
             for name in self._peers:
                 self._fail(name, None, "NCCL does not let go of the staging memory")
 
-    def _open(self, name: str, hello: _Hello) -> Line:
+    def _open(self, name: str, hello: _NcclHello) -> NcclLine:
         unique_id = self._nccl.unique_id()
         try:
             link = self._channel.dial(hello.address)
@@ -210,14 +212,14 @@ class NcclTransport:
         except TransportError:
             self._channel.drop(link)
             raise
-        line.say(Open(hello.key, unique_id))
+        line.say(OpenLine(hello.key, unique_id))
         return line
 
-    def _line(self, link: Link, unique_id: bytes, peer: str | None) -> Line:
+    def _line(self, link: Link, unique_id: bytes, peer: str | None) -> NcclLine:
         options, rank = self._options, 0 if peer is not None else 1
-        made = Pair(self._nccl, self._device, unique_id, rank, options.nccl_num_channels)
+        made = RankPair(self._nccl, self._device, unique_id, rank, options.nccl_num_channels)
         timeouts = options.init_timeout, options.transfer_timeout
-        line = Line(self._channel, link, made, self._device, peer, timeouts, self._clock)
+        line = NcclLine(self._channel, link, made, self._device, peer, timeouts, self._clock)
         self._lines[link] = line
         return line
 
@@ -227,7 +229,7 @@ class NcclTransport:
         """Somebody speaks on a line that is none, or not any more: to open one, if all is well."""
         try:
             said = decode(data, answers=False)
-            if not isinstance(said, Open):
+            if not isinstance(said, OpenLine):
                 raise TransportError("the communicator was given up")
             if not hmac.compare_digest(said.key, self._key):
                 raise TransportError("this is another transport than the one you were greeted by")
@@ -236,7 +238,7 @@ class NcclTransport:
             self._line(link, said.unique_id, None)
         except TransportError as e:
             logger.info("a communicator that a peer asks for is not there: %s", e)
-            self._channel.send(link, msgspec.msgpack.encode(Failed(str(e))))
+            self._channel.send(link, msgspec.msgpack.encode(LineFailed(str(e))))
 
     # -- lines --------------------------------------------------------------------------
 
@@ -248,7 +250,7 @@ class NcclTransport:
         elif not line.broken:
             try:
                 said = decode(frame.data, answers=frame.link.dialled)
-                if isinstance(said, Ask):
+                if isinstance(said, AskSpans):
                     line.serve(said, self._reach)
                 else:
                     line.heard(said)
@@ -281,15 +283,15 @@ class NcclTransport:
                 why, peer.line = peer.line.broken, None
                 self._fail(name, None, why)
 
-    def _settle(self, line: Line) -> None:
+    def _settle(self, line: NcclLine) -> None:
         for x in line.ended():
-            if x.ticket is not None:
-                self._tickets.settle(x.ticket, x.error)
+            if x.transfer_id is not None:
+                self._transfers.settle(x.transfer_id, x.error)
 
-    def _fail(self, name: str, line: Line | None, why: str) -> None:
-        """All of a peer's tickets; those of which something is being copied end a little later."""
-        for ticket in self._tickets.of(name):
-            self._tickets.fail(ticket, why)
+    def _fail(self, name: str, line: NcclLine | None, why: str) -> None:
+        """Fail all of a peer's transfers; what is being copied ends a little later."""
+        for transfer_id in self._transfers.of(name):
+            self._transfers.fail(transfer_id, why)
         if line is not None:
             line.give_up(why)
             self._sweep()

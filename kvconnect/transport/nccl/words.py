@@ -12,14 +12,14 @@ class Said(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Base of what is said on a line."""
 
 
-class Open(Said, frozen=True):
+class OpenLine(Said, frozen=True, tag="Open"):
     """The first word. ``key`` is that of the other side's hello."""
 
     key: bytes
     unique_id: Annotated[bytes, msgspec.Meta(min_length=128, max_length=128)]
 
 
-class Ask(Said, frozen=True):
+class AskSpans(Said, frozen=True, tag="Ask"):
     """Read or write spans: ``addresses`` are <i8 and ``sizes`` <u4 each."""
 
     number: int
@@ -42,26 +42,26 @@ class Ready(Said, frozen=True):
     number: int
 
 
-class Finished(Said, frozen=True):
+class WriteFinished(Said, frozen=True, tag="Finished"):
     """What was written has reached its place."""
 
     number: int
 
 
-class Refused(Said, frozen=True):
+class SpansRefused(Said, frozen=True, tag="Refused"):
     """Spans lie outside our regions; nothing is posted."""
 
     number: int
 
 
-class Failed(Said, frozen=True):
+class LineFailed(Said, frozen=True, tag="Failed"):
     """Whoever was asked has given the line up."""
 
     why: str
 
 
-_ANSWERS = msgspec.msgpack.Decoder(Ready | Finished | Refused | Failed)
-_REQUESTS = msgspec.msgpack.Decoder(Open | Ask | Ping | Bye)
+_ANSWERS = msgspec.msgpack.Decoder(Ready | WriteFinished | SpansRefused | LineFailed)
+_REQUESTS = msgspec.msgpack.Decoder(OpenLine | AskSpans | Ping | Bye)
 
 
 def decode(data: bytes | None, answers: bool) -> Said:

@@ -1,12 +1,12 @@
 """Reads and writes for libraries that can only send and receive.
 
-A piece of a READ is a request with addresses, answered with bytes; of a WRITE a request with
+A batch of a READ is a request with addresses, answered with bytes; of a WRITE a request with
 addresses and bytes, answered with a status. The side that is read or written does nothing but
-`answer`. Knows no library, peers or tickets: buffers in, buffers out.
+`answer`. Knows no library, peers or transfers: buffers in, buffers out.
 
 * An answer touches only memory of its own regions, checked span by span, and only for who has
   the key that our hello carried.
-* Bytes read lie in a buffer of ours until `settle`: a piece that is not wanted any more is
+* Bytes read lie in a buffer of ours until `settle`: a batch that is not wanted any more is
   simply not settled, whatever still arrives.
 * A request is hostile until checked. Spans outside are answered with a refusal; what is no
   request, or has not the key, raises TransportError and is not to be answered.
@@ -24,11 +24,11 @@ import numpy as np
 from kvconnect.errors import TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.transport.base import Op, Work
-from kvconnect.transport.pieces import Piece, cut
+from kvconnect.transport.batches import SpanBatch, cut
 from kvconnect.transport.reach import Reach, pair, split
 
-PIECE_BYTES = 1 << 20
-PIECE_SPANS = 1 << 14
+BATCH_BYTES = 1 << 20
+BATCH_SPANS = 1 << 14
 KEY_BYTES = 16
 MAX_REPLY_TO = 4096
 
@@ -36,7 +36,7 @@ _HEAD = struct.Struct(f"<4sBxHIIQ{KEY_BYTES}s")  # magic, op, reply_to, spans, b
 _MAGIC = b"kvc1"
 _STATUS = struct.Struct("<Q")
 _OPS = {Op.READ: 1, Op.WRITE: 2}
-BUFFER_BYTES = _HEAD.size + MAX_REPLY_TO + PIECE_SPANS * 12 + PIECE_BYTES
+BUFFER_BYTES = _HEAD.size + MAX_REPLY_TO + BATCH_SPANS * 12 + BATCH_BYTES
 """That any request or reply fits in."""
 
 
@@ -47,7 +47,7 @@ class Status(enum.IntEnum):
     REFUSED = 2
 
 
-class Answer(NamedTuple):
+class OutgoingReply(NamedTuple):
     """What to send to whom: the first ``nbytes`` of the buffer, with ``tag``."""
 
     reply_to: bytes
@@ -62,26 +62,28 @@ class Agent:
         self.key = secrets.token_bytes(KEY_BYTES)
         self._reach = Reach(regions)
 
-    def pieces(self, work: Work) -> Iterator[Piece]:
+    def batches(self, work: Work) -> Iterator[SpanBatch]:
         """Cut ``work``; raises TransportError at once if it leaves our regions."""
-        spans = split(pair(work), PIECE_BYTES)
+        spans = split(pair(work), BATCH_BYTES)
         self._reach.check(spans[0], spans[2])
-        return cut(work.op, spans, PIECE_BYTES, PIECE_SPANS)
+        return cut(work.op, spans, BATCH_BYTES, BATCH_SPANS)
 
-    def request(self, piece: Piece, key: bytes, reply_to: bytes, tag: int, out: np.ndarray) -> int:
-        """Write the request for ``piece`` to ``out``; returns its size."""
-        ours, theirs, nbytes = piece.spans
+    def request(
+        self, batch: SpanBatch, key: bytes, reply_to: bytes, tag: int, out: np.ndarray
+    ) -> int:
+        """Write the request for ``batch`` to ``out``; returns its size."""
+        ours, theirs, nbytes = batch.spans
         head = _HEAD.pack(
-            _MAGIC, _OPS[piece.op], len(reply_to), len(theirs), piece.nbytes, tag, key
+            _MAGIC, _OPS[batch.op], len(reply_to), len(theirs), batch.nbytes, tag, key
         )
         text = head + reply_to + theirs.astype("<i8").tobytes() + nbytes.astype("<u4").tobytes()
         out[: len(text)] = np.frombuffer(text, np.uint8)
-        if piece.op is Op.READ:
+        if batch.op is Op.READ:
             return len(text)
-        self._reach.gather(ours, nbytes, out[len(text) : len(text) + piece.nbytes])
-        return len(text) + piece.nbytes
+        self._reach.gather(ours, nbytes, out[len(text) : len(text) + batch.nbytes])
+        return len(text) + batch.nbytes
 
-    def answer(self, request: np.ndarray, out: np.ndarray) -> Answer:
+    def answer(self, request: np.ndarray, out: np.ndarray) -> OutgoingReply:
         """Do what ``request`` asks for and write the reply to ``out``."""
         if len(request) < _HEAD.size:
             raise TransportError(f"a request of {len(request)} bytes is malformed")
@@ -90,7 +92,7 @@ class Agent:
         ends = np.cumsum([_HEAD.size, address_bytes, 8 * spans, 4 * spans])
         data = nbytes if op == _OPS[Op.WRITE] else 0
         shaped = op in _OPS.values() and len(request) == ends[-1] + data
-        if magic != _MAGIC or not shaped or address_bytes > MAX_REPLY_TO or nbytes > PIECE_BYTES:
+        if magic != _MAGIC or not shaped or address_bytes > MAX_REPLY_TO or nbytes > BATCH_BYTES:
             raise TransportError(f"a request of {len(request)} bytes is malformed")
         if not hmac.compare_digest(key, self.key):
             raise TransportError("a request came from somebody who was not given our hello")
@@ -101,16 +103,16 @@ class Agent:
         status = self._obey(op, theirs, rest, out[_STATUS.size : _STATUS.size + nbytes])
         out[: _STATUS.size] = np.frombuffer(_STATUS.pack(status), np.uint8)
         sent = nbytes if status is Status.DONE and op == _OPS[Op.READ] else 0
-        return Answer(reply_to.tobytes(), tag, _STATUS.size + sent)
+        return OutgoingReply(reply_to.tobytes(), tag, _STATUS.size + sent)
 
-    def settle(self, piece: Piece, reply: np.ndarray) -> str | None:
-        """Take in the reply to ``piece``: None, or what went wrong."""
+    def settle(self, batch: SpanBatch, reply: np.ndarray) -> str | None:
+        """Take in the reply to ``batch``: None, or what went wrong."""
         (status,) = _STATUS.unpack(reply[: _STATUS.size].tobytes())
         if status != Status.DONE:
             return "a row lies outside every region that the peer registered"
-        if piece.op is Op.READ:
-            ours, _, nbytes = piece.spans
-            self._reach.scatter(ours, nbytes, reply[_STATUS.size : reply_bytes(piece)])
+        if batch.op is Op.READ:
+            ours, _, nbytes = batch.spans
+            self._reach.scatter(ours, nbytes, reply[_STATUS.size : reply_bytes(batch)])
         return None
 
     def _obey(
@@ -131,6 +133,6 @@ class Agent:
         return Status.DONE
 
 
-def reply_bytes(piece: Piece) -> int:
-    """Size of the reply to the request for ``piece``."""
-    return _STATUS.size + (piece.nbytes if piece.op is Op.READ else 0)
+def reply_bytes(batch: SpanBatch) -> int:
+    """Size of the reply to the request for ``batch``."""
+    return _STATUS.size + (batch.nbytes if batch.op is Op.READ else 0)

@@ -3,10 +3,10 @@
 Reads and writes are requests to the peer's `Agent`, which answers while it is polled. A request
 goes to a tag that all know, its reply to one that only the asker knows.
 
-* At most `WINDOW` pieces per peer are under way.
+* At most `WINDOW` batches per peer are under way.
 * Each peer is asked through a line of its own, made anew when the peer is added again. What was
   under way when it was dropped lands, if at all, in buffers that nobody looks at.
-* A written piece that was under way when its peer was dropped may still be applied there.
+* A written batch that was under way when its peer was dropped may still be applied there.
 """
 
 import logging
@@ -22,10 +22,10 @@ import numpy as np
 from kvconnect.errors import TransportError
 from kvconnect.geometry.blocks import Region
 from kvconnect.transport.base import Done, Op, TransferId, Work
+from kvconnect.transport.batches import SpanBatch, Transfers
 from kvconnect.transport.greeting import read_hello
-from kvconnect.transport.pieces import Piece, Tickets
 from kvconnect.transport.ucx.agent import BUFFER_BYTES, Agent, reply_bytes
-from kvconnect.transport.ucx.post import Handle, Line, Post
+from kvconnect.transport.ucx.post import Handle, Post, RequestLine
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -36,17 +36,17 @@ RETIRE_S = 20.0  # that a dropped line's requests get to leave; libraries leak i
 REQUEST_TAG = 1 << 63  # tags of replies are below
 
 
-class _Hello(msgspec.Struct):
+class _MessageHello(msgspec.Struct):
     address: bytes
     key: bytes
 
 
 @dataclass
-class _Exchange:
-    """A piece under way: its request, and the receive that its reply matches."""
+class _OpenRequest:
+    """A batch under way: its request, and the receive that its reply matches."""
 
-    ticket: TransferId
-    piece: Piece
+    transfer_id: TransferId
+    batch: SpanBatch
     buffers: tuple[np.ndarray, np.ndarray]
     sent: Handle
     received: Handle
@@ -60,10 +60,10 @@ class _Reply(NamedTuple):
 
 
 @dataclass
-class _Peer:
-    line: Line
+class _MessagePeer:
+    line: RequestLine
     key: bytes
-    exchanges: list[_Exchange] = field(default_factory=list)
+    exchanges: list[_OpenRequest] = field(default_factory=list)
     dropped_at: float = 0.0
 
 
@@ -74,29 +74,29 @@ class MessageTransport:
         self._post = post
         self._agent = Agent(regions)
         self._tag = secrets.randbelow(1 << 62)
-        self._peers: dict[str, _Peer] = {}
-        self._tickets = Tickets()
+        self._peers: dict[str, _MessagePeer] = {}
+        self._transfers = Transfers()
         self._buffers: list[np.ndarray] = []  # free ones
         self._arriving: list[tuple[Handle, np.ndarray, int]] = []
         self._replies: list[_Reply] = []
-        self._retired: list[_Peer] = []  # dropped, their requests leaving
+        self._retired: list[_MessagePeer] = []  # dropped, their requests leaving
         self._closed = False
 
     def hello(self) -> bytes:
-        return msgspec.msgpack.encode(_Hello(self._post.address, self._agent.key))
+        return msgspec.msgpack.encode(_MessageHello(self._post.address, self._agent.key))
 
     def add_peer(self, name: str, hello: bytes) -> None:
-        theirs = read_hello(name, hello, _Hello)
+        theirs = read_hello(name, hello, _MessageHello)
         if len(theirs.key) != len(self._agent.key):
             raise TransportError(f"peer {name}: its key has {len(theirs.key)} bytes")
         self.drop_peer(name)
-        self._peers[name] = _Peer(self._post.dial(theirs.address), theirs.key)
+        self._peers[name] = _MessagePeer(self._post.dial(theirs.address), theirs.key)
 
     def drop_peer(self, name: str) -> None:
         self._drop(name, f"peer {name} was dropped")
 
     def submit(self, work: Work) -> TransferId:
-        return self._tickets.begin(work, self._pieces, self._fill)
+        return self._transfers.begin(work, self._batches, self._fill)
 
     def poll(self) -> list[Done]:
         if not self._closed:
@@ -109,14 +109,14 @@ class MessageTransport:
                 else:
                     self._drop(name, f"peer {name} closed the connection")
             self._retired = [peer for peer in self._retired if not self._is_gone(peer)]
-        return self._tickets.ended()
+        return self._transfers.ended()
 
-    def cancel(self, ticket: TransferId) -> None:
+    def cancel(self, transfer_id: TransferId) -> None:
         # read bytes only reach their place in `_advance`, written ones are the peer's to place
-        if self._tickets.op(ticket) is Op.READ:
-            self._tickets.end(ticket, "cancelled")
+        if self._transfers.op(transfer_id) is Op.READ:
+            self._transfers.end(transfer_id, "cancelled")
         else:
-            self._tickets.fail(ticket, "cancelled")
+            self._transfers.fail(transfer_id, "cancelled")
 
     def close(self) -> None:
         if self._closed:
@@ -133,41 +133,41 @@ class MessageTransport:
 
     # -- reading and writing ------------------------------------------------------------
 
-    def _pieces(self, work: Work) -> Iterator[Piece]:
+    def _batches(self, work: Work) -> Iterator[SpanBatch]:
         if work.peer not in self._peers:
             raise TransportError(f"peer {work.peer} is not reachable")
-        return self._agent.pieces(work)
+        return self._agent.batches(work)
 
     def _fill(self, name: str) -> None:
-        """Put pieces of this peer's tickets under way, as many as may be."""
+        """Put batches of this peer's transfers under way, as many as may be."""
         peer = self._peers[name]
-        while len(peer.exchanges) < WINDOW and (taken := self._tickets.take(name)):
+        while len(peer.exchanges) < WINDOW and (taken := self._transfers.take(name)):
             self._ask(peer, *taken)
 
-    def _ask(self, peer: _Peer, ticket: TransferId, piece: Piece) -> None:
+    def _ask(self, peer: _MessagePeer, transfer_id: TransferId, batch: SpanBatch) -> None:
         request, reply = self._buffer(), self._buffer()
         tag, self._tag = self._tag, self._tag + 1
-        size = self._agent.request(piece, peer.key, peer.line.address, tag, request)
+        size = self._agent.request(batch, peer.key, peer.line.address, tag, request)
         try:
-            received = peer.line.receive(reply[: reply_bytes(piece)], tag)
+            received = peer.line.receive(reply[: reply_bytes(batch)], tag)
             sent = peer.line.send(request[:size], REQUEST_TAG)
         except TransportError as e:
             # buffers are left to the garbage: who knows whether the library has them
-            self._tickets.settle(ticket, str(e))
+            self._transfers.settle(transfer_id, str(e))
             return
-        peer.exchanges.append(_Exchange(ticket, piece, (request, reply), sent, received))
+        peer.exchanges.append(_OpenRequest(transfer_id, batch, (request, reply), sent, received))
 
-    def _advance(self, peer: _Peer) -> None:
-        """Settle the pieces whose replies have come."""
+    def _advance(self, peer: _MessagePeer) -> None:
+        """Settle the batches whose replies have come."""
         under_way = []
         for x in peer.exchanges:
             if not (x.sent.completed and x.received.completed):
                 under_way.append(x)
                 continue
-            if self._tickets.op(x.ticket):
-                error = self._tickets.error(x.ticket) or _error(x.sent) or _error(x.received)
-                error = error or self._agent.settle(x.piece, x.buffers[1])
-                self._tickets.settle(x.ticket, error)
+            if self._transfers.op(x.transfer_id):
+                error = self._transfers.error(x.transfer_id) or _error(x.sent) or _error(x.received)
+                error = error or self._agent.settle(x.batch, x.buffers[1])
+                self._transfers.settle(x.transfer_id, error)
             self._buffers += x.buffers
         peer.exchanges = under_way
 
@@ -177,10 +177,10 @@ class MessageTransport:
             return
         peer.dropped_at = time.monotonic()
         self._retired.append(peer)
-        for ticket in self._tickets.of(name):
-            self._tickets.end(ticket, why)
+        for transfer_id in self._transfers.of(name):
+            self._transfers.end(transfer_id, why)
 
-    def _is_gone(self, peer: _Peer) -> bool:
+    def _is_gone(self, peer: _MessagePeer) -> bool:
         """Close a dropped peer's line as soon as may be."""
         peer.line.progress()
         leaving = peer.line.alive and any(not x.sent.completed for x in peer.exchanges)

@@ -20,7 +20,7 @@ class Handle(Protocol):
         """0 if all went well; valid once completed."""
 
 
-class Line(Protocol):
+class RequestLine(Protocol):
     """To ask one peer through. Raises TransportError when it cannot do what it is told."""
 
     address: bytes
@@ -45,7 +45,7 @@ class Post(Protocol):
     address: bytes
     """Where requests are to go."""
 
-    def dial(self, address: bytes) -> Line:
+    def dial(self, address: bytes) -> RequestLine:
         """Raises TransportError if it is no address."""
 
     def arrival(self, room: np.ndarray, tag: int) -> tuple[Handle, int] | None:

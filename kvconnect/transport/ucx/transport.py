@@ -87,8 +87,8 @@ class _Ucxx:
             raise TransportError(f"UCX: {e}") from e
 
 
-class _Line:
-    """A worker with one endpoint; see `post.Line`.
+class _UcxLine:
+    """A worker with one endpoint; see `post.RequestLine`.
 
     An endpoint that is closed and made anew between the same two workers may be taken for the old
     one by the other side, which then hangs; so each line has a worker of its own.
@@ -135,8 +135,8 @@ class _Ucx:
         self.address: bytes = self._worker.address.tobytes()
         self._askers: dict[bytes, Any] = {}  # address → endpoint
 
-    def dial(self, address: bytes) -> _Line:
-        return _Line(self._ucxx, address)
+    def dial(self, address: bytes) -> _UcxLine:
+        return _UcxLine(self._ucxx, address)
 
     def arrival(self, room: np.ndarray, tag: int) -> tuple[Handle, int] | None:
         self._worker.progress()

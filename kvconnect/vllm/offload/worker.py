@@ -20,7 +20,7 @@ from kvconnect.offload.store.packing import Packing
 from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.runner import Fence
 from kvconnect.vllm.engine import kernels_for, this_rank
-from kvconnect.vllm.layout import Place, describe
+from kvconnect.vllm.layout import TpRank, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.messages import Done, Found, Work
@@ -57,7 +57,7 @@ class OffloadWorker:
         """Describe the caches, open memory and disk, start the thread."""
         rank = this_rank()
         shard = describe(
-            kv_caches, self._kv_cache_config, self._vllm_config, Place(rank.tp_rank, rank.tp_size)
+            kv_caches, self._kv_cache_config, self._vllm_config, TpRank(rank.tp_rank, rank.tp_size)
         )
         self._device = next(iter(kv_caches.values())).device
         kernels = kernels_for(self._device)
