@@ -1,15 +1,17 @@
 """Carries out chained loads on one rank: peers and stores at once, and each other's fallback.
 
-A load is pieces: blocks of one group that are had together. A peer's mover fetches them, a store
-fills them; `kvconnect.chain.plan` says who gives which, and who takes over when one fails.
+A load consists of units: blocks of one group that cross together. A peer's mover fetches them, a
+store fills them; `kvconnect.chain.plan` says which source gives which, and which takes over when
+one fails.
 
-* The rank decides alone, by rates that it measured itself: a piece's bytes are the same from
-  every source, so ranks need not agree.
+* Each rank decides alone, by rates that it measured itself: a unit's bytes are the same from every
+  source, so ranks need not agree.
 * A peer has one fetch of a load at a time, under a name of its own; the load's lease stays open
   until all is there, and is then released, whether or not anything was fetched.
-* Every fill of a load is answered once: by whoever carries it out, or declined at the load's end.
-* A load ends once, when nothing touches its blocks any more, whatever became of its pieces.
-* Not thread-safe: the engine's thread owns it. Moves no bytes and asks nobody: `Carriers` do.
+* Every fill of a load is answered once: the store carries it out, or it is declined at the load's
+  end.
+* A load ends once, when nothing touches its blocks any more, whatever became of its units.
+* Not thread-safe: the engine's thread owns it. Moves no bytes itself: `Carriers` do.
 """
 
 import itertools
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from kvconnect.chain.plan import Hop, Load, Rates, Source
+from kvconnect.chain.plan import Hop, LoadPlan, Rates, SourceRate
 from kvconnect.offload.jobs import Fill
 from kvconnect.orders import Cancel, Fetch, Offer, Release
 
@@ -36,55 +38,55 @@ TOKENS_FROM = {
 }  # what is counted, by where they were loaded from
 
 
-class Piece(NamedTuple):
-    """Blocks of a group, to be filled, that are had together."""
+class LoadUnit(NamedTuple):
+    """Blocks of a group, to be filled, that come from one source: a store's chunk, or a block."""
 
     group: int
     blocks: tuple[tuple[int, int], ...]
     """(place in the request's block table, our block id)."""
     end_token: int
-    """Who has the prompt up to here has the piece."""
+    """A peer whose offer covers this token has the unit."""
     tokens: int
-    """Of the prompt that the blocks stand for; 0 in all groups but one."""
+    """How many tokens of the prompt the blocks stand for; 0 in all groups but one."""
     fill: Fill | None = None
-    """Has a store fill it …"""
+    """Makes a store fill it."""
     store: str = ""
-    """… from one of STORES_S."""
+    """Which of STORES_S that store is."""
 
 
 class ChainedLoad(NamedTuple):
-    """What a request is to load, and who has it. Every rank gets the same."""
+    """What a request is to load, and which sources have it. Every rank gets the same."""
 
     request_id: str
-    pieces: tuple[Piece, ...]
+    units: tuple[LoadUnit, ...]
     offers: tuple[tuple[str, Offer], ...] = ()
-    """Of peers, by the name of the tier that got each."""
+    """Offers of peers, by the label of the connector that got each."""
 
 
-class Abort(NamedTuple):
+class CancelLoad(NamedTuple):
     """The request of a load has ended; so should the load."""
 
     request_id: str
 
 
-class Ended(NamedTuple):
-    """A load that has ended."""
+class LoadDone(NamedTuple):
+    """A load has ended."""
 
     request_id: str
     lost: frozenset[int] = frozenset()
-    """Ids of our blocks that nobody could fill."""
+    """Ids of our blocks that no source could fill."""
     from_start: bool = False
     """Whether the prompt's first block is one of them."""
 
 
 class Carriers(Protocol):
-    """Who moves the bytes. None of these returns anything or waits."""
+    """What moves the bytes. None of these returns anything or waits."""
 
-    def tell(self, peer: str, order: Fetch | Cancel | Release) -> None:
-        """An order for the mover of a tier of peers; `Chained.fetched` follows each Fetch."""
+    def put(self, peer: str, order: Fetch | Cancel | Release) -> None:
+        """An order for a peer's mover; `ChainLoader.fetched` follows each Fetch."""
 
     def fill(self, fills: Sequence[Fill]) -> None:
-        """Fills for the store; `Chained.filled` follows each."""
+        """Fills for the store; `ChainLoader.filled` follows each."""
 
     def decline(self, fills: Sequence[Fill]) -> None:
         """Fills that are not wanted: answer them without carrying them out."""
@@ -93,24 +95,24 @@ class Carriers(Protocol):
 @dataclass
 class _Loading:
     order: ChainedLoad
-    load: Load
+    plan: LoadPlan
     peers: dict[str, deque[Hop]]  # of each: its hop that runs, and those that wait for it
-    unused: dict[int, Fill] = field(default_factory=dict)  # fills, by piece, not carried out yet
+    unused: dict[int, Fill] = field(default_factory=dict)  # fills, by unit, not carried out yet
     aborted: bool = False
 
 
 @dataclass
-class _Going:
+class _RunningHop:
     """A hop under way."""
 
     loading: _Loading
     hop: Hop
     started_s: float
-    fills: dict[int, int] = field(default_factory=dict)  # number → piece, not answered yet
-    failed: set[int] = field(default_factory=set)  # pieces
+    fills: dict[int, int] = field(default_factory=dict)  # number → unit, not answered yet
+    failed: set[int] = field(default_factory=set)  # units
 
 
-class Chained:
+class ChainLoader:
     """See the module's contract."""
 
     def __init__(
@@ -121,29 +123,31 @@ class Chained:
         clock: Callable[[], float] = time.monotonic,
         rates: Rates | None = None,
     ) -> None:
-        """``block_bytes``: of each group, on this rank; ``clock``: that of who carries out."""
+        """``block_bytes``: bytes of a block of each group on this rank. ``clock`` must be the one
+        that stamps ``ended_s``: the movers'.
+        """
         self.counts: Counter[str] = Counter()
-        """Tokens from each source, fallbacks, and pieces and tokens that nobody could give."""
+        """Tokens from each source, fallbacks, and units and tokens that nobody could give."""
         self._carriers = carriers
         self._rates = rates or Rates(STORES_S | dict.fromkeys(peers, PEER_S))
         self._block_bytes = block_bytes
         self._clock = clock
         self._names = itertools.count(1)
         self._loads: dict[str, _Loading] = {}
-        self._fetches: dict[str, _Going] = {}  # name of the fetch → hop
-        self._fills: dict[int, _Going] = {}  # number of the fill → hop
-        self._ended: list[Ended] = []
+        self._fetches: dict[str, _RunningHop] = {}  # name of the fetch → hop
+        self._fills: dict[int, _RunningHop] = {}  # number of the fill → hop
+        self._ended: list[LoadDone] = []
 
-    def begin(self, order: ChainedLoad) -> None:
+    def load(self, order: ChainedLoad) -> None:
         """Start a load."""
-        load = Load(range(len(order.pieces)), self._sources(order))
-        fills = {i: piece.fill for i, piece in enumerate(order.pieces) if piece.fill}
-        loading = _Loading(order, load, {peer: deque() for peer, _ in order.offers}, fills)
+        plan = LoadPlan(range(len(order.units)), self._sources(order))
+        fills = {i: unit.fill for i, unit in enumerate(order.units) if unit.fill}
+        loading = _Loading(order, plan, {peer: deque() for peer, _ in order.offers}, fills)
         self._loads[order.request_id] = loading
-        self._start(loading, load.start())
+        self._start(loading, plan.start())
         self._end_if_done(loading)
 
-    def abort(self, order: Abort) -> None:
+    def cancel(self, order: CancelLoad) -> None:
         """Its request has ended: start nothing more of it, cut short what can be."""
         loading = self._loads.get(order.request_id)
         if loading is None or loading.aborted:
@@ -151,10 +155,10 @@ class Chained:
         loading.aborted = True
         for waiting in loading.peers.values():
             while len(waiting) > 1:
-                loading.load.ended(waiting.pop())
+                loading.plan.ended(waiting.pop())
         for name, going in self._fetches.items():
             if going.loading is loading:
-                self._carriers.tell(going.hop.source, Cancel(name))
+                self._carriers.put(going.hop.source, Cancel(name))
 
     def fetched(self, name: str, error: str | None, ended_s: float) -> bool:
         """A fetch has ended, and touches nothing any more; False: it is not one of ours."""
@@ -175,38 +179,38 @@ class Chained:
         going = self._fills.pop(number, None)
         if going is None:
             return False
-        piece = going.fills.pop(number)
+        unit = going.fills.pop(number)
         if error:
-            going.failed.add(piece)
+            going.failed.add(unit)
         if not going.fills:
             self._hop_ended(going, ended_s)
             self._end_if_done(going.loading)
         return True
 
-    def take(self) -> list[Ended]:
+    def take(self) -> list[LoadDone]:
         """Loads that have ended since the last call, each once."""
         ended, self._ended = self._ended, []
         return ended
 
     # -- inside --------------------------------------------------------------------------
 
-    def _sources(self, order: ChainedLoad) -> list[Source]:
-        """Who has which pieces, and what they cost."""
+    def _sources(self, order: ChainedLoad) -> list[SourceRate]:
+        """Who has which units, and what they cost."""
         has: dict[str, list[int]] = {peer: [] for peer, _ in order.offers}
-        for number, piece in enumerate(order.pieces):
-            if piece.fill is not None:
-                has.setdefault(piece.store, []).append(number)
+        for number, unit in enumerate(order.units):
+            if unit.fill is not None:
+                has.setdefault(unit.store, []).append(number)
             for peer, offer in order.offers:
-                if piece.end_token <= offer.tokens:
+                if unit.end_token <= offer.tokens:
                     has[peer].append(number)
-        mean = sum(map(self._nbytes, order.pieces)) // max(len(order.pieces), 1)
+        mean = sum(map(self._nbytes, order.units)) // max(len(order.units), 1)
         return [
-            Source(name, pieces, self._rates.start_s(name), self._rates.seconds(name, mean))
-            for name, pieces in has.items()
+            SourceRate(name, units, self._rates.start_s(name), self._rates.seconds(name, mean))
+            for name, units in has.items()
         ]
 
-    def _nbytes(self, piece: Piece) -> int:
-        return len(piece.blocks) * self._block_bytes[piece.group]
+    def _nbytes(self, unit: LoadUnit) -> int:
+        return len(unit.blocks) * self._block_bytes[unit.group]
 
     def _start(self, loading: _Loading, hops: Iterable[Hop]) -> None:
         for hop in hops:
@@ -215,9 +219,9 @@ class Chained:
                 if len(loading.peers[hop.source]) == 1:
                     self._next_fetch(loading, hop.source)
             else:
-                fills = {piece: loading.unused.pop(piece) for piece in hop.chunks}
-                numbers = {fill.number: piece for piece, fill in fills.items()}
-                going = _Going(loading, hop, self._clock(), numbers)
+                fills = {unit: loading.unused.pop(unit) for unit in hop.chunks}
+                numbers = {fill.number: unit for unit, fill in fills.items()}
+                going = _RunningHop(loading, hop, self._clock(), numbers)
                 self._fills |= dict.fromkeys(numbers, going)
                 self._carriers.fill(list(fills.values()))
 
@@ -226,59 +230,59 @@ class Chained:
         if not loading.peers[peer]:
             return
         hop = loading.peers[peer][0]
-        pieces = [loading.order.pieces[number] for number in hop.chunks]
+        units = [loading.order.units[number] for number in hop.chunks]
         blocks = tuple(
-            tuple(pair for piece in pieces if piece.group == group for pair in piece.blocks)
+            tuple(pair for unit in units if unit.group == group for pair in unit.blocks)
             for group in range(len(self._block_bytes))
         )
         offer = dict(loading.order.offers)[peer]
         name = f"{loading.order.request_id}#{next(self._names)}"
-        self._fetches[name] = _Going(loading, hop, self._clock())
+        self._fetches[name] = _RunningHop(loading, hop, self._clock())
         fetch = Fetch(name, offer.source, blocks, offer.tokens, offer.digest)
-        self._carriers.tell(peer, fetch)
+        self._carriers.put(peer, fetch)
 
-    def _hop_ended(self, going: _Going, ended_s: float) -> None:
+    def _hop_ended(self, going: _RunningHop, ended_s: float) -> None:
         loading, hop = going.loading, going.hop
-        good = [loading.order.pieces[n] for n in hop.chunks if n not in going.failed]
+        good = [loading.order.units[n] for n in hop.chunks if n not in going.failed]
         if loading.aborted:  # what ended so, was perhaps cut short
-            loading.load.ended(hop)
+            loading.plan.ended(hop)
             return
         self.counts[TOKENS_FROM[self._kind(hop.source)]] += sum(p.tokens for p in good)
         if not going.failed:
             nbytes = sum(map(self._nbytes, good))
             self._rates.measured(hop.source, nbytes, ended_s - going.started_s)
-        self._start(loading, loading.load.ended(hop, going.failed))
+        self._start(loading, loading.plan.ended(hop, going.failed))
 
     def _kind(self, source: str) -> str:
         return source if source in STORES_S else "peers"
 
     def _end_if_done(self, loading: _Loading) -> None:
-        order, load = loading.order, loading.load
-        if load.running:
+        order, plan = loading.order, loading.plan
+        if plan.running:
             return
         del self._loads[order.request_id]
         self._carriers.decline(list(loading.unused.values()))
         for peer, offer in order.offers:
-            self._carriers.tell(peer, Release(order.request_id, offer.source))
-        lost = [pair for n in load.failed for pair in order.pieces[n].blocks]
+            self._carriers.put(peer, Release(order.request_id, offer.source))
+        lost = [pair for n in plan.failed for pair in order.units[n].blocks]
         from_start = any(place == 0 for place, _ in lost)
         self._ended.append(
-            Ended(order.request_id, frozenset(block for _, block in lost), from_start)
+            LoadDone(order.request_id, frozenset(block for _, block in lost), from_start)
         )
-        self._tell(order, load)
+        self._log(order, plan)
 
-    def _tell(self, order: ChainedLoad, load: Load) -> None:
+    def _log(self, order: ChainedLoad, plan: LoadPlan) -> None:
         """What went wrong, in one line of the log."""
-        self.counts["fallbacks"] += len(load.fell_back)
-        self.counts["pieces_failed"] += len(load.failed)
-        self.counts["tokens_lost"] += sum(order.pieces[n].tokens for n in load.failed)
-        if not (load.fell_back or load.failed):
+        self.counts["fallbacks"] += len(plan.fell_back)
+        self.counts["pieces_failed"] += len(plan.failed)
+        self.counts["tokens_lost"] += sum(order.units[n].tokens for n in plan.failed)
+        if not (plan.fell_back or plan.failed):
             return
         stood_in = Counter(
-            (hop.source, other.source) for hop, other in load.fell_back for _ in other.chunks
+            (hop.source, other.source) for hop, other in plan.fell_back for _ in other.chunks
         )
         parts = [f"{n} from {new} that {old} failed" for (old, new), n in stood_in.items()]
-        if load.failed:
-            parts.append(f"{len(load.failed)} that nobody could give, to be computed again")
-        pieces = len(order.pieces)
-        logger.warning("request %s: of %d chunks %s", order.request_id, pieces, ", ".join(parts))
+        if plan.failed:
+            parts.append(f"{len(plan.failed)} that nobody could give, to be computed again")
+        units = len(order.units)
+        logger.warning("request %s: of %d chunks %s", order.request_id, units, ", ".join(parts))

@@ -6,19 +6,19 @@ cheapest gives it, by rates that were measured.
 
 * `plan` minimises the time that all hops take together: each hop costs its source's start, and
   each chunk its source's time per chunk.
-* `Load` follows one load to its end. A chunk is in one hop at a time, and at any source once; a
-  chunk of a failed hop goes to the next source that has it, after that hop has ended. What
-  nobody could deliver is failed.
+* `LoadPlan` follows one load to its end. A chunk is in one hop at a time, and at each source at
+  most once; a chunk of a failed hop goes to the next source that has it, after that hop has
+  ended. A chunk that no source could deliver is failed.
 * Pure: knows chunk numbers and names of sources, no keys, tiers, tickets or clocks.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from kvconnect.costs import WORTH_MEASURING_BYTES, Line
 
 
-class Source(NamedTuple):
+class SourceRate(NamedTuple):
     """Where chunks can be had: ``has`` are their numbers, in the request's order."""
 
     name: str
@@ -62,22 +62,18 @@ class Rates:
         return self._lines[source].per_byte * nbytes
 
 
-def reach(first: int, sources: Iterable[Source]) -> int:
-    """End of the longest run of chunks from ``first`` on that ``sources`` cover together."""
-    has: set[int] = set()
-    for source in sources:
-        has.update(source.has)
-    end = first
-    while end in has:
-        end += 1
-    return end
-
-
-def plan(chunks: Sequence[int], sources: Sequence[Source]) -> list[Hop]:
+def plan(chunks: Sequence[int], sources: Sequence[SourceRate]) -> list[Hop]:
     """Hops that bring ``chunks``, ascending, each covered by a source, in the least time.
 
     A run is chunks that follow each other in ``chunks`` and come from one source; a source pays
-    its start once per run, and has one hop for all of its runs.
+    its start once per run, and has one hop for all of its runs. The least time up to a chunk is
+    found from that up to the chunk before, for each source that may give it. Chunks 0, 1, 2 of a
+    peer (start 5, chunk 1) and of a host (start 0, chunk 4), which lacks chunk 2:
+
+        least if from peer:  6 7 8   from itself each: 5+1, 6+1, 7+1
+        least if from host:  4 8 -   0+4, 4+4 (from itself), it has no chunk 2
+
+    Backwards from the cheaper end, 8: all three from the peer, although host began cheaper.
     """
     if not chunks:
         return []
@@ -107,10 +103,10 @@ def plan(chunks: Sequence[int], sources: Sequence[Source]) -> list[Hop]:
     return sorted(found, key=lambda hop: hop.chunks)
 
 
-class Load:
+class LoadPlan:
     """One load of ``chunks`` under way; see the module's contract."""
 
-    def __init__(self, chunks: Sequence[int], sources: Sequence[Source]) -> None:
+    def __init__(self, chunks: Sequence[int], sources: Sequence[SourceRate]) -> None:
         self.failed: set[int] = set()
         """Chunks that no source is left for."""
         self.fell_back: list[tuple[Hop, Hop]] = []

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvconnect.chain.load import Abort, ChainedLoad, Piece
+from kvconnect.chain.load import CancelLoad, ChainedLoad, LoadUnit
 from kvconnect.errors import ConfigError
 from kvconnect.offload.jobs import Fill, Forget
 from kvconnect.orders import Fetch, Offer, Outcome, Release, Source
@@ -406,9 +406,9 @@ def test_the_peers_head_and_the_stores_tail_are_one_load(store):
     both.admitted(asks, table(store, [21, 22, 23, 24, 25, 26, 27]), 6 * BLOCK)
     (load,) = both.take_orders()
     assert isinstance(load, ChainedLoad)
-    assert [p.blocks for p in load.pieces] == [((i, 21 + i),) for i in range(6)]
-    assert [p.store for p in load.pieces] == ["", "", "host", "host", "host", "host"]
-    assert [p.end_token for p in load.pieces] == [BLOCK * (i + 1) for i in range(6)]
+    assert [p.blocks for p in load.units] == [((i, 21 + i),) for i in range(6)]
+    assert [p.store for p in load.units] == ["", "", "host", "host", "host", "host"]
+    assert [p.end_token for p in load.units] == [BLOCK * (i + 1) for i in range(6)]
     assert dict(load.offers)["P0"].tokens == 2 * BLOCK
     assert store.step().loads == {}, "the store's own workers are told nothing"
     assert sum(both.hit_sources("again", 6 * BLOCK).values()) == 6 * BLOCK
@@ -423,9 +423,9 @@ def test_what_only_the_peer_has_may_end_amid_a_block(store):
     ids = [11, 22, 23, 24, 25, 26, 27]
     both.admitted(asks, table(store, ids, hashed=(11,)), 5 * BLOCK + 2)
     (load,) = both.take_orders()
-    assert [p.fill is not None for p in load.pieces] == [True] * 5 + [False]
-    assert load.pieces[-1] == Piece(0, ((6, 27),), 6 * BLOCK + 2, 2)
-    assert sum(p.tokens for p in load.pieces) == 5 * BLOCK + 2
+    assert [p.fill is not None for p in load.units] == [True] * 5 + [False]
+    assert load.units[-1] == LoadUnit(0, ((6, 27),), 6 * BLOCK + 2, 2)
+    assert sum(p.tokens for p in load.units) == 5 * BLOCK + 2
 
 
 def test_of_a_sliding_window_only_what_it_sees_is_a_piece(monkeypatch):
@@ -443,9 +443,9 @@ def test_of_a_sliding_window_only_what_it_sees_is_a_piece(monkeypatch):
     blocks = SimpleNamespace(blocks=[table(store, ids).blocks[0] for ids in (window, full)])
     both.admitted(asks, blocks, 6 * BLOCK + 1)
     (load,) = both.take_orders()
-    assert [p.blocks[0][1] for p in load.pieces] == [31, 32, 33, *full]
-    assert [p.fill is not None for p in load.pieces] == [True, True, False] + [True] * 6 + [False]
-    assert [p.tokens for p in load.pieces] == [0] * 3 + [BLOCK] * 6 + [1]
+    assert [p.blocks[0][1] for p in load.units] == [31, 32, 33, *full]
+    assert [p.fill is not None for p in load.units] == [True, True, False] + [True] * 6 + [False]
+    assert [p.tokens for p in load.units] == [0] * 3 + [BLOCK] * 6 + [1]
 
 
 def test_where_nothing_is_loaded_peers_are_let_go(store):
@@ -468,7 +468,7 @@ def test_peers_alone_are_a_chain_of_blocks():
     assert both.match(asks, 0) == 9
     both.admitted(asks, table(None, [5, 6, 7]), 9)
     (load,) = both.take_orders()
-    assert [p.end_token for p in load.pieces] == [4, 8, 9]
+    assert [p.end_token for p in load.units] == [4, 8, 9]
     assert [label for label, _ in load.offers] == ["P0", "P1"]
 
 
@@ -482,7 +482,7 @@ def test_a_request_that_ends_amid_its_load_aborts_it_and_another_does_not(store)
     both.received(["loaded"])
     both.finished("loaded")
     both.finished("aborted")
-    assert both.take_orders() == [Abort("aborted")]
+    assert both.take_orders() == [CancelLoad("aborted")]
 
 
 def test_fills_that_ranks_declined_or_carried_out_give_back_their_pins(store):
@@ -492,7 +492,7 @@ def test_fills_that_ranks_declined_or_carried_out_give_back_their_pins(store):
     both.match(asks, 0)
     both.admitted(asks, table(store, [21, 22, 23, 24]), 3 * BLOCK)
     (load,) = both.take_orders()
-    first, second, third = (piece.fill for piece in load.pieces)
+    first, second, third = (unit.fill for unit in load.units)
     assert isinstance(first, Fill)
     assert store.half.busy
     one = Done({first.number: (1, 0), second.number: (1, 0), third.number: (1, 0)})
@@ -518,12 +518,12 @@ def test_what_a_rank_declined_of_the_disk_has_not_come_to_memory(monkeypatch):
     both = chain(engine, Peer(BLOCK))
     both.match(asks, 0)
     both.admitted(asks, table(engine, [21, 22]), BLOCK)
-    ((piece,),) = (load.pieces for load in both.take_orders())
-    assert piece.store == "disk"
-    answers = {piece.fill.number: (1, 0)}
+    ((unit,),) = (load.units for load in both.take_orders())
+    assert unit.store == "disk"
+    answers = {unit.fill.number: (1, 0)}
     engine.half.received(Done(answers))
     declined = Done(answers)
-    declined.declined.update([piece.fill.number])
+    declined.declined.update([unit.fill.number])
     engine.half.received(declined)
     assert engine.step().jobs == [Forget(key, False)]
     assert engine.half._tier.whence(key) == "disk"
@@ -569,9 +569,9 @@ def rank(*peers, groups=1):
 
 
 def loading(worker, name, places):
-    pieces = tuple(Piece(0, ((place, 20 + place),), place + 1, 1) for place in places)
+    units = tuple(LoadUnit(0, ((place, 20 + place),), place + 1, 1) for place in places)
     offer = Offer(Source((), name, None, 1.0), 100, b"")
-    worker.obey([ChainedLoad(name, pieces, (("P0", offer),))])
+    worker.obey([ChainedLoad(name, units, (("P0", offer),))])
 
 
 def test_of_one_group_lost_blocks_are_told_and_of_several_the_request_has_failed():

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvconnect.chain.load import Abort, Chained, ChainedLoad, Piece
+from kvconnect.chain.load import CancelLoad, ChainedLoad, ChainLoader, LoadUnit
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.jobs import Fill
 from kvconnect.orders import Cancel, Fetch, Offer, Release
@@ -22,7 +22,7 @@ from kvconnect.vllm.worker import Worker
 
 
 class ChainScheduler:
-    """One per engine. ``peers`` by label. A piece is a chunk of the store, or else a block."""
+    """One per engine. ``peers`` by label. A unit is a chunk of the store, or else a block."""
 
     def __init__(
         self, kv_cache_config: Any, peers: Mapping[str, Scheduler], store: OffloadScheduler | None
@@ -38,7 +38,7 @@ class ChainScheduler:
         )
         self._local: dict[str, int] = {}  # tokens cached here, as vLLM last said
         self._sources: dict[str, Counter[Any]] = {}  # of the load that is under way
-        self._orders: list[ChainedLoad | Abort] = []
+        self._orders: list[ChainedLoad | CancelLoad] = []
 
     def match(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here, from all together; None: ask again later."""
@@ -62,13 +62,13 @@ class ChainScheduler:
             return
         request_id = request.request_id
         end = self._local.pop(request_id) + tokens
-        pieces = self._pieces(request, blocks, end)
+        units = self._units(request, blocks, end)
         offers: list[tuple[str, Offer]] = []
         for label, peer in self._peers.items():
             if (offer := peer.hand_over(request)) is not None:
                 offers.append((label, offer))
-        self._orders.append(ChainedLoad(request_id, pieces, tuple(offers)))
-        stored = sum(piece.tokens for piece in pieces if piece.fill)
+        self._orders.append(ChainedLoad(request_id, units, tuple(offers)))
+        stored = sum(unit.tokens for unit in units if unit.fill)
         self._sources[request_id] = Counter({_compat.HOST_HIT_SOURCE: min(stored, tokens)})
         self._sources[request_id][_compat.CACHE_HIT_SOURCE] += tokens - min(stored, tokens)
 
@@ -88,16 +88,16 @@ class ChainScheduler:
         """The request ended, whatever became of its load."""
         self._local.pop(request_id, None)
         if self._sources.pop(request_id, None) is not None:
-            self._orders.append(Abort(request_id))
+            self._orders.append(CancelLoad(request_id))
 
-    def take_orders(self) -> list[ChainedLoad | Abort]:
+    def take_orders(self) -> list[ChainedLoad | CancelLoad]:
         """For every rank, since the last call."""
         taken, self._orders = self._orders, []
         return taken
 
-    def _pieces(self, request: Any, blocks: Any, end: int) -> tuple[Piece, ...]:
+    def _units(self, request: Any, blocks: Any, end: int) -> tuple[LoadUnit, ...]:
         """What the request is to fill to go on at token ``end``, and the spares of the store."""
-        wanted, pieces = [], []
+        wanted, units = [], []
         for group, (group_id, each) in enumerate(
             zip(self._groups, self._block_tokens, strict=True)
         ):
@@ -113,14 +113,14 @@ class ChainScheduler:
                 ids = tuple(ours.get(place, NO_BLOCK) for place in range(first, first + size))
                 wanted.append(Wanted(group, first // size, ids))
                 last = min((max(ours) + 1) * each, end)
-                pieces.append(Piece(group, tuple(ours.items()), last, last - min(ours) * each))
-        pieces = _counted_once(pieces)
+                units.append(LoadUnit(group, tuple(ours.items()), last, last - min(ours) * each))
+        units = _counted_once(units)
         if not self._store:
-            return tuple(pieces)
+            return tuple(units)
         spares = self._store.spares(request, wanted)
         return tuple(
-            piece._replace(fill=fill, store=store)
-            for piece, (fill, store) in zip(pieces, spares, strict=True)
+            unit._replace(fill=fill, store=store)
+            for unit, (fill, store) in zip(units, spares, strict=True)
         )
 
 
@@ -134,7 +134,7 @@ class Results(NamedTuple):
 
 
 class ChainWorker:
-    """One per rank; the `Carriers` of its `Chained`."""
+    """One per rank; the `Carriers` of its `ChainLoader`."""
 
     def __init__(
         self, kv_cache_config: Any, peers: Mapping[str, Worker], store: OffloadWorker | None
@@ -142,7 +142,7 @@ class ChainWorker:
         self._kv_cache_config = kv_cache_config
         self._peers = peers
         self._store = store
-        self._chained = Chained(self, peers, _block_bytes(kv_cache_config))
+        self._chained = ChainLoader(self, peers, _block_bytes(kv_cache_config))
         self._first_rank = False
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._lost: set[int] = set()
@@ -151,13 +151,13 @@ class ChainWorker:
         """The children have registered the caches."""
         self._first_rank = this_rank().index == 0
 
-    def obey(self, orders: Sequence[ChainedLoad | Abort]) -> None:
+    def obey(self, orders: Sequence[ChainedLoad | CancelLoad]) -> None:
         """A step's orders, after the children's own."""
         for order in orders:
-            if isinstance(order, Abort):
-                self._chained.abort(order)
+            if isinstance(order, CancelLoad):
+                self._chained.cancel(order)
             else:
-                self._chained.begin(order)
+                self._chained.load(order)
 
     def results(self) -> Results:
         """What has ended since the last call."""
@@ -194,7 +194,7 @@ class ChainWorker:
 
     # -- Carriers ------------------------------------------------------------------------
 
-    def tell(self, peer: str, order: Fetch | Cancel | Release) -> None:
+    def put(self, peer: str, order: Fetch | Cancel | Release) -> None:
         """See `kvconnect.chain.load.Carriers`."""
         self._peers[peer].obey([order])
 
@@ -209,13 +209,13 @@ class ChainWorker:
             self._store.decline(fills)
 
 
-def _counted_once(pieces: list[Piece]) -> list[Piece]:
+def _counted_once(units: list[LoadUnit]) -> list[LoadUnit]:
     """Tokens of the group that is to get most of them: a sliding window's get only the last."""
     of_group: Counter[int] = Counter()
-    for piece in pieces:
-        of_group[piece.group] += piece.tokens
+    for unit in units:
+        of_group[unit.group] += unit.tokens
     [(most, _)] = of_group.most_common(1) or [(0, 0)]
-    return [p if p.group == most else p._replace(tokens=0) for p in pieces]
+    return [p if p.group == most else p._replace(tokens=0) for p in units]
 
 
 def _block_bytes(kv_cache_config: Any) -> list[int]:

@@ -7,16 +7,16 @@ from vllm.distributed.kv_events import KVConnectorKVEvents
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorMetadata
 
-from kvconnect.chain.load import Abort, ChainedLoad
+from kvconnect.chain.load import CancelLoad, ChainedLoad
 
 
 @dataclass
 class MultiMetadata(MultiKVConnectorMetadata):
     """A step's metadata of every child, and what the chain of ours is to load."""
 
-    chain: list[ChainedLoad | Abort] = field(default_factory=list)
+    chain: list[ChainedLoad | CancelLoad] = field(default_factory=list)
 
-    def take(self) -> list[ChainedLoad | Abort]:
+    def take(self) -> list[ChainedLoad | CancelLoad]:
         """The chain's, the first time."""
         taken, self.chain = self.chain, []
         return taken

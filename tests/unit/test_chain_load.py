@@ -1,10 +1,10 @@
-"""Chained loads over real movers: leases, bytes, and what happens to both when a peer fails."""
+"""ChainLoader loads over real movers: leases, bytes, and what happens to both when a peer fails."""
 
 import logging
 
 import pytest
 
-from kvconnect.chain.load import Abort, Chained, ChainedLoad, Ended, Piece
+from kvconnect.chain.load import CancelLoad, ChainedLoad, ChainLoader, LoadDone, LoadUnit
 from kvconnect.chain.plan import Rates
 from kvconnect.offload.cache import CacheTier
 from kvconnect.offload.eviction import make
@@ -28,11 +28,11 @@ class Decode:
         self.waiting: list[Fill] = []
         self.declined: list[int] = []
         self.orders: list = []
-        self.ended: list[Ended] = []
+        self.ended: list[LoadDone] = []
         self.hold = False  # the store answers nothing
-        self.chained = Chained(self, ["peer"], [64], world.clock, rates)
+        self.chained = ChainLoader(self, ["peer"], [64], world.clock, rates)
 
-    def tell(self, peer, order):
+    def put(self, peer, order):
         assert peer == "peer"
         self.orders.append(order)
         self.engine.put(order)
@@ -44,9 +44,9 @@ class Decode:
         self.declined += [fill.number for fill in fills]
 
     def load(self, lease, stored, blocks, request="d"):
-        """Piece ``i`` is block ``i`` of the prompt; ``stored`` has some, the lease its first."""
-        pieces = tuple(
-            Piece(
+        """Unit ``i`` is block ``i`` of the prompt; ``stored`` has some, the lease its first."""
+        units = tuple(
+            LoadUnit(
                 0,
                 ((i, block),),
                 i + 1,
@@ -59,7 +59,7 @@ class Decode:
         source = self.prefill.source(lease)
         self.engine.put(RenewLease(request, source))
         offer = Offer(source, lease.tokens, lease.digest)
-        self.chained.begin(ChainedLoad(request, pieces, (("peer", offer),)))
+        self.chained.load(ChainedLoad(request, units, (("peer", offer),)))
 
     def go_on(self, rounds=12, seconds=0.0):
         mover = self.engine.movers[0]
@@ -108,7 +108,7 @@ def test_both_give_their_part_and_the_lease_is_let_go(world, prefill):
     lease = prefill.lend("p", [3, 5, 8], SEED)
     decode.load(lease, {3}, BLOCKS)
     decode.go_on()
-    assert decode.ended == [Ended("d")]
+    assert decode.ended == [LoadDone("d")]
     assert decode.holds(BLOCKS)
     assert prefill.sent == ["p"]
     assert decode.chained.counts == {
@@ -125,7 +125,7 @@ def test_what_only_the_store_gives_lets_the_lease_go_unread(world, prefill):
     lease = prefill.lend("p", [3, 5, 8, 1], SEED)
     decode.load(lease, {0, 1, 2, 3}, BLOCKS)
     decode.go_on()
-    assert decode.ended == [Ended("d")]
+    assert decode.ended == [LoadDone("d")]
     assert decode.chained.counts["tokens_from_host"] == 4
     assert decode.holds(BLOCKS)
     assert prefill.sent == ["p"]
@@ -145,7 +145,7 @@ def test_the_lease_stays_open_for_what_the_store_turns_out_not_to_have(world, pr
     decode.hold = False
     with caplog.at_level(logging.WARNING, "vllm.kvconnect.chain.load"):
         decode.go_on()
-    assert decode.ended == [Ended("d")]
+    assert decode.ended == [LoadDone("d")]
     assert decode.holds(BLOCKS)
     assert prefill.sent == ["p"]
     assert [r.getMessage() for r in caplog.records] == [
@@ -165,7 +165,7 @@ def test_a_peer_that_dies_amid_its_fetch_is_made_up_for_by_the_store(world, pref
     prefill.stop()
     world.engines.remove(prefill)
     decode.go_on(60, seconds=0.5)
-    assert decode.ended == [Ended("d", frozenset({7, 2}))]
+    assert decode.ended == [LoadDone("d", frozenset({7, 2}))]
     assert decode.engine.caches[0].holds_fill([(0, 9), (1, 4)], SEED)
     assert decode.chained.counts["fallbacks"] == 1
     assert decode.chained.counts["pieces_failed"] == 2
@@ -177,7 +177,7 @@ def test_what_nobody_needed_of_the_store_is_declined(world, prefill):
     lease = prefill.lend("p", [3, 5, 8, 1], SEED)
     decode.load(lease, {0, 2}, BLOCKS)
     decode.go_on()
-    assert decode.ended == [Ended("d")]
+    assert decode.ended == [LoadDone("d")]
     assert sorted(decode.declined) == [100, 102]
     assert decode.holds(BLOCKS)
 
@@ -189,9 +189,9 @@ def test_an_aborted_load_ends_without_another_source_and_frees_the_lease(world, 
     decode.engine.transports[0].plan(Fault.HANGS)
     decode.load(lease, {1}, BLOCKS)
     decode.go_on()
-    decode.chained.abort(Abort("d"))
-    decode.chained.abort(Abort("d"))
-    decode.chained.abort(Abort("another"))
+    decode.chained.cancel(CancelLoad("d"))
+    decode.chained.cancel(CancelLoad("d"))
+    decode.chained.cancel(CancelLoad("another"))
     assert [o.request_id for o in decode.orders if isinstance(o, Cancel)] == ["d#1"]
     decode.go_on(40, seconds=0.5)
     assert decode.ended == [], "the store still writes there"
@@ -210,7 +210,7 @@ def test_what_waits_for_a_peer_is_not_started_once_the_load_is_aborted(world, pr
     decode.load(lease, {1}, BLOCKS)
     decode.go_on()
     assert sum(isinstance(o, Fetch) for o in decode.orders) == 1, "the other waits for it"
-    decode.chained.abort(Abort("d"))
+    decode.chained.cancel(CancelLoad("d"))
     decode.go_on(40, seconds=0.5)
     assert [one.request_id for one in decode.ended] == ["d"]
     assert sum(isinstance(o, Fetch) for o in decode.orders) == 1
@@ -221,26 +221,26 @@ def test_rates_are_measured_where_bytes_are_moved():
     clock = [0.0]
 
     class Nobody:
-        def tell(self, peer, order): ...
+        def put(self, peer, order): ...
         def fill(self, fills): ...
         def decline(self, fills): ...
 
     rates = Rates({"disk": 1.0})
-    chained = Chained(Nobody(), [], [1 << 20], lambda: clock[0], rates)
+    chained = ChainLoader(Nobody(), [], [1 << 20], lambda: clock[0], rates)
     for number in range(3):
         fill = Fill(number, b"", 0, (1,))
-        piece = Piece(0, ((0, 1),), 1, 1, fill, "disk")
-        chained.begin(ChainedLoad(f"r{number}", (piece,)))
+        unit = LoadUnit(0, ((0, 1),), 1, 1, fill, "disk")
+        chained.load(ChainedLoad(f"r{number}", (unit,)))
         began, clock[0] = clock[0], clock[0] + 100.0
         assert chained.filled(number, "", began + 2.0)
         assert not chained.filled(number, "", began + 2.0)
     fill = Fill(3, b"", 0, (1,))
-    chained.begin(ChainedLoad("cut short", (Piece(0, ((0, 1),), 1, 1, fill, "disk"),)))
-    chained.abort(Abort("cut short"))
+    chained.load(ChainedLoad("cut short", (LoadUnit(0, ((0, 1),), 1, 1, fill, "disk"),)))
+    chained.cancel(CancelLoad("cut short"))
     assert chained.filled(3, "", clock[0] + 50.0)
     more = tuple(Fill(n, b"", 0, (n,)) for n in (4, 5))
-    pieces = tuple(Piece(0, ((0, fill.number),), 1, 1, fill, "disk") for fill in more)
-    chained.begin(ChainedLoad("half of it", pieces))
+    units = tuple(LoadUnit(0, ((0, fill.number),), 1, 1, fill, "disk") for fill in more)
+    chained.load(ChainedLoad("half of it", units))
     assert chained.filled(4, "", clock[0] + 70.0) and chained.filled(5, "damaged", clock[0] + 70.0)
     assert rates.start_s("disk") + rates.seconds("disk", 1 << 20) == pytest.approx(2.0)
 

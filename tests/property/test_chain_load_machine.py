@@ -1,6 +1,6 @@
-"""Chained loads on several ranks, each with faults of its own, over the scheduler's real tier.
+"""ChainLoader loads on several ranks, each with faults of its own, over the scheduler's real tier.
 
-The scheduler's side is `OffloadTier`; a rank is a `Chained` whose carriers answer when and how
+The scheduler's side is `OffloadTier`; a rank is a `ChainLoader` whose carriers answer when and how
 hypothesis says. Held all the time: a block is filled by one source at a time, a peer has one
 fetch of a load, bytes that count are right, pins and leases are returned, all is reported once.
 """
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvconnect.chain.load import Abort, Chained, ChainedLoad, Piece
+from kvconnect.chain.load import CancelLoad, ChainedLoad, ChainLoader, LoadUnit
 from kvconnect.offload.cache import CacheTier
 from kvconnect.offload.eviction import make
 from kvconnect.offload.jobs import Fill
@@ -37,7 +37,7 @@ class Rank:
 
     def __init__(self):
         self.now = 0.0
-        self.chained = Chained(self, PEERS, [1 << 20, 1 << 19], clock=lambda: self.now)
+        self.chained = ChainLoader(self, PEERS, [1 << 20, 1 << 19], clock=lambda: self.now)
         self.fetches: dict[str, tuple[str, Fetch]] = {}
         self.cancelled: set[str] = set()
         self.fills: dict[int, Fill] = {}
@@ -49,7 +49,7 @@ class Rank:
         self.filled: dict[str, set[int]] = {}  # load → blocks that hold the right bytes
         self.ended: dict[str, frozenset[int]] = {}
 
-    def tell(self, peer, order):
+    def put(self, peer, order):
         match order:
             case Fetch():
                 busy = [name for name, (p, f) in self.fetches.items() if p == peer]
@@ -140,8 +140,8 @@ class Machine(RuleBasedStateMachine):
         fills = {job.key: job for job in result.jobs if isinstance(job, Fill)}
         self.answers |= {fill.number: [] for fill in fills.values()}
         self.carry_out(result)
-        pieces = tuple(
-            Piece(
+        units = tuple(
+            LoadUnit(
                 group,
                 tuple(enumerate(blocks[n, group], 2 * n)),
                 (n + 1) * CHUNK,
@@ -156,12 +156,12 @@ class Machine(RuleBasedStateMachine):
             (peer, Offer(Source((), peer, None, 1.0), tokens, b""))
             for peer, tokens in offered.items()
         )
-        self.loads[name] = load = ChainedLoad(name, pieces, offers)
+        self.loads[name] = load = ChainedLoad(name, units, offers)
         for rank in self.ranks:
             rank.filled[name] = set()
             rank.loads |= {fill.number: name for fill in fills.values()}
             rank.firsts[name] = {blocks[0, group][0] for group in range(groups)}
-            rank.chained.begin(load)
+            rank.chained.load(load)
 
     @precondition(lambda self: any(rank.fetches for rank in self.ranks))
     @rule(data=st.data(), well=st.booleans(), took=st.floats(0.001, 2.0))
@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.loads)))
         self.aborted.add(name)
         for rank in self.ranks:
-            rank.chained.abort(Abort(name))
+            rank.chained.cancel(CancelLoad(name))
             rank.aborted.add(name)
 
     @invariant()
@@ -208,15 +208,15 @@ class Machine(RuleBasedStateMachine):
             rank.declined.clear()
             for name, lost in rank.ended.items():
                 load = self.loads[name]
-                wanted = {b for piece in load.pieces for _, b in piece.blocks}
+                wanted = {b for unit in load.units for _, b in unit.blocks}
                 assert lost <= wanted
                 if name not in self.aborted:
                     assert wanted - lost <= rank.filled[name], "empty blocks are said to hold KV"
                     could = {
                         b
-                        for piece in load.pieces
-                        if piece.fill or any(piece.end_token <= o.tokens for _, o in load.offers)
-                        for _, b in piece.blocks
+                        for unit in load.units
+                        if unit.fill or any(unit.end_token <= o.tokens for _, o in load.offers)
+                        for _, b in unit.blocks
                     }
                     assert wanted - could <= lost
                 assert all(rank.released[peer, name] == 1 for peer, _ in load.offers)
