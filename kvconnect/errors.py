@@ -5,6 +5,7 @@
     ├── GeometryError      two KV caches cannot be mapped onto each other
     ├── WireError          a peer's message is malformed, oversized or not authentic
     ├── OfferError         what a client says of its KV is unusable (→ local prefill)
+    │   └── OwnLeaseError  it is in this very engine (→ its prefix cache)
     ├── TransportError     a transport refused work that it was handed (→ failed ticket)
     └── StoreError         a place for stored KV cannot be opened (→ the engine goes on without it)
 
@@ -33,6 +34,15 @@ class WireError(KvConnectError):
 
 class OfferError(KvConnectError):
     """What a client says of its prompt's KV cannot be used: the request is prefilled locally."""
+
+
+class OwnLeaseError(OfferError):
+    """The KV that a client names is in this very engine, whose prefix cache serves it."""
+
+    def __init__(self, lease_id: str | None, request_id: str) -> None:
+        super().__init__("the KV is in this very engine; its own prefix cache serves it")
+        self.lease_id = lease_id
+        self.request_id = request_id
 
 
 class TransportError(KvConnectError):

@@ -98,6 +98,12 @@ class LeaseBook:
         if name is not None:
             self._unnamed(name, lease_id)
 
+    def revoke(self, lease_id: str) -> str | None:
+        """End a lease that nobody reads; returns the request id whose blocks may be freed."""
+        if self.standing(lease_id) is not LeaseState.GRANTED or self._leases[lease_id].reading:
+            return None
+        return self._end(lease_id)
+
     def find(self, name: str) -> str | None:
         """Id under which a request's lease is promised or granted now."""
         return self._lease_ids.get(name)

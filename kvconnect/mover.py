@@ -41,6 +41,7 @@ from kvconnect.orders import (
     Outcome,
     Promise,
     Release,
+    ReleaseOwn,
     RenewLease,
     Withdraw,
 )
@@ -241,6 +242,8 @@ class Mover:
                 self._lease_server.grant(order.terms)
             case Withdraw():
                 self._lease_server.withdraw(order.lease_id)
+            case ReleaseOwn():
+                self._lease_server.release_own(order.lease_id, order.request_id)
             case RenewLease():
                 self._renewer.renew(order)
             case Fetch():

@@ -33,6 +33,17 @@ class Source:
     ttl_s: float
     wait_s: float = 0.0
     """Where both engines are asked at once: how long the KV may take to be computed there."""
+    samples: bool = False
+    """The request is one of several samples of a prompt, which share the lease; how many there are
+    is not known, and they arrive one by one."""
+
+    @property
+    def lease(self) -> "LeaseKey":
+        """What tells its lease from others'."""
+        return self.lease_id or self.request_id, self.shards[:1]
+
+
+LeaseKey = tuple[str, tuple[RankAddress, ...]]
 
 
 class Offer(NamedTuple):
@@ -44,6 +55,8 @@ class Offer(NamedTuple):
     source: Source
     tokens: int
     digest: bytes
+    held_from: int | None = None
+    """All groups hold everything from this token on; None where the source does not say."""
 
 
 Blocks = tuple[tuple[tuple[int, int], ...], ...]
@@ -72,6 +85,17 @@ class Withdraw:
     """Producer: a promised request ended without KV to lease."""
 
     lease_id: str
+
+
+@dataclass(frozen=True)
+class ReleaseOwn:
+    """Producer: the reader of this lease is this very engine, and needs nothing of it.
+
+    Found by lease id or, without a ticket, by request id.
+    """
+
+    lease_id: str | None
+    request_id: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +145,17 @@ class EngineAddresses:
     shards: tuple[Address, ...]
 
 
-Order = Promise | Grant | Withdraw | RenewLease | Fetch | Release | Cancel | EngineAddresses
+Order = (
+    Promise
+    | Grant
+    | Withdraw
+    | ReleaseOwn
+    | RenewLease
+    | Fetch
+    | Release
+    | Cancel
+    | EngineAddresses
+)
 
 
 @dataclass

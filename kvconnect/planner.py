@@ -19,10 +19,12 @@ from kvconnect.orders import (
     EngineAddresses,
     Fetch,
     Grant,
+    LeaseKey,
     Offer,
     Order,
     Promise,
     Release,
+    ReleaseOwn,
     RenewLease,
     Withdraw,
 )
@@ -39,6 +41,7 @@ class Planner:
         self._orders: list[Order] = []
         self._offers: dict[str, Offer] = {}  # [arrival, end of its fetch or release)
         self._fetching: set[str] = set()  # of those, the ones that a Fetch was ordered for
+        self._samples: dict[LeaseKey, str] = {}  # lease → the sample that fetches it
         self._promised: dict[str, str] = {}  # request id → lease id, while it is computed
 
     def addresses_known(self, shards: tuple[Address, ...]) -> None:
@@ -59,17 +62,32 @@ class Planner:
             return 0
         return max(0, offer.tokens - local_tokens)
 
-    def fetch(self, request_id: str, blocks: Blocks) -> None:
-        """Fill ``blocks``. Nothing happens without an offer, or when it is asked again."""
+    def fetch(self, request_id: str, blocks: Blocks, needed_from: tuple[int, ...] = ()) -> None:
+        """Fill ``blocks``. Nothing happens without an offer, or when it is asked again.
+
+        ``needed_from`` as in `kvconnect.orders.Fetch`.
+        """
         if (offer := self._offers.get(request_id)) and request_id not in self._fetching:
             self._fetching.add(request_id)
-            fetch = Fetch(request_id, offer.source, blocks, offer.tokens, offer.digest)
-            self._orders.append(fetch)
+            if offer.source.samples:
+                self._samples[offer.source.lease] = request_id
+            source, tokens, digest = offer.source, offer.tokens, offer.digest
+            self._orders.append(Fetch(request_id, source, blocks, tokens, digest, needed_from))
 
     def release(self, request_id: str) -> None:
         """Nothing of the offer is needed: let its lease go. Nothing happens once it is fetched."""
         if request_id not in self._fetching and (offer := self._offers.pop(request_id, None)):
             self._orders.append(Release(request_id, offer.source))
+
+    def waits(self, request_id: str) -> bool:
+        """Whether another sample of the prompt is fetching it: it is in the prefix cache soon."""
+        offer = self._offers.get(request_id)
+        return offer is not None and self._samples.get(offer.source.lease, request_id) != request_id
+
+    def held_from(self, request_id: str) -> int | None:
+        """From which token on the source holds everything; see `Offer`."""
+        offer = self._offers.get(request_id)
+        return None if offer is None else offer.held_from
 
     def take_offer(self, request_id: str) -> Offer | None:
         """A request's offer; to fetch it, and to release it, is the caller's from now on."""
@@ -78,7 +96,9 @@ class Planner:
     def received(self, request_id: str) -> None:
         """All ranks ended the fetch: the request's end has nothing left to cancel."""
         self._fetching.discard(request_id)
-        self._offers.pop(request_id, None)
+        offer = self._offers.pop(request_id, None)
+        if offer is not None and self._samples.get(offer.source.lease) == request_id:
+            del self._samples[offer.source.lease]
 
     def end(self, request_id: str) -> None:
         """The request is finished: cancel its fetch, or release what it did not fetch."""
@@ -119,6 +139,10 @@ class Planner:
         """The request ended without KV to lease."""
         if lease_id := self._promised.pop(request_id, None):
             self._orders.append(Withdraw(lease_id))
+
+    def release_own(self, lease_id: str | None, request_id: str) -> None:
+        """A lease of this engine's was offered to this engine."""
+        self._orders.append(ReleaseOwn(lease_id, request_id))
 
     # -- both ----------------------------------------------------------------------------
 

@@ -138,6 +138,7 @@ class Fetcher:
                 del self._fetches[request_id]
                 fetch.remote.fetches -= 1
                 self._renewer.forget(request_id)
+                self._releaser.done(fetch.order.source)
                 self._report(request_id, fetch)
 
     def next_deadline(self) -> float | None:

@@ -5,20 +5,23 @@
 * A Close of a lease that the source does not know yet is lost on it. Where a router asks both
   engines at once, a release therefore first asks to open the lease, with no prompt: the source
   refuses that as soon as there is a lease to close.
-* Samples of one prompt share its lease (vLLM's ``n`` > 1): only the last one's Close is final.
+* Whoever else waits for a lease or reads it keeps it: only the last one's Close is final.
+* Samples of one prompt share its lease (vLLM's ``n`` > 1) and arrive one by one, so none of them
+  knows that it is the last. The lease is released `SAMPLES_S` after the last that is known.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.control import wire
 from kvconnect.control.dialer import Call, Peer, PeerState
 from kvconnect.lease import Clock
-from kvconnect.orders import Release, Source
+from kvconnect.orders import LeaseKey, Release, Source
 
 CLOSE_TIMEOUT_S = 10.0
+SAMPLES_S = 1.0
 
 
 @dataclass
@@ -53,12 +56,17 @@ class Releaser:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._releasing: dict[str, _Releasing] = {}
+        self._shared: dict[LeaseKey, tuple[float, Source]] = {}  # by samples: release it when
 
     def __len__(self) -> int:
-        return len(self._releasing)
+        return len(self._releasing) + len(self._shared)
 
     def release(self, order: Release) -> None:
         """Let a lease go that the request does not read."""
+        if order.source.samples:
+            self._renewer.forget(order.request_id)
+            self.done(order.source)
+            return
         remote = self._remotes.of(order.source)
         deadline = self._clock() + order.source.wait_s + self._timeout_s
         self._releasing[order.request_id] = _Releasing(order.source, remote, deadline)
@@ -74,7 +82,8 @@ class Releaser:
 
         Returns the calls by the index of the rank. ``lease_id_at``: the lease's id there.
         """
-        final = not self._renewer.waits_for(source, but=request_id)
+        self._renewer.closing(request_id)
+        final = not (source.samples or self._renewer.waits_for(source, but=request_id))
 
         def close_of(lease_id: str | None) -> Callable[[int], wire.Close]:
             return lambda seq: wire.Close(
@@ -92,8 +101,20 @@ class Releaser:
             for index, peer in enumerate(remote.peers)
         }
 
+    def done(self, source: Source) -> None:
+        """A request is done with the lease; of samples, it may have been the last one."""
+        if source.samples and not self._renewer.waits_for(source):
+            self._shared[source.lease] = self._clock() + SAMPLES_S, source
+
     def tick(self) -> None:
         """Move every release on as far as it goes."""
+        for lease, (at, source) in list(self._shared.items()):
+            if self._clock() < at:
+                continue
+            del self._shared[lease]
+            if not self._renewer.waits_for(source):  # else another has come, and ends it
+                name = f"samples of {source.request_id}"
+                self.release(Release(name, replace(source, samples=False)))
         for request_id, releasing in list(self._releasing.items()):
             if self._can_close(releasing):
                 for peer, call in releasing.opens or ():
@@ -104,7 +125,8 @@ class Releaser:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        return min((r.deadline for r in self._releasing.values()), default=None)
+        times = [r.deadline for r in self._releasing.values()]
+        return min([*times, *(at for at, _ in self._shared.values())], default=None)
 
     def _can_close(self, releasing: _Releasing) -> bool:
         """Whether to wait no longer: for the greeting, or for the source to know the lease."""

@@ -11,7 +11,7 @@ from kvconnect.consumer.remote import Remote, Remotes
 from kvconnect.control import wire
 from kvconnect.control.dialer import Dialer, PeerState
 from kvconnect.lease import Clock
-from kvconnect.orders import RenewLease, Source
+from kvconnect.orders import LeaseKey, RenewLease, Source
 
 RENEWALS_PER_TTL = 3
 MIN_RENEWAL_S = 1.0  # whatever ttl a ticket claims
@@ -22,6 +22,8 @@ class _Renewal:
     source: Source
     remote: Remote
     renew_at: float
+    closing: bool = False
+    """Its fetch has said that it is done with the lease."""
 
 
 class LeaseRenewer:
@@ -32,22 +34,31 @@ class LeaseRenewer:
         self._remotes = remotes
         self._clock = clock
         self._renewals: dict[str, _Renewal] = {}
+        self._sharing: dict[LeaseKey, set[str]] = {}  # lease → the requests that wait for it
 
     def renew(self, order: RenewLease) -> None:
         """Greet early and keep the lease alive while the request waits."""
         remote = self._remotes.of(order.source)
         self._renewals[order.request_id] = _Renewal(order.source, remote, self._clock())
+        self._sharing.setdefault(order.source.lease, set()).add(order.request_id)
+
+    def closing(self, request_id: str) -> None:
+        """Its fetch needs the lease no more, but for being told whether it stands."""
+        if watch := self._renewals.get(request_id):
+            watch.closing = True
 
     def forget(self, request_id: str) -> None:
         """Its fetch or release has ended."""
-        self._renewals.pop(request_id, None)
+        if watch := self._renewals.pop(request_id, None):
+            sharing = self._sharing[watch.source.lease]
+            sharing.discard(request_id)
+            if not sharing:
+                del self._sharing[watch.source.lease]
 
-    def waits_for(self, source: Source, but: str) -> bool:
-        """Whether a request other than ``but`` waits for this lease."""
-        return any(
-            request_id != but and watch.source == source
-            for request_id, watch in self._renewals.items()
-        )
+    def waits_for(self, source: Source, but: str = "") -> bool:
+        """Whether a request other than ``but`` waits for this lease, or reads it."""
+        sharing = self._sharing.get(source.lease, set()) - {but}
+        return any(not self._renewals[request_id].closing for request_id in sharing)
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""

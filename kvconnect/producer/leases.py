@@ -68,6 +68,12 @@ class LeaseServer:
         for (link, _), message in self._parked.pop(lease_id, {}).items():
             self._refuse(link, message, "withdrawn", "the request ended without KV to hand over")
 
+    def release_own(self, lease_id: str | None, name: str) -> None:
+        """The reader of a lease is this very engine: the lease ends, if nobody else reads it."""
+        lease_id = lease_id or self._book.find(name)
+        if lease_id and (freed := self._book.revoke(lease_id)):
+            self._freed.add(freed)
+
     def receive(self, incoming: Incoming) -> None:
         """Handle a message from a peer that dialled us."""
         link, message = incoming

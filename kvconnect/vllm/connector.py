@@ -74,6 +74,10 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
 
     # -- scheduler -----------------------------------------------------------------------
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Without it a window's first block is loaded whole or not at all."""
+        self.scheduler.bind(gpu_block_pool)
+
     def on_new_request(self, request: "Request") -> None:
         self.scheduler.arrived(request)
 

@@ -16,7 +16,7 @@ import msgspec
 
 from kvconnect.control.session import sign
 from kvconnect.control.wire import MAX_RANKS, Address, Count, LeaseId, RequestId, Short
-from kvconnect.errors import OfferError
+from kvconnect.errors import OfferError, OwnLeaseError
 from kvconnect.geometry.blocks import Name
 from kvconnect.orders import Offer, RankAddress, Source
 
@@ -39,6 +39,8 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
         tuple[tuple[Address, LeaseId], ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)
     ]
     """Every rank's address and incarnation."""
+    held_from: Count | None = None
+    """The first token from which on all is held; before it, windows let go. Since 2.4."""
 
 
 TICKET_VERSION = 1
@@ -132,7 +134,7 @@ def parse_offer(
     digest = prompt.digest(ticket.tokens)
     if not hmac.compare_digest(digest, ticket.digest):
         raise OfferError("the ticket is for another prompt")
-    return Offer(source, ticket.tokens, digest)
+    return Offer(source, ticket.tokens, digest, ticket.held_from)
 
 
 def parse_rejected(
@@ -156,18 +158,19 @@ def _ticket(params: dict[str, Any], secret: bytes | None) -> Ticket | None:
 
 def _source(params: dict[str, Any], ticket: Ticket | None, engine_id: str, ttl_s: float) -> Source:
     if ticket is not None:
-        check_engine(ticket.engine_id, engine_id)
+        check_engine(ticket.engine_id, engine_id, ticket.lease_id, ticket.request_id)
         shards = tuple(RankAddress(address, incarnation) for address, incarnation in ticket.shards)
         return Source(shards, ticket.request_id, ticket.lease_id, ticket.ttl_ms / 1000)
-    check_engine(text_of(params, "remote_engine_id"), engine_id)
+    request_id = text_of(params, "remote_request_id")
+    check_engine(text_of(params, "remote_engine_id"), engine_id, None, request_id)
     address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
-    return Source((RankAddress(address, None),), text_of(params, "remote_request_id"), None, ttl_s)
+    return Source((RankAddress(address, None),), request_id, None, ttl_s)
 
 
-def check_engine(theirs: str, ours: str) -> None:
-    """Raises OfferError for an offer of our own."""
+def check_engine(theirs: str, ours: str, lease_id: str | None, request_id: str) -> None:
+    """Raises OwnLeaseError for an offer of our own."""
     if theirs == ours:
-        raise OfferError("the KV is in this very engine; its own prefix cache serves it")
+        raise OwnLeaseError(lease_id, request_id)
 
 
 def text_of(params: dict[str, Any], key: str, longest: int = 1024) -> str:

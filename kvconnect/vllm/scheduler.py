@@ -4,7 +4,9 @@ Nothing a client sends may raise here: unusable params are counted and prefilled
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
@@ -12,7 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from kvconnect.config import PeerConfig, read_secret
 from kvconnect.control.wire import Address
-from kvconnect.errors import OfferError
+from kvconnect.errors import OfferError, OwnLeaseError
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.orders import Blocks, Offer, Order
 from kvconnect.planner import Planner
@@ -20,10 +22,12 @@ from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
+from kvconnect.vllm.windows import Windows, held_from
 from kvconnect.vllm.worker import RankMetadata
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
+SAMPLE = re.compile(r"\d+_")  # vLLM's names of the samples of a prompt begin so (ParentRequest)
 NULL_BLOCK = 0  # vLLM's BlockPool takes block 0 as the placeholder of blocks it does not keep
 SHORTENED = "_kvconnect_shortened"  # attribute of a vLLM request
 NOWHERE = (Address("localhost", 1), "unnamed")  # until the workers have said where they are
@@ -44,6 +48,8 @@ class Scheduler:
         self._us = EngineInfo(ours.engine_id, secret, config.kv_lease_duration, ours.kv_role)
         self._protocol = protocol_type(self._us, config, vllm_config)
         self._undecided: dict[str, Any] = {}  # requests whose offer is still being found out
+        # request that was offered what this engine leases itself → lease id, request id
+        self._own: dict[str, tuple[str | None, str]] = {}
         self._groups = _compat.transfer_group_ids(kv_cache_config)
         self._group_sizes = [
             kv_cache_config.kv_cache_groups[g].kv_cache_spec.block_size for g in self._groups
@@ -54,6 +60,7 @@ class Scheduler:
             "dcp_size": parallel.decode_context_parallel_size,
             "pp_size": parallel.pipeline_parallel_size,
         }
+        self._windows = Windows(kv_cache_config, self._groups)
         self._backoff = _backoff(vllm_config, kv_cache_config)
         self._planner = Planner(self._us.ttl_s)
         self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
@@ -61,6 +68,10 @@ class Scheduler:
         self.waits_to_be_named = False
         """Whether `introduced` will say what `named` could not: until then there are no tickets."""
         self._introduced: dict[int, RankMetadata] = {}
+
+    def bind(self, block_pool: Any) -> None:
+        """vLLM's block pool, once there is one."""
+        self._windows.bind(block_pool)
 
     def named(self, ranks: Mapping[tuple[int, int], RankMetadata]) -> None:
         """All workers are up; ``ranks`` by (pp_rank, tp_rank)."""
@@ -91,16 +102,24 @@ class Scheduler:
 
     def match(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here; None: not known yet. No effect."""
-        if request.request_id in self._undecided:
+        request_id = request.request_id
+        if request_id in self._undecided or self._windows.holds_back(request_id):
             return None
-        return self._planner.match(request.request_id, local_tokens)
+        if self._planner.waits(request_id):
+            return None
+        return self._planner.match(request_id, local_tokens)
 
     def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
+        request_id = request.request_id
+        self._release_own(request_id)
         if tokens:
-            self._planner.fetch(request.request_id, self._wanted(blocks, request))
+            blocks_to_fill, needed_from = self._wanted(blocks, request)
+            self._windows.load(request_id, blocks_to_fill, needed_from)
+            self._planner.fetch(request_id, blocks_to_fill, needed_from)
         else:  # all of it is here already, or vLLM chose not to load
-            self._planner.release(request.request_id)
+            self._windows.done(request_id)
+            self._planner.release(request_id)
 
     def hand_over(self, request: Any) -> Offer | None:
         """The request's offer; its load, and its release, are the caller's from now on."""
@@ -110,12 +129,15 @@ class Scheduler:
         """All ranks ended these loads."""
         for request_id in request_ids:
             self._planner.received(request_id)
+            self._windows.received(request_id)
 
     def finished(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request ended; says whether its blocks are lent, and with which params."""
         self._planner.end(request.request_id)
+        self._windows.done(request.request_id)
+        self._release_own(request.request_id)
         if not self._protocol.lends(request):
             return False, None
         tables = [block_ids[g] for g in self._groups]
@@ -147,6 +169,8 @@ class Scheduler:
         for request_id, request in list(self._undecided.items()):
             try:
                 offer = self._offer(request)
+            except OwnLeaseError as e:
+                self._own[request_id], offer = (e.lease_id, e.request_id), None
             except OfferError as e:
                 self._planner.stats.count("num_invalid_params")
                 logger.warning(
@@ -160,9 +184,18 @@ class Scheduler:
                     continue
             del self._undecided[request_id]
             if offer is not None:
+                if SAMPLE.match(request_id):
+                    offer = offer._replace(source=replace(offer.source, samples=True))
                 self._planner.renew(request_id, offer)
+            if request.is_finished() or (offer is not None and not offer.tokens):
+                self._planner.end(request_id)  # nothing to fetch: its lease is let go at once
             if request.is_finished():
-                self._planner.end(request_id)
+                self._release_own(request_id)
+
+    def _release_own(self, request_id: str) -> None:
+        """The request holds its blocks, or needs none: a lease of our own on them may end."""
+        if (own := self._own.pop(request_id, None)) is not None:
+            self._planner.release_own(*own)
 
     def _offer(self, request: Any) -> Offer | None:
         if getattr(request, "abort_immediately", False):  # never runs; its prompt is a dummy
@@ -186,6 +219,7 @@ class Scheduler:
             digest=digest,
             ttl_ms=round(self._us.ttl_s * 1000),
             shards=self._shards,
+            held_from=held_from(kept, self._group_sizes, NO_BLOCK),
         )
         named = [[b for b in table if b != NO_BLOCK] for table in kept]
         return self._protocol.answer(request, ticket, named, self._sizes)
@@ -210,10 +244,15 @@ class Scheduler:
         request.max_tokens = 1
         setattr(request, SHORTENED, True)
 
-    def _wanted(self, blocks: Any, request: Any) -> Blocks:
-        """Blocks to fill per group: those of the prompt that no prefix cache hit filled."""
-        tokens = self._planner.match(request.request_id, 0)
-        return tuple(
+    def _wanted(self, blocks: Any, request: Any) -> tuple[Blocks, tuple[int, ...]]:
+        """Blocks to fill, those of the prompt that no prefix cache hit filled; and from where on.
+
+        See `kvconnect.orders.Fetch`.
+        """
+        request_id = request.request_id
+        tokens = self._planner.match(request_id, 0)
+        needed_from = self._windows.needed_from(tokens, self._planner.held_from(request_id))
+        wanted = tuple(
             tuple(
                 (place, block.block_id)
                 for place, block in enumerate(blocks.blocks[group][: -(-tokens // size)])
@@ -221,6 +260,7 @@ class Scheduler:
             )
             for group, size in zip(self._groups, self._group_sizes, strict=True)
         )
+        return wanted, needed_from if any(needed_from) else ()
 
 
 def _backoff(vllm_config: Any, kv_cache_config: Any) -> int:

@@ -66,6 +66,15 @@ def hybrid_pair(folder: Path) -> Setup:
     return Setup(model("KVCONNECT_HMA_MODEL"))
 
 
+def hybrid_blocks_pair(folder: Path) -> Setup:
+    """Sliding windows of which prefill, with smaller blocks, lets go of more than decode's hold."""
+    return Setup(
+        model("KVCONNECT_HMA_MODEL"),
+        prefill=["--block-size", "32"],
+        decode=["--block-size", "128"],
+    )
+
+
 def pipeline_pair(folder: Path) -> Setup:
     """Pipeline-parallel prefill. vLLM's CPU worker cannot run PP with --enforce-eager: its
     gpu_model_runner.py asserts on intermediate_tensors that only the compile warm-up makes."""
@@ -257,6 +266,7 @@ SETUPS = (
     secret_pair,
     crowded_pair,
     hybrid_pair,
+    hybrid_blocks_pair,
     pipeline_pair,
     small_blocks_pair,
     large_blocks_pair,
@@ -322,6 +332,7 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     secret_fixture,
     crowded_fixture,
     hybrid_fixture,
+    hybrid_blocks_fixture,
     pipeline_fixture,
     small_blocks_fixture,
     large_blocks_fixture,

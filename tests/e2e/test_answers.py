@@ -73,19 +73,33 @@ def test_sliding_window_and_full_attention_groups(hybrid_pair: Pair):
 
     With a window of 256 and blocks of 128 that shows at prompts of 128 k + 127 tokens.
     """
+    check_windows(hybrid_pair)
+
+
+def test_sliding_windows_with_blocks_of_32_to_128_tokens(hybrid_blocks_pair: Pair):
+    """Prefill has let go of the first tokens of the first block that decode's window is in."""
+    check_windows(hybrid_blocks_pair)
+    # what begins alike and ends earlier sees tokens that were not handed over
+    for whole, length in ((3000, 2950), (1151, 1030), (700, 650)):
+        prompt = words(whole, seed=whole + 300)[:length]
+        alone = hybrid_blocks_pair.prefill.tokens(prompt, 8)
+        assert hybrid_blocks_pair.decode.tokens(prompt, 8) == alone, length
+
+
+def check_windows(pair: Pair) -> None:
     lengths = [1, 2, 100, 255, 256, 257, 383, 384, 511, 639, 700, 1025, 1151, 2049, 3000]
     prompts = [words(n, seed=n + 300) for n in lengths]
-    before = hybrid_pair.computed_at_decode()
+    before = pair.computed_at_decode()
     asked = {"max_tokens": 8, "logprobs": 1}
 
     def through(prompt):
-        params = hybrid_pair.prefilled(prompt)
-        return hybrid_pair.decode.post(prompt, kv_transfer_params=params, **asked)[1]
+        params = pair.prefilled(prompt)
+        return pair.decode.post(prompt, kv_transfer_params=params, **asked)[1]
 
     loaded = in_parallel(through, prompts)
-    assert hybrid_pair.computed_at_decode() - before <= len(prompts)
+    assert pair.computed_at_decode() - before <= len(prompts)
     for length, prompt, ours in zip(lengths, prompts, loaded, strict=True):
-        alone = hybrid_pair.prefill.post(prompt, **asked)[1]["choices"][0]
+        alone = pair.prefill.post(prompt, **asked)[1]["choices"][0]
         ours = ours["choices"][0]
         assert ours["token_ids"] == alone["token_ids"], length
         assert ours["logprobs"]["token_logprobs"] == pytest.approx(

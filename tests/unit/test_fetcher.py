@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from kvconnect.consumer.release import SAMPLES_S
 from kvconnect.control import wire
 from kvconnect.control.session import PLAIN, SEALED
 from kvconnect.orders import (
@@ -128,6 +129,48 @@ def test_samples_of_one_prompt_share_its_lease(rig):
     rig.world.go_on(20)
     assert rig.went_well(7, "d1", ((0, 0), (1, 1)))
     assert rig.went_well(7, "d2", ((0, 2), (1, 3)))
+    assert rig.p.sent == ["r"]
+
+
+def test_two_readers_that_end_together_end_the_lease(rig):
+    """Used to be: each left that to the other, and the lease ran out."""
+    terms = rig.p.lend("r", [3, 1], seed=7, ttl_s=1000)
+    for name in ("d1", "d2"):
+        rig.d.put(RenewLease(name, rig.p.source(terms)))
+    rig.fetch(terms, "d1", blocks=((0, 0), (1, 1)))
+    rig.fetch(terms, "d2", blocks=((0, 2), (1, 3)))
+    rig.world.go_on()
+    assert rig.d.ended == {"d1": [None], "d2": [None]}
+    assert rig.p.sent == ["r"]
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_samples_that_arrive_one_by_one_all_find_the_lease(count, ranks):
+    """Used to be: it ended with the last sample that was known, before the next had arrived."""
+    rig = Rig(*ranks)
+    terms = rig.p.lend("r", [3, 1], seed=7, ttl_s=1000)
+    source = changed_source(rig.p.source(terms), samples=True)
+    for number in range(count):
+        rig.fetch(terms, f"d{number}", source=source)
+        rig.world.go_on(12)
+        rig.clock.advance(SAMPLES_S / 2)
+        assert rig.went_well(7, f"d{number}")
+    assert rig.p.sent == []
+    rig.clock.advance(SAMPLES_S)
+    rig.world.go_on()
+    assert rig.p.sent == ["r"] * ranks[0], "and with the last of them it ends"
+
+
+def test_samples_that_need_nothing_let_the_lease_go(rig):
+    terms = rig.p.lend("r", [3, 1], seed=7, ttl_s=1000)
+    source = changed_source(rig.p.source(terms), samples=True)
+    rig.fetch(terms, "d0", source=source)
+    rig.world.go_on()
+    for name in ("d1", "d2"):
+        rig.d.put(RenewLease(name, source), Release(name, source))
+    rig.world.go_on(20, seconds=0.1)
+    assert rig.went_well(7, "d0")
     assert rig.p.sent == ["r"]
 
 

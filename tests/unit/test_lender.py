@@ -282,3 +282,17 @@ def test_a_lease_that_nobody_reads_is_freed_at_its_deadline(rig):
 def test_other_messages_are_ignored(rig):
     assert rig.send(wire.Closed(seq=1, stood=True)) == []
     assert rig.send(wire.Reject(detail="x")) == []
+
+
+@pytest.mark.parametrize("named", [("g", "x"), (None, "r")], ids=["ticket", "in-tree form"])
+def test_a_lease_that_its_own_engine_was_offered_ends_unless_another_reads_it(rig, named):
+    rig.lender.grant(TERMS)
+    rig.open()
+    rig.lender.release_own(*named)
+    assert rig.lender.take_freed() == set()
+    assert rig.close(readers=2), "another reader's lease stands"
+    rig.lender.release_own(*named)
+    assert rig.lender.take_freed() == {"r"}
+    rig.lender.release_own(*named)
+    rig.lender.release_own(None, "never heard of")
+    assert rig.lender.take_freed() == set()

@@ -122,7 +122,7 @@ class MooncakeProtocol(RouterProtocol):
         """None: being found out."""
         params = request.kv_transfer_params
         name, engine_id = _transfer(params), text_of(params, "remote_engine_id", MAX_ID_CHARS)
-        check_engine(engine_id, self.us.engine_id)
+        check_engine(engine_id, self.us.engine_id, None, name)
         endpoint = parse_endpoint(params.get("remote_bootstrap_addr"))
         addresses = self._resolver.find(endpoint, engine_id)
         if addresses is None:
