@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from kvconnect.offload.store.arena import attach, make
+from kvconnect.offload.store.backing import Filed, Wrap, anonymous, mapped
 from kvconnect.offload.store.disk import DiskStore
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.host import HostStore
-from kvconnect.offload.store.lanes import Lanes, SystemFile
+from kvconnect.offload.store.io_threads import IoThreads, SystemFile
 from kvconnect.offload.store.neighbours import claim
-from kvconnect.offload.store.packing import Packing, slot_bytes
-from kvconnect.offload.store.places import Filed, Wrap, anonymous, mapped
-from kvconnect.offload.store.shelf import Shelf
-from kvconnect.offload.store.vault import Vault
+from kvconnect.offload.store.slot_index import SlotIndex
+from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
+from kvconnect.offload.store.tiered_store import TieredStore
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache, Model
 
@@ -59,20 +59,20 @@ class Restart:
 
 
 class Rank:
-    """A rank's vault and cache, all of whose blocks fit into memory and on disk."""
+    """A rank's store and cache, all of whose blocks fit into memory and on disk."""
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         block_bytes = MODEL.layers * MODEL.heads * MODEL.block_tokens * MODEL.content
         count = nbytes // (block_bytes * MODEL.itemsize)
         cache = Cache(MODEL, count)
-        packing = Packing(cache.shard, 0, 1, load("cpu"))
+        packing = SlotLayout(cache.shard, 0, 1, load("cpu"))
         spec = Spec(count, slot_bytes([packing]), FINGERPRINT)
         self.nbytes = count * block_bytes * MODEL.itemsize
         self._cache = cache  # which the packing points into
         self._host = make(spec)
         arena, _ = claim(folder, spec, Filed)
-        disk = DiskStore(Shelf(arena), Lanes(2, 2 * count))
-        self._vault = Vault(HostStore(Shelf(self._host), [packing]), disk)
+        disk = DiskStore(SlotIndex(arena), IoThreads(2, 2 * count))
+        self._vault = TieredStore(HostStore(SlotIndex(self._host), [packing]), disk)
         self._close_disk = disk.close
         self._keys = [number.to_bytes(32, "big") for number in range(count)]
         self._piece = spec.stride
@@ -84,18 +84,18 @@ class Rank:
 
     def operations(self) -> dict[str, tuple[str, Callable[[], None], Callable[[], None]]]:
         """What is timed, by name: what it is compared with, what has to be done first, itself."""
-        vault, keys = self._vault, self._keys
+        store, keys = self._vault, self._keys
 
         def nothing() -> None:
             """Needs nothing."""
 
         def forget() -> None:
             for key in keys:
-                vault.forget(key)
+                store.forget(key)
 
         def forget_on_disk() -> None:
             for key in keys:
-                vault.forget_on_disk(key)
+                store.forget_on_disk(key)
 
         pwrite, pread = "pwrite, one thread", "pread, one thread"
         return {
@@ -197,7 +197,7 @@ def _found_again(spec: Spec, path: Path, wrap: Wrap, rounds: int) -> Iterator[fl
     for _ in range(rounds):
         started = time.perf_counter()
         arena = attach(spec, path, wrap)
-        found = len(Shelf(arena))
+        found = len(SlotIndex(arena))
         yield time.perf_counter() - started
         assert found == spec.slots
         arena.close()

@@ -20,7 +20,7 @@ from kvconnect.offload.eviction import Key, Policy
 MOST_SEEN = 64_000  # keys whose offers are counted towards the threshold
 
 
-class Standing(enum.Enum):
+class KeyState(enum.Enum):
     """Of a key."""
 
     ABSENT = "absent"
@@ -33,7 +33,7 @@ class Pin:
     """A key as it was admitted, with what holds it; opaque to others."""
 
     key: Key
-    standing: Standing
+    standing: KeyState
     holders: int = 0
     cleared: bool = False
     """While FILLING, and so to leave as soon as it is settled."""
@@ -72,14 +72,14 @@ class CacheTier:
         """How many keys are held or FILLING."""
         return len(self._known)
 
-    def standing(self, key: Key) -> Standing:
+    def standing(self, key: Key) -> KeyState:
         """How a key stands now; no effect."""
         known = self._known.get(key)
-        return known.standing if known else Standing.ABSENT
+        return known.standing if known else KeyState.ABSENT
 
     def holds(self, key: Key) -> bool:
         """Whether a key can be loaded; no effect."""
-        return self.standing(key) is Standing.HELD
+        return self.standing(key) is KeyState.HELD
 
     def leading(self, keys: Iterable[Key]) -> int:
         """How many of ``keys``, from the first on, are held; no effect."""
@@ -111,7 +111,7 @@ class CacheTier:
                 self.counts["keys_evicted"] += 1
                 evicted.append(insertion.evicted)
             self._policy.pin(key)  # until it is settled
-            self._known[key] = Pin(key, Standing.FILLING, 1)
+            self._known[key] = Pin(key, KeyState.FILLING, 1)
             self._offers.pop(key, None)
             admitted.append(key)
         return Admission(admitted, evicted)
@@ -119,12 +119,12 @@ class CacheTier:
     def settle(self, key: Key, stored: bool) -> list[Key]:
         """A FILLING key was stored on all ranks, or not; returns who left."""
         known = self._known[key]
-        assert known.standing is Standing.FILLING
+        assert known.standing is KeyState.FILLING
         if not stored:
             self.counts["keys_not_stored"] += 1
         if not stored or known.cleared:
             return self._leave(key)
-        known.standing = Standing.HELD
+        known.standing = KeyState.HELD
         self._release(known)
         self._changes.append(Change(key, True))
         return []
@@ -133,7 +133,7 @@ class CacheTier:
         """Keep held keys until `unpin`; they are used."""
         pins = [self._known[key] for key in keys]
         for known in pins:
-            assert known.standing is Standing.HELD
+            assert known.standing is KeyState.HELD
             known.holders += 1
             self._policy.touch(known.key)
             if known.holders == 1:
@@ -213,7 +213,7 @@ class CacheTier:
         known.holders -= 1
         if known.holders:
             return
-        if known.standing is not Standing.ABSENT:
+        if known.standing is not KeyState.ABSENT:
             self._policy.unpin(known.key)
         self._wake(known.key)
 
@@ -224,9 +224,9 @@ class CacheTier:
 
     def _gone(self, key: Key) -> None:
         known = self._known.pop(key)
-        if known.standing is Standing.HELD:
+        if known.standing is KeyState.HELD:
             self._changes.append(Change(key, False))
-        known.standing = Standing.ABSENT
+        known.standing = KeyState.ABSENT
         self._wake(key)
 
     def _wake(self, key: Key) -> None:

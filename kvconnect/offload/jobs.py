@@ -44,11 +44,17 @@ class Forget(NamedTuple):
 Job = Save | Fill | Spill | Forget
 
 
-class Answer(NamedTuple):
-    """Of one rank to one job; ``error`` empty if it went well."""
+class JobDone(NamedTuple):
+    """A job has ended, on one rank or in one of its stores."""
 
-    number: int
-    error: str
+    id: int
+    """The job's number, as whoever gave the job counts."""
+    error: str = ""
+    """Why it failed; empty if it went well."""
+    nbytes: int = 0
+    """How many bytes were moved."""
+    seconds: float = 0.0
+    """How long that took, where it was measured."""
 
 
 class Loss(NamedTuple):

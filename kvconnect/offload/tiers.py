@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvconnect.offload.cache import CacheTier, Pin, Standing
+from kvconnect.offload.cache import CacheTier, KeyState, Pin
 from kvconnect.offload.eviction import Key
 from kvconnect.offload.jobs import Fill, Forget, Job, Save, Spill
 
@@ -36,7 +36,7 @@ class Writes(enum.Enum):
     BACK = "write-back"
 
 
-class Chunk(NamedTuple):
+class KeyedChunk(NamedTuple):
     """Blocks of one group that a key stands for; NO_BLOCK: not wanted."""
 
     key: Key
@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass
-class Result:
+class Effects:
     """What followed from something."""
 
     jobs: list[Job] = field(default_factory=list)
@@ -56,14 +56,14 @@ class Result:
 
 
 @dataclass
-class _Load:
+class _RequestLoad:
     """A request's load under way."""
 
     running: set[int] = field(default_factory=set)
     failed: list[Key] = field(default_factory=list)
 
 
-class _Filling(NamedTuple):
+class _RunningFill(NamedTuple):
     """A Fill under way."""
 
     key: Key
@@ -92,8 +92,8 @@ class OffloadTier:
         self._numbers = itertools.count(1)
         self._saves: dict[int, Key] = {}
         self._spills: dict[int, tuple[Key, list[Pin]]] = {}
-        self._fills: dict[int, _Filling] = {}
-        self._loads: dict[str, _Load] = {}
+        self._fills: dict[int, _RunningFill] = {}
+        self._loads: dict[str, _RequestLoad] = {}
 
     @property
     def busy(self) -> bool:
@@ -121,10 +121,10 @@ class OffloadTier:
         if self.disk:
             self.disk.ended(keys)
 
-    def load(self, request_id: str, chunks: Sequence[Chunk]) -> Result:
+    def load(self, request_id: str, chunks: Sequence[KeyedChunk]) -> Effects:
         """Fill the blocks of ``chunks``, which `reach` covered; once a request at a time."""
-        result = Result()
-        load = self._loads[request_id] = _Load()
+        result = Effects()
+        load = self._loads[request_id] = _RequestLoad()
         sources = [self._pin(chunk.key) for chunk in chunks]  # all, before any makes room
         for chunk, (tier, pins) in zip(chunks, sources, strict=True):
             promotes = False
@@ -138,14 +138,14 @@ class OffloadTier:
             self.counts[CHUNKS_FROM[tier.name if tier else "beside"]] += 1
             number = next(self._numbers)
             load.running.add(number)
-            self._fills[number] = _Filling(chunk.key, request_id, tier, pins, promotes)
+            self._fills[number] = _RunningFill(chunk.key, request_id, tier, pins, promotes)
             result.jobs.append(Fill(number, *chunk))
         self._end(request_id, result)
         return result
 
-    def store(self, chunks: Sequence[Chunk]) -> Result:
+    def store(self, chunks: Sequence[KeyedChunk]) -> Effects:
         """KV of ``chunks``, in the order of their prefix, is computed: save what is worth it."""
-        result = Result()
+        result = Effects()
         keys = [chunk.key for chunk in chunks]
         self.host.touch(keys)  # those that are there: the last to make room for the others
         admission = self.host.offer(keys)
@@ -159,9 +159,9 @@ class OffloadTier:
                 result.jobs.append(Save(number, *chunk))
         return result
 
-    def answered(self, number: int, well: bool) -> Result:
+    def answered(self, number: int, well: bool) -> Effects:
         """All ranks have answered a job; ``well``: every one of them."""
-        result = Result()
+        result = Effects()
         if number in self._saves:
             key = self._saves.pop(number)
             result.saved.append(number)
@@ -179,23 +179,23 @@ class OffloadTier:
                 self.counts["chunks_failed"] += 1
         return result
 
-    def declined(self, number: int) -> Result:
+    def declined(self, number: int) -> Effects:
         """All ranks have answered a fill, and none failed, but some were not to carry it out."""
-        result = Result()
+        result = Effects()
         self._filled(number, False, result, failed=False)
         return result
 
-    def lost(self, key: Key, on_disk: bool) -> Result:
+    def lost(self, key: Key, on_disk: bool) -> Effects:
         """A rank does not have what it was thought to have: no rank's is of use any more."""
-        result = Result()
+        result = Effects()
         tier = self.disk if on_disk else self.host
         if tier is not None:
             self._forget(tier.lose(key), tier, result)
         return result
 
-    def recovered(self, host: Sequence[Key], disk: Sequence[Key]) -> Result:
+    def recovered(self, host: Sequence[Key], disk: Sequence[Key]) -> Effects:
         """What every rank found when the engine started, oldest first."""
-        result = Result()
+        result = Effects()
         self._forget(self.host.recover(host), self.host, result)
         if self.disk:
             self._forget(self.disk.recover(disk), self.disk, result)
@@ -209,9 +209,9 @@ class OffloadTier:
             if not self._beside[key]:
                 del self._beside[key]
 
-    def clear(self) -> Result:
+    def clear(self) -> Effects:
         """Forget everything; what is under way is forgotten when it has ended."""
-        result = Result()
+        result = Effects()
         for tier in (self.host, self.disk):
             if tier:
                 self._forget(tier.clear(), tier, result)
@@ -225,23 +225,23 @@ class OffloadTier:
 
     def _is_known(self, key: Key) -> bool:
         """Whether memory holds it, or is being filled with it."""
-        return self.host.standing(key) is not Standing.ABSENT
+        return self.host.standing(key) is not KeyState.ABSENT
 
-    def _make_room(self, key: Key, result: Result) -> bool:
+    def _make_room(self, key: Key, result: Effects) -> bool:
         """A place in memory for what comes from disk."""
         admission = self.host.admit([key])
         self._leave(admission.evicted, result)
         return bool(admission.admitted)
 
-    def _leave(self, evicted: Iterable[Key], result: Result) -> None:
+    def _leave(self, evicted: Iterable[Key], result: Effects) -> None:
         """Memory forgets, perhaps for the disk."""
         for key in evicted:
             if self._writes is Writes.BACK:
                 self._spill(key, result, pin=False)  # a rank reads its slot until it is written
             result.jobs.append(Forget(key, False))
 
-    def _spill(self, key: Key, result: Result, pin: bool) -> None:
-        if self.disk is None or self.disk.standing(key) is not Standing.ABSENT:
+    def _spill(self, key: Key, result: Effects, pin: bool) -> None:
+        if self.disk is None or self.disk.standing(key) is not KeyState.ABSENT:
             return
         admission = self.disk.admit([key])
         self._forget(admission.evicted, self.disk, result)
@@ -251,7 +251,7 @@ class OffloadTier:
         self._spills[number] = key, self.host.pin([key]) if pin else []
         result.jobs.append(Spill(number, key))
 
-    def _filled(self, number: int, well: bool, result: Result, failed: bool = True) -> None:
+    def _filled(self, number: int, well: bool, result: Effects, failed: bool = True) -> None:
         """``failed``: what is not well is."""
         filling = self._fills.pop(number)
         if filling.tier is not None:
@@ -266,9 +266,18 @@ class OffloadTier:
             load.failed.append(filling.key)
         self._end(filling.request_id, result)
 
-    def _end(self, request_id: str, result: Result) -> None:
+    def _end(self, request_id: str, result: Effects) -> None:
         if not self._loads[request_id].running:
             result.loaded[request_id] = self._loads.pop(request_id).failed
 
-    def _forget(self, left: Iterable[Key], tier: CacheTier, result: Result) -> None:
+    def _forget(self, left: Iterable[Key], tier: CacheTier, result: Effects) -> None:
         result.jobs += [Forget(key, tier is self.disk) for key in left]
+
+
+def common(found: Sequence[Sequence[Key]]) -> tuple[list[Key], list[set[Key]]]:
+    """Keys that every rank found, in the first one's order, and what each found besides."""
+    if not found:
+        return [], []
+    everywhere = set(found[0]).intersection(*found[1:])
+    kept = [key for key in found[0] if key in everywhere]
+    return kept, [set(keys) - everywhere for keys in found]

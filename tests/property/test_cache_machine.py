@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.offload.cache import CacheTier, Standing
+from kvconnect.offload.cache import CacheTier, KeyState
 from kvconnect.offload.eviction import POLICIES, Lru, make
 
 picks = st.integers(0, 1 << 16)
@@ -127,8 +127,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         for key in KEYS:
             standing = self.tier.standing(key)
-            assert (standing is Standing.HELD) == (key in self.held) == self.tier.holds(key)
-            assert (standing is Standing.FILLING) == (key in self.filling)
+            assert (standing is KeyState.HELD) == (key in self.held) == self.tier.holds(key)
+            assert (standing is KeyState.FILLING) == (key in self.filling)
         assert self.tier.size == len(self.held) + len(self.filling) <= self.capacity
         for change in self.tier.take_changes():
             assert (change.key in self.events) != change.held

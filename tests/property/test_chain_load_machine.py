@@ -16,7 +16,7 @@ from kvconnect.chain.load import CancelLoad, ChainedLoad, ChainLoader, LoadUnit
 from kvconnect.offload.cache import CacheTier
 from kvconnect.offload.eviction import make
 from kvconnect.offload.jobs import Fill
-from kvconnect.offload.tiers import Chunk, OffloadTier
+from kvconnect.offload.tiers import KeyedChunk, OffloadTier
 from kvconnect.orders import Cancel, Fetch, Offer, Release, Source
 
 RANKS, CHUNK, MOST = 2, 4, 5
@@ -119,7 +119,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS))
     def store(self, key):
-        self.carry_out(self.tier.store([Chunk(key, 0, (0,))]))
+        self.carry_out(self.tier.store([KeyedChunk(key, 0, (0,))]))
 
     @rule(
         chunks=st.integers(1, MOST),
@@ -136,7 +136,7 @@ class Machine(RuleBasedStateMachine):
                 blocks[n, group] = (self.next_block, self.next_block + 1)
                 self.next_block += 2
         stores = {n: self.tier.whence(KEYS[n]) for n in here}
-        result = self.tier.load(name, [Chunk(KEYS[n], 0, blocks[n, 0]) for n in here])
+        result = self.tier.load(name, [KeyedChunk(KEYS[n], 0, blocks[n, 0]) for n in here])
         fills = {job.key: job for job in result.jobs if isinstance(job, Fill)}
         self.answers |= {fill.number: [] for fill in fills.values()}
         self.carry_out(result)

@@ -17,8 +17,8 @@ from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.store.arena import attach
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.host import HostStore
-from kvconnect.offload.store.packing import Packing, slot_bytes
-from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.slot_index import SlotIndex
+from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache, Model
 from kvconnect.testing.late import LateKernels
@@ -40,7 +40,7 @@ class HostMachine(RuleBasedStateMachine):
         self.caches = [Cache(MODEL, BLOCKS, layout) for layout in ENGINES]
         self.kernels = LateKernels(load("cpu"))
         self.packings = [
-            [Packing(cache.shard, g, CHUNK, self.kernels) for g in range(GROUPS)]
+            [SlotLayout(cache.shard, g, CHUNK, self.kernels) for g in range(GROUPS)]
             for cache in self.caches
         ]
         self.spec = Spec(slots, slot_bytes(self.packings[0]), b"\x02" * 32)
@@ -52,7 +52,7 @@ class HostMachine(RuleBasedStateMachine):
     def restart(self):
         self.busy = {}  # ticket → (verb, seed, group, blocks, damaged)
         self.launched = {}  # ticket → whether the launch it is part of will fail
-        shelf = Shelf(attach(self.spec, Path(self.folder.name) / "arena"))
+        shelf = SlotIndex(attach(self.spec, Path(self.folder.name) / "arena"))
         self.store = HostStore(shelf, self.packings[self.engine])
         self.free = set(range(BLOCKS))
 
@@ -166,8 +166,8 @@ class HostMachine(RuleBasedStateMachine):
         self.kernels.asked, self.kernels.fails = asked, fails
         self.launched = dict.fromkeys(self.busy, fails) | self.launched
         for ended in self.store.poll():
-            verb, seed, group, blocks, damaged = self.busy.pop(ended.ticket)
-            fails = self.launched.pop(ended.ticket)
+            verb, seed, group, blocks, damaged = self.busy.pop(ended.id)
+            fails = self.launched.pop(ended.id)
             assert ended.key == key_of(seed, group)
             if verb == "store" and not ended.error:
                 self.held.pop(ended.key, None)

@@ -5,6 +5,7 @@ together. At rest, every rank holds exactly what the scheduler thinks: no slot i
 """
 
 import pytest
+from fake_store import FakeStore, StoreFault
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -13,9 +14,9 @@ from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.cache import CacheTier
 from kvconnect.offload.eviction import POLICIES, make
 from kvconnect.offload.jobs import Forget
-from kvconnect.offload.store.hand import Hand, common
-from kvconnect.offload.tiers import Chunk, OffloadTier, Writes
-from kvconnect.testing.vault import FakeVault, VaultFault
+from kvconnect.offload.store.runner import Runner
+from kvconnect.offload.tiers import KeyedChunk, OffloadTier, Writes, common
+from kvconnect.testing.clock import FakeClock
 
 picks = st.integers(0, 1 << 16)
 KEYS = [bytes([n]) * 4 for n in range(7)]
@@ -41,7 +42,7 @@ class OffloadMachine(RuleBasedStateMachine):
         self.sizes = capacity, disk
         self.made = policy, writes, threshold
         self.cells = [[FREE] * BLOCKS for _ in range(ranks)]
-        self.vaults = [FakeVault(cells, capacity + reserve, disk) for cells in self.cells]
+        self.stores = [FakeStore(cells, capacity + reserve, disk) for cells in self.cells]
         self.requests = self.weights = 0
         self.begin()
 
@@ -50,9 +51,9 @@ class OffloadMachine(RuleBasedStateMachine):
         policy, writes, threshold = self.made
         host = CacheTier("host", make(policy, capacity), threshold)
         under = CacheTier("disk", make(policy, disk)) if disk else None
-        self.tier = OffloadTier(host, under, writes, len(self.vaults))
-        self.hands = [Hand(vault) for vault in self.vaults]
-        self.queues = [[] for _ in self.vaults]
+        self.tier = OffloadTier(host, under, writes, len(self.stores))
+        self.runners = [Runner(store, clock=FakeClock()) for store in self.stores]
+        self.queues = [[] for _ in self.stores]
         self.answers = {}  # number → {rank: well}
         self.saving = {}  # number → blocks
         self.loading = {}  # request → chunks, and the oldest weights they may be of
@@ -102,7 +103,7 @@ class OffloadMachine(RuleBasedStateMachine):
             for rank, cells in enumerate(self.cells):
                 for place, block in enumerate(blocks):
                     cells[block] = content(key, rank, place, self.weights)
-            chunks.append(Chunk(key, 0, blocks))
+            chunks.append(KeyedChunk(key, 0, blocks))
         result = self.tier.store(chunks)
         saved = [
             job for job in result.jobs if not isinstance(job, Forget) and hasattr(job, "blocks")
@@ -127,7 +128,7 @@ class OffloadMachine(RuleBasedStateMachine):
             if skip and not chunks:
                 self.give(blocks[:1])
                 blocks = (NO_BLOCK, blocks[1])
-            chunks.append(Chunk(key, 0, blocks))
+            chunks.append(KeyedChunk(key, 0, blocks))
         self.requests += 1
         self.loading[f"r{self.requests}"] = chunks, self.oldest
         self.follow(self.tier.load(f"r{self.requests}", chunks))
@@ -139,33 +140,34 @@ class OffloadMachine(RuleBasedStateMachine):
 
     @rule()
     def answers(self):
-        for rank in range(len(self.vaults)):
+        for rank in range(len(self.stores)):
             self.answer(rank)
 
     @rule(
         rank=picks,
         late=st.sampled_from([1, 1, 2, 4]),
-        faults=st.lists(st.sampled_from(VaultFault), max_size=3),
+        faults=st.lists(st.sampled_from(StoreFault), max_size=3),
     )
     def deliver(self, rank, late, faults):
-        rank %= len(self.vaults)
-        self.vaults[rank].late = late
-        self.vaults[rank].plan(*faults)
+        rank %= len(self.stores)
+        self.stores[rank].late = late
+        self.stores[rank].plan(*faults)
         jobs, self.queues[rank] = self.queues[rank], []
-        self.hands[rank].put(jobs)
+        self.runners[rank].put(jobs)
 
     @rule(rank=picks)
     def answer(self, rank):
-        rank %= len(self.vaults)
-        answers, lost = self.hands[rank].take()
-        for number, error in answers:
+        rank %= len(self.stores)
+        self.runners[rank].step()
+        report = self.runners[rank].take()
+        for number, error, *_ in report.done:
             given = self.answers.setdefault(number, {})
             assert rank not in given, "a job was answered twice"
             given[rank] = not error
-            if len(given) == len(self.vaults):
+            if len(given) == len(self.stores):
                 del self.answers[number]
                 self.follow(self.tier.answered(number, all(given.values())))
-        for key, on_disk in lost:
+        for key, on_disk in report.lost:
             self.follow(self.tier.lost(key, on_disk))
 
     @rule(kind=st.integers(0, 12), rank=picks, number=picks, on_disk=st.booleans())
@@ -188,18 +190,18 @@ class OffloadMachine(RuleBasedStateMachine):
             self.lose_unnoticed(rank, number, on_disk)
 
     def lose_unnoticed(self, rank, number, on_disk):
-        vault = self.vaults[rank % len(self.vaults)]
-        if keys := vault.keys(on_disk):
-            (vault.forget_on_disk if on_disk else vault.forget)(keys[number % len(keys)])
+        store = self.stores[rank % len(self.stores)]
+        if keys := store.keys(on_disk):
+            (store.forget_on_disk if on_disk else store.forget)(keys[number % len(keys)])
             self.unnoticed = True
 
     def kill_and_start_again(self):
-        for vault in self.vaults:
-            vault.restart()
+        for store in self.stores:
+            store.restart()
         self.begin()
         media = []
         for on_disk in (False, True):
-            kept, extra = common([hand.found()[on_disk] for hand in self.hands])
+            kept, extra = common([store.keys(on_disk) for store in self.stores])
             media.append(kept)
             for queue, keys in zip(self.queues, extra, strict=True):
                 queue.extend(Forget(key, on_disk) for key in sorted(keys))
@@ -208,12 +210,12 @@ class OffloadMachine(RuleBasedStateMachine):
     @rule()
     def rest(self):
         for _ in range(200):
-            for rank in range(len(self.vaults)):
+            for rank in range(len(self.stores)):
                 jobs, self.queues[rank] = self.queues[rank], []
-                self.vaults[rank].late = 1
-                self.hands[rank].put(jobs)
+                self.stores[rank].late = 1
+                self.runners[rank].put(jobs)
                 self.answer(rank)
-            if not any(self.queues) and not any(hand.busy for hand in self.hands):
+            if not any(self.queues) and all(one.rest(0) for one in self.runners):
                 break
         else:
             raise AssertionError("it never comes to rest")
@@ -222,12 +224,12 @@ class OffloadMachine(RuleBasedStateMachine):
         assert not self.saving
         assert not self.answers
         assert len(self.free) == BLOCKS
-        for vault in self.vaults:
+        for store in self.stores:
             for on_disk, cache in ((False, self.tier.host), (True, self.tier.disk)):
                 held = {key for key in KEYS if cache and cache.holds(key)}
-                assert set(vault.keys(on_disk)) <= held, "a slot is lost for good"
-                assert self.unnoticed or set(vault.keys(on_disk)) == held
-                assert vault.free(on_disk) + len(vault.keys(on_disk)) == vault._slots[on_disk]
+                assert set(store.keys(on_disk)) <= held, "a slot is lost for good"
+                assert self.unnoticed or set(store.keys(on_disk)) == held
+                assert store.free(on_disk) + len(store.keys(on_disk)) == store._slots[on_disk]
 
     @precondition(lambda self: hasattr(self, "tier"))
     @invariant()

@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vaults import BLOCKS, CHUNK, Bench, key_of
+from store_bench import BLOCKS, CHUNK, Bench, key_of
 
 from kvconnect.testing.geometry import Cache, Model
 
@@ -70,15 +70,15 @@ def open_bench(folder, cache, share=False):
 
 def store_for_ever(bench, rng, committed=lambda: None):
     """As a busy engine does: store, spill, forget, in any order, as fast as it goes."""
-    vault = bench.vault
+    store = bench.store
     while True:
         seed = rng.randrange(SEEDS)
-        vault.save(bench.ticket(), key_of(seed), 0, blocks_of(seed))
-        if vault.poll():
+        store.save(bench.ticket(), key_of(seed), 0, blocks_of(seed))
+        if store.poll():
             committed()
-        vault.spill(bench.ticket(), key_of(seed))
-        vault.forget(key_of(rng.randrange(SEEDS)))
-        vault.forget_on_disk(key_of(rng.randrange(SEEDS)))
+        store.spill(bench.ticket(), key_of(seed))
+        store.forget(key_of(rng.randrange(SEEDS)))
+        store.forget_on_disk(key_of(rng.randrange(SEEDS)))
 
 
 def in_child(run):
@@ -130,7 +130,7 @@ def check(bench, report):
         except AssertionError as e:
             report.wrong += 1
             report.problems.append(str(e))
-        bench.vault.forget(key)
+        bench.store.forget(key)
 
 
 def beside(folder, cache, stop, report):
@@ -157,7 +157,7 @@ def beside(folder, cache, stop, report):
             elif seed not in mine:
                 report.neighbour_loads += well
                 report.neighbour_misses += not well
-            bench.vault.forget(key) if seed not in mine else None  # what was promoted
+            bench.store.forget(key) if seed not in mine else None  # what was promoted
     bench.close()
 
 

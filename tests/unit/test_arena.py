@@ -10,10 +10,10 @@ import pytest
 
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import arena as arenas
-from kvconnect.offload.store import header, places
+from kvconnect.offload.store import backing, header
 from kvconnect.offload.store.arena import attach, look, make
 from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
-from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.slot_index import SlotIndex
 
 SPEC = Spec(slots=8, slot_bytes=5000, fingerprint=b"\x07" * 32)
 
@@ -24,14 +24,14 @@ def key(number):
 
 def write(arena, slot, content):
     """As whoever owns the payload does, of either kind."""
-    if isinstance(arena.place, places.Filed):
+    if isinstance(arena.place, backing.Filed):
         os.pwrite(arena.place.fd, content, arena.offset(slot))
     else:
         arena.payload(slot)[: len(content)] = list(content)
 
 
 def read(arena, slot, nbytes):
-    if isinstance(arena.place, places.Filed):
+    if isinstance(arena.place, backing.Filed):
         return os.pread(arena.place.fd, nbytes, arena.offset(slot))
     return arena.payload(slot)[:nbytes].tobytes()
 
@@ -42,7 +42,7 @@ def store(arena, slot, number, nbytes=5000):
     return arena.commit(slot, key(number), 0, 16, nbytes, number)
 
 
-@pytest.fixture(params=[places.mapped, places.Filed], ids=["mapped", "filed"])
+@pytest.fixture(params=[backing.mapped, backing.Filed], ids=["mapped", "filed"])
 def wrap(request):
     return request.param
 
@@ -276,7 +276,7 @@ def test_another_format_is_not_read(path, monkeypatch):
 
 
 def test_a_header_that_cannot_be_written_is_told_and_changes_nothing(path, monkeypatch):
-    arena = attach(SPEC, path, places.Filed)
+    arena = attach(SPEC, path, backing.Filed)
     store(arena, 0, 1)
 
     def broken(*arguments):
@@ -388,9 +388,9 @@ def test_two_that_make_it_at_once_do_not_both_get_it(path, monkeypatch):
     def slow(*arguments):
         monkeypatch.undo()
         first.append(attach(SPEC, path))
-        return places.create(*arguments)
+        return backing.create(*arguments)
 
-    monkeypatch.setattr(places, "create", slow)
+    monkeypatch.setattr(backing, "create", slow)
     with pytest.raises(StoreError) as refused:
         attach(SPEC, path)
     assert refused.value.reason is Reason.TAKEN
@@ -404,16 +404,16 @@ def test_who_made_it_first_and_left_has_made_it_for_us(path, monkeypatch):
         first = attach(SPEC, path)
         store(first, 0, 1)
         first.close()
-        return places.create(*arguments)
+        return backing.create(*arguments)
 
-    monkeypatch.setattr(places, "create", slow)
+    monkeypatch.setattr(backing, "create", slow)
     assert held(attach(SPEC, path)) == {0: 1}
 
 
 def test_a_file_that_was_replaced_before_it_was_locked_is_not_taken(path, monkeypatch):
     """Its writer would write to a file that nobody finds."""
     attach(SPEC, path).close()
-    lock = places.fcntl.flock
+    lock = backing.fcntl.flock
 
     def late(*arguments):
         monkeypatch.undo()
@@ -421,7 +421,7 @@ def test_a_file_that_was_replaced_before_it_was_locked_is_not_taken(path, monkey
         attach(SPEC, path).close()
         lock(*arguments)
 
-    monkeypatch.setattr(places.fcntl, "flock", late)
+    monkeypatch.setattr(backing.fcntl, "flock", late)
     arena = attach(SPEC, path)
     assert arena.is_at(path)
 
@@ -431,7 +431,7 @@ def test_of_two_slots_with_one_key_the_newer_is_held_and_the_other_forgotten(pat
     arena = attach(SPEC, path)
     store(arena, 0, 1)
     store(arena, 1, 1)
-    shelf = Shelf(arena)
+    shelf = SlotIndex(arena)
     found = shelf.use(key(1))
     shelf.done(found)
     assert found.slot == 1
@@ -440,7 +440,7 @@ def test_of_two_slots_with_one_key_the_newer_is_held_and_the_other_forgotten(pat
 
 
 def test_a_slot_that_two_read_is_free_when_both_are_done():
-    shelf = Shelf(make(SPEC._replace(slots=1)))
+    shelf = SlotIndex(make(SPEC._replace(slots=1)))
     slot = shelf.fill()
     shelf.commit(slot, key(1), 0, 16, 10, 0)
     first, second = shelf.use(key(1)), shelf.use(key(1))

@@ -9,7 +9,7 @@ from kvconnect.chain.plan import Rates
 from kvconnect.offload.cache import CacheTier
 from kvconnect.offload.eviction import make
 from kvconnect.offload.jobs import Fill, Forget
-from kvconnect.offload.tiers import Chunk, OffloadTier
+from kvconnect.offload.tiers import KeyedChunk, OffloadTier
 from kvconnect.orders import Cancel, Fetch, Offer, RenewLease, Source
 from kvconnect.planner import Planner
 from kvconnect.testing.engines import Engine, World
@@ -250,7 +250,7 @@ def test_a_chunk_from_disk_that_some_rank_declined_is_not_in_memory():
     host, disk = (CacheTier(name, make("lru", 2)) for name in ("host", "disk"))
     tier = OffloadTier(host, disk, ranks=2)
     tier.recovered([], [b"k"])
-    (fill,) = tier.load("r", [Chunk(b"k", 0, (1,))]).jobs
+    (fill,) = tier.load("r", [KeyedChunk(b"k", 0, (1,))]).jobs
     assert isinstance(fill, Fill)
     result = tier.declined(fill.number)
     assert result.jobs == [Forget(b"k", False)]

@@ -10,20 +10,20 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-from vaults import BLOCKS, CHUNK, MODEL, key_of
+from store_bench import BLOCKS, CHUNK, MODEL, key_of
 
 from kvconnect.config import parse
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.jobs import Fill, Forget, Save, Spill
-from kvconnect.offload.store import follower as follower_module
 from kvconnect.offload.store import numa
+from kvconnect.offload.store import replica as replica_module
 from kvconnect.offload.store import runner as runner_module
-from kvconnect.offload.store.packing import Packing
+from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache
 from kvconnect.vllm.offload.copies import open_copy
-from kvconnect.vllm.offload.place import Opened, no_device
+from kvconnect.vllm.offload.opening import OpenStore, no_device
 
 
 class Rank(NamedTuple):
@@ -57,7 +57,7 @@ class Ranks:
             return found
 
         rank = Rank(index, len(self.models) * self.pp_size, self.pp_size)
-        packing = Packing(self.caches[index].shard, 0, CHUNK, load("cpu"))
+        packing = SlotLayout(self.caches[index].shard, 0, CHUNK, load("cpu"))
 
         def fingerprint_of(of):
             return bytes([of]) * 32
@@ -87,8 +87,8 @@ class Ranks:
                     time.sleep(100e-6)  # threads of the disk
                 report = runner.take()
                 self.counts[index] += report.counts
-                if answers := report.answers:
-                    assert [answer.number for answer in answers] == [number]
+                if answers := report.done:
+                    assert [answer.id for answer in answers] == [number]
                     found.append(answers[0].error)
                     break
             else:
@@ -116,7 +116,7 @@ class Ranks:
 
     def close(self):
         for place in self.places:
-            if isinstance(place, Opened):
+            if isinstance(place, OpenStore):
                 place.close()
 
 
@@ -231,7 +231,7 @@ def test_a_follower_waits_for_what_comes_from_disk(group, tmp_path):
     ranks.put(Fill(50, key_of(3), 0, (4, 5)))
     for _ in range(5):
         ranks.places[1].runner.step()
-    assert not ranks.places[1].runner.take().answers, "nobody has read it yet"
+    assert not ranks.places[1].runner.take().done, "nobody has read it yet"
     assert ranks.errors(50, [0]) == [""]
     assert ranks.errors(50, [1]) == [""]
     assert all(cache.holds_fill([(0, 4), (1, 5)], 3) for cache in ranks.caches)
@@ -240,7 +240,7 @@ def test_a_follower_waits_for_what_comes_from_disk(group, tmp_path):
 def test_what_was_just_stored_is_found_at_once(group, monkeypatch):
     """Not only when the follower looks around again, up to a second later."""
     monkeypatch.setattr(runner_module, "LOOK_AROUND_S", 1e9)
-    monkeypatch.setattr(follower_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(replica_module, "PATIENCE_S", 0.0)
     ranks = group([MODEL] * 2)
     ranks.store(3)
     ranks.store(4)
@@ -250,34 +250,34 @@ def test_what_was_just_stored_is_found_at_once(group, monkeypatch):
 def test_a_follower_does_not_wait_for_ever(group, monkeypatch):
     ranks = group([MODEL] * 2)
     ranks.store(3)
-    monkeypatch.setattr(follower_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(replica_module, "PATIENCE_S", 0.0)
     runner = ranks.places[1].runner
     runner.put([Fill(50, key_of(9), 0, (4, 5))])
-    while not (report := runner.take()).answers:
+    while not (report := runner.take()).done:
         runner.step()
-    assert report.answers[0].error
+    assert report.done[0].error
     assert [loss.key for loss in report.lost] == [key_of(9)], "nobody is to be told it is there"
     assert ranks.load(3) == [True, True]
 
 
 def test_what_the_device_cannot_read_yet_is_not_lost(group, monkeypatch):
-    monkeypatch.setattr(follower_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(replica_module, "PATIENCE_S", 0.0)
     pinning = SimpleNamespace(ready=0, close=lambda: None)
     ranks = group([MODEL] * 2, pin=lambda _, to_write: None if to_write else pinning)
     ranks.store(3)
     ranks.put(Fill(50, key_of(3), 0, (4, 5)))
     assert ranks.errors(50, [0]) == [""]
     runner = ranks.places[1].runner
-    while not (report := runner.take()).answers:
+    while not (report := runner.take()).done:
         runner.step()
-    assert report.answers[0].error
+    assert report.done[0].error
     assert report.lost == []
     pinning.ready = ranks.places[0].memory.spec.nbytes
     assert ranks.load(3) == [True, True]
 
 
 def test_damage_in_the_leader_s_memory_is_seen_by_all(group, monkeypatch):
-    monkeypatch.setattr(follower_module, "PATIENCE_S", 0.0)  # the leader drops it
+    monkeypatch.setattr(replica_module, "PATIENCE_S", 0.0)  # the leader drops it
     ranks = group([MODEL] * 2)
     ranks.store(3)
     memory = ranks.places[0].memory

@@ -49,7 +49,7 @@ FULL = f"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(HERE)!r})
-from vaults import Bench, claim, key_of, Filed, FINGERPRINT, Spec
+from store_bench import Bench, claim, key_of, Filed, FINGERPRINT, Spec
 from kvconnect.errors import Reason, StoreError
 folder = Path(sys.argv[1])
 for wrap in (Filed, None):
@@ -68,11 +68,11 @@ with open(folder / "filler", "wb", buffering=0) as filler:
     except OSError as e:
         print("full:", e.strerror)
 for seed in range(12):
-    bench.vault.forget(key_of(max(seed - 4, 0)))
+    bench.store.forget(key_of(max(seed - 4, 0)))
     assert bench.save(seed)
     bench.spill(seed)
 for seed in range(12):
-    bench.vault.forget(key_of(seed))
+    bench.store.forget(key_of(seed))
 assert [bench.load(seed) for seed in range(4)] == [True] * 4
 bench.close()
 print("right")

@@ -1,13 +1,13 @@
 """Engines that share: each writes its own arena, reads the others', and never believes too much."""
 
 import pytest
-from vaults import FINGERPRINT, Bench, key_of
+from store_bench import FINGERPRINT, Bench, key_of
 
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import neighbours as module
+from kvconnect.offload.store.backing import Filed, mapped
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
-from kvconnect.offload.store.places import Filed, mapped
 
 SPEC = Spec(8, 64, FINGERPRINT)
 
@@ -108,7 +108,7 @@ def test_what_one_stored_the_other_loads_from_memory_and_from_disk(pair):
     assert other.save(1)
     assert other.save(2)
     assert other.spill(2)
-    other.vault.forget(key_of(2))
+    other.store.forget(key_of(2))
     refresh(mine)
     assert mine.load(1)
     assert mine.host.counts["host_promoted"] == 0
@@ -125,13 +125,13 @@ def test_what_is_on_a_neighbours_disk_passes_through_the_one_slot_that_is_free(p
     for seed in range(4):
         assert other.save(seed)
         assert other.spill(seed)
-        other.vault.forget(key_of(seed))
+        other.store.forget(key_of(seed))
     for seed in (5, 6, 7):
         assert mine.save(seed)
     refresh(mine)
     tickets = {seed: mine.ticket() for seed in range(4)}
     for seed, ticket in tickets.items():
-        assert mine.vault.load(ticket, key_of(seed), 0, (10 + 2 * seed, 11 + 2 * seed))
+        assert mine.store.load(ticket, key_of(seed), 0, (10 + 2 * seed, 11 + 2 * seed))
     assert mine.settle() == dict.fromkeys(tickets.values(), "")
     assert all(mine.holds(seed, (10 + 2 * seed, 11 + 2 * seed)) for seed in tickets)
     assert mine.host.shelf.free == 1
@@ -142,12 +142,12 @@ def test_what_was_saved_while_it_was_read_from_a_neighbours_disk_stays(pair):
     mine, other = pair
     assert other.save(1)
     assert other.spill(1)
-    other.vault.forget(key_of(1))
+    other.store.forget(key_of(1))
     refresh(mine)
     save, load = mine.ticket(), mine.ticket()
-    assert mine.vault.load(load, key_of(1), 0, (10, 11))
+    assert mine.store.load(load, key_of(1), 0, (10, 11))
     mine.cache.fill((0, 1), 1)
-    assert mine.vault.save(save, key_of(1), 0, (0, 1))
+    assert mine.store.save(save, key_of(1), 0, (0, 1))
     assert mine.settle() == {save: "", load: ""}
     assert mine.holds(1, (10, 11))
     assert mine.host.shelf.keys() == [key_of(1)]
@@ -156,16 +156,16 @@ def test_what_was_saved_while_it_was_read_from_a_neighbours_disk_stays(pair):
 
 def test_a_vault_tells_what_came_and_what_went_of_either_kind(pair):
     mine, other = pair
-    assert mine.vault.look_around() == (set(), set())
+    assert mine.store.look_around() == (set(), set())
     for seed in (1, 2):
         assert other.save(seed)
         assert other.spill(seed)
-    other.vault.forget(key_of(2))
-    assert mine.vault.look_around() == ({key_of(1), key_of(2)}, set())
-    other.vault.forget(key_of(1))
-    assert mine.vault.look_around() == (set(), set()), "the disk has both"
-    other.vault.forget_on_disk(key_of(2))
-    assert mine.vault.look_around() == (set(), {key_of(2)})
+    other.store.forget(key_of(2))
+    assert mine.store.look_around() == ({key_of(1), key_of(2)}, set())
+    other.store.forget(key_of(1))
+    assert mine.store.look_around() == (set(), set()), "the disk has both"
+    other.store.forget_on_disk(key_of(2))
+    assert mine.store.look_around() == (set(), {key_of(2)})
 
 
 def test_a_slot_that_changes_while_it_is_read_is_a_miss(pair, monkeypatch):
@@ -192,17 +192,17 @@ def test_a_slot_on_disk_that_changes_while_it_is_read_is_a_miss(pair):
     for seed in (1, 2):
         assert other.save(seed)
     assert other.spill(1)
-    other.vault.forget(key_of(1))
+    other.store.forget(key_of(1))
     refresh(mine)
     files = []
     opened = mine.disk._open_file
     mine.disk._open_file = lambda arena: files.append(opened(arena)) or files[-1]
     assert mine.load(1)
-    mine.vault.forget(key_of(1))
+    mine.store.forget(key_of(1))
     files[0].hold()
     ticket = mine.ticket()
-    assert mine.vault.load(ticket, key_of(1), 0, (10, 11))
-    other.vault.forget_on_disk(key_of(1))
+    assert mine.store.load(ticket, key_of(1), 0, (10, 11))
+    other.store.forget_on_disk(key_of(1))
     assert other.spill(2), "it is written where the other was"
     files[0].let_go()
     assert mine.settle()[ticket] == "its writer overwrote it"

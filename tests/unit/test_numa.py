@@ -13,9 +13,9 @@ import pytest
 
 from kvconnect.offload.store import numa
 from kvconnect.offload.store.arena import attach, look, make
+from kvconnect.offload.store.backing import mapped
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.numa import of_cores, prefer, wanted
-from kvconnect.offload.store.places import mapped
 
 SPEC = Spec(slots=8, slot_bytes=1 << 18, fingerprint=b"\x07" * 32)
 DEFAULT, PREFERRED, BIND, INTERLEAVE = range(4)

@@ -5,8 +5,8 @@ import pytest
 from kvconnect.offload.cache import CacheTier
 from kvconnect.offload.eviction import Lru
 from kvconnect.offload.jobs import Fill, Forget, Loss, Save, Spill
-from kvconnect.offload.store.hand import Hand, common
-from kvconnect.offload.tiers import Chunk, OffloadTier, Writes
+from kvconnect.offload.store.runner import Runner
+from kvconnect.offload.tiers import KeyedChunk, OffloadTier, Writes, common
 
 A, B, C, D = (bytes([n]) * 32 for n in range(4))
 
@@ -17,7 +17,7 @@ def tier(capacity=2, disk=4, writes=Writes.THROUGH, ranks=1):
 
 
 def chunks(*keys):
-    return [Chunk(key, 0, (2 * n, 2 * n + 1)) for n, key in enumerate(keys)]
+    return [KeyedChunk(key, 0, (2 * n, 2 * n + 1)) for n, key in enumerate(keys)]
 
 
 def numbers(result, kind):
@@ -213,22 +213,28 @@ def test_a_disk_that_is_full_of_what_is_needed_takes_nothing_more(disk):
         assert spilled == []
 
 
-def test_a_hand_says_what_is_not_there(tmp_path):
-    from vaults import Bench
+def test_a_rank_says_what_is_not_there(tmp_path):
+    from store_bench import Bench
 
     bench = Bench(tmp_path)
-    hand = Hand(bench.vault)
-    assert hand.found() == ([], [])
-    hand.put([Fill(1, A, 0, (0, 1)), Spill(2, B), Forget(C, True), Save(3, D, 0, (0, 1))])
-    answers, lost = hand.take()
-    assert [(n, bool(error)) for n, error in answers] == [(1, True), (2, True), (3, False)]
-    assert lost == [Loss(A, False), Loss(A, True), Loss(B, False)]
-    hand.put([Spill(4, D)])
-    bench.settle = None
-    while hand.busy:
-        answers, lost = hand.take()
-    assert (answers, lost) == ([(4, "")], [])
-    hand.put([Spill(5, D)])
-    assert hand.take() == ([(5, "")], []), "it is there: so be it"
-    assert hand.found() == ([D], [D])
+    runner = Runner(bench.store)
+
+    def carried_out(*jobs):
+        """Of each job: why it failed; and what was lost."""
+        runner.put(jobs)
+        found, lost = {}, []
+        while not found or bench.store.busy:
+            runner.step()
+            report = runner.take()
+            found |= {done.id: done.error for done in report.done}
+            lost += report.lost
+        return found, lost
+
+    gone = {1: "it is not where it was kept", 2: "memory does not hold it any more"}
+    jobs = [Fill(1, A, 0, (0, 1)), Spill(2, B), Forget(C, True)]
+    assert carried_out(*jobs) == (gone, [Loss(A, False), Loss(A, True), Loss(B, False)])
+    assert carried_out(Save(3, D, 0, (0, 1))) == ({3: ""}, [])
+    assert carried_out(Spill(4, D)) == ({4: ""}, [])
+    assert carried_out(Spill(5, D)) == ({5: ""}, []), "it is there: so be it"
+    assert (bench.store.keys(False), bench.store.keys(True)) == ([D], [D])
     bench.close()

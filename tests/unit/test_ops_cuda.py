@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ops_cases import check_equal, distinct, make_case
-from vaults import Bench, key_of
+from store_bench import Bench, key_of
 
 from kvconnect.errors import ConfigError, GeometryError, TransportError
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.jobs import Fill, Save
-from kvconnect.offload.store.hand import Hand
 from kvconnect.offload.store.runner import TOGETHER_BYTES, Runner
 from kvconnect.ops import Copy, Type, load, native
 from kvconnect.ops.cuda import CudaKernels
@@ -200,7 +199,7 @@ def carried_out(runner, numbers):
     found = {}
     for _ in range(8):
         runner.step()
-        found |= dict(runner.take().answers)
+        found |= {done.id: done.error for done in runner.take().done}
     assert found.keys() == set(numbers)
     return not any(found.values())
 
@@ -208,7 +207,7 @@ def carried_out(runner, numbers):
 def test_all_chunks_of_a_step_are_one_launch(kernels, fake, tmp_path):
     """It used to be one for each block."""
     bench = Bench(tmp_path, slots=8, disk_slots=0, kernels=kernels)
-    runner = Runner(Hand(bench.vault), [bench.packing.block_bytes])
+    runner = Runner(bench.store, [bench.packing.block_bytes])
     for n in range(8):
         bench.cache.fill((2 * n, 2 * n + 1), n)
     runner.put([Save(n, key_of(n), 0, (2 * n, 2 * n + 1)) for n in range(8)])
@@ -227,7 +226,7 @@ def test_all_chunks_of_a_step_are_one_launch(kernels, fake, tmp_path):
 
 def test_more_than_goes_together_is_more_launches(kernels, fake, tmp_path):
     bench = Bench(tmp_path, slots=8, disk_slots=0, kernels=kernels)
-    runner = Runner(Hand(bench.vault), [TOGETHER_BYTES // 4])  # said to be: two blocks a chunk
+    runner = Runner(bench.store, [TOGETHER_BYTES // 4])  # said to be: two blocks a chunk
     runner.put([Save(n, key_of(n), 0, (2 * n, 2 * n + 1)) for n in range(5)])
     before = fake.kvc_fake_count(b"launches")
     assert carried_out(runner, range(5))

@@ -3,15 +3,15 @@
 import threading
 
 import pytest
-from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
+from store_bench import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
 
 from kvconnect.errors import StoreError
 from kvconnect.offload.store.arena import make
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.host import HostStore
-from kvconnect.offload.store.packing import Packing, slot_bytes
 from kvconnect.offload.store.pinning import Pinning
-from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.slot_index import SlotIndex
+from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache
 
@@ -98,10 +98,10 @@ def test_who_closes_does_not_wait_for_all_of_it():
 
 def test_slots_serve_as_they_become_ready():
     cache = Cache(MODEL, BLOCKS)
-    packing = Packing(cache.shard, 0, CHUNK, load("cpu"))
+    packing = SlotLayout(cache.shard, 0, CHUNK, load("cpu"))
     arena = make(Spec(4, slot_bytes([packing]), FINGERPRINT))
     ready = 4
-    store = HostStore(Shelf(arena, lambda: ready), [packing])
+    store = HostStore(SlotIndex(arena, lambda: ready), [packing])
     for seed in range(4):
         assert store.store(seed, key_of(seed), 0, (0, 1))
     assert len(store.poll()) == 4

@@ -1,46 +1,45 @@
-"""A rank's offloading thread, stepped by hand over a fake vault."""
+"""A rank's offloading thread, stepped by hand over a fake store."""
 
 import time
 
 import pytest
+from fake_store import FakeStore
 
-from kvconnect.offload.jobs import Answer, Fill, Forget, Save
-from kvconnect.offload.store.hand import Hand
+from kvconnect.offload.jobs import Fill, Forget, Save
 from kvconnect.offload.store.runner import LOOK_AROUND_S, Runner
 from kvconnect.testing.clock import FakeClock
-from kvconnect.testing.vault import FakeVault
 
 A, B = (bytes([n]) * 32 for n in range(2))
 
 
-def runner(vault=None, **options):
-    vault = vault or FakeVault(list(range(16)), slots=2)
-    return Runner(Hand(vault), clock=FakeClock(), **options)
+def runner(store=None, **options):
+    store = store or FakeStore(list(range(16)), slots=2)
+    return Runner(store, clock=FakeClock(), **options)
 
 
 def answers(one):
-    """All answers, in their order, until nothing happens any more."""
+    """All jobs that ended, in their order, until nothing happens any more: number, and error."""
     found = []
     for _ in range(20):
         one.step()
-        found += one.take().answers
+        found += [(done.id, done.error) for done in one.take().done]
     return found
 
 
 def test_a_request_does_not_wait_behind_what_is_saved():
     one = runner()
     one.put([Save(1, A, 0, (0, 1))])
-    assert answers(one) == [Answer(1, "")]
+    assert answers(one) == [(1, "")]
     one.put([Save(2, B, 0, (2, 3)), Fill(3, A, 0, (4, 5))])
-    assert [answer.number for answer in answers(one)] == [3, 2]
+    assert [number for number, _ in answers(one)] == [3, 2]
 
 
 def test_room_is_made_before_it_is_taken():
-    one = runner(FakeVault(list(range(16)), slots=1))
+    one = runner(FakeStore(list(range(16)), slots=1))
     one.put([Save(1, A, 0, (0, 1))])
     answers(one)
     one.put([Save(2, B, 0, (2, 3)), Forget(A, False)])
-    assert answers(one) == [Answer(2, "")]
+    assert answers(one) == [(2, "")]
 
 
 def test_nothing_is_read_before_the_device_has_computed_it():
@@ -48,27 +47,27 @@ def test_nothing_is_read_before_the_device_has_computed_it():
     one = runner()
     one.put([Save(1, A, 0, (0, 1))], fence=lambda: bool(computed))
     one.put([Fill(2, A, 0, (4, 5))])
-    assert [answer.number for answer in answers(one)] == [2]  # a miss: it is not there yet
+    assert [number for number, _ in answers(one)] == [2]  # a miss: it is not there yet
     computed.append(True)
-    assert answers(one) == [Answer(1, "")]
+    assert answers(one) == [(1, "")]
 
 
 def test_before_the_engine_sleeps_everything_is_carried_out():
     """Its memory is given back then: who read or wrote it would end the process."""
-    vault = FakeVault(list(range(16)), slots=2)
-    one = runner(vault, pause=lambda: one.step())
+    store = FakeStore(list(range(16)), slots=2)
+    one = runner(store, pause=lambda: one.step())
     assert one.rest()
-    vault.late = 5
+    store.late = 5
     one.put([Save(1, A, 0, (0, 1)), Forget(B, False), Fill(2, B, 0, (4, 5))])
     assert one.rest()
-    assert not vault.busy
-    assert {answer.number for answer in one.take().answers} == {1, 2}
+    assert not store.busy
+    assert {answer.id for answer in one.take().done} == {1, 2}
 
 
 def test_an_engine_whose_kv_is_still_read_does_not_sleep():
     clock = FakeClock()
-    vault = FakeVault(list(range(16)), slots=2)
-    one = Runner(Hand(vault), clock=clock, pause=lambda: clock.advance(1.0))
+    store = FakeStore(list(range(16)), slots=2)
+    one = Runner(store, clock=clock, pause=lambda: clock.advance(1.0))
     one.put([Save(1, A, 0, (0, 1))], fence=lambda: False)
     one.step()
     assert not one.rest(within_s=3.0)
@@ -85,7 +84,7 @@ def test_bytes_are_counted_of_what_went_well():
     assert "load_bytes" not in counts
 
 
-class Beside(FakeVault):
+class Beside(FakeStore):
     """Sees engines beside: what each look finds."""
 
     def __init__(self, *looks):
@@ -99,7 +98,7 @@ class Beside(FakeVault):
 @pytest.mark.parametrize("taken", [True, False], ids=["reported between", "not asked between"])
 def test_what_came_and_went_is_reported_as_both_or_as_neither(taken):
     clock = FakeClock()
-    one = Runner(Hand(Beside(({A, B}, set()), (set(), {A}))), clock=clock)
+    one = Runner(Beside(({A, B}, set()), (set(), {A})), clock=clock)
     one.step()
     if taken:
         assert one.take().gained == {A, B}
@@ -109,12 +108,30 @@ def test_what_came_and_went_is_reported_as_both_or_as_neither(taken):
     assert (report.gained, report.gone) == ((set(), {A}) if taken else ({B}, set()))
 
 
-def test_a_fault_in_the_thread_is_raised_where_answers_are_taken():
-    class Broken(FakeVault):
-        def save(self, *args, **more):
-            raise ZeroDivisionError
+class Broken(FakeStore):
+    """Saves fail in a way that nobody foresaw."""
 
-    one = runner(Broken([0, 1], slots=1))
+    def __init__(self, error):
+        super().__init__([0, 1, 2, 3], slots=2)
+        self.error = error
+
+    def save(self, job, key, *args):
+        if key == A:
+            raise self.error
+        return super().save(job, key, *args)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("odd"), OSError(5, "odd")])
+def test_an_unexpected_exception_of_one_job_ends_that_job_alone(error, caplog):
+    one = runner(Broken(error))
+    one.put([Save(1, A, 0, (0, 1)), Save(2, B, 0, (2, 3))])
+    ended = dict(answers(one))
+    assert "odd" in ended[1] and ended[2] == ""
+    assert ("Traceback" in caplog.text) == isinstance(error, ZeroDivisionError)
+
+
+def test_a_broken_invariant_ends_the_thread_and_is_raised_where_answers_are_taken():
+    one = runner(Broken(AssertionError("a slot twice")))
     one.start()
     one.put([Save(1, A, 0, (0, 1))])
 
@@ -123,7 +140,7 @@ def test_a_fault_in_the_thread_is_raised_where_answers_are_taken():
             one.take()
             time.sleep(0.001)
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(AssertionError, match="a slot twice"):
         take_for_ever()
     assert one.close()
     assert one.close()

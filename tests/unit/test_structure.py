@@ -20,7 +20,7 @@ _spec.loader.exec_module(sizes)
 
 LAYERS = [
     {"errors"},
-    {"lease", "costs", "config"},
+    {"lease", "costs", "config", "loop"},
     {"ops"},
     {"geometry"},
     {"control"},

@@ -12,15 +12,15 @@ from tests.v1.kv_offload.cpu import test_manager
 from vllm.v1.kv_offload.base import LookupResult, Medium, OffloadingEvent, PrepareStoreOutput
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
-from kvconnect.offload.cache import CacheTier, Standing
+from kvconnect.offload.cache import CacheTier, KeyState
 from kvconnect.offload.eviction import make
 from kvconnect.offload.jobs import Forget
-from kvconnect.offload.tiers import Chunk, OffloadTier
+from kvconnect.offload.tiers import KeyedChunk, OffloadTier
 
 FOUND = {
-    Standing.ABSENT: LookupResult.MISS,
-    Standing.FILLING: LookupResult.HIT_PENDING,
-    Standing.HELD: LookupResult.HIT,
+    KeyState.ABSENT: LookupResult.MISS,
+    KeyState.FILLING: LookupResult.HIT_PENDING,
+    KeyState.HELD: LookupResult.HIT,
 }
 _made = 0
 
@@ -49,12 +49,12 @@ class Manager:
         keys = list(keys)
         self.of_request[context.req_id] += keys
         host = self.tier.host
-        new = [key for key in dict.fromkeys(keys) if host.standing(key) is Standing.ABSENT]
+        new = [key for key in dict.fromkeys(keys) if host.standing(key) is KeyState.ABSENT]
         pinned = {key for _, key in self.fills} | {*self.saves, *keys}
-        stay = sum(host.standing(key) is not Standing.ABSENT for key in pinned)
+        stay = sum(host.standing(key) is not KeyState.ABSENT for key in pinned)
         if len(new) > self.capacity - stay:
             return None
-        result = self.tier.store([Chunk(key, 0, ()) for key in keys])
+        result = self.tier.store([KeyedChunk(key, 0, ()) for key in keys])
         evicted = [job.key for job in result.jobs if isinstance(job, Forget)]
         saves = [job for job in result.jobs if not isinstance(job, Forget)]
         self._note()
@@ -76,7 +76,7 @@ class Manager:
     def prepare_load(self, keys, context):
         self.of_request[context.req_id] += keys
         request = f"{context.req_id} {len(self.fills)} {len(self.events)}"
-        result = self.tier.load(request, [Chunk(key, 0, ()) for key in keys])
+        result = self.tier.load(request, [KeyedChunk(key, 0, ()) for key in keys])
         self.fills |= {(job.number, job.key): None for job in result.jobs}
         return self._spec(keys)
 

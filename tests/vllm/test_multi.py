@@ -29,7 +29,7 @@ from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents
 from kvconnect.vllm.multi.metrics import MultiPromMetrics, rebuild
 from kvconnect.vllm.multi.params import BESIDE, labels, merged, split
-from kvconnect.vllm.offload.messages import Done, Found
+from kvconnect.vllm.offload.messages import Found, WorkerResults
 
 HERE = Path(__file__).parent
 UNIT = "tests/v1/kv_connector/unit"
@@ -495,9 +495,9 @@ def test_fills_that_ranks_declined_or_carried_out_give_back_their_pins(store):
     first, second, third = (unit.fill for unit in load.units)
     assert isinstance(first, Fill)
     assert store.half.busy
-    one = Done({first.number: (1, 0), second.number: (1, 0), third.number: (1, 0)})
+    one = WorkerResults({first.number: (1, 0), second.number: (1, 0), third.number: (1, 0)})
     one.declined.update([first.number, third.number])
-    other = Done({first.number: (1, 0), second.number: (1, 0), third.number: (1, 1)})
+    other = WorkerResults({first.number: (1, 0), second.number: (1, 0), third.number: (1, 1)})
     store.half.received(one)
     assert store.half.busy
     store.half.received(other)
@@ -521,8 +521,8 @@ def test_what_a_rank_declined_of_the_disk_has_not_come_to_memory(monkeypatch):
     ((unit,),) = (load.units for load in both.take_orders())
     assert unit.store == "disk"
     answers = {unit.fill.number: (1, 0)}
-    engine.half.received(Done(answers))
-    declined = Done(answers)
+    engine.half.received(WorkerResults(answers))
+    declined = WorkerResults(answers)
     declined.declined.update([unit.fill.number])
     engine.half.received(declined)
     assert engine.step().jobs == [Forget(key, False)]
@@ -537,9 +537,9 @@ def test_engines_below_in_trees_multi_connector_are_told_by_their_workers(monkey
     half._vllm_config.parallel_config = SimpleNamespace(world_size=2)
     found = Found(16, 0, [], [])
     assert half.match(request(), 0) is None
-    half.received(Done(found={1: found}))
+    half.received(WorkerResults(found={1: found}))
     assert half.match(request(), 0) is None
-    half.received(Done(found={0: found}))
+    half.received(WorkerResults(found={0: found}))
     assert half.match(request(), 0) == 0
 
 

@@ -17,7 +17,7 @@ from kvconnect.offload.jobs import Forget, Loss, Spill
 from kvconnect.offload.keys import Identity
 from kvconnect.vllm.offload import scheduler as module
 from kvconnect.vllm.offload.identity import cuts
-from kvconnect.vllm.offload.messages import Done, Found, Wanted
+from kvconnect.vllm.offload.messages import Found, Wanted, WorkerResults
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 
 BLOCK = 4
@@ -120,7 +120,7 @@ class Engine:
     def answer(self, work, ranks=1, failures=0):
         """``ranks`` ranks answer a step's jobs, ``failures`` of them badly."""
         jobs = [job for job in [*work.jobs, *work.saves] if hasattr(job, "number")]
-        self.half.received(Done({job.number: (ranks, failures) for job in jobs}))
+        self.half.received(WorkerResults({job.number: (ranks, failures) for job in jobs}))
 
     def stored(self, request, tables):
         """The whole request was computed and stored."""
@@ -384,20 +384,20 @@ def test_what_is_beside_is_loaded_once_every_rank_has_said_so(make):
     assert engine.half.match(one, 0) is None
     assert engine.half.match(one, 0) == 0
     keys = engine.half._requests["r"].keys()[0]
-    engine.half.received(Done(gained=Counter(keys)))
+    engine.half.received(WorkerResults(gained=Counter(keys)))
     assert engine.half.match(one, 0) == 0
-    engine.half.received(Done(gained=Counter(keys)))
+    engine.half.received(WorkerResults(gained=Counter(keys)))
     assert engine.half.match(one, 0) == 2 * BLOCK
-    engine.half.received(Done(gone=Counter(2 * keys[1:])))
+    engine.half.received(WorkerResults(gone=Counter(2 * keys[1:])))
     assert engine.half.match(one, 0) == BLOCK
-    engine.half.received(Done(gained=Counter(keys[1:])))
+    engine.half.received(WorkerResults(gained=Counter(keys[1:])))
     assert engine.half.match(one, 0) == BLOCK, "of two ranks one has it"
 
 
 def test_what_is_cached_here_need_not_be_stored(make):
     engine = make()
     engine.stored(request(), ([1, 2, 3],))
-    engine.half.received(Done(lost=[Loss(engine.half._requests["r"].keys()[0][0], False)]))
+    engine.half.received(WorkerResults(lost=[Loss(engine.half._requests["r"].keys()[0][0], False)]))
     assert engine.half.match(request("other"), 0) == 0
     assert engine.half.match(request("other"), BLOCK) == 2 * BLOCK
 
@@ -522,7 +522,9 @@ def test_a_window_holds_the_token_that_comes_next(make, window, matched):
 
 def test_without_room_what_ranks_say_later_is_not_followed(make):
     engine = make(problem="no room")
-    engine.half.received(Done({1: (1, 0)}, gained=Counter([b"k"]), lost=[Loss(b"k", False)]))
+    engine.half.received(
+        WorkerResults({1: (1, 0)}, gained=Counter([b"k"]), lost=[Loss(b"k", False)])
+    )
     assert engine.half.take_stats() is None
 
 

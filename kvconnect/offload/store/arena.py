@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvconnect.errors import Reason, StoreError
-from kvconnect.offload.store import header, places
+from kvconnect.offload.store import backing, header
 from kvconnect.offload.store.header import (
     ARENA_MAGIC,
     FILLING,
@@ -38,7 +38,7 @@ from kvconnect.offload.store.numa import Nodes
 ATTEMPTS = 3  # to open a file that others create and replace meanwhile
 
 
-class Entry(NamedTuple):
+class SlotEntry(NamedTuple):
     """What a held slot's header says."""
 
     slot: int
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 class Scan(NamedTuple):
     """What an arena holds. ``entries`` in the order in which they were committed."""
 
-    entries: list[Entry]
+    entries: list[SlotEntry]
     discarded: list[int]
     """Slots that say neither truthfully that they are held, nor that they are free."""
 
@@ -62,14 +62,14 @@ class Scan(NamedTuple):
 class Arena:
     """See the module's contract; made by `make`, `attach` or `look`."""
 
-    def __init__(self, spec: Spec, place: places.Place, identity: bytes) -> None:
+    def __init__(self, spec: Spec, place: backing.Backing, identity: bytes) -> None:
         self.spec = spec
         self.identity = identity
         self.place = place
         self.new = place.new
         """Whether it was made just now, empty."""
         self._seed = header.seed_of(spec.fingerprint)
-        if isinstance(place, places.Filed):
+        if isinstance(place, backing.Filed):
             place.extend(spec.payload_offset)
         table = place.bytes[HEAD_BYTES : HEAD_BYTES + spec.slots * SLOT.itemsize]
         self._table: np.ndarray = table.view(SLOT)
@@ -88,7 +88,7 @@ class Arena:
 
     def commit(
         self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
-    ) -> Entry:
+    ) -> SlotEntry:
         """The payload is written; the slot holds ``key`` from here on."""
         live = self._table[slot : slot + 1]
         assert live["state"][0] == FILLING and nbytes <= self.spec.slot_bytes
@@ -105,7 +105,7 @@ class Arena:
         except OSError:
             live["check"], live["state"] = 0, FILLING
             raise
-        return Entry(
+        return SlotEntry(
             slot, key, group, tokens, nbytes, digest, int(row["generation"][0]), self._order
         )
 
@@ -119,7 +119,7 @@ class Arena:
 
     # -- readers, the writer among them --------------------------------------------------------
 
-    def entry(self, slot: int) -> Entry | None:
+    def entry(self, slot: int) -> SlotEntry | None:
         """What the slot holds now; None if that is nothing valid."""
         self.place.reload(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
         row = self._table[slot : slot + 1].copy()  # once: another process may write to it
@@ -127,7 +127,7 @@ class Arena:
             return None
         return _entries(row, np.array([slot]))[0]
 
-    def still(self, entry: Entry) -> bool:
+    def still(self, entry: SlotEntry) -> bool:
         """Whether the slot held the same all the time since ``entry`` was read."""
         return self.entry(entry.slot) == entry
 
@@ -194,20 +194,20 @@ def make(spec: Spec, followed: bool = False, nodes: Nodes = ()) -> Arena:
 
     ``nodes``: where it had better lie. Raises StoreError.
     """
-    place = (places.nameless if followed else places.anonymous)(spec.nbytes, nodes)
+    place = (backing.nameless if followed else backing.anonymous)(spec.nbytes, nodes)
     identity = secrets.token_bytes(16)
     place.bytes[:HEAD_BYTES] = np.frombuffer(header.arena_head(spec, identity), np.uint8)
     return Arena(spec, place, identity)
 
 
-def attach(spec: Spec, path: Path, wrap: places.Wrap = places.mapped) -> Arena:
+def attach(spec: Spec, path: Path, wrap: backing.Wrap = backing.mapped) -> Arena:
     """The arena in the file at ``path``, with its content, ourselves its writer.
 
     Made anew where there is none, or one that is not as ``spec`` says; a file that never was an
     arena is left alone. Raises StoreError.
     """
     for _ in range(ATTEMPTS):
-        place = places.open_to_write(path, wrap)
+        place = backing.open_to_write(path, wrap)
         if place is not None:
             raw = place.bytes[:HEAD_BYTES].tobytes()
             head = header.read_head(raw)
@@ -222,7 +222,7 @@ def attach(spec: Spec, path: Path, wrap: places.Wrap = places.mapped) -> Arena:
             place.close()
         identity = secrets.token_bytes(16)
         try:
-            place = places.create(path, spec, header.arena_head(spec, identity), wrap)
+            place = backing.create(path, spec, header.arena_head(spec, identity), wrap)
         except StoreError as e:
             if e.reason is Reason.TAKEN:  # another was faster: it is theirs, or left by now
                 continue
@@ -231,9 +231,9 @@ def attach(spec: Spec, path: Path, wrap: places.Wrap = places.mapped) -> Arena:
     raise StoreError(Reason.TAKEN, f"{path} is used by another process")
 
 
-def look(path: Path, fingerprint: bytes, wrap: places.Wrap = places.mapped) -> Arena:
+def look(path: Path, fingerprint: bytes, wrap: backing.Wrap = backing.mapped) -> Arena:
     """The arena in the file at ``path``, to read; its writer may be at work. Raises StoreError."""
-    place = places.open_to_read(path, wrap)
+    place = backing.open_to_read(path, wrap)
     head = header.read_head(place.bytes[:HEAD_BYTES].tobytes())
     if isinstance(head, str):
         problem = head
@@ -247,9 +247,9 @@ def look(path: Path, fingerprint: bytes, wrap: places.Wrap = places.mapped) -> A
     raise StoreError(Reason.FOREIGN, f"{path} {problem}")
 
 
-def _entries(rows: np.ndarray, slots: np.ndarray) -> list[Entry]:
+def _entries(rows: np.ndarray, slots: np.ndarray) -> list[SlotEntry]:
     keys = np.ascontiguousarray(rows["key"]).tobytes()
     names = ("group", "tokens", "nbytes", "digest", "generation", "order")
     columns = [rows[name].tolist() for name in names]
     found = zip(slots.tolist(), range(0, len(keys), 32), *columns, strict=True)
-    return [Entry(slot, keys[at : at + 32], *rest) for slot, at, *rest in found]
+    return [SlotEntry(slot, keys[at : at + 32], *rest) for slot, at, *rest in found]

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvconnect.offload.store.arena import Arena, Entry
+from kvconnect.offload.jobs import JobDone
+from kvconnect.offload.store.arena import Arena, SlotEntry
+from kvconnect.offload.store.backing import Filed
 from kvconnect.offload.store.header import pages
-from kvconnect.offload.store.host import Ended, Ticket
-from kvconnect.offload.store.lanes import File, Lanes, SystemFile
+from kvconnect.offload.store.io_threads import File, IoThreads, SystemFile
 from kvconnect.offload.store.neighbours import Neighbours
-from kvconnect.offload.store.places import Filed
-from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.slot_index import SlotIndex
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -38,15 +38,15 @@ def system_file(arena: Arena) -> File:
 
 @dataclass
 class _Write:
-    ticket: Ticket
+    job: int
     slot: int
-    entry: Entry  # as it is in memory
+    entry: SlotEntry  # as it is in memory
 
 
 @dataclass
 class _Read:
-    ticket: Ticket
-    entry: Entry
+    job: int
+    entry: SlotEntry
     arena: Arena
     own: bool
 
@@ -56,17 +56,14 @@ class DiskStore:
 
     def __init__(
         self,
-        shelf: Shelf,
-        lanes: Lanes,
+        shelf: SlotIndex,
+        threads: IoThreads,
         neighbours: Neighbours | None = None,
         open_file: Open = system_file,
     ) -> None:
         self.shelf = shelf
         self.counts: Counter[str] = Counter(disk_half_written_discarded=shelf.discarded)
-        self.seconds = {"read": 0.0, "write": 0.0}
-        """Spent on what went well; with `nbytes`, the measured rates."""
-        self.nbytes = {"read": 0, "write": 0}
-        self._lanes = lanes
+        self._threads = threads
         self.neighbours = neighbours
         self._open_file = open_file
         self._files: dict[bytes, File] = {shelf.arena.identity: open_file(shelf.arena)}
@@ -79,32 +76,32 @@ class DiskStore:
         """Whether `poll` has something to wait for."""
         return bool(self._jobs)
 
-    def write(self, ticket: Ticket, entry: Entry, payload: np.ndarray) -> bool:
+    def write(self, job: int, entry: SlotEntry, payload: np.ndarray) -> bool:
         """Start to write what ``entry`` says is in ``payload``, which must stay; False: dropped."""
         if self._failures >= MOST_FAILURES:
             self.counts["disk_writes_dropped_disk_off"] += 1
             return False
-        if not self._lanes.room:
+        if not self._threads.room:
             self.counts["disk_writes_dropped_queue_full"] += 1
             return False
         try:
             slot = self.shelf.fill()
         except OSError as e:
-            self._failed(e)
+            self._failed(str(e))
             return False
         if slot is None:
             self.counts["disk_writes_without_slot"] += 1
             return False
         arena = self.shelf.arena
         content = payload.data[: pages(entry.nbytes)]
-        number = self._lanes.write(self._files[arena.identity], content, arena.offset(slot))
-        self._jobs[number] = _Write(ticket, slot, entry)
+        number = self._threads.write(self._files[arena.identity], content, arena.offset(slot))
+        self._jobs[number] = _Write(job, slot, entry)
         return True
 
     @property
     def room(self) -> bool:
         """Whether `read` would start."""
-        return self._lanes.room > 0
+        return self._threads.room > 0
 
     def has(self, key: bytes) -> bool:
         """Whether a key can be read, as far as is known."""
@@ -112,12 +109,12 @@ class DiskStore:
         self.counts["disk_reads_missed"] += not found
         return bool(found)
 
-    def read(self, ticket: Ticket, key: bytes, into: np.ndarray) -> Entry | None:
+    def read(self, job: int, key: bytes, into: np.ndarray) -> SlotEntry | None:
         """Start to read a payload; returns what it will be. None: a miss."""
         entry, arena, own = self.shelf.use(key), self.shelf.arena, True
         if entry is None and self.neighbours and (found := self.neighbours.find(key)):
             arena, entry, own = *found, False
-        if entry is None or not self._lanes.room:
+        if entry is None or not self._threads.room:
             self.counts["disk_reads_missed" if entry is None else "disk_reads_refused"] += 1
             if entry is not None and own:
                 self.shelf.done(entry)
@@ -126,31 +123,27 @@ class DiskStore:
         if file is None:
             file = self._files[arena.identity] = self._open_file(arena)
         content = into.data[: pages(entry.nbytes)]
-        number = self._lanes.read(file, content, arena.offset(entry.slot))
-        self._jobs[number] = _Read(ticket, entry, arena, own)
+        number = self._threads.read(file, content, arena.offset(entry.slot))
+        self._jobs[number] = _Read(job, entry, arena, own)
         return entry
 
-    def poll(self) -> list[Ended]:
+    def poll(self) -> list[JobDone]:
         """What ended since the last call."""
         ended = []
-        for number, error, nbytes, seconds in self._lanes.poll():
-            job = self._jobs.pop(number)
-            if error is None:
-                verb = "write" if isinstance(job, _Write) else "read"
-                self.seconds[verb] += seconds
-                self.nbytes[verb] += nbytes
-            ended.append(
-                self._end_write(job, error)
-                if isinstance(job, _Write)
-                else self._end_read(job, error)
-            )
+        for done in self._threads.poll():
+            job = self._jobs.pop(done.id)
+            if isinstance(job, _Write):
+                error, nbytes = self._end_write(job, done.error)
+            else:
+                error, nbytes = self._end_read(job, done.error)
+            ended.append(JobDone(job.job, error, nbytes, done.seconds))
         return ended
 
     def drop(self, key: bytes) -> None:
         """Forget a key; its slot is free once nothing reads it."""
         self.shelf.drop(key)
 
-    def damaged(self, entry: Entry) -> None:
+    def damaged(self, entry: SlotEntry) -> None:
         """What was read of it turned out not to be what was written."""
         self.counts["disk_digest_mismatches"] += 1
         if self.shelf.drop_entry(entry):
@@ -163,7 +156,7 @@ class DiskStore:
 
     def close(self) -> None:
         """Wait for what runs; what was committed stays. Idempotent."""
-        self._lanes.close()
+        self._threads.close()
         self.poll()
         for file in self._files.values():
             file.close()
@@ -171,40 +164,40 @@ class DiskStore:
         if self.neighbours:
             self.neighbours.close()
 
-    def _end_write(self, job: _Write, error: OSError | None) -> Ended:
+    def _end_write(self, job: _Write, error: str) -> tuple[str, int]:
         memory = job.entry
-        if error is None:
+        if not error:
             try:
                 self.shelf.commit(
                     job.slot,
                     *(memory.key, memory.group, memory.tokens, memory.nbytes, memory.digest),
                 )
             except OSError as e:
-                error = e
-        if error is not None:
+                error = str(e)
+        if error:
             self.shelf.abandon(job.slot)
             self._failed(error)
-            return Ended(job.ticket, memory.key, f"not written: {error}", 0)
+            return f"not written: {error}", 0
         self._failures = 0
         self.counts["disk_written"] += 1
-        return Ended(job.ticket, memory.key, "", memory.nbytes)
+        return "", memory.nbytes
 
-    def _end_read(self, job: _Read, error: OSError | None) -> Ended:
+    def _end_read(self, job: _Read, error: str) -> tuple[str, int]:
         entry = job.entry
         if job.own:
             self.shelf.done(entry)
-        if error is None and not job.own and not job.arena.still(entry):
+        if not error and not job.own and not job.arena.still(entry):
             self.counts["disk_neighbour_reads_spoilt"] += 1
-            return Ended(job.ticket, entry.key, "its writer overwrote it", 0)
-        if error is not None:
+            return "its writer overwrote it", 0
+        if error:
             self.counts["disk_reads_failed"] += 1
             if job.own and self.shelf.drop_entry(entry):
                 self._lost.append(entry.key)
-            return Ended(job.ticket, entry.key, f"not read: {error}", 0)
+            return f"not read: {error}", 0
         self.counts["disk_read"] += 1
-        return Ended(job.ticket, entry.key, "", entry.nbytes)
+        return "", entry.nbytes
 
-    def _failed(self, error: OSError) -> None:
+    def _failed(self, error: str) -> None:
         self.counts["disk_writes_failed"] += 1
         self._failures += 1
         if self._failures == MOST_FAILURES:

@@ -4,7 +4,7 @@
   12.8 MB, read at once.
 * `check` covers all of a row, which slot it is of, and the arena's fingerprint. It is the last
   thing written and the first thing cleared, so a row is either all there or recognised as not.
-* `digest` covers the payload, by way of one sum per block; see `kvconnect.offload.store.packing`.
+* `digest` covers the payload, by way of one sum per block; see `SlotLayout`.
 * Little endian. A change of any format here raises `FORMAT`.
 """
 

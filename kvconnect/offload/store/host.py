@@ -14,34 +14,24 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from kvconnect.errors import TransportError
 from kvconnect.geometry.intersect import NO_BLOCK
-from kvconnect.offload.store.arena import Entry
+from kvconnect.offload.jobs import JobDone
+from kvconnect.offload.store.arena import SlotEntry
 from kvconnect.offload.store.neighbours import Neighbours
-from kvconnect.offload.store.packing import Packed, Packing
-from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.slot_index import SlotIndex
+from kvconnect.offload.store.slot_layout import SlotLayout, SlotMove
 from kvconnect.ops import Verb
 
-Ticket = int
 NONE = np.empty(0, np.uint64)
 
 
-class Ended(NamedTuple):
-    """End of a ticket; ``error`` empty if it went well."""
-
-    ticket: Ticket
-    key: bytes
-    error: str
-    nbytes: int
-
-
 @dataclass
-class _Store:
-    ticket: Ticket
+class _StoreJob:
+    job: int
     key: bytes
     group: int
     blocks: Sequence[int]
@@ -50,9 +40,9 @@ class _Store:
 
 
 @dataclass
-class _Load:
-    ticket: Ticket
-    entry: Entry
+class _LoadJob:
+    job: int
+    entry: SlotEntry
     group: int
     blocks: Sequence[int]
     address: int
@@ -60,7 +50,7 @@ class _Load:
     sums: np.ndarray
 
 
-_Job = _Store | _Load
+_Job = _StoreJob | _LoadJob
 
 
 @dataclass
@@ -69,7 +59,7 @@ class _Batch:
 
     kind: type[_Job]
     jobs: Sequence[_Job]
-    packed: Packed
+    packed: SlotMove
 
 
 class HostStore:
@@ -77,8 +67,8 @@ class HostStore:
 
     def __init__(
         self,
-        shelf: Shelf,
-        packings: Sequence[Packing],
+        shelf: SlotIndex,
+        packings: Sequence[SlotLayout],
         neighbours: Neighbours | None = None,
     ) -> None:
         self.shelf = shelf
@@ -88,12 +78,12 @@ class HostStore:
         self._lost: list[bytes] = []
         self._waiting: list[_Job] = []  # for the next launch
         self._batches: list[_Batch] = []
-        self._ended: list[Ended] = []
+        self._ended: list[JobDone] = []
         self.counts["host_half_written_discarded"] += shelf.discarded
 
     def store(
         self,
-        ticket: Ticket,
+        job: int,
         key: bytes,
         group: int,
         blocks: Sequence[int],
@@ -104,12 +94,12 @@ class HostStore:
             self.counts["host_stores_without_slot"] += 1
             return False
         address = self.shelf.arena.address(slot)
-        self._waiting.append(_Store(ticket, key, group, blocks, slot, address))
+        self._waiting.append(_StoreJob(job, key, group, blocks, slot, address))
         return True
 
     def load(
         self,
-        ticket: Ticket,
+        job: int,
         key: bytes,
         group: int,
         blocks: Sequence[int],
@@ -131,14 +121,14 @@ class HostStore:
                 self.shelf.done(entry)
             return False
         address = arena.address(entry.slot)
-        self._waiting.append(_Load(ticket, entry, group, blocks, address, own, sums))
+        self._waiting.append(_LoadJob(job, entry, group, blocks, address, own, sums))
         return True
 
-    def poll(self) -> list[Ended]:
+    def poll(self) -> list[JobDone]:
         """Launch what was started since the last call; what ended since then."""
         self._launch()
         # stores first: what was stored anew is not lost when a load finds the old one damaged
-        for batch in sorted(self._batches, key=lambda one: one.kind is _Load):
+        for batch in sorted(self._batches, key=lambda one: one.kind is _LoadJob):
             self._end_batch(batch)
         ended, self._ended = self._ended, []
         return ended
@@ -165,7 +155,7 @@ class HostStore:
             batches.setdefault((type(job), job.group), []).append(job)
         for (kind, group), jobs in batches.items():
             packing = self._packings[group]
-            verb: Verb = "gather" if kind is _Store else "scatter"
+            verb: Verb = "gather" if kind is _StoreJob else "scatter"
             try:
                 packed = packing.move(verb, [(job.blocks, job.address) for job in jobs])
             except TransportError as e:
@@ -188,16 +178,16 @@ class HostStore:
         for job in jobs:
             moved = [place for place, block in enumerate(job.blocks) if block != NO_BLOCK]
             mine, sums = sums[: len(moved)], sums[len(moved) :]
-            if isinstance(job, _Store):
+            if isinstance(job, _StoreJob):
                 self._end_store(job, error, mine)
             else:
                 self._end_load(job, error, np.array_equal(mine, job.sums[moved]), len(moved))
 
-    def _end_store(self, store: _Store, error: str, sums: np.ndarray) -> None:
+    def _end_store(self, store: _StoreJob, error: str, sums: np.ndarray) -> None:
         if error:
             self.shelf.abandon(store.slot)
             self.counts["host_stores_failed"] += 1
-            self._ended.append(Ended(store.ticket, store.key, error, 0))
+            self._ended.append(JobDone(store.job, error))
             return
         packing = self._packings[store.group]
         digest = packing.put_sums(self.shelf.arena.payload(store.slot), sums)
@@ -205,9 +195,9 @@ class HostStore:
             store.slot, store.key, store.group, packing.tokens, packing.nbytes, digest
         )
         self.counts["host_stored"] += 1
-        self._ended.append(Ended(store.ticket, store.key, "", packing.nbytes))
+        self._ended.append(JobDone(store.job, "", len(store.blocks) * packing.block_bytes))
 
-    def _end_load(self, load: _Load, error: str, right: bool, blocks: int) -> None:
+    def _end_load(self, load: _LoadJob, error: str, right: bool, blocks: int) -> None:
         if error:
             self.counts["host_loads_failed"] += 1
         elif not right:
@@ -217,9 +207,9 @@ class HostStore:
             self.shelf.done(load.entry)
         self.counts["host_loaded"] += not error
         nbytes = 0 if error else blocks * self._packings[load.group].block_bytes
-        self._ended.append(Ended(load.ticket, load.entry.key, error, nbytes))
+        self._ended.append(JobDone(load.job, error, nbytes))
 
-    def _damaged(self, entry: Entry, own: bool) -> None:
+    def _damaged(self, entry: SlotEntry, own: bool) -> None:
         if own:
             self.counts["host_digest_mismatches"] += 1
             if self.shelf.drop_entry(entry):

@@ -4,7 +4,7 @@ Engines that share have a folder and an arena each in it, named by fingerprint: 
 touch another's, and a reader has no right to write. Capacities add up. What a dead engine left
 is read on, until a new one takes it over with its content.
 
-* Nothing here is locked against the writers: an `Entry` may be overwritten at any moment.
+* Nothing here is locked against the writers: an `SlotEntry` may be overwritten at any moment.
   Whoever reads its payload checks `still` after that, and sums always.
 """
 
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kvconnect.errors import Reason, StoreError
-from kvconnect.offload.store.arena import Arena, Entry, attach, look
+from kvconnect.offload.store.arena import Arena, SlotEntry, attach, look
+from kvconnect.offload.store.backing import Wrap, mapped
 from kvconnect.offload.store.header import Spec
-from kvconnect.offload.store.places import Wrap, mapped
 
 SUFFIX = ".kvarena"
 MOST = 64  # arenas of one fingerprint in one folder
@@ -28,7 +28,7 @@ class Find(NamedTuple):
     """Where a key was seen."""
 
     arena: Arena
-    entry: Entry
+    entry: SlotEntry
 
 
 def claim(folder: Path, spec: Spec, wrap: Wrap = mapped) -> tuple[Arena, Path]:
@@ -65,8 +65,8 @@ class Neighbours:
         self._wrap = wrap
         self._arenas: dict[Path, Arena] = {}
         self._seen: dict[Path, np.ndarray] = {}  # generations
-        self._entries: dict[Path, dict[int, Entry]] = {}  # slot → what it held
-        self._found: dict[bytes, dict[tuple[Path, int], Entry]] = {}  # key → where it is
+        self._entries: dict[Path, dict[int, SlotEntry]] = {}  # slot → what it held
+        self._found: dict[bytes, dict[tuple[Path, int], SlotEntry]] = {}  # key → where it is
 
     def refresh(self) -> tuple[list[bytes], list[bytes]]:
         """Look again; returns keys that can be had now and could not, and the other way round."""
@@ -123,7 +123,7 @@ class Neighbours:
                 entries[slot] = new
                 self._found.setdefault(new.key, {})[path, slot] = new
 
-    def _drop(self, path: Path, entry: Entry) -> None:
+    def _drop(self, path: Path, entry: SlotEntry) -> None:
         where = self._found[entry.key]
         del where[path, entry.slot]
         if not where:

@@ -1,14 +1,17 @@
-"""One rank's thread: jobs in, KV moved, answers out.
+"""One rank's offloading thread: jobs in, KV moved, answers out.
 
-The engine's thread calls `put`, `take` and `close`; the runner's thread alone owns the hand and
-what is under it. The thread's body is `step`, which tests call without a thread.
+The engine's thread calls `put`, `take`, `rest` and `close`; the runner's thread alone owns the
+store and what is under it. The thread's body is `step`, which tests call without a thread.
 
-* Saves wait behind everything else: a request waits for a fill, nobody for a save. Forgets keep
-  their place before whatever takes their room.
+* Each numbered job is answered once, with an error where it could not be started or did not end
+  well. A key that a job was about and that is not there is reported as lost.
+* Saves wait until everything else has been started: a request waits for a fill, nobody for a
+  save. A forget keeps its place before whatever takes its room.
 * What is ready is carried out together, up to `TOGETHER_BYTES`: more than that has no use for a
-  device, and would let a fill wait long behind saves on a CPU.
-* Looks around for other engines' KV once a second.
-* A programming fault in the thread is raised in the engine's thread by the next `take`.
+  device, and would let a fill wait long for saves on a CPU.
+* Looks for other engines' KV once a second.
+* An unexpected exception of one job ends that job: it is counted, logged with its traceback, and
+  answered. A broken invariant (AssertionError) ends the thread, and is raised by `take`.
 """
 
 import logging
@@ -17,11 +20,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvconnect.geometry.intersect import NO_BLOCK
-from kvconnect.offload.jobs import Answer, Fill, Forget, Job, Loss, Save
-from kvconnect.offload.store.hand import Hand
+from kvconnect.loop import Fence, Loop
+from kvconnect.offload.jobs import Fill, Forget, Job, JobDone, Loss, Save, Spill
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -29,79 +32,120 @@ THREAD_NAME = "kvconnect-offload"
 LOOK_AROUND_S = 1.0
 BUSY_PAUSE_S = 200e-6
 TOGETHER_BYTES = 16 << 20
-BYTES = {"load": "load_bytes", "store": "store_bytes"}  # what is counted, by what was done
-MICROSECONDS = {"load": "load_us", "store": "store_us"}
+VERBS: dict[type, str] = {Save: "store", Fill: "load"}  # of jobs that move bytes of the device
 
-Fence = Callable[[], bool]
-"""True once the device has finished what was submitted before the jobs were given."""
 Clock = Callable[[], float]
+
+
+class RankStore(Protocol):
+    """What a runner needs of one rank's stored KV.
+
+    `TieredStore` stores and loads, `ReplicaReader` loads what another rank stores; a fake of the
+    tests is held to the same contract.
+    """
+
+    @property
+    def busy(self) -> bool:
+        """Whether `poll` has something to wait for."""
+
+    def save(self, job: int, key: bytes, group: int, blocks: Sequence[int]) -> bool:
+        """Start to copy blocks into memory; False: skipped."""
+
+    def load(self, job: int, key: bytes, group: int, blocks: Sequence[int]) -> bool:
+        """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
+
+    def spill(self, job: int, key: bytes) -> bool:
+        """Start to write what memory holds to disk; False: dropped, or not needed."""
+
+    def forget(self, key: bytes) -> None:
+        """Memory holds it no more."""
+
+    def forget_on_disk(self, key: bytes) -> None:
+        """The disk holds it no more."""
+
+    def holds(self, key: bytes, on_disk: bool) -> bool:
+        """Whether the disk, or memory, holds a key."""
+
+    def keys(self, on_disk: bool) -> list[bytes]:
+        """What the disk, or memory, holds, oldest first."""
+
+    def look_around(self) -> tuple[set[bytes], set[bytes]]:
+        """What other engines hold: keys that came, and keys that went, since the last call."""
+
+    def poll(self) -> list[JobDone]:
+        """Jobs that ended since the last call, each once."""
+
+    def take_lost(self) -> list[Loss]:
+        """What turned out to be damaged since the last call, and is gone."""
 
 
 @dataclass
 class Report:
     """What happened since the last one."""
 
-    answers: list[Answer] = field(default_factory=list)
+    done: list[JobDone] = field(default_factory=list)
     ended_s: dict[int, float] = field(default_factory=dict)
-    """When each was answered, by the runner's clock."""
+    """When each of them ended, by the runner's clock."""
     lost: list[Loss] = field(default_factory=list)
     gained: set[bytes] = field(default_factory=set)
-    """Keys that other engines hold now and did not; ``gone``: the reverse."""
+    """Keys that other engines hold now and did not; ``gone``: those that they hold no more."""
     gone: set[bytes] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
 
 
 class _Started(NamedTuple):
+    """A job that runs: what its bytes count as, and when it was started."""
+
     verb: str
-    nbytes: int
     at_s: float
 
 
 class Runner:
-    """See the module's contract. ``block_bytes``: of a block of each group."""
+    """See the module's contract."""
 
     def __init__(
         self,
-        hand: Hand,
+        store: RankStore,
         block_bytes: Sequence[int] = (),
         counts: Callable[[], Counter[str]] = Counter,
         clock: Clock = time.monotonic,
-        stores: bool = True,
         pause: Callable[[], None] = lambda: time.sleep(BUSY_PAUSE_S),
     ) -> None:
-        """``counts``: what the vault has counted since it was made; ``stores``: whether saves are
-        carried out here; ``pause``: what `rest` does between two looks."""
-        self._hand = hand
+        """``block_bytes``: of a block of each group, to see how much goes together.
+
+        ``counts``: what the store has counted since it was made. ``pause``: what `rest` does
+        between two looks.
+        """
+        self._store = store
         self._block_bytes = block_bytes
         self._counts = counts
-        self._counted: Counter[str] = Counter()
+        self._counted: Counter[str] = Counter()  # of those, what has been reported
+        self._own_counts: Counter[str] = Counter()
         self._clock = clock
-        self._stores = stores
         self._pause = pause
         self._looked_at = clock() - LOOK_AROUND_S
         self._started: dict[int, _Started] = {}
+        self._done: list[JobDone] = []
+        self._lost: list[Loss] = []
         self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards the five below
+        self._loop = Loop(THREAD_NAME, self._turn, self._wake.set)
+        # guarded by the loop's lock:
         self._urgent: deque[tuple[Job, Fence | None]] = deque()
         self._saves: deque[tuple[Job, Fence | None]] = deque()
         self._report = Report()
-        self._fault: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        self._stopping = False
-        self._open = 0  # jobs that are to be answered; guarded too
+        self._open = 0  # jobs that are to be answered
 
     # -- the engine's thread ----------------------------------------------------------
 
     def start(self) -> None:
         """Run `step` on a thread until `close`."""
-        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
-        self._thread.start()
+        self._loop.start()
 
     def put(self, jobs: Sequence[Job], fence: Fence | None = None) -> None:
         """Give jobs, which are carried out once ``fence`` says so."""
         if not jobs:
             return
-        with self._lock:
+        with self._loop.lock:
             for job in jobs:
                 (self._saves if isinstance(job, Save) else self._urgent).append((job, fence))
                 self._open += not isinstance(job, Forget)
@@ -109,9 +153,8 @@ class Runner:
 
     def take(self) -> Report:
         """What happened since the last call; raises what stopped the thread, if anything did."""
-        with self._lock:
-            if self._fault is not None:
-                raise self._fault
+        self._loop.check()
+        with self._loop.lock:
             taken, self._report = self._report, Report()
         return taken
 
@@ -119,8 +162,8 @@ class Runner:
         """Wait until every job has been carried out; False if some has not by then."""
         until_s = self._clock() + within_s
         while True:
-            with self._lock:
-                if not self._open or self._fault is not None:
+            with self._loop.lock:
+                if not self._open or self._loop.failed:
                     return not self._open
             if self._clock() >= until_s:
                 return False
@@ -128,94 +171,128 @@ class Runner:
 
     def close(self) -> bool:
         """Stop the thread; False if it would not. Idempotent."""
-        self._stopping = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-            if self._thread.is_alive():
-                logger.error("the offloading thread did not stop in 10 s")
-                return False
-        return True
+        return self._loop.close()
 
     # -- the runner's thread ----------------------------------------------------------
 
     def step(self) -> bool:
         """Start some jobs, and see what ended; says whether there were any."""
-        jobs = self._next()
-        self._hand.put(jobs)
-        answers, lost = self._hand.take()
+        jobs, now_s = self._next(), self._clock()
+        for job in jobs:
+            self._start(job, now_s)
+        done, self._done = self._done + self._store.poll(), []
+        lost, self._lost = self._lost + self._store.take_lost(), []
         gained: set[bytes] = set()
         gone: set[bytes] = set()
         if self._clock() - self._looked_at >= LOOK_AROUND_S:
             self._looked_at = self._clock()
-            gained, gone = self._hand.look_around()
-        self._publish(answers, lost, gained, gone)
-        return bool(jobs or answers)
+            gained, gone = self._store.look_around()
+        self._publish(done, lost, gained, gone)
+        return bool(jobs or done)
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self._wake.clear()
-                if self.step():
-                    continue
-                with self._lock:
-                    waiting = bool(self._urgent or self._saves)
-                self._wake.wait(BUSY_PAUSE_S if waiting or self._hand.busy else LOOK_AROUND_S)
-        except BaseException as e:
-            with self._lock:
-                self._fault = e
+    def _turn(self) -> None:
+        self._wake.clear()
+        if self.step():
+            return
+        with self._loop.lock:
+            waiting = bool(self._urgent or self._saves)
+        self._wake.wait(BUSY_PAUSE_S if waiting or self._store.busy else LOOK_AROUND_S)
 
     def _next(self) -> list[Job]:
         """The first ones of a queue, as many as are to go together."""
         jobs: list[Job] = []
-        nbytes, now_s = 0, self._clock()
-        with self._lock:
+        nbytes = 0
+        with self._loop.lock:
             for queue in (self._urgent, self._saves):
                 while queue and nbytes < TOGETHER_BYTES:
                     job, fence = queue[0]
                     if fence is not None and not fence():
                         break
                     queue.popleft()
-                    nbytes += self._note(job, now_s)
+                    nbytes += self._nbytes(job)
                     jobs.append(job)
                 if jobs:
                     break
         return jobs
 
-    def _note(self, job: Job, now_s: float) -> int:
-        """Remember what is started; how many bytes it moves."""
-        if isinstance(job, Forget):
+    def _nbytes(self, job: Job) -> int:
+        """How many bytes a job moves to or from the device."""
+        if not self._block_bytes or not isinstance(job, Save | Fill):
             return 0
-        verb, blocks = "", 0
-        if isinstance(job, Fill) or (isinstance(job, Save) and self._stores):
-            verb = "store" if isinstance(job, Save) else "load"
-            blocks = sum(block != NO_BLOCK for block in job.blocks)
-        each = self._block_bytes[job.group] if blocks and self._block_bytes else 0  # type: ignore[union-attr]
-        self._started[job.number] = _Started(verb, blocks * each, now_s)
-        return blocks * each
+        return self._block_bytes[job.group] * sum(block != NO_BLOCK for block in job.blocks)
+
+    def _start(self, job: Job, now_s: float) -> None:
+        """Start a job; what cannot be started is answered at once."""
+        if not isinstance(job, Forget):
+            self._started[job.number] = _Started(VERBS.get(type(job), ""), now_s)
+        try:
+            problem = self._begun(job)
+        except OSError as e:
+            problem = f"{e}"
+        except AssertionError:
+            raise
+        except Exception as e:
+            logger.exception("kvconnect: a job of offloading failed: %.200r", job)
+            self._own_counts["job_faults"] += 1
+            problem = f"{type(e).__name__}: {e}"
+        if problem is not None and not isinstance(job, Forget):
+            self._done.append(JobDone(job.number, problem))
+
+    def _begun(self, job: Job) -> str | None:
+        """Start a job; returns why it ended at once ("": well), None if it runs."""
+        store = self._store
+        match job:
+            case Save():
+                if store.save(job.number, job.key, job.group, job.blocks):
+                    return None
+                return "no slot in memory is free"
+            case Fill():
+                if store.load(job.number, job.key, job.group, job.blocks):
+                    return None
+                held = [on_disk for on_disk in (False, True) if store.holds(job.key, on_disk)]
+                self._lost += [Loss(job.key, one) for one in (False, True) if one not in held]
+                return "it is not where it was kept" if len(held) < 2 else "it cannot be read"
+            case Spill():
+                if store.holds(job.key, on_disk=True):
+                    return ""
+                if store.spill(job.number, job.key):
+                    return None
+                if store.holds(job.key, on_disk=False):
+                    return "the disk did not take it"
+                self._lost.append(Loss(job.key, False))
+                return "memory does not hold it any more"
+            case Forget():
+                (store.forget_on_disk if job.on_disk else store.forget)(job.key)
+                return None
 
     def _publish(
-        self, answers: list[Answer], lost: list[Loss], gained: set[bytes], gone: set[bytes]
+        self, done: list[JobDone], lost: list[Loss], gained: set[bytes], gone: set[bytes]
     ) -> None:
-        counts: Counter[str] = Counter()
-        moved: set[tuple[str, float]] = set()
-        for answer in answers:
-            verb, nbytes, at_s = self._started.pop(answer.number)
-            if verb and not answer.error:
-                counts[BYTES[verb]] += nbytes
-                moved.add((verb, at_s))
-        for verb, at_s in moved:  # once for what went together
-            counts[MICROSECONDS[verb]] += round(1e6 * (self._clock() - at_s))
-        now = self._counts()
+        counts = self._moved(done)
+        now = self._counts() + self._own_counts
         counts += now - self._counted
         self._counted = now
-        with self._lock:
+        with self._loop.lock:
             report = self._report
-            report.answers += answers
-            self._open -= len(answers)
-            report.ended_s |= dict.fromkeys((one.number for one in answers), self._clock())
+            report.done += done
+            self._open -= len(done)
+            report.ended_s |= dict.fromkeys((one.id for one in done), self._clock())
             report.lost += lost
             report.counts += counts
             came, went = report.gained, report.gone  # what came and went meanwhile, did neither
             report.gained = (came - gone) | (gained - went)
             report.gone = (went - gained) | (gone - came)
+
+    def _moved(self, done: list[JobDone]) -> Counter[str]:
+        """Bytes to and from the device, and for how long; once for what went together."""
+        counts: Counter[str] = Counter()
+        together: set[_Started] = set()
+        for one in done:
+            started = self._started.pop(one.id)
+            if started.verb and one.nbytes and not one.error:
+                counts["store_bytes" if started.verb == "store" else "load_bytes"] += one.nbytes
+                together.add(started)
+        for started in together:
+            spent_us = round(1e6 * (self._clock() - started.at_s))
+            counts["store_us" if started.verb == "store" else "load_us"] += spent_us
+        return counts

@@ -170,7 +170,7 @@ class ChainWorker:
         if self._store:
             self._store.collect()
             for answer, ended_s in self._store.answered:
-                self._chained.filled(answer.number, answer.error, ended_s)
+                self._chained.filled(answer.id, answer.error, ended_s)
         results = Results(sent, set(), set())
         for ended in self._chained.take():
             results.received.add(ended.request_id)

@@ -14,7 +14,7 @@ from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm import _compat
 from kvconnect.vllm.base import HalvesConnector
 from kvconnect.vllm.metrics import OffloadStats
-from kvconnect.vllm.offload.messages import Done, Found, Work
+from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 from kvconnect.vllm.offload.worker import OffloadWorker
 
@@ -63,7 +63,7 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         done = connector_output.kv_connector_worker_meta
-        if isinstance(done, Done):
+        if isinstance(done, WorkerResults):
             self.scheduler.received(done)
 
     def has_pending_push_work(self) -> bool:
@@ -91,7 +91,7 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        if isinstance(connector_metadata, Work):
+        if isinstance(connector_metadata, StepJobs):
             self.worker.obey(connector_metadata)
 
     def wait_for_save(self) -> None:
@@ -102,7 +102,7 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
         received, failed = self.worker.collect()
         return _compat.TransferResults(finished_recving=received, failed_recving=failed)
 
-    def build_connector_worker_meta(self) -> Done | None:
+    def build_connector_worker_meta(self) -> WorkerResults | None:
         return self.worker.take_done()
 
     # -- both ----------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from kvconnect.errors import StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.store.numa import Nodes
-from kvconnect.offload.store.packing import Packing
-from kvconnect.vllm.offload.place import Lead, Opened, Pin, follow, open_place
+from kvconnect.offload.store.slot_layout import SlotLayout
+from kvconnect.vllm.offload.opening import Lead, OpenStore, Pin, follow, open_place
 
 if TYPE_CHECKING:
     from kvconnect.vllm.engine import Rank
@@ -31,11 +31,11 @@ def open_copy(
     config: OffloadConfig,
     rank: "Rank",
     fingerprint_of: Callable[[int], bytes],
-    packings: Sequence[Packing],
+    packings: Sequence[SlotLayout],
     pin: Pin,
     gather: Gather,
     nodes: Nodes = (),
-) -> Opened:
+) -> OpenStore:
     """This rank's place, or its leader's; raises StoreError, on this rank at least.
 
     ``fingerprint_of``: of the KV that the rank of this number stores; ``nodes``: near to this one.
@@ -61,11 +61,11 @@ def _together(
     leader: int,
     copies: int,
     fingerprint_of: Callable[[int], bytes],
-    packings: Sequence[Packing],
+    packings: Sequence[SlotLayout],
     pin: Pin,
     gather: Gather,
     nodes: Nodes,
-) -> Opened | None:
+) -> OpenStore | None:
     """A place that some ranks share; None on all of them if one of them cannot."""
     fingerprint = fingerprint_of(leader)
     place, problem = None, ""

@@ -42,7 +42,7 @@ class Loading(NamedTuple):
 
 
 @dataclass
-class Work(KVConnectorMetadata):
+class StepJobs(KVConnectorMetadata):
     """A step's jobs, scheduler → every rank; a rank takes them once."""
 
     jobs: list[Job] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Work(KVConnectorMetadata):
 
 
 @dataclass
-class Done(KVConnectorWorkerMetadata):
+class WorkerResults(KVConnectorWorkerMetadata):
     """What ranks have done: each answer counts ranks, and those of them where it failed."""
 
     answers: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -69,13 +69,13 @@ class Done(KVConnectorWorkerMetadata):
     gained: Counter[bytes] = field(default_factory=Counter)
     gone: Counter[bytes] = field(default_factory=Counter)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Done":
-        assert isinstance(other, Done)
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerResults":
+        assert isinstance(other, WorkerResults)
         answers = dict(self.answers)
         for number, (ranks, failures) in other.answers.items():
             before = answers.get(number, (0, 0))
             answers[number] = before[0] + ranks, before[1] + failures
-        return Done(
+        return WorkerResults(
             answers,
             self.declined + other.declined,
             self.found | other.found,

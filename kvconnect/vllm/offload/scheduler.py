@@ -18,12 +18,11 @@ from kvconnect.offload.eviction import Key, make
 from kvconnect.offload.hits import hit_tokens, needed
 from kvconnect.offload.jobs import Fill, Forget, Save
 from kvconnect.offload.keys import Names
-from kvconnect.offload.store.hand import common
-from kvconnect.offload.tiers import Chunk, OffloadTier, Result, Writes
+from kvconnect.offload.tiers import Effects, KeyedChunk, OffloadTier, Writes, common
 from kvconnect.vllm.offload.events import Events
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
 from kvconnect.vllm.offload.identity import cuts, identity
-from kvconnect.vllm.offload.messages import Done, Found, Loading, Wanted, Work
+from kvconnect.vllm.offload.messages import Found, Loading, StepJobs, Wanted, WorkerResults
 from kvconnect.vllm.offload.tracked import Tracked
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -57,7 +56,7 @@ class OffloadScheduler:
         self._found: dict[int, Found] = {}  # by rank, as workers introduced themselves
         self.waits_to_be_named = False
         """Whether they will say what `named` could not."""
-        self._work = Work()
+        self._work = StepJobs()
         self._counts: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
 
@@ -137,7 +136,7 @@ class OffloadScheduler:
             return found
         keys = tracked.keys()
         here = {
-            at: Chunk(keys[one.group][one.number], one.group, one.blocks)
+            at: KeyedChunk(keys[one.group][one.number], one.group, one.blocks)
             for at, one in enumerate(chunks)
             if one.number < len(keys[one.group]) and self._tier.has(keys[one.group][one.number])
         }
@@ -150,7 +149,7 @@ class OffloadScheduler:
             found[at] = fills.get(chunk.key), whence[at]
         return found
 
-    def take_work(self, output: Any) -> Work:
+    def take_work(self, output: Any) -> StepJobs:
         """The step's jobs; ``output`` is vLLM's SchedulerOutput."""
         if self._tier is not None:
             state = output.kv_connector_block_state
@@ -159,10 +158,10 @@ class OffloadScheduler:
                 tables = state.get_block_ids(request_id) if tracked else None
                 if tracked and tables:
                     self._store(tracked, tables, scheduled)
-        work, self._work = self._work, Work()
+        work, self._work = self._work, StepJobs()
         return work
 
-    def received(self, done: Done) -> None:
+    def received(self, done: WorkerResults) -> None:
         """Ranks have answered, lost something, or seen what engines beside hold."""
         if self.waits_to_be_named:
             self._found |= done.found
@@ -228,7 +227,7 @@ class OffloadScheduler:
             self._requests[request.request_id] = tracked
         return tracked
 
-    def _chunks_to_load(self, tracked: Tracked, blocks: Any, tokens: int) -> list[Chunk]:
+    def _chunks_to_load(self, tracked: Tracked, blocks: Any, tokens: int) -> list[KeyedChunk]:
         found = []
         for index, (cut, keys) in enumerate(zip(self.cuts, tracked.keys(), strict=True)):
             table = blocks.blocks[cut.group_id]
@@ -243,10 +242,10 @@ class OffloadScheduler:
                     for place in places
                 )
                 if any(block != NO_BLOCK for block in wanted):
-                    found.append(Chunk(keys[number], index, wanted))
+                    found.append(KeyedChunk(keys[number], index, wanted))
         return found
 
-    def _sources(self, chunks: list[Chunk]) -> Counter[str]:
+    def _sources(self, chunks: list[KeyedChunk]) -> Counter[str]:
         """Tokens that are loaded from each tier; of the first group, which stands for all."""
         assert self._tier is not None
         counts: Counter[str] = Counter()
@@ -263,14 +262,14 @@ class OffloadScheduler:
         request = tracked.request
         computed = request.num_computed_tokens - request.num_output_placeholders + scheduled
         most = min(computed - self._volatile, tracked.most_tokens)
-        chunks: list[tuple[int, Chunk]] = []
+        chunks: list[tuple[int, KeyedChunk]] = []
         for index, (cut, keys) in enumerate(zip(self.cuts, tracked.keys(), strict=True)):
             table, size, tokens = tables[cut.group_id], cut.chunk_blocks, cut.group.chunk_tokens
             end = min(most // tokens, len(keys), len(table) // size)
             for number in range(tracked.offered[index], end):
                 blocks = tuple(table[number * size : (number + 1) * size])
                 if not any(self._pool.blocks[block].is_null for block in blocks):
-                    chunks.append(((number + 1) * tokens, Chunk(keys[number], index, blocks)))
+                    chunks.append(((number + 1) * tokens, KeyedChunk(keys[number], index, blocks)))
             tracked.offered[index] = max(end, tracked.offered[index])
         if chunks:
             chunks.sort(key=lambda one: (one[0], one[1].group))
@@ -281,7 +280,7 @@ class OffloadScheduler:
                     self._events.saving(request, chunk.key, chunk.group, end_token)
             self._absorb(result)
 
-    def _absorb(self, result: Result) -> None:
+    def _absorb(self, result: Effects) -> None:
         for job in result.jobs:
             if isinstance(job, Save):
                 self._held[job.number] = [self._pool.blocks[block] for block in job.blocks]

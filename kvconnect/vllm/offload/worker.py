@@ -11,20 +11,20 @@ from typing import Any
 import torch
 
 from kvconnect.errors import Reason, StoreError
+from kvconnect.loop import Fence
 from kvconnect.offload.config import OffloadConfig
-from kvconnect.offload.jobs import Answer, Fill, Save
+from kvconnect.offload.jobs import Fill, JobDone, Save
 from kvconnect.offload.keys import arena_fingerprint
 from kvconnect.offload.store.arena import Arena
 from kvconnect.offload.store.numa import wanted
-from kvconnect.offload.store.packing import Packing
 from kvconnect.offload.store.pinning import Pinning
-from kvconnect.offload.store.runner import Fence
+from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.vllm.engine import kernels_for, this_rank
 from kvconnect.vllm.layout import TpRank, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity
-from kvconnect.vllm.offload.messages import Done, Found, Work
-from kvconnect.vllm.offload.place import Opened
+from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
+from kvconnect.vllm.offload.opening import OpenStore
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -40,17 +40,17 @@ class OffloadWorker:
         self._config = config
         self._cuts = cuts(kv_cache_config, config)
         self._device: torch.device | None = None
-        self._place: Opened | None = None
+        self._place: OpenStore | None = None
         self._found: Found | None = None
-        self._obeyed: Work | None = None
+        self._obeyed: StepJobs | None = None
         self._saves: list[Save] = []  # of the step that runs
         self._loads: dict[str, set[int]] = {}  # request → fills that have not been answered
         self._request_of: dict[int, str] = {}
         self._failed: set[str] = set()
         self._ended: set[str] = set()
-        self._done = Done()
+        self._done = WorkerResults()
         self._counts: Counter[str] = Counter()
-        self.answered: list[tuple[Answer, float]] = []
+        self.answered: list[tuple[JobDone, float]] = []
         """Of any job, with its time; since the last but one `collect`."""
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -62,7 +62,8 @@ class OffloadWorker:
         self._device = next(iter(kv_caches.values())).device
         kernels = kernels_for(self._device)
         packings = [
-            Packing(shard, index, cut.chunk_blocks, kernels) for index, cut in enumerate(self._cuts)
+            SlotLayout(shard, index, cut.chunk_blocks, kernels)
+            for index, cut in enumerate(self._cuts)
         ]
         formats = {f"format {index}": one.format for index, one in enumerate(packings)}
 
@@ -95,7 +96,7 @@ class OffloadWorker:
         """What this rank can hold; None before `register`."""
         return self._found
 
-    def obey(self, work: Work) -> None:
+    def obey(self, work: StepJobs) -> None:
         """Start a step's jobs, before its forward; its saves wait for `forward_is_done`."""
         if work is self._obeyed:
             return
@@ -126,9 +127,9 @@ class OffloadWorker:
         """Requests whose loads have ended here, and those of them that failed."""
         if self._place is not None:
             report = self._place.runner.take()
-            self.answered = [(one, report.ended_s[one.number]) for one in report.answers]
-            for number, error in report.answers:
-                self._answer(number, bool(error))
+            self.answered = [(one, report.ended_s[one.id]) for one in report.done]
+            for done in report.done:
+                self._answer(done.id, bool(done.error))
             self._done.lost += report.lost
             self._done.gained.update(report.gained)
             self._done.gone.update(report.gone)
@@ -148,10 +149,10 @@ class OffloadWorker:
         self._done.answers |= dict.fromkeys((fill.number for fill in fills), (1, 0))
         self._done.declined.update(fill.number for fill in fills)
 
-    def take_done(self) -> Done | None:
+    def take_done(self) -> WorkerResults | None:
         """For the scheduler: what was done since the last call; None if nothing."""
-        done, self._done = self._done, Done()
-        return done if done != Done() else None
+        done, self._done = self._done, WorkerResults()
+        return done if done != WorkerResults() else None
 
     def take_stats(self) -> dict[str, int] | None:
         """What was counted since the last call; None if nothing."""

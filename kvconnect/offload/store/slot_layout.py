@@ -24,7 +24,7 @@ from kvconnect.ops import WIRE_ALIGN, Copy, Kernels, Launch, Prepared, Type, Ver
 SUM_BYTES = 8
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # keeps sums of a block's bundles apart
 
-Chunk = tuple[Sequence[int], int]
+ChunkAt = tuple[Sequence[int], int]
 """Its blocks, and the address of its payload."""
 
 
@@ -48,7 +48,7 @@ class _Bundle:
         return self._prepared.move(verb, segments, payloads + self.offset, self.nbytes, len(blocks))
 
 
-class Packing:
+class SlotLayout:
     """Of one group of one rank. ``chunk_blocks``: blocks in a slot.
 
     A pipeline stage may have no layers of a group: then there is nothing to move, and it moves.
@@ -75,7 +75,7 @@ class Packing:
         self.nbytes = self._sums_at + chunk_blocks * SUM_BYTES
         """Of a slot's payload."""
 
-    def move(self, verb: Verb, chunks: Sequence[Chunk]) -> "Packed":
+    def move(self, verb: Verb, chunks: Sequence[ChunkAt]) -> "SlotMove":
         """All blocks of ``chunks`` ↔ their payloads.
 
         Blocks that are NO_BLOCK are left out of a scatter and have no sum; to gather them raises
@@ -86,7 +86,7 @@ class Packing:
                 if NO_BLOCK in blocks:
                     raise GeometryError(f"blocks {list(blocks)} are not all there")
         found = self._places(chunks)
-        return Packed([bundle.move(verb, *found) for bundle in self._bundles], len(found[0]))
+        return SlotMove([bundle.move(verb, *found) for bundle in self._bundles], len(found[0]))
 
     def put_sums(self, payload: np.ndarray, sums: np.ndarray) -> int:
         """Write the sums of all blocks behind them; returns the digest."""
@@ -100,7 +100,7 @@ class Packing:
         found = np.frombuffer(raw, "<u8")
         return found if _digest(raw) == digest else None
 
-    def _places(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+    def _places(self, chunks: Sequence[ChunkAt]) -> tuple[np.ndarray, np.ndarray]:
         """Blocks, and the address of the payload of each."""
         moved: list[int] = []
         places: list[int] = []
@@ -116,7 +116,7 @@ class Packing:
         return np.array(moved, np.int64), np.array(places, np.uint64)
 
 
-class Packed:
+class SlotMove:
     """``blocks`` under way, by one launch for each bundle."""
 
     def __init__(self, launches: Sequence[Launch], blocks: int) -> None:
@@ -135,7 +135,7 @@ class Packed:
         return total
 
 
-def slot_bytes(packings: Sequence[Packing]) -> int:
+def slot_bytes(packings: Sequence[SlotLayout]) -> int:
     """What a slot must have for any of ``packings``."""
     return max(packing.nbytes for packing in packings)
 

@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import errno
 import logging
 import os
 import queue
@@ -15,17 +14,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from kvconnect.offload.jobs import JobDone
 from kvconnect.offload.store.header import PAGE_BYTES
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class File(Protocol):
-    """What `Lanes` needs of a file; `SystemFile` is the real one, tests have others."""
+    """What `IoThreads` needs of a file; `SystemFile` is the real one, tests have others."""
 
     def read(self, into: memoryview, offset: int) -> int:
         """Fill ``into`` as far as the file goes; returns how many bytes. Raises OSError."""
@@ -46,11 +46,6 @@ class SystemFile:
         with contextlib.suppress(OSError):  # EINVAL: this filesystem has none
             access = os.O_RDWR if to_write else os.O_RDONLY
             self._direct = os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether aligned pieces bypass the page cache."""
-        return self._direct >= 0
 
     def read(self, into: memoryview, offset: int) -> int:
         done = 0
@@ -82,16 +77,6 @@ class SystemFile:
         return self._fd if address % PAGE_BYTES else self._direct
 
 
-class Finished(NamedTuple):
-    """End of a job."""
-
-    number: int
-    error: OSError | None
-    nbytes: int
-    seconds: float
-    """From when a thread took it."""
-
-
 @dataclass
 class _Job:
     number: int
@@ -103,10 +88,10 @@ class _Job:
 @dataclass
 class _Shared:
     jobs: "queue.SimpleQueue[_Job | None]" = field(default_factory=queue.SimpleQueue)
-    finished: "queue.SimpleQueue[Finished]" = field(default_factory=queue.SimpleQueue)
+    finished: "queue.SimpleQueue[JobDone]" = field(default_factory=queue.SimpleQueue)
 
 
-class Lanes:
+class IoThreads:
     """See the module's contract. One thread submits and polls."""
 
     def __init__(self, threads: int = 2, most_jobs: int = 32) -> None:
@@ -139,7 +124,7 @@ class Lanes:
         """Start to write ``content``; the job's number. Only where there is `room`."""
         return self._submit(file.write, content, offset)
 
-    def poll(self) -> list[Finished]:
+    def poll(self) -> list[JobDone]:
         """Jobs that ended since the last call."""
         found = []
         with contextlib.suppress(queue.Empty):
@@ -169,13 +154,16 @@ class Lanes:
 def _work(shared: _Shared) -> None:
     while (job := shared.jobs.get()) is not None:
         start = time.perf_counter()
-        error, done = None, 0
+        error, done = "", 0
         try:
             done = job.run(job.memory, job.offset)
             if done != len(job.memory):
-                error = OSError(errno.EIO, f"{done} of {len(job.memory)} bytes")
+                error = f"{done} of {len(job.memory)} bytes"
         except OSError as e:
-            error = e.with_traceback(None)  # whose frames would keep the memory
+            error = str(e)
+        except Exception as e:  # ends this job; the thread goes on with the others
+            logger.exception("kvconnect: a thread for files failed")
+            error = f"{type(e).__name__}: {e}"
         seconds = time.perf_counter() - start
         number, job = job.number, None  # the memory is its owner's again before they are told
-        shared.finished.put(Finished(number, error, done, seconds))
+        shared.finished.put(JobDone(number, error, done, seconds))

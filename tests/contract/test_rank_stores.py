@@ -1,24 +1,24 @@
-"""The real vault and the fake one are held to one contract."""
+"""The real store and the fake one are held to one contract."""
 
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from fake_store import FakeStore, StoreFault
+from store_contract import check_store
 
 from kvconnect.geometry.intersect import NO_BLOCK
-from kvconnect.testing.vault import FakeVault, VaultFault
-from kvconnect.testing.vault_contract import check_vault
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from vaults import Bench
+from store_bench import Bench
 
 
 class FakeRig:
     def __init__(self, late=1):
         self.cells = [0] * 24
-        self.vault = FakeVault(self.cells, 4, 8)
-        self.vault.late = late
+        self.store = FakeStore(self.cells, 4, 8)
+        self.store.late = late
 
     def fill(self, blocks, seed):
         for place, block in enumerate(blocks):
@@ -30,17 +30,17 @@ class FakeRig:
 
     def settle(self):
         found = {}
-        while self.vault.busy:
-            for ended in self.vault.poll():
-                assert ended.ticket not in found
-                found[ended.ticket] = ended.error
+        while self.store.busy:
+            for ended in self.store.poll():
+                assert ended.id not in found
+                found[ended.id] = ended.error
         return found
 
 
 class RealRig:
     def __init__(self, folder):
         self.bench = Bench(folder)
-        self.vault = self.bench.vault
+        self.store = self.bench.store
         self.settle = self.bench.settle
 
     def fill(self, blocks, seed):
@@ -52,7 +52,7 @@ class RealRig:
 
 @pytest.mark.parametrize("late", [1, 3])
 def test_the_fake(late):
-    check_vault(lambda: FakeRig(late))
+    check_store(lambda: FakeRig(late))
 
 
 @pytest.mark.slow
@@ -63,23 +63,23 @@ def test_the_real_one(tmp_path):
         rigs.append(RealRig(Path(tempfile.mkdtemp(dir=tmp_path))))
         return rigs[-1]
 
-    check_vault(make)
+    check_store(make)
     for rig in rigs:
         rig.bench.close()
 
 
-@pytest.mark.parametrize("fault", [VaultFault.FAILS, VaultFault.DAMAGED])
+@pytest.mark.parametrize("fault", [StoreFault.FAILS, StoreFault.DAMAGED])
 def test_the_fakes_faults(fault):
     rig = FakeRig()
     rig.fill((0, 1), 5)
-    rig.vault.plan(VaultFault.REFUSED, VaultFault.NONE, fault)
-    assert not rig.vault.save(1, b"k", 0, (0, 1))
-    assert rig.vault.save(2, b"k", 0, (0, 1))
+    rig.store.plan(StoreFault.REFUSED, StoreFault.NONE, fault)
+    assert not rig.store.save(1, b"k", 0, (0, 1))
+    assert rig.store.save(2, b"k", 0, (0, 1))
     assert rig.settle() == {2: ""}
-    assert rig.vault.load(3, b"k", 0, (4, 5))
+    assert rig.store.load(3, b"k", 0, (4, 5))
     assert rig.settle() == {3: f"planned fault: {fault.value}"}
     assert not rig.holds((4, 5), 5)
-    damaged = fault is VaultFault.DAMAGED
-    assert [tuple(loss) for loss in rig.vault.take_lost()] == [(b"k", False)] * damaged
-    assert rig.vault.load(4, b"k", 0, (4, 5)) != damaged
-    assert rig.vault.free() == 4 - (not damaged)
+    damaged = fault is StoreFault.DAMAGED
+    assert [tuple(loss) for loss in rig.store.take_lost()] == [(b"k", False)] * damaged
+    assert rig.store.load(4, b"k", 0, (4, 5)) != damaged
+    assert rig.store.free() == 4 - (not damaged)

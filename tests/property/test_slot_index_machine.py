@@ -12,17 +12,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.offload.store import places
+from kvconnect.offload.store import backing
 from kvconnect.offload.store.arena import attach, look
 from kvconnect.offload.store.header import Spec
-from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.slot_index import SlotIndex
 
 picks = st.integers(0, 1 << 16)
 KEYS = [bytes([n]) * 32 for n in range(8)]
 
 
 class ShelfMachine(RuleBasedStateMachine):
-    wrap = staticmethod(places.mapped)
+    wrap = staticmethod(backing.mapped)
 
     @initialize(slots=st.integers(1, 6))
     def start(self, slots):
@@ -36,7 +36,7 @@ class ShelfMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self):
-        self.shelf = Shelf(attach(self.spec, self.path, self.wrap))
+        self.shelf = SlotIndex(attach(self.spec, self.path, self.wrap))
 
     def teardown(self):
         if hasattr(self, "shelf"):
@@ -45,13 +45,13 @@ class ShelfMachine(RuleBasedStateMachine):
 
     def content(self, slot):
         arena = self.shelf.arena
-        if isinstance(arena.place, places.Filed):
+        if isinstance(arena.place, backing.Filed):
             return int.from_bytes(os.pread(arena.place.fd, 8, arena.offset(slot)), "little")
         return int.from_bytes(arena.payload(slot)[:8].tobytes(), "little")
 
     def write(self, slot, raw):
         arena = self.shelf.arena
-        if isinstance(arena.place, places.Filed):
+        if isinstance(arena.place, backing.Filed):
             os.pwrite(arena.place.fd, raw, arena.offset(slot))
         else:
             arena.payload(slot)[:8] = list(raw)
@@ -132,7 +132,7 @@ class ShelfMachine(RuleBasedStateMachine):
 
 
 class FiledShelfMachine(ShelfMachine):
-    wrap = places.Filed
+    wrap = backing.Filed
 
 
 def case(machine):

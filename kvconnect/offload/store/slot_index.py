@@ -11,10 +11,10 @@ still read it, so that it is free once the last reader is done.
 from collections import Counter
 from collections.abc import Callable
 
-from kvconnect.offload.store.arena import Arena, Entry
+from kvconnect.offload.store.arena import Arena, SlotEntry
 
 
-class Shelf:
+class SlotIndex:
     """Not thread-safe: the thread that owns the arena owns it.
 
     ``ready``: how many slots, from the first on, can be used by now; by default all.
@@ -23,7 +23,7 @@ class Shelf:
     def __init__(self, arena: Arena, ready: Callable[[], int] | None = None) -> None:
         self.arena = arena
         self._ready = ready or (lambda: arena.spec.slots)
-        self._held: dict[bytes, Entry] = {}
+        self._held: dict[bytes, SlotEntry] = {}
         self._users: Counter[int] = Counter()  # slot → how many read it
         self._leaving: set[int] = set()
         self._filling: set[int] = set()
@@ -73,7 +73,7 @@ class Shelf:
 
     def commit(
         self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
-    ) -> Entry:
+    ) -> SlotEntry:
         """The slot's payload is written: it holds ``key``, which nothing else does any more.
 
         Raises OSError, and the slot is still being filled, if its header cannot be written.
@@ -90,7 +90,7 @@ class Shelf:
         self.arena.drop(slot)
         self._free.append(slot)
 
-    def use(self, key: bytes) -> Entry | None:
+    def use(self, key: bytes) -> SlotEntry | None:
         """The slot that holds ``key``, whose payload stays until `done`; None: no ready one."""
         entry = self._held.get(key)
         if entry is None or entry.slot >= self._ready():
@@ -98,7 +98,7 @@ class Shelf:
         self._users[entry.slot] += 1
         return entry
 
-    def done(self, entry: Entry) -> None:
+    def done(self, entry: SlotEntry) -> None:
         """One reader less."""
         self._users[entry.slot] -= 1
         if self._users[entry.slot] > 0:
@@ -120,7 +120,7 @@ class Shelf:
             del self._users[entry.slot]
             self._free.append(entry.slot)
 
-    def drop_entry(self, entry: Entry) -> bool:
+    def drop_entry(self, entry: SlotEntry) -> bool:
         """Forget a key if it is this slot that still holds it; says whether it was."""
         if self._held.get(entry.key) != entry:
             return False

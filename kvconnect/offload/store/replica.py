@@ -15,35 +15,35 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvconnect.offload.jobs import Loss
+from kvconnect.offload.jobs import JobDone, Loss
 from kvconnect.offload.store.arena import make
 from kvconnect.offload.store.header import Spec
-from kvconnect.offload.store.host import Ended, HostStore
+from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.neighbours import Neighbours
-from kvconnect.offload.store.packing import Packing
-from kvconnect.offload.store.shelf import Shelf
+from kvconnect.offload.store.slot_index import SlotIndex
+from kvconnect.offload.store.slot_layout import SlotLayout
 
 PATIENCE_S = 5.0
 RETRY_S = 2e-3  # reading the leader's table takes about 1 ms per 100,000 slots
 
 
-class _Waiting(NamedTuple):
+class _WaitingLoad(NamedTuple):
     """A load of what is not there yet."""
 
-    ticket: int
+    job: int
     key: bytes
     group: int
     blocks: Sequence[int]
     until_s: float
 
 
-class Follower:
+class ReplicaReader:
     """See the module's contract. ``leader``: its arena alone, and those that it shares with."""
 
     def __init__(
         self,
         leader: Neighbours,
-        packings: Sequence[Packing],
+        packings: Sequence[SlotLayout],
         found: tuple[list[bytes], list[bytes]],
         clock: Callable[[], float] = time.monotonic,
         ready: Callable[[], int] | None = None,
@@ -51,15 +51,15 @@ class Follower:
         """``found``: what the leader held in memory and on disk when it started; ``ready``: how
         many of its slots our device can read by now, by default all."""
         none = make(Spec(1, 1, bytes(32)))  # a store wants one of its own; nothing is put there
-        self.host = HostStore(Shelf(none), packings, leader)
+        self.host = HostStore(SlotIndex(none), packings, leader)
         self._leader = leader
         self._found = found
         self._clock = clock
         self._ready = ready
         self._looked_at = float("-inf")
         self._beside: set[bytes] = set()
-        self._waiting: list[_Waiting] = []
-        self._ended: list[Ended] = []
+        self._waiting: list[_WaitingLoad] = []
+        self._ended: list[JobDone] = []
         self._lost: list[Loss] = []
 
     @property
@@ -85,30 +85,26 @@ class Follower:
         lost, self._lost = self._lost, []
         return lost
 
-    def save(
-        self,
-        ticket: int,
-        key: bytes,
-        group: int,  # noqa: ARG002 - the leader's
-        blocks: Sequence[int],  # noqa: ARG002
-    ) -> bool:
-        self._ended.append(Ended(ticket, key, "", 0))
+    def save(self, job: int, *_: object) -> bool:
+        """The leader does; here it ends at once."""
+        self._ended.append(JobDone(job))
         return True
 
     def load(
         self,
-        ticket: int,
+        job: int,
         key: bytes,
         group: int,
         blocks: Sequence[int],
     ) -> bool:
         """Start to fill those of ``blocks`` that are not NO_BLOCK, now or when it is there."""
         until_s = self._clock() + PATIENCE_S
-        self._waiting.append(_Waiting(ticket, key, group, blocks, until_s))
+        self._waiting.append(_WaitingLoad(job, key, group, blocks, until_s))
         return True
 
-    def spill(self, ticket: int, key: bytes) -> bool:
-        return self.save(ticket, key, 0, ())
+    def spill(self, job: int, key: bytes) -> bool:
+        """The leader does; here it ends at once."""
+        return self.save(job, key)
 
     def forget(self, key: bytes) -> None:
         """The leader does."""
@@ -116,7 +112,7 @@ class Follower:
     def forget_on_disk(self, key: bytes) -> None:
         """The leader does."""
 
-    def poll(self) -> list[Ended]:
+    def poll(self) -> list[JobDone]:
         if self._waiting:
             self._start()
         ended, self._ended = [*self._ended, *self.host.poll()], []
@@ -142,10 +138,10 @@ class Follower:
         for one in waiting:
             if self._is_there(one.key):
                 if not self.host.load(*one[:-1]):
-                    self._ended.append(Ended(one.ticket, one.key, "damaged at the leader", 0))
+                    self._ended.append(JobDone(one.job, "damaged at the leader"))
             elif now < one.until_s:
                 self._waiting.append(one)
             else:
-                self._ended.append(Ended(one.ticket, one.key, "not at the leader", 0))
+                self._ended.append(JobDone(one.job, "not at the leader"))
                 if self._leader.find(one.key) is None:  # else our device cannot read it yet
                     self._lost.append(Loss(one.key, False))

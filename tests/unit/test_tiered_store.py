@@ -4,8 +4,9 @@ import os
 
 import numpy as np
 import pytest
+from faulty_file import DiskFault
 from msgspec.structs import replace
-from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, Bench, key_of
+from store_bench import BLOCKS, CHUNK, FINGERPRINT, MODEL, Bench, key_of
 
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.blocks import BlockView, Heads
@@ -14,11 +15,10 @@ from kvconnect.offload.store.arena import make as make_arena
 from kvconnect.offload.store.disk import MOST_FAILURES
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.host import HostStore
-from kvconnect.offload.store.packing import Packing, slot_bytes
-from kvconnect.offload.store.shelf import Shelf
-from kvconnect.offload.store.vault import PATIENCE_S
+from kvconnect.offload.store.slot_index import SlotIndex
+from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
+from kvconnect.offload.store.tiered_store import PATIENCE_S
 from kvconnect.ops import load
-from kvconnect.testing.files import DiskFault
 from kvconnect.testing.geometry import LAYOUTS, Cache, Model
 from kvconnect.testing.late import LateKernels
 
@@ -73,14 +73,14 @@ def changed(**fields):
     ids=str,
 )
 def test_what_makes_other_bytes_is_another_format(bench, model):
-    packing = Packing(Cache(model, BLOCKS).shard, 0, CHUNK, load("cpu"))
+    packing = SlotLayout(Cache(model, BLOCKS).shard, 0, CHUNK, load("cpu"))
     assert packing.format != bench.packing.format
 
 
 def test_another_shard_or_chunk_is_another_format(bench):
     shards = [Cache(changed(), BLOCKS, tp_rank=rank, tp_size=2).shard for rank in (0, 1)]
-    packings = [Packing(shard, 0, CHUNK, load("cpu")) for shard in shards]
-    packings.append(Packing(bench.cache.shard, 0, CHUNK + 1, load("cpu")))
+    packings = [SlotLayout(shard, 0, CHUNK, load("cpu")) for shard in shards]
+    packings.append(SlotLayout(bench.cache.shard, 0, CHUNK + 1, load("cpu")))
     assert len({p.format for p in packings} | {bench.packing.format}) == 4
 
 
@@ -108,7 +108,7 @@ def altered(view, part=None, **fields):
 def test_whatever_tells_bytes_apart_is_in_the_format(bench, change):
     shard = bench.cache.shard
     other = replace(shard, views=(altered(shard.views[0], **change), *shard.views[1:]))
-    assert Packing(other, 0, CHUNK, load("cpu")).format != bench.packing.format
+    assert SlotLayout(other, 0, CHUNK, load("cpu")).format != bench.packing.format
 
 
 def test_parts_that_changed_places_are_not_taken_for_one_another(bench):
@@ -123,7 +123,7 @@ def test_parts_that_changed_places_are_not_taken_for_one_another(bench):
         replace(bench.cache.shard.views[0], layer=f"packed {n}", layout="X", parts=(one,))
         for n, one in enumerate(parts)
     )
-    packing = Packing(replace(bench.cache.shard, views=views), 0, CHUNK, load("cpu"))
+    packing = SlotLayout(replace(bench.cache.shard, views=views), 0, CHUNK, load("cpu"))
     payload = np.zeros(packing.nbytes, np.uint8)
     packed = packing.move("gather", [((3, 4), payload.ctypes.data)])
     swapped = payload.copy()
@@ -135,9 +135,9 @@ def test_parts_that_changed_places_are_not_taken_for_one_another(bench):
 def test_a_slot_of_another_group_is_not_loaded():
     """Of as many bytes and tokens."""
     cache = Cache(Model(layers=2, heads=2, block_tokens=4, content=32, groups=2), BLOCKS)
-    packings = [Packing(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
+    packings = [SlotLayout(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
     arena = make_arena(Spec(2, slot_bytes(packings), FINGERPRINT))
-    store = HostStore(Shelf(arena), packings)
+    store = HostStore(SlotIndex(arena), packings)
     assert store.store(1, key_of(1), 0, (0, 1))
     store.poll()
     assert not store.load(2, key_of(1), 1, (2, 3))
@@ -147,11 +147,11 @@ def test_a_slot_of_another_group_is_not_loaded():
 def test_a_stage_without_layers_of_a_group_has_nothing_to_move_and_moves_it():
     """It used to end the engine at its start."""
     cache = Cache(MODEL, BLOCKS)
-    packings = [Packing(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
+    packings = [SlotLayout(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
     assert packings[1].block_bytes == 0
     assert packings[0].format != packings[1].format
     arena = make_arena(Spec(2, slot_bytes(packings), FINGERPRINT))
-    store = HostStore(Shelf(arena), packings)
+    store = HostStore(SlotIndex(arena), packings)
     assert store.store(1, key_of(1), 1, (0, 1))
     assert not store.poll()[0].error
     assert store.load(2, key_of(1), 1, (NO_BLOCK, 1))
@@ -181,7 +181,7 @@ def test_a_packed_layout_moves_whole_and_is_a_format_of_its_own(bench):
         ),
     )
     shard = type(cache.shard)((*cache.shard.views, one), cache.shard.regions, (cache.memory, raw))
-    packing = Packing(shard, 0, CHUNK, load("cpu"))
+    packing = SlotLayout(shard, 0, CHUNK, load("cpu"))
     assert packing.format != bench.packing.format
     payload = np.zeros(packing.nbytes, np.uint8)
     before = raw.copy()
@@ -204,7 +204,7 @@ def test_a_packed_layout_moves_whole_and_is_a_format_of_its_own(bench):
 def test_blocks_that_are_moved_together_are_as_those_that_are_moved_alone(bench):
     """What was stored block by block is read, and the reverse."""
     bench.cache.fill(range(BLOCKS), 1)
-    alone = Packing(bench.cache.shard, 0, 1, load("cpu"))
+    alone = SlotLayout(bench.cache.shard, 0, 1, load("cpu"))
     chunks = [(5, 3), (0, 7), (9, 8)]
     payloads = np.zeros((3, bench.packing.nbytes), np.uint8)
     at = [payload.ctypes.data for payload in payloads]
@@ -242,7 +242,7 @@ def test_no_free_slot_is_a_store_that_is_skipped(make):
     bench = make(slots=2, disk_slots=0)
     assert [bench.save(seed) for seed in (1, 2, 3)] == [True, True, False]
     assert bench.host.counts["host_stores_without_slot"] == 1
-    bench.vault.forget(key_of(1))
+    bench.store.forget(key_of(1))
     assert bench.save(3)
     assert [bench.load(seed) for seed in (1, 2, 3)] == [False, True, True]
     assert bench.host.counts["host_loads_missed"] == 1
@@ -313,7 +313,7 @@ def test_a_launch_that_does_not_start_is_a_store_or_load_that_fails(make):
     """It used to end the thread, and so the engine."""
     bench = make(disk_slots=0)
     assert bench.save(1)
-    packing = Packing(bench.cache.shard, 0, CHUNK, Unstartable())
+    packing = SlotLayout(bench.cache.shard, 0, CHUNK, Unstartable())
     store = HostStore(bench.host.shelf, [packing])
     assert store.store(1, key_of(2), 0, (0, 1))
     assert store.load(2, key_of(1), 0, (2, 3))
@@ -330,7 +330,7 @@ def test_a_launch_that_does_not_start_is_a_store_or_load_that_fails(make):
 def on_disk_only(bench, seed):
     assert bench.save(seed)
     assert bench.spill(seed)
-    bench.vault.forget(key_of(seed))
+    bench.store.forget(key_of(seed))
 
 
 def test_what_is_on_disk_is_promoted_and_then_in_memory(bench):
@@ -358,7 +358,7 @@ def test_loads_that_want_the_same_at_once_read_it_once(bench):
     on_disk_only(bench, 1)
     tickets = [bench.ticket() for _ in range(3)]
     for number, ticket in enumerate(tickets):
-        assert bench.vault.load(ticket, key_of(1), 0, (10 + 2 * number, 11 + 2 * number))
+        assert bench.store.load(ticket, key_of(1), 0, (10 + 2 * number, 11 + 2 * number))
     assert set(bench.settle().values()) == {""}
     assert bench.disk.counts["disk_read"] == 1
     assert all(bench.holds(1, (10 + 2 * n, 11 + 2 * n)) for n in range(3))
@@ -377,13 +377,13 @@ def test_memory_may_forget_while_the_disk_still_writes(make):
     assert bench.save(1)
     bench.file.hold()
     ticket = bench.ticket()
-    assert bench.vault.spill(ticket, key_of(1))
-    bench.vault.forget(key_of(1))
+    assert bench.store.spill(ticket, key_of(1))
+    bench.store.forget(key_of(1))
     assert not bench.save(2), "its slot is still read from"
     bench.file.let_go()
     assert bench.settle()[ticket] == ""
     assert bench.save(2)
-    bench.vault.forget(key_of(2))
+    bench.store.forget(key_of(2))
     assert bench.load(1)
 
 
@@ -393,10 +393,10 @@ def test_a_slow_disk_drops_writes_and_lets_reads_wait(make):
     for seed in range(4):
         assert bench.save(seed)
     bench.file.hold()
-    started = [bench.vault.spill(bench.ticket(), key_of(seed)) for seed in range(4)]
+    started = [bench.store.spill(bench.ticket(), key_of(seed)) for seed in range(4)]
     assert started == [True, True, False, False]
     ticket = bench.ticket()
-    assert bench.vault.load(ticket, key_of(9), 0, (10, 11))
+    assert bench.store.load(ticket, key_of(9), 0, (10, 11))
     assert bench.disk.counts["disk_writes_dropped_queue_full"] == 2
     bench.file.let_go()
     assert bench.settle()[ticket] == ""
@@ -409,7 +409,7 @@ def test_a_full_disk_tier_drops_writes(make):
         assert bench.save(seed)
     assert [bench.spill(seed) for seed in range(3)] == [True, True, False]
     assert bench.disk.counts["disk_writes_without_slot"] == 1
-    bench.vault.forget_on_disk(key_of(0))
+    bench.store.forget_on_disk(key_of(0))
     assert bench.spill(2)
 
 
@@ -420,10 +420,10 @@ def test_a_load_from_disk_waits_for_the_slot_that_is_being_written_to_disk(make)
     assert bench.save(2)
     bench.file.hold()
     spill, load = bench.ticket(), bench.ticket()
-    assert bench.vault.spill(spill, key_of(2))
-    bench.vault.forget(key_of(2))
-    assert bench.vault.load(load, key_of(1), 0, (10, 11))
-    assert not bench.vault.poll()
+    assert bench.store.spill(spill, key_of(2))
+    bench.store.forget(key_of(2))
+    assert bench.store.load(load, key_of(1), 0, (10, 11))
+    assert not bench.store.poll()
     bench.file.let_go()
     ended = bench.settle()
     assert ended == {spill: "", load: ""}
@@ -435,13 +435,13 @@ def test_a_load_from_disk_does_not_wait_for_a_slot_for_ever(make):
     on_disk_only(bench, 1)
     assert bench.save(2) and bench.save(3)
     bench.file.hold()
-    assert bench.vault.spill(bench.ticket(), key_of(2))  # under way, and frees nothing
+    assert bench.store.spill(bench.ticket(), key_of(2))  # under way, and frees nothing
     ticket = bench.ticket()
-    assert bench.vault.load(ticket, key_of(1), 0, (10, 11))
-    assert not bench.vault.poll()
+    assert bench.store.load(ticket, key_of(1), 0, (10, 11))
+    assert not bench.store.poll()
     bench.now += PATIENCE_S
-    (ended,) = bench.vault.poll()
-    assert ended.ticket == ticket and ended.error
+    (ended,) = bench.store.poll()
+    assert ended.id == ticket and ended.error
     bench.file.let_go()
     bench.settle()
 
@@ -452,7 +452,7 @@ def test_no_slot_to_promote_to_is_a_miss(make):
     assert bench.save(2)
     assert not bench.load(1)
     assert bench.host.counts["host_promotions_without_slot"] == 1
-    bench.vault.forget(key_of(2))
+    bench.store.forget(key_of(2))
     assert bench.load(1)
 
 
@@ -465,7 +465,7 @@ def test_a_write_that_fails_is_dropped(bench, fault):
     assert key_of(1) not in bench.disk.shelf
     assert bench.disk.shelf.free == 8
     assert bench.spill(1)
-    bench.vault.forget(key_of(1))
+    bench.store.forget(key_of(1))
     assert bench.load(1)
 
 
@@ -487,12 +487,12 @@ def test_a_disk_that_lies_is_found_out(bench, fault, verb):
     if verb == "write":
         bench.file.plan(fault)
     assert bench.spill(1)
-    bench.vault.forget(key_of(1))
+    bench.store.forget(key_of(1))
     # the slot that it is read to must not happen to hold the right bytes
     for seed in range(2, 6):
         bench.save(seed)
     for seed in range(2, 6):
-        bench.vault.forget(key_of(seed))
+        bench.store.forget(key_of(seed))
     if verb == "read":
         bench.file.plan(fault)
     assert not bench.load(1)
@@ -503,7 +503,7 @@ def test_a_disk_that_lies_is_found_out(bench, fault, verb):
     )
     assert bench.disk.take_lost() == [key_of(1)]
     assert (bench.host.shelf.free, bench.disk.shelf.free) == (4, 8)
-    assert not bench.vault.busy
+    assert not bench.store.busy
 
 
 def test_what_is_damaged_in_memory_is_loaded_from_disk_within_the_load(bench):
@@ -534,7 +534,7 @@ def test_only_failures_in_a_row_turn_a_disk_off(bench):
             assert not bench.spill(1)
         bench.file.usual = DiskFault.NONE
         assert bench.spill(1)
-        bench.vault.forget_on_disk(key_of(1))
+        bench.store.forget_on_disk(key_of(1))
 
 
 @pytest.mark.parametrize("at", ["payload", "sums"])

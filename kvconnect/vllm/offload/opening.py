@@ -11,20 +11,19 @@ from typing import NamedTuple, Protocol
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.store.arena import Arena, make
+from kvconnect.offload.store.backing import Filed, Wrap, mapped
 from kvconnect.offload.store.disk import DiskStore
-from kvconnect.offload.store.follower import Follower
-from kvconnect.offload.store.hand import Hand
 from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
 from kvconnect.offload.store.host import HostStore
-from kvconnect.offload.store.lanes import Lanes
+from kvconnect.offload.store.io_threads import IoThreads
 from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
 from kvconnect.offload.store.numa import Nodes
-from kvconnect.offload.store.packing import Packing, slot_bytes
 from kvconnect.offload.store.pinning import Pinning
-from kvconnect.offload.store.places import Filed, Wrap, mapped
+from kvconnect.offload.store.replica import ReplicaReader
 from kvconnect.offload.store.runner import Runner
-from kvconnect.offload.store.shelf import Shelf
-from kvconnect.offload.store.vault import Vault
+from kvconnect.offload.store.slot_index import SlotIndex
+from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
+from kvconnect.offload.store.tiered_store import TieredStore
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -57,7 +56,7 @@ class Lead(NamedTuple):
     keys: tuple[list[bytes], list[bytes]]
 
 
-class Opened(NamedTuple):
+class OpenStore(NamedTuple):
     """A rank's place, ready to serve."""
 
     runner: Runner
@@ -81,11 +80,11 @@ def open_place(
     config: OffloadConfig,
     copies: int,
     fingerprint: bytes,
-    packings: Sequence[Packing],
+    packings: Sequence[SlotLayout],
     pin: Pin = no_device,
     nodes: Nodes = (),
     followed: bool = False,
-) -> Opened:
+) -> OpenStore:
     """This rank's share of memory and disk. Without the disk, memory serves alone.
 
     ``copies``: how many ranks have one each; ``nodes``: near to this one; ``followed``: whether
@@ -107,15 +106,14 @@ def open_place(
     except StoreError:
         arena.close()
         raise
-    host = HostStore(Shelf(arena, _ready(arena, pinning)), packings, beside)
+    host = HostStore(SlotIndex(arena, _ready(arena, pinning)), packings, beside)
     disk = None
     try:
         disk = _open_disk(config, copies, fingerprint, nbytes)
     except StoreError as e:
         logger.error("kvconnect: KV is kept in memory only, not on disk: %s", e)
-    vault = Vault(host, disk)
-    hand = Hand(vault)
-    keys = hand.found()
+    vault = TieredStore(host, disk)
+    keys = vault.keys(on_disk=False), vault.keys(on_disk=True)
     if not config.persist:
         for key in keys[0]:
             vault.forget(key)
@@ -126,21 +124,21 @@ def open_place(
     def counts() -> Counter[str]:
         return Counter(host.counts) + (disk.counts if disk else Counter())
 
-    runner = Runner(hand, [packing.block_bytes for packing in packings], counts)
+    runner = Runner(vault, [packing.block_bytes for packing in packings], counts)
     disk_slots = disk.shelf.arena.spec.slots if disk else 0
     passing = min(PASSING_SLOTS, spec.slots // 2) if config.share and disk else 0
     lead = Lead(str(arena.path), arena.identity, spec.slots - passing, disk_slots, keys)
     parts = [part for part in (disk, beside, pinning, arena) if part is not None]
-    return Opened(runner, arena, True, lead, tuple(parts))
+    return OpenStore(runner, arena, True, lead, tuple(parts))
 
 
 def follow(
     config: OffloadConfig,
     lead: Lead,
     fingerprint: bytes,
-    packings: Sequence[Packing],
+    packings: Sequence[SlotLayout],
     pin: Pin = no_device,
-) -> Opened:
+) -> OpenStore:
     """A place that loads what another rank of this host stores; raises StoreError."""
     paths = [Path(lead.path)]
     if config.share:  # the leader's own file is among them
@@ -156,15 +154,15 @@ def follow(
     except StoreError:
         beside.close()
         raise
-    follower = Follower(beside, packings, lead.keys, ready=_ready(memory, pinning))
+    follower = ReplicaReader(beside, packings, lead.keys, ready=_ready(memory, pinning))
 
     def counts() -> Counter[str]:
         return Counter(follower.host.counts)
 
     each = [packing.block_bytes for packing in packings]
-    runner = Runner(Hand(follower), each, counts, stores=False)
+    runner = Runner(follower, each, counts)
     parts = (follower,) if pinning is None else (pinning, follower)
-    return Opened(runner, memory, False, lead, parts)
+    return OpenStore(runner, memory, False, lead, parts)
 
 
 def _ready(arena: Arena, pinning: Pinning | None) -> Callable[[], int] | None:
@@ -182,7 +180,9 @@ def _open_disk(
     folder, wrap = Path(config.disk_path), _filed
     spec = _spec(config.disk_bytes // copies, nbytes, fingerprint, "disk_bytes")
     arena, path = claim(folder, spec, wrap)
-    return DiskStore(Shelf(arena), Lanes(), _beside(config, folder, fingerprint, path, wrap))
+    return DiskStore(
+        SlotIndex(arena), IoThreads(), _beside(config, folder, fingerprint, path, wrap)
+    )
 
 
 def _beside(

@@ -1,4 +1,4 @@
-"""A file with faults: a decorator over a real one, for `kvconnect.offload.store.lanes`.
+"""A file with faults: a decorator over a real one, for `kvconnect.offload.store.io_threads`.
 
 What disks do: fail, run full, end early, take their time, and, worst, say that all went well.
 Faults are planned for the next operations, one each, in order; the rest go well.
@@ -10,7 +10,7 @@ import os
 import threading
 from collections import deque
 
-from kvconnect.offload.store.lanes import File
+from kvconnect.offload.store.io_threads import File
 
 
 class DiskFault(enum.Enum):

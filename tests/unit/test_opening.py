@@ -3,18 +3,18 @@
 import os
 
 import pytest
-from vaults import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
+from store_bench import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
 
 from kvconnect.config import parse
 from kvconnect.errors import StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.jobs import Fill, Save, Spill
 from kvconnect.offload.store import numa
-from kvconnect.offload.store.packing import Packing
+from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache
-from kvconnect.vllm.offload import place as module
-from kvconnect.vllm.offload.place import follow, open_place
+from kvconnect.vllm.offload import opening as module
+from kvconnect.vllm.offload.opening import follow, open_place
 
 MEMORY = 1 << 20
 UNHAD = 1 << 49  # more than a file can be long
@@ -26,7 +26,7 @@ class Rank:
     def __init__(self, ranks=1, fingerprint=FINGERPRINT, followed=False, nodes=(), **options):
         self.cache = Cache(MODEL, BLOCKS)
         config = parse({"cpu_bytes_to_use": MEMORY} | options, OffloadConfig, "test")
-        packing = Packing(self.cache.shard, 0, CHUNK, load("cpu"))
+        packing = SlotLayout(self.cache.shard, 0, CHUNK, load("cpu"))
         self.place = open_place(
             config, ranks, fingerprint, [packing], nodes=nodes, followed=followed
         )
@@ -37,8 +37,8 @@ class Rank:
         runner.put([job])
         for _ in range(10_000):
             runner.step()
-            for answer in runner.take().answers:
-                assert answer.number == job.number
+            for answer in runner.take().done:
+                assert answer.id == job.number
                 return answer.error
         raise AssertionError("it does not end")
 
@@ -121,7 +121,7 @@ def test_who_follows_takes_no_other_arena_for_the_leader_s(opened):
     """A path in /proc is another file's, once its process has ended."""
     leader = opened(followed=True)
     config = parse({"cpu_bytes_to_use": MEMORY}, OffloadConfig, "test")
-    packing = Packing(leader.cache.shard, 0, CHUNK, load("cpu"))
+    packing = SlotLayout(leader.cache.shard, 0, CHUNK, load("cpu"))
     follow(config, leader.place.lead, FINGERPRINT, [packing]).close()
     for other in (
         leader.place.lead._replace(identity=bytes(16)),

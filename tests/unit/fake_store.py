@@ -1,7 +1,7 @@
-"""A vault that is a dictionary, with faults.
+"""A store that is a dictionary, with faults.
 
 It moves numbers between ``cells``, one per block, and itself. Faults are planned for the next
-operations, one each, in order; the rest go well. `kvconnect.testing.vault_contract` holds it to
+operations, one each, in order; the rest go well. `store_contract` holds it to
 what the real one does.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvconnect.geometry.intersect import NO_BLOCK
-from kvconnect.offload.jobs import Loss
-from kvconnect.offload.store.host import Ended
+from kvconnect.offload.jobs import JobDone, Loss
 
 GARBAGE = -1
+BLOCK_BYTES = 1000  # as far as is counted
 
 
-class VaultFault(enum.Enum):
+class StoreFault(enum.Enum):
     """What becomes of an operation."""
 
     NONE = "none"
@@ -37,14 +37,14 @@ class _Slot:
 
 @dataclass
 class _Work:
-    ticket: int
-    key: bytes
+    job: int
+    nbytes: int
     end: Callable[[str], None]
-    fault: VaultFault
+    fault: StoreFault
     polls: int
 
 
-class FakeVault:
+class FakeStore:
     """See the module's contract. ``late``: polls until an operation that starts now ends."""
 
     def __init__(self, cells: list[int], slots: int, disk_slots: int = 0) -> None:
@@ -54,10 +54,10 @@ class FakeVault:
         self._held: dict[bool, dict[bytes, _Slot]] = {False: {}, True: {}}
         self._others: dict[bool, list[_Slot]] = {False: [], True: []}  # filling, or leaving
         self._works: list[_Work] = []
-        self._plans: deque[VaultFault] = deque()
+        self._plans: deque[StoreFault] = deque()
         self._lost: list[Loss] = []
 
-    def plan(self, *faults: VaultFault) -> None:
+    def plan(self, *faults: StoreFault) -> None:
         """Decide about the next operations."""
         self._plans.extend(faults)
 
@@ -95,13 +95,13 @@ class FakeVault:
 
     def save(
         self,
-        ticket: int,
+        job: int,
         key: bytes,
-        group: int,  # noqa: ARG002 - cells are of all groups
+        group: int,
         blocks: Sequence[int],
     ) -> bool:
         fault = self._fault()
-        if fault is VaultFault.REFUSED or not self.free():
+        if fault is StoreFault.REFUSED or not self.free():
             return False
         slot = self._take(False)
 
@@ -111,20 +111,20 @@ class FakeVault:
                 slot.content = tuple(self._cells[block] for block in blocks)
                 self._hold(False, key, slot)
 
-        self._start(ticket, key, end, fault)
+        self._start(job, len(blocks) * BLOCK_BYTES, end, fault)
         return True
 
     def load(
         self,
-        ticket: int,
+        job: int,
         key: bytes,
-        group: int,  # noqa: ARG002 - cells are of all groups
+        group: int,
         blocks: Sequence[int],
     ) -> bool:
         fault = self._fault()
         on_disk = key not in self._held[False]
         source = self._held[on_disk].get(key)
-        if fault is VaultFault.REFUSED or source is None or (on_disk and not self.free()):
+        if fault is StoreFault.REFUSED or source is None or (on_disk and not self.free()):
             return False
         source.users += 1
         promoted = self._take(False) if on_disk else None
@@ -133,7 +133,7 @@ class FakeVault:
             source.users -= 1
             if promoted is not None:
                 promoted.users -= 1
-            if error and fault is VaultFault.DAMAGED and self._held[on_disk].get(key) is source:
+            if error and fault is StoreFault.DAMAGED and self._held[on_disk].get(key) is source:
                 self._drop(on_disk, key)
                 self._lost.append(Loss(key, on_disk))
             for block, content in zip(blocks, source.content, strict=True):
@@ -143,13 +143,14 @@ class FakeVault:
                 promoted.content = source.content
                 self._hold(False, key, promoted)
 
-        self._start(ticket, key, end, fault)
+        moved = sum(block != NO_BLOCK for block in blocks)
+        self._start(job, moved * BLOCK_BYTES, end, fault)
         return True
 
-    def spill(self, ticket: int, key: bytes) -> bool:
+    def spill(self, job: int, key: bytes) -> bool:
         fault = self._fault()
         source = self._held[False].get(key)
-        if fault is VaultFault.REFUSED or source is None or self.holds(key, True):
+        if fault is StoreFault.REFUSED or source is None or self.holds(key, True):
             return False
         if not self.free(True):
             return False
@@ -163,7 +164,7 @@ class FakeVault:
                 slot.content = source.content
                 self._hold(True, key, slot)
 
-        self._start(ticket, key, end, fault)
+        self._start(job, 0, end, fault)
         return True
 
     def forget(self, key: bytes) -> None:
@@ -172,25 +173,23 @@ class FakeVault:
     def forget_on_disk(self, key: bytes) -> None:
         self._drop(True, key)
 
-    def poll(self) -> list[Ended]:
+    def poll(self) -> list[JobDone]:
         ended = []
         for work in list(self._works):
             work.polls -= 1
             if work.polls > 0:
                 continue
             self._works.remove(work)
-            error = "" if work.fault is VaultFault.NONE else f"planned fault: {work.fault.value}"
+            error = "" if work.fault is StoreFault.NONE else f"planned fault: {work.fault.value}"
             work.end(error)
-            ended.append(Ended(work.ticket, work.key, error, 0 if error else 1))
+            ended.append(JobDone(work.job, error, 0 if error else work.nbytes))
         return ended
 
-    def _fault(self) -> VaultFault:
-        return self._plans.popleft() if self._plans else VaultFault.NONE
+    def _fault(self) -> StoreFault:
+        return self._plans.popleft() if self._plans else StoreFault.NONE
 
-    def _start(
-        self, ticket: int, key: bytes, end: Callable[[str], None], fault: VaultFault
-    ) -> None:
-        self._works.append(_Work(ticket, key, end, fault, self.late))
+    def _start(self, job: int, nbytes: int, end: Callable[[str], None], fault: StoreFault) -> None:
+        self._works.append(_Work(job, nbytes, end, fault, self.late))
 
     def _take(self, on_disk: bool) -> _Slot:
         slot = _Slot((), 1)

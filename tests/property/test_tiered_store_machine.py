@@ -1,4 +1,4 @@
-"""The real vault over real files, with a disk that fails and lies: right, or a miss with a cause.
+"""The real store over real files, with a disk that fails and lies: right, or a miss with a cause.
 
 One operation at a time, so that what the disk's threads do does not depend on luck; killed and
 started again at any moment in between, damaged in memory and on disk.
@@ -9,15 +9,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from faulty_file import DiskFault
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvconnect.geometry.intersect import NO_BLOCK
-from kvconnect.testing.files import DiskFault
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from vaults import Bench, key_of
+from store_bench import Bench, key_of
 
 picks = st.integers(0, 1 << 16)
 seeds = st.integers(1, 5)
@@ -26,7 +26,7 @@ FAILS = {DiskFault.IO_ERROR, DiskFault.FULL, DiskFault.SHORT}
 faults = st.sampled_from([DiskFault.NONE, DiskFault.NONE, *DiskFault])
 
 
-class VaultMachine(RuleBasedStateMachine):
+class TieredStoreMachine(RuleBasedStateMachine):
     @initialize(slots=st.integers(1, 4), disk_slots=st.integers(1, 5))
     def start(self, slots, disk_slots):
         self.folder = tempfile.TemporaryDirectory()
@@ -107,12 +107,12 @@ class VaultMachine(RuleBasedStateMachine):
 
     @rule(seed=seeds)
     def forget(self, seed):
-        self.bench.vault.forget(key_of(seed))
+        self.bench.store.forget(key_of(seed))
         self.memory.pop(seed, None)
 
     @rule(seed=seeds)
     def forget_on_disk(self, seed):
-        self.bench.vault.forget_on_disk(key_of(seed))
+        self.bench.store.forget_on_disk(key_of(seed))
         self.disk.pop(seed, None)
 
     @precondition(lambda self: self.memory)
@@ -143,10 +143,10 @@ class VaultMachine(RuleBasedStateMachine):
         for (shelf, mine), slots in zip(shelves, self.sizes, strict=True):
             assert set(shelf.keys()) == {key_of(seed) for seed in mine}
             assert shelf.free == slots - len(mine)
-        assert not self.bench.vault.busy
+        assert not self.bench.store.busy
 
 
-TestVault = pytest.mark.slow(VaultMachine.TestCase)
+TestVault = pytest.mark.slow(TieredStoreMachine.TestCase)
 TestVault.settings = settings(
     max_examples=max(20, settings.default.max_examples // 4), stateful_step_count=30
 )

@@ -29,7 +29,7 @@ OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM}
 DRAFT_NAME = "{}.{}.new"  # of a file that is being made
 
 
-class Place(Protocol):
+class Backing(Protocol):
     """Where an arena is. ``bytes`` holds at least its header and the table of slots'."""
 
     bytes: np.ndarray
@@ -51,7 +51,7 @@ class Place(Protocol):
         """Give it up, and let the lock go; the content of a file stays. Idempotent."""
 
 
-Wrap = Callable[[int, bool, bool], Place]
+Wrap = Callable[[int, bool, bool], Backing]
 """(descriptor, to write?, new?) → the place, which owns the descriptor from then on."""
 
 
@@ -169,7 +169,7 @@ def _let_go(fd: int) -> None:
     os.close(fd)
 
 
-def create(path: Path, spec: Spec, head: bytes, wrap: Wrap) -> Place:
+def create(path: Path, spec: Spec, head: bytes, wrap: Wrap) -> Backing:
     """A new file with ``head``, zeros after it, and ourselves its writer."""
     draft = path.with_name(DRAFT_NAME.format(path.name, secrets.token_hex(4)))
     fd = -1
@@ -196,7 +196,7 @@ def create(path: Path, spec: Spec, head: bytes, wrap: Wrap) -> Place:
             os.unlink(draft)
 
 
-def open_to_write(path: Path, wrap: Wrap) -> Place | None:
+def open_to_write(path: Path, wrap: Wrap) -> Backing | None:
     """An existing file, locked; None if there is none (any more)."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -219,7 +219,7 @@ def open_to_write(path: Path, wrap: Wrap) -> Place | None:
         raise explained(path, e) from e
 
 
-def open_to_read(path: Path, wrap: Wrap) -> Place:
+def open_to_read(path: Path, wrap: Wrap) -> Backing:
     """An existing file, whoever writes to it."""
     fd = -1
     try:

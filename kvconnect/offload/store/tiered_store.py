@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvconnect.offload.jobs import Loss
-from kvconnect.offload.store.arena import Entry
+from kvconnect.offload.jobs import JobDone, Loss
+from kvconnect.offload.store.arena import SlotEntry
 from kvconnect.offload.store.disk import DiskStore
-from kvconnect.offload.store.host import Ended, HostStore, Ticket
+from kvconnect.offload.store.host import HostStore
 
 PATIENCE_S = 5.0
 
@@ -29,24 +29,24 @@ PATIENCE_S = 5.0
 class _Wanted(NamedTuple):
     """A load, as it was asked for."""
 
-    ticket: Ticket
+    job: int
     key: bytes
     group: int
     blocks: tuple[int, ...]
 
 
 @dataclass
-class _Fetch:
+class _Promotion:
     """A promotion under way."""
 
     key: bytes
     slot: int
-    entry: Entry  # on disk
+    entry: SlotEntry  # on disk
     passing: bool  # it is a neighbour's
     waiting: list[_Wanted]
 
 
-class Vault:
+class TieredStore:
     """See the module's contract. Without ``disk`` it is memory only."""
 
     def __init__(
@@ -59,14 +59,14 @@ class Vault:
         self.disk = disk
         self._clock = clock
         self._numbers = itertools.count(1)  # tickets of our own
-        self._saves: dict[int, Ticket] = {}
-        self._loads: dict[int, tuple[_Wanted, Entry | None]] = {}  # → what on disk it came from
-        self._spills: dict[int, tuple[Ticket, Entry]] = {}
-        self._fetches: dict[int, _Fetch] = {}
-        self._fetching: dict[bytes, _Fetch] = {}
+        self._saves: dict[int, int] = {}
+        self._loads: dict[int, tuple[_Wanted, SlotEntry | None]] = {}  # → what on disk it came from
+        self._spills: dict[int, tuple[int, SlotEntry]] = {}
+        self._fetches: dict[int, _Promotion] = {}
+        self._fetching: dict[bytes, _Promotion] = {}
         self._queued: deque[tuple[_Wanted, float]] = deque()  # since then
         self._promoted_at = clock()
-        self._ended: list[Ended] = []
+        self._ended: list[JobDone] = []
         self._beside: set[bytes] = set()
 
     @property
@@ -110,7 +110,7 @@ class Vault:
 
     def save(
         self,
-        ticket: Ticket,
+        job: int,
         key: bytes,
         group: int,
         blocks: Sequence[int],
@@ -119,20 +119,20 @@ class Vault:
         number = next(self._numbers)
         if not self.host.store(number, key, group, blocks):
             return False
-        self._saves[number] = ticket
+        self._saves[number] = job
         return True
 
     def load(
         self,
-        ticket: Ticket,
+        job: int,
         key: bytes,
         group: int,
         blocks: Sequence[int],
     ) -> bool:
         """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
-        return self._load(_Wanted(ticket, key, group, tuple(blocks)))
+        return self._load(_Wanted(job, key, group, tuple(blocks)))
 
-    def spill(self, ticket: Ticket, key: bytes) -> bool:
+    def spill(self, job: int, key: bytes) -> bool:
         """Start to write what memory holds to disk, where it may be forgotten meanwhile.
 
         False: dropped, or not needed.
@@ -146,7 +146,7 @@ class Vault:
         if not self.disk.write(number, entry, self.host.shelf.arena.payload(entry.slot)):
             self.host.shelf.done(entry)
             return False
-        self._spills[number] = ticket, entry
+        self._spills[number] = job, entry
         return True
 
     def forget(self, key: bytes) -> None:
@@ -158,25 +158,25 @@ class Vault:
         if self.disk is not None:
             self.disk.drop(key)
 
-    def poll(self) -> list[Ended]:
+    def poll(self) -> list[JobDone]:
         """What ended since the last call."""
         for done in self.disk.poll() if self.disk else ():
-            if done.ticket in self._spills:
-                ticket, entry = self._spills.pop(done.ticket)
+            if done.id in self._spills:
+                job, entry = self._spills.pop(done.id)
                 self.host.shelf.done(entry)
-                self._ended.append(done._replace(ticket=ticket))
+                self._ended.append(done._replace(id=job))
             else:
-                self._fetched(self._fetches.pop(done.ticket), done)
+                self._fetched(self._fetches.pop(done.id), done)
         for done in self.host.poll():
-            if done.ticket in self._saves:
-                self._ended.append(done._replace(ticket=self._saves.pop(done.ticket)))
+            if done.id in self._saves:
+                self._ended.append(done._replace(id=self._saves.pop(done.id)))
             else:
-                self._loaded(*self._loads.pop(done.ticket), done)
+                self._loaded(*self._loads.pop(done.id), done)
         self._start_fetches()
         ended, self._ended = self._ended, []
         return ended
 
-    def _load(self, wanted: _Wanted, promoted: Entry | None = None) -> bool:
+    def _load(self, wanted: _Wanted, promoted: SlotEntry | None = None) -> bool:
         number = next(self._numbers)
         if self.host.load(number, *wanted[1:]):
             self._loads[number] = wanted, promoted
@@ -203,7 +203,7 @@ class Vault:
                 return
             else:
                 self.host.counts["host_promotions_without_slot"] += 1
-                self._ended.append(Ended(wanted.ticket, wanted.key, "no slot to read it to", 0))
+                self._ended.append(JobDone(wanted.job, "no slot to read it to"))
 
     def _read(self, wanted: _Wanted, slot: int) -> None:
         """Promote it to ``slot``."""
@@ -213,20 +213,20 @@ class Vault:
         entry = self.disk.read(number, wanted.key, shelf.arena.payload(slot))
         if entry is None:
             shelf.abandon(slot)
-            self._ended.append(Ended(wanted.ticket, wanted.key, "not read", 0))
+            self._ended.append(JobDone(wanted.job, "not read"))
             return
         self._promoted_at = self._clock()
-        fetch = _Fetch(wanted.key, slot, entry, passing, [wanted])
+        fetch = _Promotion(wanted.key, slot, entry, passing, [wanted])
         self._fetches[number] = self._fetching[wanted.key] = fetch
 
-    def _fetched(self, fetch: _Fetch, done: Ended) -> None:
+    def _fetched(self, fetch: _Promotion, done: JobDone) -> None:
         del self._fetching[fetch.key]
         self._promoted_at = self._clock()
         shelf, entry = self.host.shelf, fetch.entry
         if done.error:
             shelf.abandon(fetch.slot)
             for wanted in fetch.waiting:
-                self._ended.append(done._replace(ticket=wanted.ticket))
+                self._ended.append(done._replace(id=wanted.job))
             return
         saved = fetch.key in shelf  # meanwhile
         if saved:
@@ -239,17 +239,17 @@ class Vault:
         for wanted in fetch.waiting:
             if not self._load(wanted, entry):
                 self._spoilt(entry)
-                self._ended.append(Ended(wanted.ticket, wanted.key, "damaged on disk", 0))
+                self._ended.append(JobDone(wanted.job, "damaged on disk"))
         if fetch.passing and not saved:
             self.host.drop(fetch.key)  # its slot is free once those loads have read it
 
-    def _loaded(self, wanted: _Wanted, promoted: Entry | None, done: Ended) -> None:
+    def _loaded(self, wanted: _Wanted, promoted: SlotEntry | None, done: JobDone) -> None:
         if done.error and promoted is not None:
             self._spoilt(promoted)
         if done.error and promoted is None and self._fetch(wanted):
             return
-        self._ended.append(done._replace(ticket=wanted.ticket))
+        self._ended.append(done._replace(id=wanted.job))
 
-    def _spoilt(self, entry: Entry) -> None:
+    def _spoilt(self, entry: SlotEntry) -> None:
         if self.disk is not None:
             self.disk.damaged(entry)

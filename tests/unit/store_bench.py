@@ -1,20 +1,20 @@
-"""A vault over a real cache, folder and disk threads, as tests want one."""
+"""A store over a real cache, folder and disk threads, as tests want one."""
 
 import time
 
 import numpy as np
+from faulty_file import FaultyFile
 
+from kvconnect.offload.store.backing import Filed, mapped
 from kvconnect.offload.store.disk import DiskStore, system_file
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.host import HostStore
-from kvconnect.offload.store.lanes import Lanes
+from kvconnect.offload.store.io_threads import IoThreads
 from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
-from kvconnect.offload.store.packing import Packing, slot_bytes
-from kvconnect.offload.store.places import Filed, mapped
-from kvconnect.offload.store.shelf import Shelf
-from kvconnect.offload.store.vault import Vault
+from kvconnect.offload.store.slot_index import SlotIndex
+from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
+from kvconnect.offload.store.tiered_store import TieredStore
 from kvconnect.ops import load
-from kvconnect.testing.files import FaultyFile
 from kvconnect.testing.geometry import Cache, Model
 
 FINGERPRINT = b"\x05" * 32
@@ -31,7 +31,7 @@ def neighbours_of(folder, path, wrap):
 
 
 class Bench:
-    """One rank: ``vault`` over ``cache``; its arenas are in two folders of ``folder``."""
+    """One rank: ``store`` over ``cache``; its arenas are in two folders of ``folder``."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class Bench:
         cache=None,
     ):
         self.cache = cache or Cache(model, BLOCKS, layout)
-        self.packing = Packing(self.cache.shard, 0, CHUNK, kernels or load("cpu"))
+        self.packing = SlotLayout(self.cache.shard, 0, CHUNK, kernels or load("cpu"))
         nbytes = slot_bytes([self.packing])
         host, path = claim(folder / "host", Spec(slots, nbytes, FINGERPRINT))
         beside = neighbours_of(folder / "host", path, mapped) if share else None
-        self.host = HostStore(Shelf(host), [self.packing], beside)
+        self.host = HostStore(SlotIndex(host), [self.packing], beside)
         self.neighbours = [beside] if share else []
         self.disk = self.file = None
         if disk_slots:
@@ -59,9 +59,9 @@ class Bench:
             disk, path = claim(folder / "disk", spec, Filed)
             beside = neighbours_of(folder / "disk", path, Filed) if share else None
             self.neighbours += [beside] if share else []
-            self.disk = DiskStore(Shelf(disk), Lanes(2, most_jobs), beside, self.open_file)
+            self.disk = DiskStore(SlotIndex(disk), IoThreads(2, most_jobs), beside, self.open_file)
         self.now = 0.0
-        self.vault = Vault(self.host, self.disk, lambda: self.now)
+        self.store = TieredStore(self.host, self.disk, lambda: self.now)
         self.tickets = 0
 
     def open_file(self, arena):
@@ -77,8 +77,8 @@ class Bench:
         """All that ends now: ticket → error."""
         found = {}
         for _ in range(10_000):
-            found |= {ended.ticket: ended.error for ended in self.vault.poll()}
-            if not self.vault.busy:
+            found |= {ended.id: ended.error for ended in self.store.poll()}
+            if not self.store.busy:
                 return found
             time.sleep(0.0005)  # threads of the disk
         raise AssertionError("it does not end")
@@ -87,17 +87,17 @@ class Bench:
         """Whether KV of ``seed`` is held afterwards."""
         self.cache.fill(blocks, seed)
         ticket = self.ticket()
-        return self.vault.save(ticket, key_of(seed), 0, blocks) and not self.settle()[ticket]
+        return self.store.save(ticket, key_of(seed), 0, blocks) and not self.settle()[ticket]
 
     def spill(self, seed):
         ticket = self.ticket()
-        return self.vault.spill(ticket, key_of(seed)) and not self.settle()[ticket]
+        return self.store.spill(ticket, key_of(seed)) and not self.settle()[ticket]
 
     def load(self, seed, blocks=(10, 11)):
         """Whether it was loaded; wrong content is an error."""
         self.cache.fill([b for b in blocks if b >= 0], 999)
         ticket = self.ticket()
-        if not self.vault.load(ticket, key_of(seed), 0, blocks):
+        if not self.store.load(ticket, key_of(seed), 0, blocks):
             return False
         if self.settle()[ticket]:
             return False
