@@ -206,7 +206,7 @@ class OffloadTier:
         self._beside.update(gained)
         for key in lost:
             self._beside[key] -= 1
-            if not self._beside[key]:
+            if self._beside[key] <= 0:  # it may have come before there was a tier to be told
                 del self._beside[key]
 
     def clear(self) -> Effects:

@@ -329,6 +329,16 @@ OFFLOAD = (
         ("host_keys_lost", "disk_keys_lost"),
         "Chunks that a rank turned out not to have any more.",
     ),
+    Metric(
+        "vllm:kvconnect_offload_neighbours_switched_off",
+        ("neighbours_switched_off",),
+        "Times that another engine's stored KV could not be read, and was left alone for a minute.",
+    ),
+    Metric(
+        "vllm:kvconnect_offload_job_faults",
+        ("job_faults", "host_job_faults"),
+        "Jobs that ended by an exception nobody foresaw; the log has its traceback.",
+    ),
 )
 CHAIN = (
     Metric(

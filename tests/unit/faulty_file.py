@@ -34,6 +34,7 @@ class FaultyFile:
         self.usual = DiskFault.NONE
         """Of operations that nothing was planned for."""
         self.operations = 0
+        self.closed = False
         self._file = file
         self._plans: deque[DiskFault] = deque()
         self._lock = threading.Lock()
@@ -81,6 +82,7 @@ class FaultyFile:
         return self._file.write(content, offset)
 
     def close(self) -> None:
+        self.closed = True
         self._file.close()
 
     def _next(self) -> DiskFault:

@@ -10,7 +10,7 @@ from kvconnect.offload.store.disk import DiskStore, system_file
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.io_threads import IoThreads
-from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
+from kvconnect.offload.store.neighbours import Neighbours, claim, other_paths
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.offload.store.tiered_store import TieredStore
@@ -27,7 +27,7 @@ def key_of(seed):
 
 
 def neighbours_of(folder, path, wrap):
-    return Neighbours(paths_beside(folder, FINGERPRINT, path), FINGERPRINT, wrap)
+    return Neighbours(other_paths(folder, FINGERPRINT, path), FINGERPRINT, wrap)
 
 
 class Bench:
@@ -53,7 +53,11 @@ class Bench:
         beside = neighbours_of(folder / "host", path, mapped) if share else None
         self.host = HostStore(SlotIndex(host), [self.packing], beside)
         self.neighbours = [beside] if share else []
-        self.disk = self.file = None
+        self.disk = None
+        self.files = []
+        """Of our own arena on disk, and then of neighbours', as they were opened."""
+        self.open_error = None
+        """Raised by whoever opens a file."""
         if disk_slots:
             spec = Spec(disk_slots, nbytes, FINGERPRINT)
             disk, path = claim(folder / "disk", spec, Filed)
@@ -65,9 +69,15 @@ class Bench:
         self.tickets = 0
 
     def open_file(self, arena):
-        file = FaultyFile(system_file(arena))
-        self.file = self.file or file
-        return file
+        if self.open_error is not None:
+            raise self.open_error
+        self.files.append(FaultyFile(system_file(arena)))
+        return self.files[-1]
+
+    @property
+    def file(self):
+        """Of our own arena on disk."""
+        return self.files[0] if self.files else None
 
     def ticket(self):
         self.tickets += 1

@@ -1,5 +1,9 @@
 """Engines that share: each writes its own arena, reads the others', and never believes too much."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 from store_bench import FINGERPRINT, Bench, key_of
 
@@ -7,7 +11,8 @@ from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import neighbours as module
 from kvconnect.offload.store.backing import Filed, mapped
 from kvconnect.offload.store.header import Spec
-from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
+from kvconnect.offload.store.neighbours import OFF_S, Neighbours, claim, other_paths
+from kvconnect.testing.clock import FakeClock
 
 SPEC = Spec(8, 64, FINGERPRINT)
 
@@ -67,7 +72,7 @@ def test_a_folder_that_cannot_be_made_is_a_failure(tmp_path):
 def test_it_tells_what_came_and_what_went(tmp_path, wrap):
     own, path = claim(tmp_path, SPEC, wrap)
     others = [claim(tmp_path, SPEC, wrap)[0] for _ in range(2)]
-    seen = Neighbours(paths_beside(tmp_path, FINGERPRINT, path), FINGERPRINT, wrap)
+    seen = Neighbours(other_paths(tmp_path, FINGERPRINT, path), FINGERPRINT, wrap)
     hold(own, 0, 9)
     assert seen.refresh() == ([], []), "our own is no news"
     for slot in range(5):
@@ -90,7 +95,7 @@ def test_it_tells_what_came_and_what_went(tmp_path, wrap):
 
 def test_an_arena_that_was_replaced_is_looked_at_anew(tmp_path, wrap):
     other, path = claim(tmp_path, SPEC, wrap)
-    seen = Neighbours(paths_beside(tmp_path, FINGERPRINT, None), FINGERPRINT, wrap)
+    seen = Neighbours(other_paths(tmp_path, FINGERPRINT, None), FINGERPRINT, wrap)
     hold(other, 0, 1)
     assert seen.refresh() == ([key_of(1)], [])
     other.close()
@@ -194,19 +199,93 @@ def test_a_slot_on_disk_that_changes_while_it_is_read_is_a_miss(pair):
     assert other.spill(1)
     other.store.forget(key_of(1))
     refresh(mine)
-    files = []
-    opened = mine.disk._open_file
-    mine.disk._open_file = lambda arena: files.append(opened(arena)) or files[-1]
     assert mine.load(1)
     mine.store.forget(key_of(1))
-    files[0].hold()
+    mine.files[1].hold()
     ticket = mine.ticket()
     assert mine.store.load(ticket, key_of(1), 0, (10, 11))
     other.store.forget_on_disk(key_of(1))
     assert other.spill(2), "it is written where the other was"
-    files[0].let_go()
+    mine.files[1].let_go()
     assert mine.settle()[ticket] == "its writer overwrote it"
     assert mine.disk.counts["disk_neighbour_reads_spoilt"] == 1
+
+
+def reading_from_disk(mine, other):
+    """A load under way of what only the other's disk has: its number, and the file, held."""
+    assert other.save(1) and other.spill(1)
+    other.store.forget(key_of(1))
+    refresh(mine)
+    assert mine.load(1), "its file is open from now on"
+    mine.files[1].hold()
+    ticket = mine.ticket()
+    assert mine.store.load(ticket, key_of(1), 0, (10, 11))
+    mine.store.poll()
+    return ticket, mine.files[1]
+
+
+@pytest.mark.parametrize("comes_back", [True, False], ids=["replaced", "removed"])
+def test_a_neighbours_file_that_goes_while_it_is_read_is_a_miss(pair, tmp_path, comes_back):
+    """It used to end the runner, and with it the engine."""
+    mine, other = pair
+    ticket, file = reading_from_disk(mine, other)
+    path = next((tmp_path / "disk").glob("*-1.kvarena"))
+    other.close()
+    if comes_back:
+        spec = other.disk.shelf.arena.spec._replace(slots=2)
+        assert claim(tmp_path / "disk", spec, Filed)[1] == path
+    else:
+        path.unlink()
+    mine.store.look_around()
+    file.let_go()
+    assert mine.settle()[ticket] in ("", "its writer overwrote it")
+    mine.store.look_around()
+    assert file.closed, "the file of a neighbour that is gone is closed"
+    assert mine.save(5) and mine.load(5)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_folder_that_cannot_be_looked_at_switches_neighbours_off_for_a_while(
+    tmp_path, monkeypatch, caplog, code
+):
+    """It used to end the engine."""
+    other, path = claim(tmp_path, SPEC)
+    hold(other, 0, 1)
+    clock = FakeClock()
+    seen = Neighbours(other_paths(tmp_path, FINGERPRINT, None)[:1], FINGERPRINT, clock=clock)
+    assert seen.refresh() == ([key_of(1)], [])
+    stat, fails = Path.stat, [True]
+
+    def failing(self, *args, **more):
+        if fails and self == path:
+            raise OSError(code, os.strerror(code))
+        return stat(self, *args, **more)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    assert seen.refresh() == ([], [key_of(1)])
+    assert seen.find(key_of(1)) is None
+    assert seen.counts["neighbours_switched_off"] == 1
+    assert os.strerror(code) in caplog.text
+    fails.clear()
+    assert seen.refresh() == ([], []), "it is off still"
+    clock.advance(OFF_S)
+    assert seen.refresh() == ([key_of(1)], [])
+    seen.close()
+
+
+def test_a_neighbours_file_that_cannot_be_opened_or_read_is_a_miss(pair):
+    mine, other = pair
+    for seed in (1, 2):
+        assert other.save(seed) and other.spill(seed)
+        other.store.forget(key_of(seed))
+    mine.open_error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    refresh(mine)
+    assert not mine.load(1)
+    assert mine.disk.counts["disk_reads_failed"] == 1
+    assert mine.disk.neighbours.counts["neighbours_switched_off"] == 1
+    assert not mine.load(2), "it is off"
+    assert mine.disk.counts["disk_reads_failed"] == 1
+    assert mine.save(5) and mine.spill(5)
 
 
 def test_neighbours_do_not_stand_in_the_way_of_stores(pair):

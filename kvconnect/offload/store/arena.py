@@ -73,6 +73,8 @@ class Arena:
             place.extend(spec.payload_offset)
         table = place.bytes[HEAD_BYTES : HEAD_BYTES + spec.slots * SLOT.itemsize]
         self._table: np.ndarray = table.view(SLOT)
+        self._readers = 0
+        self._closing = False
         rows, held = self._snapshot()
         self._order = int(rows["order"][held].max(initial=0))
 
@@ -183,10 +185,22 @@ class Arena:
         except OSError:
             return False
 
+    def begin_read(self) -> None:
+        """A payload is read from here on: until `end_read` the memory or file stays open."""
+        self._readers += 1
+
+    def end_read(self) -> None:
+        """One reader less."""
+        self._readers -= 1
+        if self._closing:
+            self.close()
+
     def close(self) -> None:
-        """Let go of memory and lock; a file keeps its content. Idempotent."""
-        self._table = np.empty(0, SLOT)
-        self.place.close()
+        """Let go of memory and lock once nobody reads; a file keeps its content. Idempotent."""
+        self._closing = True
+        if not self._readers:
+            self._table = np.empty(0, SLOT)
+            self.place.close()
 
 
 def make(spec: Spec, followed: bool = False, nodes: Nodes = ()) -> Arena:

@@ -119,12 +119,18 @@ class DiskStore:
             if entry is not None and own:
                 self.shelf.done(entry)
             return None
-        file = self._files.get(arena.identity)
-        if file is None:
-            file = self._files[arena.identity] = self._open_file(arena)
+        try:
+            file = self._file_of(arena)
+        except OSError as e:
+            assert not own, "our own file has been open since the start"
+            self.counts["disk_reads_failed"] += 1
+            self._spoilt(arena, str(e))
+            return None
         content = into.data[: pages(entry.nbytes)]
         number = self._threads.read(file, content, arena.offset(entry.slot))
         self._jobs[number] = _Read(job, entry, arena, own)
+        if not own:
+            arena.begin_read()
         return entry
 
     def poll(self) -> list[JobDone]:
@@ -136,6 +142,8 @@ class DiskStore:
                 error, nbytes = self._end_write(job, done.error)
             else:
                 error, nbytes = self._end_read(job, done.error)
+                if not job.own:
+                    job.arena.end_read()
             ended.append(JobDone(job.job, error, nbytes, done.seconds))
         return ended
 
@@ -153,6 +161,13 @@ class DiskStore:
         """Keys that turned out to be damaged since the last call, and are gone."""
         lost, self._lost = self._lost, []
         return lost
+
+    def close_files(self) -> None:
+        """Close the files of neighbours that are gone, or were replaced by new ones."""
+        used = {job.arena.identity for job in self._jobs.values() if isinstance(job, _Read)}
+        used |= self.neighbours.identities() if self.neighbours else set()
+        for identity in self._files.keys() - used - {self.shelf.arena.identity}:
+            self._files.pop(identity).close()
 
     def close(self) -> None:
         """Wait for what runs; what was committed stays. Idempotent."""
@@ -191,11 +206,24 @@ class DiskStore:
             return "its writer overwrote it", 0
         if error:
             self.counts["disk_reads_failed"] += 1
-            if job.own and self.shelf.drop_entry(entry):
+            if not job.own:
+                self._spoilt(job.arena, error)
+            elif self.shelf.drop_entry(entry):
                 self._lost.append(entry.key)
             return f"not read: {error}", 0
         self.counts["disk_read"] += 1
         return "", entry.nbytes
+
+    def _file_of(self, arena: Arena) -> File:
+        """The file that ``arena`` lies in; raises OSError if it cannot be opened."""
+        file = self._files.get(arena.identity)
+        if file is None:
+            file = self._files[arena.identity] = self._open_file(arena)
+        return file
+
+    def _spoilt(self, arena: Arena, error: str) -> None:
+        assert self.neighbours is not None
+        self.neighbours.spoilt(arena, error)
 
     def _failed(self, error: str) -> None:
         self.counts["disk_writes_failed"] += 1

@@ -11,20 +11,23 @@
 * Not thread-safe: the mover's thread owns it. On CPU the kernels run within `poll`.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvconnect.errors import TransportError
+from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.jobs import JobDone
-from kvconnect.offload.store.arena import SlotEntry
+from kvconnect.offload.store.arena import Arena, SlotEntry
 from kvconnect.offload.store.neighbours import Neighbours
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, SlotMove
 from kvconnect.ops import Verb
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 NONE = np.empty(0, np.uint64)
 
@@ -46,6 +49,7 @@ class _LoadJob:
     group: int
     blocks: Sequence[int]
     address: int
+    arena: Arena
     own: bool
     sums: np.ndarray
 
@@ -121,7 +125,9 @@ class HostStore:
                 self.shelf.done(entry)
             return False
         address = arena.address(entry.slot)
-        self._waiting.append(_LoadJob(job, entry, group, blocks, address, own, sums))
+        self._waiting.append(_LoadJob(job, entry, group, blocks, address, arena, own, sums))
+        if not own:
+            arena.begin_read()
         return True
 
     def poll(self) -> list[JobDone]:
@@ -158,8 +164,10 @@ class HostStore:
             verb: Verb = "gather" if kind is _StoreJob else "scatter"
             try:
                 packed = packing.move(verb, [(job.blocks, job.address) for job in jobs])
-            except TransportError as e:
-                self._end(jobs, str(e))
+            except AssertionError:
+                raise
+            except Exception as e:
+                self._end(jobs, self._explained(e))
             else:
                 self._batches.append(_Batch(kind, jobs, packed))
 
@@ -167,11 +175,22 @@ class HostStore:
         try:
             if not batch.packed.done():
                 return
-        except TransportError as e:
-            self._end(batch.jobs, str(e))
+            sums = batch.packed.sums()
+        except AssertionError:
+            raise
+        except Exception as e:
+            self._end(batch.jobs, self._explained(e))
         else:
-            self._end(batch.jobs, "", batch.packed.sums())
+            self._end(batch.jobs, "", sums)
         self._batches.remove(batch)
+
+    def _explained(self, error: Exception) -> str:
+        """What kernels raised: it costs the jobs of one launch, whatever it is."""
+        if isinstance(error, TransportError | GeometryError):
+            return str(error)
+        logger.exception("kvconnect: a launch of offloading failed")
+        self.counts["host_job_faults"] += 1
+        return f"{type(error).__name__}: {error}"
 
     def _end(self, jobs: Sequence[_Job], error: str, sums: np.ndarray = NONE) -> None:
         """``sums``: of all blocks that were moved, in their order."""
@@ -205,6 +224,8 @@ class HostStore:
             self._damaged(load.entry, load.own)
         if load.own:
             self.shelf.done(load.entry)
+        else:
+            load.arena.end_read()
         self.counts["host_loaded"] += not error
         nbytes = 0 if error else blocks * self._packings[load.group].block_bytes
         self._ended.append(JobDone(load.job, error, nbytes))

@@ -99,6 +99,8 @@ class TieredStore:
         neighbours = [s.neighbours for s in (self.host, self.disk) if s and s.neighbours]
         for one in neighbours:
             one.refresh()
+        if self.disk is not None:
+            self.disk.close_files()
         now = {key for one in neighbours for key in one.found()}
         before, self._beside = self._beside, now
         return now - before, before - now

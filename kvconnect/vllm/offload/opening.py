@@ -16,7 +16,7 @@ from kvconnect.offload.store.disk import DiskStore
 from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.io_threads import IoThreads
-from kvconnect.offload.store.neighbours import Neighbours, claim, paths_beside
+from kvconnect.offload.store.neighbours import Neighbours, claim, other_paths
 from kvconnect.offload.store.numa import Nodes
 from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.replica import ReplicaReader
@@ -122,7 +122,9 @@ def open_place(
         keys = [], []
 
     def counts() -> Counter[str]:
-        return Counter(host.counts) + (disk.counts if disk else Counter())
+        stores = [store for store in (host, disk) if store]
+        seen = [store.neighbours for store in stores if store.neighbours]
+        return sum((one.counts for one in [*stores, *seen]), Counter())
 
     runner = Runner(vault, [packing.block_bytes for packing in packings], counts)
     disk_slots = disk.shelf.arena.spec.slots if disk else 0
@@ -142,7 +144,7 @@ def follow(
     """A place that loads what another rank of this host stores; raises StoreError."""
     paths = [Path(lead.path)]
     if config.share:  # the leader's own file is among them
-        paths = paths_beside(_memory_folder(config), fingerprint, None)
+        paths = other_paths(_memory_folder(config), fingerprint, None)
     beside = Neighbours(paths, fingerprint)
     beside.refresh()
     memory = beside.arena_of(lead.identity)
@@ -157,7 +159,7 @@ def follow(
     follower = ReplicaReader(beside, packings, lead.keys, ready=_ready(memory, pinning))
 
     def counts() -> Counter[str]:
-        return Counter(follower.host.counts)
+        return follower.host.counts + beside.counts
 
     each = [packing.block_bytes for packing in packings]
     runner = Runner(follower, each, counts)
@@ -190,7 +192,7 @@ def _beside(
 ) -> Neighbours | None:
     if not config.share:
         return None
-    return Neighbours(paths_beside(folder, fingerprint, own), fingerprint, wrap)
+    return Neighbours(other_paths(folder, fingerprint, own), fingerprint, wrap)
 
 
 _filed: Wrap = Filed
