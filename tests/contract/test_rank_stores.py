@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fake_store import FakeStore, StoreFault
-from store_contract import check_store
 
 from kvconnect.geometry.intersect import NO_BLOCK
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from fake_store import FakeStore, StoreFault
 from store_bench import Bench
+from store_contract import check_store
 
 
 class FakeRig:

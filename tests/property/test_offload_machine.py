@@ -4,8 +4,10 @@ Ranks carry out jobs when they get to it, fail one by one, lose what they held, 
 together. At rest, every rank holds exactly what the scheduler thinks: no slot is lost for good.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
-from fake_store import FakeStore, StoreFault
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +19,9 @@ from kvconnect.offload.jobs import Forget
 from kvconnect.offload.store.runner import Runner
 from kvconnect.offload.tiers import KeyedChunk, OffloadTier, Writes, common
 from kvconnect.testing.clock import FakeClock
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from fake_store import FakeStore, StoreFault
 
 picks = st.integers(0, 1 << 16)
 KEYS = [bytes([n]) * 4 for n in range(7)]

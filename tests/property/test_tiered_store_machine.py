@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from faulty_file import DiskFault
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvconnect.geometry.intersect import NO_BLOCK
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from faulty_file import DiskFault
 from store_bench import Bench, key_of
 
 picks = st.integers(0, 1 << 16)
