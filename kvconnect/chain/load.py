@@ -99,6 +99,8 @@ class _Loading:
     peers: dict[str, deque[Hop]]  # of each: its hop that runs, and those that wait for it
     unused: dict[int, Fill] = field(default_factory=dict)  # fills, by unit, not carried out yet
     aborted: bool = False
+    problems: dict[str, str] = field(default_factory=dict)
+    """Why a source failed, by its name; of many reasons the first."""
 
 
 @dataclass
@@ -167,6 +169,7 @@ class ChainLoader:
             return False
         if error is not None:
             going.failed.update(going.hop.chunks)
+            going.loading.problems.setdefault(going.hop.source, error)
         loading, source = going.loading, going.hop.source
         self._hop_ended(going, ended_s)
         loading.peers[source].popleft()
@@ -182,6 +185,7 @@ class ChainLoader:
         unit = going.fills.pop(number)
         if error:
             going.failed.add(unit)
+            going.loading.problems.setdefault(going.hop.source, error)
         if not going.fills:
             self._hop_ended(going, ended_s)
             self._end_if_done(going.loading)
@@ -269,10 +273,11 @@ class ChainLoader:
         self._ended.append(
             LoadDone(order.request_id, frozenset(block for _, block in lost), from_start)
         )
-        self._log(order, plan)
+        self._log(loading)
 
-    def _log(self, order: ChainedLoad, plan: LoadPlan) -> None:
-        """What went wrong, in one line of the log."""
+    def _log(self, loading: _Loading) -> None:
+        """What went wrong and why, in one line of the log."""
+        order, plan = loading.order, loading.plan
         self.counts["fallbacks"] += len(plan.fell_back)
         self.counts["pieces_failed"] += len(plan.failed)
         self.counts["tokens_lost"] += sum(order.units[n].tokens for n in plan.failed)
@@ -284,5 +289,10 @@ class ChainLoader:
         parts = [f"{n} from {new} that {old} failed" for (old, new), n in stood_in.items()]
         if plan.failed:
             parts.append(f"{len(plan.failed)} that nobody could give, to be computed again")
-        units = len(order.units)
-        logger.warning("request %s: of %d chunks %s", order.request_id, units, ", ".join(parts))
+        logger.warning(
+            "request %s: of %d chunks %s (%s)",
+            order.request_id,
+            len(order.units),
+            ", ".join(parts),
+            "; ".join(f"{source}: {why}" for source, why in loading.problems.items()),
+        )

@@ -149,7 +149,7 @@ def test_the_lease_stays_open_for_what_the_store_turns_out_not_to_have(world, pr
     assert decode.holds(BLOCKS)
     assert prefill.sent == ["p"]
     assert [r.getMessage() for r in caplog.records] == [
-        "request d: of 4 chunks 2 from peer that host failed"
+        "request d: of 4 chunks 2 from peer that host failed (host: damaged)"
     ]
     assert decode.declined == []
 

@@ -216,7 +216,7 @@ def test_blocks_that_are_cached_or_null_are_not_filled(make):
     work = engine.load(other, ([11, 12, 13, 14, 15],), local=BLOCK)
     assert [fill.blocks for fill in work.jobs] == [(NO_BLOCK, 12), (13, 14)]
     assert work.loads["other"].fills == tuple(fill.number for fill in work.jobs)
-    assert not work.loads["other"].failed
+    assert not work.loads["other"].problem
 
 
 def test_a_failed_load_is_not_tried_again(make):
@@ -247,7 +247,7 @@ def test_a_load_with_nothing_to_fill_still_ends_at_the_workers(make):
     engine = make()
     engine.stored(request(), ([1, 2, 3],))
     work = engine.load(request("other"), ([0, 0, 0, 14],))
-    assert work.loads["other"] == ((), False)
+    assert work.loads["other"] == ((), "")
 
 
 def test_blocks_out_of_the_window_are_neither_saved_nor_wanted(make):
@@ -420,7 +420,8 @@ def test_a_load_from_disk_that_has_no_room_fails_and_is_not_tried_again(make):
     engine.half.admitted(other, blocks, 12)
     work = engine.step()
     assert len(work.jobs) == 1
-    assert work.loads["other"] == ((work.jobs[0].number,), True)
+    problem = "memory has no room for 2 chunks on disk"
+    assert work.loads["other"] == ((work.jobs[0].number,), problem)
     engine.answer(work)
     assert engine.half.match(other, 0) == 0
     assert engine.half.spares(other, [Wanted(0, 0, (11,))]) == [(None, "")]
@@ -606,3 +607,44 @@ def test_what_is_offered_again_is_still_told_when_it_leaves_the_disk(make):
     engine.half.clear()
     left = [(type(event).__name__, event.medium) for event in engine.half.take_events()]
     assert left == [("BlockRemoved", "CPU")] * 3 + [("BlockRemoved", "STORAGE")] * 3
+
+
+class Counting(list):
+    """A list that counts how many of its items were taken out."""
+
+    taken = 0
+
+    def __getitem__(self, at):
+        found = super().__getitem__(at)
+        self.taken += len(found) if isinstance(at, slice) else 1
+        return found
+
+
+def test_what_events_cost_grows_with_what_is_saved_and_not_with_its_square(make):
+    """128k tokens used to cost 8 s of the scheduler in each step."""
+    engine = make(slots=256)
+    one = request(blocks=128)
+    engine.half.match(one, 0)
+    one.block_hashes = hashes = Counting(one.block_hashes)
+    tables = (list(range(1, 129)),)
+    table = [*engine.pool.blocks, *Pool(256).blocks[64:]]
+    engine.pool.blocks = table
+    engine.answer(engine.step(one, tables, one.num_tokens))
+    events = engine.half.take_events()
+    assert len(events) == 128
+    assert events[0].parent_block_hash is None
+    assert events[5].parent_block_hash == events[4].block_hashes[-1]
+    assert hashes.taken <= 4 * 128
+
+
+def test_nothing_is_kept_of_saves_that_came_to_nothing(make):
+    """It used to keep their tokens and hashes for ever."""
+    engine = make()
+    one = request()
+    engine.half.match(one, 0)
+    engine.answer(engine.step(one, ([1, 2, 3],), one.num_tokens), failures=1)
+    assert engine.half.take_events() == []
+    assert engine.half.events_held == 0
+    other = request("other", seed=7)
+    engine.stored(other, ([4, 5, 6],))
+    assert engine.half.events_held == 3

@@ -38,6 +38,10 @@ class Events:
         self._hash_tokens = hash_tokens
         self._told: dict[Key, _Told] = {}
 
+    def __len__(self) -> int:
+        """Of how many chunks it knows what to tell."""
+        return len(self._told)
+
     def saving(self, request: Any, key: Key, group: int, end_token: int) -> None:
         """The chunk of ``request`` that ends there is being saved as ``key``."""
         if not self._enabled:
@@ -45,14 +49,20 @@ class Events:
         cut = self._cuts[group]
         first = end_token - cut.group.chunk_tokens
         start, end = first // self._hash_tokens, end_token // self._hash_tokens
-        hashes = [maybe_convert_block_hash(one) for one in request.block_hashes[:end]]
+        before = self._told.get(key)
         self._told[key] = _Told(
-            hashes[start:],
-            hashes[start - 1] if start else None,
+            [maybe_convert_block_hash(one) for one in request.block_hashes[start:end]],
+            maybe_convert_block_hash(request.block_hashes[start - 1]) if start else None,
             list(request.all_token_ids[first:end_token]),
             request.lora_request,
             cut.group_id,
+            before.media if before else set(),
         )
+
+    def not_saved(self, key: Key) -> None:
+        """Nothing came of a save: what it was of is kept only if another medium holds it."""
+        if key in self._told and not self._told[key].media:
+            del self._told[key]
 
     def take(self, tiers: Iterable[CacheTier | None]) -> list[Any]:
         """What has changed since the last call."""

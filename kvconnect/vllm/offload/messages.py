@@ -35,10 +35,10 @@ class Wanted(NamedTuple):
 
 
 class Loading(NamedTuple):
-    """A request's load: numbers of its fills, and whether some chunk has failed already."""
+    """A request's load: numbers of its fills, and why some chunk has failed already, if one has."""
 
     fills: tuple[int, ...]
-    failed: bool
+    problem: str = ""
 
 
 @dataclass

@@ -50,7 +50,7 @@ class OffloadScheduler:
         self._ranks = 1
         self._pool: Any = None
         self._requests: dict[str, Tracked] = {}
-        self._held: dict[int, list[Any]] = {}  # number of a save → blocks of the pool
+        self._held: dict[int, tuple[Key, list[Any]]] = {}  # number of a save → blocks of the pool
         self._answers: dict[int, tuple[int, int]] = {}  # so far: ranks, failures
         self._declined: Counter[int] = Counter()  # of those ranks
         self._found: dict[int, Found] = {}  # by rank, as workers introduced themselves
@@ -122,8 +122,9 @@ class OffloadScheduler:
         self._counts.update(self._sources(chunks))
         result = self._tier.load(request.request_id, chunks)
         fills = tuple(job.number for job in result.jobs if isinstance(job, Fill))
-        failed = len(fills) < len(chunks)
-        self._work.loads[request.request_id] = Loading(fills, failed)
+        without_room = len(chunks) - len(fills)
+        problem = f"memory has no room for {without_room} chunks on disk" if without_room else ""
+        self._work.loads[request.request_id] = Loading(fills, problem)
         self._absorb(result)
 
     def spares(self, request: Any, chunks: Sequence[Wanted]) -> list[tuple[Fill | None, str]]:
@@ -205,6 +206,11 @@ class OffloadScheduler:
         """KV events since the last call."""
         return self._events.take((self._tier.host, self._tier.disk)) if self._tier else []
 
+    @property
+    def events_held(self) -> int:
+        """Of how many chunks the tokens are kept, for events to come."""
+        return len(self._events)
+
     def take_stats(self) -> dict[str, int] | None:
         """What was counted here since the last call; None if nothing."""
         now = Counter(self._counts)
@@ -283,13 +289,17 @@ class OffloadScheduler:
     def _absorb(self, result: Effects) -> None:
         for job in result.jobs:
             if isinstance(job, Save):
-                self._held[job.number] = [self._pool.blocks[block] for block in job.blocks]
-                self._pool.touch(self._held[job.number])
+                blocks = [self._pool.blocks[block] for block in job.blocks]
+                self._held[job.number] = job.key, blocks
+                self._pool.touch(blocks)
                 self._work.saves.append(job)
             else:
                 self._work.jobs.append(job)
         for number in result.saved:
-            self._pool.free_blocks(reversed(self._held.pop(number)))
+            key, blocks = self._held.pop(number)
+            self._pool.free_blocks(reversed(blocks))
+            if self._tier is not None and not self._tier.host.holds(key):
+                self._events.not_saved(key)
         for request_id, failed in result.loaded.items():
             if failed and (tracked := self._requests.get(request_id)):
                 tracked.no_loads = True

@@ -23,6 +23,7 @@ from kvconnect.vllm.engine import kernels_for, this_rank
 from kvconnect.vllm.layout import TpRank, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity
+from kvconnect.vllm.offload.loads import RunningLoads
 from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
 from kvconnect.vllm.offload.opening import OpenStore
 
@@ -44,10 +45,7 @@ class OffloadWorker:
         self._found: Found | None = None
         self._obeyed: StepJobs | None = None
         self._saves: list[Save] = []  # of the step that runs
-        self._loads: dict[str, set[int]] = {}  # request → fills that have not been answered
-        self._request_of: dict[int, str] = {}
-        self._failed: set[str] = set()
-        self._ended: set[str] = set()
+        self._loads = RunningLoads()
         self._done = WorkerResults()
         self._counts: Counter[str] = Counter()
         self.answered: list[tuple[JobDone, float]] = []
@@ -103,16 +101,11 @@ class OffloadWorker:
         self._obeyed = work
         self.forward_is_done()  # of the step before, where vLLM did not say so
         for request_id, loading in work.loads.items():
-            self._loads[request_id] = set(loading.fills)
-            self._request_of |= dict.fromkeys(loading.fills, request_id)
-            if loading.failed:
-                self._failed.add(request_id)
-            if not loading.fills:
-                self._end(request_id)
+            self._loads.begin(request_id, loading.fills, loading.problem)
         if self._place is None:
             for job in [*work.jobs, *work.saves]:
                 if (number := getattr(job, "number", None)) is not None:
-                    self._answer(number, True)
+                    self._answer(number, "this rank stores no KV")
             return
         self._place.runner.put(work.jobs, self._fence())
         self._saves += work.saves
@@ -129,15 +122,12 @@ class OffloadWorker:
             report = self._place.runner.take()
             self.answered = [(one, report.ended_s[one.id]) for one in report.done]
             for done in report.done:
-                self._answer(done.id, bool(done.error))
+                self._answer(done.id, done.error)
             self._done.lost += report.lost
             self._done.gained.update(report.gained)
             self._done.gone.update(report.gone)
             self._counts.update(report.counts)
-        ended, self._ended = self._ended, set()
-        failed = self._failed & ended
-        self._failed -= ended
-        return ended, failed
+        return self._loads.take()
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """Carry out spares of the scheduler's; `answered` says when each has ended."""
@@ -198,20 +188,9 @@ class OffloadWorker:
         pinning.start()
         return pinning
 
-    def _answer(self, number: int, failed: bool) -> None:
-        self._done.answers[number] = 1, int(failed)
-        request_id = self._request_of.pop(number, None)
-        if request_id is None:
-            return
-        if failed:
-            self._failed.add(request_id)
-        self._loads[request_id].discard(number)
-        if not self._loads[request_id]:
-            self._end(request_id)
-
-    def _end(self, request_id: str) -> None:
-        del self._loads[request_id]
-        self._ended.add(request_id)
+    def _answer(self, number: int, error: str) -> None:
+        self._done.answers[number] = 1, int(bool(error))
+        self._loads.done(number, error)
 
     def _fence(self) -> Fence | None:
         """On a device, steps may still run that write what is to be read, or the reverse."""
