@@ -74,6 +74,11 @@ class LeaseBook:
         return len(self._leases)
 
     @property
+    def promises(self) -> int:
+        """How many leases are promised and not granted yet."""
+        return len(self._promised)
+
+    @property
     def reading(self) -> bool:
         """Whether some reader is between open and close: the transport needs progress."""
         return any(lease.reading for lease in self._leases.values())

@@ -23,7 +23,7 @@ from pathlib import Path
 from kvconnect.config import Settings
 from kvconnect.consumer.fetch import Fetcher
 from kvconnect.consumer.release import Releaser
-from kvconnect.consumer.remote import ConsumerContext, Remotes
+from kvconnect.consumer.remote import ConsumerContext, PeerPath, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.control import wire
 from kvconnect.control.channel import Channel
@@ -78,6 +78,7 @@ class Mover:
         """``staging`` and ``kernels``, both or none: for the staged path."""
         self.incarnation = secrets.token_hex(8)
         self.address = channel.address
+        """Where its control channel listens."""
         self._settings = settings
         self._memory = memory
         self._transport = transport
@@ -89,14 +90,14 @@ class Mover:
         self._active_at = clock()  # when something last moved
         self._shards: tuple[wire.Address, ...] = (channel.address,)
         secret = settings.secret or b""
-        self._listener = Listener(channel, settings.fingerprint, self._body, secret)
-        self._dialer = Dialer(
+        self.listener = Listener(channel, settings.fingerprint, self._body, secret)
+        self.dialer = Dialer(
             channel, clock, settings.fingerprint, secret, settings.handshake_timeout_s
         )
-        self._lease_server = LeaseServer(self._listener, clock, settings.lease_max_s)
+        self._lease_server = LeaseServer(self.listener, clock, settings.lease_max_s)
         filled, gathered = staging.halves() if staging else (None, None)
         context = ConsumerContext(
-            self._dialer,
+            self.dialer,
             transport,
             clock,
             memory,
@@ -106,6 +107,9 @@ class Mover:
             kernels,
             Slots(filled, clock) if filled else None,
         )
+        self.receive_slots = context.slots
+        """Staging memory that peers write chunks to."""
+        self._remotes = Remotes(context)
         self._renewer, self._releaser, self._fetcher = self._make_consumer(context)
         self._chunk_sender = self._make_chunk_sender(gathered, kernels)
         self._lock = threading.Lock()  # guards the three below
@@ -143,6 +147,26 @@ class Mover:
         with self._lock:
             return self._reported.take()
 
+    def held(self) -> dict[str, int]:
+        """How much of everything is in use, by name, at about this moment; from any thread.
+
+        When nothing is under way all of it is 0, but for ``staged_readers``: a peer that has staged
+        from us stays known for a while.
+        """
+        slots, sender = self.receive_slots, self._chunk_sender
+        return {
+            **self._lease_server.held(),
+            **self._fetcher.held(),
+            "releases": len(self._releaser),
+            "renewals": len(self._renewer),
+            "receive_slots": slots.count - slots.free if slots else 0,
+            **(sender.held() if sender else {}),
+        }
+
+    def paths(self) -> dict[str, list[PeerPath | None]]:
+        """How each rank of each greeted engine is read, by the address of its first rank."""
+        return self._remotes.paths()
+
     def close(self) -> None:
         """Stop the thread, then give up the transport and the channel. Idempotent."""
         if self._stopping.is_set():
@@ -164,10 +188,10 @@ class Mover:
         frames = self._channel.poll(wait_s)
         for frame in frames:  # a peer that ended must not be asked for anything more,
             if frame.link.dialled:
-                self._dialer.receive(frame)
+                self.dialer.receive(frame)
         self._carry_out_orders()  # and whoever asks us must find what was ordered before
         for frame in frames:
-            if not frame.link.dialled and (incoming := self._listener.receive(frame)):
+            if not frame.link.dialled and (incoming := self.listener.receive(frame)):
                 self._lease_server.receive(incoming)
                 if self._chunk_sender:
                     self._chunk_sender.receive(incoming)
@@ -179,7 +203,7 @@ class Mover:
         active = bool(frames or ended or (self._chunk_sender and self._chunk_sender.ready))
         if active:
             self._active_at = self._clock()
-        self._dialer.tick()
+        self.dialer.tick()
         self._lease_server.tick()
         if self._chunk_sender:
             self._chunk_sender.tick()
@@ -193,7 +217,7 @@ class Mover:
         """How long the next step may wait for a frame."""
         if self._busy:
             return 0.0
-        parts = (self._dialer, self._lease_server, self._fetcher, self._releaser, self._renewer)
+        parts = (self.dialer, self._lease_server, self._fetcher, self._releaser, self._renewer)
         deadlines = [d for part in parts if (d := part.next_deadline()) is not None]
         if self._fenced:
             return 0.001
@@ -271,9 +295,9 @@ class Mover:
         self._lease_server.expired = self._lease_server.late = 0
 
     def _make_consumer(self, context: ConsumerContext) -> tuple[LeaseRenewer, Releaser, Fetcher]:
-        remotes, clock, settings = Remotes(context), self._clock, self._settings
+        remotes, clock, settings = self._remotes, self._clock, self._settings
         load_timeout_s = settings.load_timeout_s
-        renewer = LeaseRenewer(self._dialer, remotes, clock)
+        renewer = LeaseRenewer(self.dialer, remotes, clock)
         releaser = Releaser(context, remotes, renewer, clock, settings.ranks, load_timeout_s)
         fetcher = Fetcher(context, remotes, renewer, releaser, clock, self._stats, load_timeout_s)
         return renewer, releaser, fetcher
@@ -285,7 +309,7 @@ class Mover:
             return None
         slots = Slots(gathered, self._clock)
         return ChunkSender(
-            self._listener,
+            self.listener,
             self._lease_server,
             self._transport,
             self._clock,

@@ -90,10 +90,15 @@ class Slots:
         self.table = granule_table(region.address, self.granules, region.kind, region.device)
         """The arena as rows of one granule each."""
         self._clock = clock
-        self._free = list(range(region.nbytes // staging.slot_bytes))
+        self._free = list(range(self.count))
         self._owners: dict[int, Hashable] = {}  # slot that is not free → who took it
         self._held: Counter[Hashable] = Counter()  # owner → slots
         self._quarantined: dict[int, _Quarantine] = {}  # in the order in which it began
+
+    @property
+    def count(self) -> int:
+        """How many slots there are."""
+        return self.region.nbytes // self.slot_bytes
 
     @property
     def free(self) -> int:

@@ -100,6 +100,15 @@ class Fetcher:
         """Whether the transport has work of ours."""
         return any(f.tickets or f.pulls for f in self._fetches.values())
 
+    def held(self) -> dict[str, int]:
+        """See `Mover.held`."""
+        fetches = list(self._fetches.values())
+        return {
+            "fetches": len(fetches),
+            "direct_reads": sum(len(fetch.tickets) for fetch in fetches),
+            "staged_reads": sum(len(fetch.pulls) for fetch in fetches),
+        }
+
     def fetch(self, order: Fetch) -> None:
         """Begin a fetch."""
         remote = self._remotes.of(order.source)

@@ -233,6 +233,10 @@ class Remotes:
             remote = self._by_addresses[key] = Remote(key, self.means)
         return remote
 
+    def paths(self) -> dict[str, list[PeerPath | None]]:
+        """How each rank of each engine is read, by the address of its first rank."""
+        return {str(key[0]): remote.paths for key, remote in self._by_addresses.items()}
+
     def tick(self) -> None:
         """Advance all; forget the failed ones."""
         for key, remote in list(self._by_addresses.items()):

@@ -36,6 +36,9 @@ class LeaseRenewer:
         self._renewals: dict[str, _Renewal] = {}
         self._sharing: dict[LeaseKey, set[str]] = {}  # lease → the requests that wait for it
 
+    def __len__(self) -> int:
+        return len(self._renewals)
+
     def renew(self, order: RenewLease) -> None:
         """Greet early and keep the lease alive while the request waits."""
         remote = self._remotes.of(order.source)

@@ -48,6 +48,15 @@ class LeaseServer:
         """Whether a reader is between open and close: the transport needs progress."""
         return self._book.reading
 
+    def held(self) -> dict[str, int]:
+        """See `Mover.held`."""
+        return {
+            "leases": len(self._book),
+            "promises": self._book.promises,
+            "parked_readers": sum(map(len, list(self._parked.values()))),
+            "early_readers": len(self._early),
+        }
+
     def promise(self, name: str, lease_id: str) -> None:
         """A request that will be leased is being computed."""
         self._book.promise(name, lease_id)

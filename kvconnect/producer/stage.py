@@ -152,6 +152,15 @@ class ChunkSender:
         """Whether chunks are being gathered or written."""
         return bool(self._filling or self._waiting)
 
+    def held(self) -> dict[str, int]:
+        """See `Mover.held`."""
+        return {
+            "staged_readers": len(self._readers),
+            "chunks_wanted": self._num_waiting,
+            "chunks_sending": len(self._filling),
+            "gather_slots": self._slots.count - self._slots.free,
+        }
+
     def receive(self, incoming: Incoming) -> None:
         """Handle a Stage or Want."""
         link, message = incoming

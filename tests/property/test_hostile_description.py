@@ -146,7 +146,7 @@ class Pair:
             one.stop()
             one.caches[0].memory[:] = before
             one.start()
-        listener = self.p.movers[0]._listener
+        listener = self.p.movers[0].listener
         answer = listener.answer
 
         def lie(link: Any, message: wire.Message) -> None:

@@ -1,12 +1,13 @@
 """The mover's own business: fences, its thread, faults, stats, waiting."""
 
 import threading
+from collections import Counter
 
 import pytest
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.mover import IDLE_WAIT_S, Mover
-from kvconnect.orders import Fetch, Promise, Release, RenewLease
+from kvconnect.orders import Fetch, Promise, Release, RenewLease, Withdraw
 from kvconnect.testing import Faulty, Network
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.geometry import Cache
@@ -168,3 +169,29 @@ def test_a_cache_outlives_what_points_to_it():
     (cache,) = engine.caches
     assert isinstance(cache, Cache)
     assert cache.shard.memory is cache.memory
+
+
+def test_a_mover_says_what_it_holds_and_in_the_end_it_is_nothing():
+    world = World()
+    p, d = (Engine(world, staging=(4, 1), mode="staged") for _ in range(2))
+    lease, unread = p.lend("r", [3, 1], seed=7), p.lend("unread", [2], seed=8)
+    p.put(Promise("later", "g"))
+    d.put(RenewLease("d", p.source(lease)), RenewLease("u", p.source(unread)))
+    world.network.held = True
+    p.step()
+    d.step()
+    assert (p.movers[0].held()["leases"], p.movers[0].held()["promises"]) == (2, 1)
+    d.put(Fetch("d", p.source(lease), (((0, 5), (1, 2)),), 2, lease.digest))
+    d.put(Release("u", p.source(unread)))
+    seen = Counter()
+    for _ in range(20):
+        world.go_on(1)
+        for mover in (*p.movers, *d.movers):
+            seen |= Counter(mover.held())
+    assert set(+seen) >= {"fetches", "staged_reads", "releases", "renewals", "receive_slots"}
+    assert set(+seen) >= {"leases", "staged_readers", "gather_slots", "chunks_sending"}
+    p.put(Withdraw("g"))
+    world.go_on(2)
+    assert d.ended == {"d": [None]}
+    for mover in (*p.movers, *d.movers):
+        assert {n for n, count in mover.held().items() if count} <= {"staged_readers"}

@@ -163,8 +163,8 @@ def test_a_peer_that_cannot_be_read_fails_where_nothing_may_be_staged():
 def test_descriptors_are_those_left_when_neighbours_are_joined():
     world, p, d = made("auto")
     fetched(world, p, d, 0)
-    (remote,) = d.movers[0]._fetcher._remotes._by_addresses.values()
-    route = remote.paths[0].route
+    ((path,),) = d.movers[0].paths().values()
+    route = path.route
     apart, together = (4, 9, 2, 7), (3, 4, 5, 9)
     assert route.descriptors((apart,), (tuple(enumerate(together)),)) == 2 * 4
     assert route.descriptors((together,), (tuple(enumerate(together)),)) == 2 * 2
@@ -173,5 +173,5 @@ def test_descriptors_are_those_left_when_neighbours_are_joined():
     p.put(Grant(terms))
     other.put(Fetch("x", p.source(terms), (tuple(enumerate(range(12))),), 192, b"d"))
     world.go_on(30)
-    (remote,) = other.movers[0]._fetcher._remotes._by_addresses.values()
-    assert remote.paths[0].route.descriptors((together,), (tuple(enumerate(together)),)) == 2 * 4
+    ((path,),) = other.movers[0].paths().values()
+    assert path.route.descriptors((together,), (tuple(enumerate(together)),)) == 2 * 4

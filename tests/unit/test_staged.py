@@ -88,7 +88,7 @@ def test_more_chunks_than_slots():
     world.go_on(100)
     assert d.ended == {"d": [None]}
     assert holds(d, range(1, 11), 2, 39)
-    assert d.movers[0]._fetcher._remotes.means.slots.free == 2, "all slots are free again"
+    assert d.movers[0].held()["receive_slots"] == 0, "all slots are free again"
 
 
 def test_auto_stages_what_cannot_be_read_directly_and_reads_the_rest():
@@ -152,8 +152,7 @@ def test_a_device_that_fails_fails_the_fetch_and_nothing_else(side):
     fetch(p, d, terms, (4, 5, 1))
     world.go_on(60)
     assert "the device failed" in d.ended["d"][0]
-    slots = [p.movers[0]._chunk_sender._slots, d.movers[0]._fetcher._remotes.means.slots]
-    assert [s.free for s in slots] == [4, 4]
+    assert p.movers[0].held()["gather_slots"] == d.movers[0].held()["receive_slots"] == 0
 
 
 def test_what_can_be_read_directly_is_staged_where_the_other_side_allows_nothing_else():
@@ -163,8 +162,8 @@ def test_what_can_be_read_directly_is_staged_where_the_other_side_allows_nothing
     fetch(p, d, terms, (4, 5, 1))
     world.go_on(40)
     assert d.ended == {"d": [None]}
-    (remote,) = d.movers[0]._fetcher._remotes._by_addresses.values()
-    assert remote.paths[0].route is None and remote.paths[0].staged
+    ((path,),) = d.movers[0].paths().values()
+    assert path.route is None and path.staged
 
 
 def test_one_lease_after_another():
@@ -216,7 +215,7 @@ def test_a_lease_that_ends_while_its_blocks_are_gathered():
     p, d = make(world, mode="staged", kernels=kernels), make(world, mode="staged")
     fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6, ttl_s=2.0), (4, 5, 1))
     world.go_on(20)
-    assert p.movers[0]._chunk_sender._filling
+    assert p.movers[0].held()["chunks_sending"]
     world.clock.advance(3.0)
     world.go_on(60)
     assert "the lease is over" in d.ended["d"][0]
@@ -273,7 +272,7 @@ def test_a_hostile_stage_is_refused(change, why):
     world = World()
     p, d = make(world, mode="staged"), make(world, mode="staged")
     fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
-    dialer = d.movers[0]._dialer
+    dialer = d.movers[0].dialer
     tell = dialer.tell
 
     def altered(peer, message):
@@ -295,14 +294,14 @@ def test_pieces_of_two_groups_are_not_one_chunk():
     blocks = (((0, 1), (1, 2)), ((0, 1), (1, 2)))
     source = p.source(Terms("r", "g", ((7, 8), (7, 8)), 8, b"d", 5.0))
     d.put(Fetch("d", source, blocks, 8, b"d"))
-    tell = d.movers[0]._dialer.tell
+    tell = d.movers[0].dialer.tell
 
     def altered(peer, message):
         if isinstance(message, wire.Want):
             message = msgspec.structs.replace(message, first=0, count=3)
         tell(peer, message)
 
-    d.movers[0]._dialer.tell = altered
+    d.movers[0].dialer.tell = altered
     world.go_on(30)
     assert "not all of one group" in d.ended["d"][0]
 
@@ -377,7 +376,7 @@ def test_a_truncated_chunk_fails_the_fetch(staged):
 )
 def test_a_hostile_answer_fails_the_fetch_and_nothing_else(staged, change, why):
     world, p, d = staged
-    listener = p.movers[0]._chunk_sender._listener
+    listener = p.movers[0].listener
     answer = listener.answer
 
     def altered(link, message):
@@ -393,7 +392,7 @@ def test_a_hostile_answer_fails_the_fetch_and_nothing_else(staged, change, why):
 def test_a_slot_that_may_still_be_written_is_quarantined(staged):
     world, p, d = staged
     until_filled(world, p, d)
-    slots = d.movers[0]._fetcher._remotes.means.slots
+    slots = d.movers[0].receive_slots
     d.put(Cancel("d"))
     world.network.pending.clear()  # P's answers are lost, and so will be whatever comes
     p.stop()
@@ -410,7 +409,7 @@ def test_slots_of_a_source_that_ended_are_soon_there_for_others(staged):
     """They used to be out of use for a minute, and with them every staged load of the rank."""
     world, p, d = staged
     until_filled(world, p, d)
-    slots = d.movers[0]._fetcher._remotes.means.slots
+    slots = d.movers[0].receive_slots
     world.network.pending.clear()
     p.stop()
     world.network.flush()
@@ -426,7 +425,7 @@ def test_slots_of_a_source_that_ended_are_soon_there_for_others(staged):
 def test_an_answer_ends_the_quarantine(staged):
     world, p, d = staged
     until_filled(world, p, d)
-    slots = d.movers[0]._fetcher._remotes.means.slots
+    slots = d.movers[0].receive_slots
     d.put(Cancel("d"))
     d.step()
     assert slots.free < 4
@@ -440,7 +439,7 @@ def test_an_answer_after_the_fetch_has_timed_out_ends_the_quarantine_too(staged)
     """Else one slow chunk would keep its slot from all others for a minute."""
     world, p, d = staged
     until_filled(world, p, d)
-    slots = d.movers[0]._fetcher._remotes.means.slots
+    slots = d.movers[0].receive_slots
     world.clock.advance(13.0)  # load_timeout_s is 12
     d.step()
     d.step()
@@ -455,7 +454,7 @@ def test_an_answer_after_the_fetch_has_timed_out_ends_the_quarantine_too(staged)
 def test_an_answer_after_the_quarantine_frees_nobody_elses_slot(staged):
     world, p, d = staged
     until_filled(world, p, d)
-    slots = d.movers[0]._fetcher._remotes.means.slots
+    slots = d.movers[0].receive_slots
     d.put(Cancel("d"))
     d.step()
     world.clock.advance(QUARANTINE_S)
@@ -478,7 +477,7 @@ def test_a_lease_that_ended_is_not_gathered():
         world.network.flush()
         for one in world.engines:
             one.step()
-        if p.movers[0]._chunk_sender._readers:
+        if p.movers[0].held()["staged_readers"]:
             break
     world.clock.advance(3.0)  # between Stage and Want
     world.network.held = False
@@ -505,7 +504,7 @@ def test_a_lease_that_ended_is_not_gathered():
 )
 def test_a_hostile_want_is_refused(staged, change, why):
     world, _, d = staged
-    dialer = d.movers[0]._dialer
+    dialer = d.movers[0].dialer
     call = dialer.call
 
     def altered(peer, make, accepts, deadline):

@@ -7,7 +7,7 @@ from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.lease import Terms
-from kvconnect.producer import leases as lender_module
+from kvconnect.producer import leases as leases_module
 from kvconnect.producer.leases import LeaseServer
 from kvconnect.testing import FakeClock
 
@@ -34,12 +34,12 @@ class Rig:
     def __init__(self):
         self.clock = FakeClock()
         self.answers = Answers()
-        self.lender = LeaseServer(self.answers, self.clock, MAX_S)
+        self.server = LeaseServer(self.answers, self.clock, MAX_S)
         self.seq = 0
 
     def send(self, message, link=NEAR):
         """Hand in a message; returns what was answered on its link."""
-        self.lender.receive(Incoming(link, message))
+        self.server.receive(Incoming(link, message))
         return [m for at, m in self.answers.take() if at == link]
 
     def open(self, link=NEAR, reader=0, seq=None, **changed):
@@ -64,13 +64,13 @@ def rig():
 
 
 def test_an_open_lease_tells_its_blocks(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     assert rig.open(seq=7) == [wire.Opened(seq=7, lease_id="g", tables=TERMS.tables, ttl_ms=10_000)]
-    assert rig.lender.reading
+    assert rig.server.reading
 
 
 def test_without_a_ticket_the_request_id_will_do(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     (opened,) = rig.open(lease_id=None, request_id="r")
     assert opened.lease_id == "g"
 
@@ -79,158 +79,158 @@ def test_without_a_ticket_the_request_id_will_do(rig):
     "asked", [{"lease_id": "x"}, {"lease_id": None, "request_id": "x"}, {"lease_id": None}]
 )
 def test_an_unknown_lease_is_refused(rig, asked):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     (refused,) = rig.open(**asked)
     assert refused.cause == "gone"
-    assert not rig.lender.reading
+    assert not rig.server.reading
 
 
 @pytest.mark.parametrize("prompt", [{"digest": b"other"}, {"digest": b""}, {"tokens": 29}])
 def test_another_prompt_is_refused(rig, prompt):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     (refused,) = rig.open(**prompt)
     assert refused.cause == "another prompt"
-    assert not rig.lender.reading
+    assert not rig.server.reading
 
 
 def test_an_early_reader_is_answered_when_the_lease_is_granted(rig):
-    rig.lender.promise("r", "g")
+    rig.server.promise("r", "g")
     assert rig.open(seq=3) == []
     assert rig.open(seq=3) == [], "repeated while it waits"
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     ((link, opened),) = rig.answers.take()
     assert link == NEAR and opened.seq == 3 and opened.tables == TERMS.tables
 
 
 def test_an_early_reader_of_another_prompt_is_refused_when_the_lease_is_granted(rig):
-    rig.lender.promise("r", "g")
+    rig.server.promise("r", "g")
     rig.open(digest=b"other")
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     ((_, refused),) = rig.answers.take()
     assert refused.cause == "another prompt"
 
 
 def test_early_readers_are_refused_when_the_request_ends_without_kv(rig):
-    rig.lender.promise("r", "g")
+    rig.server.promise("r", "g")
     rig.open(link=NEAR)
     rig.open(link=FAR)
-    rig.lender.withdraw("g")
+    rig.server.withdraw("g")
     assert [(link, m.cause) for link, m in rig.answers.take()] == [
         (NEAR, "withdrawn"),
         (FAR, "withdrawn"),
     ]
     (late,) = rig.open()
     assert late.cause == "gone"
-    assert rig.lender.take_freed() == set()
+    assert rig.server.take_freed() == set()
 
 
 def test_samples_of_one_prompt_may_all_be_early(rig):
     """Used to be: a rank's second early Open took the place of its first."""
-    rig.lender.promise("r", "g")
+    rig.server.promise("r", "g")
     rig.open(seq=1)
     rig.open(seq=2)
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     assert [m.seq for _, m in rig.answers.take()] == [1, 2]
 
 
 def test_an_early_reader_that_gave_up_is_not_opened(rig):
     """Used to be: it was opened when granted, never closed, and the mover spun until expiry."""
-    rig.lender.promise("r", "g")
+    rig.server.promise("r", "g")
     rig.open(link=NEAR)
     rig.open(link=FAR)
     assert rig.close(link=NEAR) is False
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     assert [link for link, _ in rig.answers.take()] == [FAR]
     rig.close(link=FAR)
-    assert not rig.lender.reading
+    assert not rig.server.reading
 
 
 def test_parked_readers_are_bounded(rig, monkeypatch):
-    monkeypatch.setattr(lender_module, "MAX_PARKED", 2)
-    rig.lender.promise("r", "g")
+    monkeypatch.setattr(leases_module, "MAX_PARKED", 2)
+    rig.server.promise("r", "g")
     rig.open(), rig.open()
     (refused,) = rig.open()
     assert refused.cause == "busy"
 
 
 def test_blocks_are_freed_when_the_last_reader_closes(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.open(reader=0), rig.open(reader=1)
     assert rig.close(reader=0, readers=2)
-    assert rig.lender.take_freed() == set()
+    assert rig.server.take_freed() == set()
     assert rig.close(reader=1, readers=2)
-    assert rig.lender.take_freed() == {"r"}
-    assert rig.lender.take_freed() == set()
+    assert rig.server.take_freed() == {"r"}
+    assert rig.server.take_freed() == set()
 
 
 def test_a_reader_that_closes_twice_counts_once(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     assert rig.close(reader=0, readers=2)
     assert rig.close(reader=0, readers=2)
-    assert rig.lender.take_freed() == set()
+    assert rig.server.take_freed() == set()
 
 
 def test_a_repeated_close_gets_the_answer_of_the_first(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.open()
     assert rig.close(seq=9)
     assert rig.close(seq=9), "the lease has ended by this very Close"
-    assert rig.lender.late == 0
+    assert rig.server.late == 0
 
 
 @pytest.mark.parametrize("link", [NEAR, FAR], ids=["same link", "another engine"])
 def test_a_second_reader_of_an_ended_lease_hears_that_it_is_late(rig, link):
     """Used to be told that it stood, if it had the first reader's rank: wrong KV was served."""
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.open(link=NEAR)
     assert rig.close(link=NEAR)
-    assert rig.lender.take_freed() == {"r"}
+    assert rig.server.take_freed() == {"r"}
     assert rig.close(link=link) is False
-    assert rig.lender.late == 1
+    assert rig.server.late == 1
 
 
 def test_blocks_are_not_freed_under_another_engines_reader(rig):
     """Used to be: an engine that was given the same ticket ended the lease for all."""
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.open(link=NEAR), rig.open(link=FAR)
     assert rig.close(link=FAR)
-    assert rig.lender.take_freed() == set()
+    assert rig.server.take_freed() == set()
     assert rig.close(link=NEAR)
-    assert rig.lender.take_freed() == {"r"}
+    assert rig.server.take_freed() == {"r"}
 
 
 def test_a_close_that_is_not_final_only_asks(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.open()
     assert rig.close(final=False)
-    assert rig.lender.take_freed() == set()
-    assert rig.lender.reading
+    assert rig.server.take_freed() == set()
+    assert rig.server.reading
     assert rig.close()
-    assert rig.lender.take_freed() == {"r"}
+    assert rig.server.take_freed() == {"r"}
 
 
 def test_a_close_that_is_not_final_hears_when_it_is_late(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.open()
     rig.clock.advance(10)
     assert rig.close(final=False) is False
 
 
 def test_a_close_after_expiry_is_late(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.open()
     rig.clock.advance(10)
-    assert rig.close() is False, "before the lender noticed the expiry itself"
-    rig.lender.tick()
-    assert rig.lender.take_freed() == {"r"}
-    assert (rig.lender.expired, rig.lender.late) == (1, 1)
+    assert rig.close() is False, "before the server noticed the expiry itself"
+    rig.server.tick()
+    assert rig.server.take_freed() == {"r"}
+    assert (rig.server.expired, rig.server.late) == (1, 1)
     assert rig.close() is False
-    assert rig.lender.take_freed() == set()
+    assert rig.server.take_freed() == set()
 
 
 def test_remembered_closes_are_bounded(rig, monkeypatch):
-    monkeypatch.setattr(lender_module, "REMEMBERED_CLOSES", 2)
-    rig.lender.grant(TERMS)
+    monkeypatch.setattr(leases_module, "REMEMBERED_CLOSES", 2)
+    rig.server.grant(TERMS)
     assert rig.close(seq=1)
     for seq in (2, 3):
         rig.close(seq=seq)
@@ -238,29 +238,29 @@ def test_remembered_closes_are_bounded(rig, monkeypatch):
 
 
 def test_renewing_keeps_a_lease_up_to_its_longest_duration(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     for _ in range(3):
         rig.clock.advance(8)
         assert rig.send(wire.Renew(lease_ids=["g"])) == []
-        rig.lender.tick()
-        assert rig.lender.take_freed() == set()
+        rig.server.tick()
+        assert rig.server.take_freed() == set()
     rig.clock.advance(1)
     assert rig.send(wire.Renew(lease_ids=["g", "x"])) == [wire.Gone(lease_ids=["g", "x"])]
-    rig.lender.tick()
-    assert rig.lender.take_freed() == {"r"}
+    rig.server.tick()
+    assert rig.server.take_freed() == {"r"}
 
 
 def test_a_lease_without_a_ticket_is_renewed_by_request_id(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.clock.advance(8)
     assert rig.send(wire.Renew(lease_ids=[], request_ids=["r", "unknown"])) == []
     rig.clock.advance(8)
-    rig.lender.tick()
-    assert rig.lender.take_freed() == set()
+    rig.server.tick()
+    assert rig.server.take_freed() == set()
 
 
 def test_opening_renews(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.clock.advance(8)
     rig.open()
     rig.clock.advance(8)
@@ -268,15 +268,15 @@ def test_opening_renews(rig):
 
 
 def test_a_lease_that_nobody_reads_is_freed_at_its_deadline(rig):
-    rig.lender.grant(TERMS)
-    assert rig.lender.next_deadline() == rig.clock() + 10
+    rig.server.grant(TERMS)
+    assert rig.server.next_deadline() == rig.clock() + 10
     rig.clock.advance(9.9)
-    rig.lender.tick()
-    assert rig.lender.take_freed() == set()
+    rig.server.tick()
+    assert rig.server.take_freed() == set()
     rig.clock.advance(0.1)
-    rig.lender.tick()
-    assert rig.lender.take_freed() == {"r"}
-    assert rig.lender.next_deadline() is None
+    rig.server.tick()
+    assert rig.server.take_freed() == {"r"}
+    assert rig.server.next_deadline() is None
 
 
 def test_other_messages_are_ignored(rig):

@@ -46,16 +46,16 @@ class Answers:
 class Rig:
     def __init__(self):
         self.clock, self.answers = FakeClock(), Answers()
-        self.lender = LeaseServer(self.answers, self.clock, 60.0)
+        self.server = LeaseServer(self.answers, self.clock, 60.0)
 
     def send(self, message, link=NEAR):
-        self.lender.receive(Incoming(link, message))
+        self.server.receive(Incoming(link, message))
         return self.answers.take()
 
     def repeat_for(self, seconds, message, link=NEAR):
         """As a dialer does; returns what was answered, and after how many seconds."""
         for second in range(seconds):
-            self.lender.tick()
+            self.server.tick()
             if answers := self.answers.take() or self.send(message, link):
                 return second, answers
             self.clock.advance(1.0)
@@ -69,16 +69,16 @@ def rig():
 
 def test_a_reader_may_come_before_the_request(rig):
     assert rig.send(ask()) == []
-    rig.lender.promise("transfer", "g")
+    rig.server.promise("transfer", "g")
     assert rig.send(ask()) == []
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     ((link, opened),) = rig.answers.take()
     assert (link, opened.seq, opened.tables) == (NEAR, 1, TERMS.tables)
 
 
 def test_a_request_that_was_never_expected_is_found_as_well(rig):
     rig.send(ask())
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     ((_, opened),) = rig.answers.take()
     assert opened.lease_id == "g"
 
@@ -95,20 +95,20 @@ def test_the_wait_ends_when_the_reader_said(rig):
     assert (after, refused.cause, refused.seq) == (8, "gone", 1)
 
 
-def test_nobody_waits_longer_than_the_lender_allows(rig):
+def test_nobody_waits_longer_than_the_server_allows(rig):
     after, ((_, refused),) = rig.repeat_for(100, ask(early_ms=1 << 40))
     assert (after, refused.cause) == (MAX_WAIT_S, "gone")
 
 
 def test_who_falls_silent_is_forgotten_without_an_answer(rig):
     rig.send(ask())
-    assert rig.lender.next_deadline() == rig.clock() + SILENT_S
+    assert rig.server.next_deadline() == rig.clock() + SILENT_S
     rig.clock.advance(SILENT_S)
-    rig.lender.tick()
-    assert rig.lender.next_deadline() is None
-    rig.lender.grant(TERMS)
+    rig.server.tick()
+    assert rig.server.next_deadline() is None
+    rig.server.grant(TERMS)
     assert rig.answers.take() == []
-    assert not rig.lender.reading
+    assert not rig.server.reading
 
 
 def test_who_gives_up_is_not_opened_later(rig):
@@ -118,24 +118,24 @@ def test_who_gives_up_is_not_opened_later(rig):
         wire.Close(seq=9, lease_id=None, request_id="transfer", reader=0, readers=1)
     )
     assert not closed.stood
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     assert [link for link, _ in rig.answers.take()] == [FAR]
 
 
 def test_a_request_that_ended_without_kv_is_not_waited_for(rig):
     """Used to be thought of as one that is still to come."""
-    rig.lender.promise("transfer", "g")
-    rig.lender.withdraw("g")
+    rig.server.promise("transfer", "g")
+    rig.server.withdraw("g")
     ((_, refused),) = rig.send(ask())
     assert refused.cause == "gone"
-    rig.lender.promise("transfer", "again")
+    rig.server.promise("transfer", "again")
     assert rig.send(ask()) == [], "the same name, asked for once more"
 
 
 def test_a_lease_that_is_over_is_not_waited_for(rig):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.clock.advance(10.0)
-    rig.lender.tick()
+    rig.server.tick()
     ((_, refused),) = rig.send(ask())
     assert refused.cause == "gone"
 
