@@ -25,7 +25,7 @@ from typing import Any
 
 from kvconnect.cli.engines import (
     START_TIMEOUT_S,
-    Engine,
+    VllmServe,
     engine_env,
     offload_config,
 )
@@ -200,7 +200,7 @@ def _load_once(
 
 def _start(fleet: Fleet, name: str, model: Path, config: dict[str, Any] | None) -> Server:
     options = ["--dtype", DTYPE, "--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS)]
-    command = Engine(model, config, options).command
+    command = VllmServe(model, config, options).command
     server = fleet.start(name, command, engine_env(VLLM_SERVER_DEV_MODE="1"))  # /reset_prefix_cache
     fleet.wait_up([server], START_TIMEOUT_S)
     return server

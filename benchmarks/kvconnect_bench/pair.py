@@ -21,7 +21,7 @@ import typer
 from kvconnect.cli.engines import (
     CONNECTORS,
     START_TIMEOUT_S,
-    Engine,
+    VllmServe,
     check_installed,
     engine_env,
     transfer_config,
@@ -117,10 +117,10 @@ def _start_pair(fleet: Fleet, name: str, model: Path, dtype: str) -> Pair:
         if name == IN_TREE:
             config["kv_connector"] = "NixlConnector"
             more["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
-        engine = Engine(model, config, ["--dtype", dtype, "--max-model-len", "8192"])
+        engine = VllmServe(model, config, ["--dtype", dtype, "--max-model-len", "8192"])
         return fleet.start(f"{name} {role}", engine.command, engine_env(**more))
 
-    pair = Pair(name, start("prefill"), start("decode"), Engine(model).model_name)
+    pair = Pair(name, start("prefill"), start("decode"), VllmServe(model).model_name)
     fleet.wait_up(list(pair.servers.values()), START_TIMEOUT_S)
     return pair
 

@@ -2,18 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import aiohttp
 import msgspec
 
-from kvconnect.cli.counters import Counters, read_counters
+from kvconnect.cli.counters import EngineCounters, read_counters
 from kvconnect.errors import KvConnectError
 
 _ANSWER_TIMEOUT_S = 180.0
 _COUNTED_TIMEOUT_S = 10.0
+_SAVED_TIMEOUT_S = 30.0
 _POLL_S = 0.05
 
 
@@ -22,7 +23,7 @@ class AskError(KvConnectError):
 
 
 @dataclass(frozen=True)
-class Prompt:
+class CompletionRequest:
     """What is asked, greedily; a chat is streamed."""
 
     text: str
@@ -53,7 +54,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """All of it, streamed or not."""
 
     text: str
@@ -62,7 +63,7 @@ class Answer:
     """kv_transfer_params; not of a streamed one."""
 
 
-class Client:
+class CompletionClient:
     """One model's prompts; an async context."""
 
     def __init__(self, model: str) -> None:
@@ -80,7 +81,7 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def ask(self, url: str, prompt: Prompt) -> Answer:
+    async def ask(self, url: str, prompt: CompletionRequest) -> Completion:
         """The answer of the engine or proxy at ``url``; raises AskError."""
         try:
             async with self._session.post(
@@ -92,17 +93,13 @@ class Client:
                     return await _streamed(url, response)
                 whole = await response.json()
                 text, tokens = whole["choices"][0]["text"], whole["usage"]["prompt_tokens"]
-                return Answer(text, tokens, whole.get("kv_transfer_params"))
+                return Completion(text, tokens, whole.get("kv_transfer_params"))
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
             raise AskError(f"{url} did not answer: {type(error).__name__} {error}") from error
 
-    async def ask_all(self, url: str, prompts: list[Prompt]) -> list[Answer]:
+    async def ask_all(self, url: str, prompts: list[CompletionRequest]) -> list[Completion]:
         """The answers to prompts asked at once, in their order."""
         return await asyncio.gather(*(self.ask(url, prompt) for prompt in prompts))
-
-    async def counters(self, url: str, transfer_metrics: str) -> Counters:
-        """What the engine has counted by now."""
-        return read_counters(await self.metrics(url), transfer_metrics)
 
     async def metrics(self, url: str) -> str:
         """The engine's metrics in Prometheus' text form."""
@@ -112,19 +109,49 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise AskError(f"{url}/metrics cannot be read: {error}") from error
 
-    async def counters_after(self, url: str, transfer_metrics: str, finished: float) -> Counters:
-        """The same once ``finished`` requests are counted, a little after they were answered."""
+    async def forget(self, url: str) -> None:
+        """Empty the engine's own prefix cache, which it refuses while blocks are being saved."""
+        deadline = time.monotonic() + _SAVED_TIMEOUT_S
+        while time.monotonic() < deadline:
+            async with self._session.post(f"{url}/reset_prefix_cache") as response:
+                if response.status == 200 and '"success":true' in await response.text():
+                    return
+            await asyncio.sleep(4 * _POLL_S)
+        raise AskError(f"{url} does not empty its prefix cache within {_SAVED_TIMEOUT_S:.0f} s")
+
+
+class CounterReader:
+    """What one engine counts between two calls; ``metrics`` as for `read_counters`."""
+
+    def __init__(
+        self, client: CompletionClient, url: str, transfer_metrics: str, others: Sequence[str] = ()
+    ) -> None:
+        self._client = client
+        self._url = url
+        self._names = transfer_metrics, others
+        self._before: EngineCounters | None = None
+
+    async def after(self, requests: int) -> EngineCounters:
+        """What was counted since the last call, once this many requests more have been.
+
+        An engine counts a request a little after it has answered it. The first call counts from
+        when the engine started.
+        """
+        before = self._before or read_counters("", *self._names)
         deadline = time.monotonic() + _COUNTED_TIMEOUT_S
-        while (counters := await self.counters(url, transfer_metrics)).finished < finished:
+        while True:
+            self._before = read_counters(await self._client.metrics(self._url), *self._names)
+            seen = self._before - before
+            if seen.finished >= requests:
+                return seen
             if time.monotonic() > deadline:
                 raise AskError(
-                    f"{url} counts {counters.finished:.0f} requests, expected {finished:.0f}"
+                    f"{self._url} counts {seen.finished:.0f} requests, expected {requests}"
                 )
             await asyncio.sleep(_POLL_S)
-        return counters
 
 
-async def _streamed(url: str, response: aiohttp.ClientResponse) -> Answer:
+async def _streamed(url: str, response: aiohttp.ClientResponse) -> Completion:
     text, prompt_tokens = "", 0
     async for event in _events(response):
         if "error" in event:
@@ -133,7 +160,7 @@ async def _streamed(url: str, response: aiohttp.ClientResponse) -> Answer:
             text += choice["delta"].get("content") or ""
         if usage := event.get("usage"):
             prompt_tokens = usage["prompt_tokens"]
-            return Answer(text, prompt_tokens)
+            return Completion(text, prompt_tokens)
     raise AskError(f"{url} ended its stream without a usage after {text!r}")
 
 

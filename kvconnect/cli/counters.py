@@ -4,7 +4,8 @@ How far each can be trusted, as seen on real engines, is said at its field.
 """
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 _SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)", re.MULTILINE)
@@ -13,7 +14,7 @@ _ENGINE = re.compile(r'(?:^|,)engine="([^"]*)"')
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counters:
+class EngineCounters:
     """Sums over an engine's life; subtract two for what happened in between."""
 
     finished: float
@@ -36,11 +37,20 @@ class Counters:
     transfer_s: float
     """Of all transfers, added up: those that overlap count twice."""
     failed_transfers: float
+    others: Mapping[str, float] = field(default_factory=dict)
+    """What else was asked for, by the metric's name."""
 
     def __sub__(self, earlier: Self) -> Self:
+        sums = [f.name for f in fields(self) if f.name != "others"]
+        others = {name: value - earlier.others[name] for name, value in self.others.items()}
         return type(self)(
-            **{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
+            **{name: getattr(self, name) - getattr(earlier, name) for name in sums}, others=others
         )
+
+    @property
+    def mean_first_token_ms(self) -> float:
+        """How long a request waited for its first token."""
+        return 1e3 * self.first_token_s / max(self.first_tokens, 1)
 
 
 def read_named(text: str, prefixes: tuple[str, ...]) -> dict[str, dict[str, float]]:
@@ -55,10 +65,10 @@ def read_named(text: str, prefixes: tuple[str, ...]) -> dict[str, dict[str, floa
     return found
 
 
-def read_counters(text: str, transfer_metrics: str) -> Counters:
+def read_counters(text: str, transfer_metrics: str, others: Iterable[str] = ()) -> EngineCounters:
     """From Prometheus' text form; ``transfer_metrics`` is how names of transfer metrics start.
 
-    What is not there counts as 0.
+    ``others`` are names of more metrics. What is not there counts as 0.
     """
     samples = [(m["name"], m["labels"] or "", float(m["value"])) for m in _SAMPLE.finditer(text)]
 
@@ -68,7 +78,7 @@ def read_counters(text: str, transfer_metrics: str) -> Counters:
     def prompt(source: str) -> float:
         return total("vllm:prompt_tokens_by_source_total", f'source="{source}"')
 
-    return Counters(
+    return EngineCounters(
         finished=total("vllm:request_success_total"),
         computed_tokens=prompt("local_compute"),
         cached_tokens=prompt("local_cache_hit"),
@@ -78,4 +88,5 @@ def read_counters(text: str, transfer_metrics: str) -> Counters:
         moved_bytes=total(f"{transfer_metrics}_bytes_transferred_sum"),
         transfer_s=total(f"{transfer_metrics}_xfer_time_seconds_sum"),
         failed_transfers=total(f"{transfer_metrics}_num_failed_transfers_total"),
+        others={name: total(name) for name in others},
     )

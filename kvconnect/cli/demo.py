@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from kvconnect.cli.play import Demo
+    from kvconnect.cli.demos.runner import Demo
 
 
 class ConnectorName(enum.StrEnum):
@@ -52,10 +52,10 @@ def demo(
     import shutil
     import tempfile
 
-    from kvconnect.cli.chained import ChainedDemo
+    from kvconnect.cli.demos.chained import ChainedDemo
+    from kvconnect.cli.demos.hand_over import HandOverDemo
+    from kvconnect.cli.demos.stored import StoredDemo
     from kvconnect.cli.engines import check_installed, check_model
-    from kvconnect.cli.kept import KeptDemo
-    from kvconnect.cli.play import Demo
     from kvconnect.errors import ConfigError
 
     try:
@@ -69,11 +69,11 @@ def demo(
     try:
         match connector:
             case ConnectorName.OFFLOADING:
-                chosen: Demo = KeptDemo(folder, logs)
+                chosen: Demo = StoredDemo(folder, logs)
             case ConnectorName.MULTI:
                 chosen = ChainedDemo(folder, logs)
             case _:
-                chosen = Demo(folder, connector, logs)
+                chosen = HandOverDemo(folder, logs, connector)
         right = _play(chosen, json)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing is left running", err=True)

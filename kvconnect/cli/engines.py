@@ -3,7 +3,7 @@
 Does not import vLLM, and does not know how processes live and die: that is ``processes``.
 
     with Fleet(logs) as fleet:
-        engine = Engine(model, transfer_config("nixl", "prefill"))
+        engine = VllmServe(model, transfer_config("nixl", "prefill"))
         server = fleet.start("prefill", engine.command, engine_env())
         fleet.wait_up([server], START_TIMEOUT_S)
 """
@@ -102,7 +102,7 @@ def multi_config(**options: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Engine:
+class VllmServe:
     """A ``vllm serve`` whose answers can be compared: float32, computed eagerly."""
 
     model: Path
@@ -119,26 +119,11 @@ class Engine:
         """The whole command line."""
         arguments = [str(self.model), "--served-model-name", self.model_name]
         arguments += ["--host", HOST, "--port", str(port)]
-        arguments += [
-            "--dtype",
-            "float32",
-            "--enforce-eager",
-            "--max-model-len",
-            "4096",
-        ]
-        arguments += [
-            "--gpu-memory-utilization",
-            "0.3",
-        ]  # where there is a GPU, engines share it
+        arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"]
+        arguments += ["--gpu-memory-utilization", "0.3"]  # where there is a GPU, engines share it
         if self.transfer is not None:
             arguments += ["--kv-transfer-config", json.dumps(self.transfer)]
-        return [
-            *_PYTHON,
-            "vllm.entrypoints.cli.main",
-            "serve",
-            *arguments,
-            *self.options,
-        ]
+        return [*_PYTHON, "vllm.entrypoints.cli.main", "serve", *arguments, *self.options]
 
 
 def engine_env(**more: str) -> dict[str, str]:

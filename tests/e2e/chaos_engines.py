@@ -25,7 +25,7 @@ from conftest import model
 from nursery import Nursery
 from pair import Client, words
 
-from kvconnect.cli.engines import CONNECTORS, Engine, engine_env, proxy_command, transfer_config
+from kvconnect.cli.engines import CONNECTORS, VllmServe, engine_env, proxy_command, transfer_config
 from kvconnect.cli.processes import HOST, Fleet
 
 CLIENTS, PROMPTS, ANSWER = 4, 16, 8  # ANSWER: tokens
@@ -93,7 +93,7 @@ class Killable:
             **config.get("kv_connector_extra_config", {}),
             **EXTRA,
         }
-        engine = Engine(path, config, OPTIONS)
+        engine = VllmServe(path, config, OPTIONS)
         self.arguments = engine.command(self.port)[4:]  # beyond python -P -m vllm…
         self.log = folder / f"{self.name}.log"
         self.client = Client(self, engine.model_name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kvconnect.cli.engines import START_TIMEOUT_S, Engine, engine_env, transfer_config
+from kvconnect.cli.engines import START_TIMEOUT_S, VllmServe, engine_env, transfer_config
 from kvconnect.cli.processes import Fleet, Server
 
 PREFILL = {
@@ -129,7 +129,7 @@ class Pair:
         config["kv_load_failure_policy"] = setup.policy
         options = [*setup.both, *(setup.prefill if role == "prefill" else setup.decode)]
         name = f"{role} {len(self.fleet.servers)}"
-        command = Engine(setup.model, config, options).command
+        command = VllmServe(setup.model, config, options).command
         return self.fleet.start(name, command, engine_env(**setup.env))
 
     def prefilled(self, prompt: Any, **options: Any) -> dict[str, Any]:

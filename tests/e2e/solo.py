@@ -10,7 +10,7 @@ from typing import Any
 
 from pair import Client, eventually
 
-from kvconnect.cli.engines import START_TIMEOUT_S, Engine, engine_env, offload_config
+from kvconnect.cli.engines import START_TIMEOUT_S, VllmServe, engine_env, offload_config
 from kvconnect.cli.processes import Fleet, Server
 from kvconnect.offload.store.header import read_head
 
@@ -30,7 +30,7 @@ class SoloSetup:
     def launch(self, fleet: Fleet) -> Server:
         """An engine; not waited for."""
         config = offload_config(**self.extra) | dict(self.names)
-        command = Engine(self.model, config, self.options).command
+        command = VllmServe(self.model, config, self.options).command
         env = engine_env(VLLM_SERVER_DEV_MODE="1")  # for /reset_prefix_cache
         return fleet.start(f"engine {len(fleet.servers)}", command, env)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pair import Client
 
-from kvconnect.cli.engines import ROLES, START_TIMEOUT_S, Engine, engine_env
+from kvconnect.cli.engines import ROLES, START_TIMEOUT_S, VllmServe, engine_env
 from kvconnect.cli.processes import Fleet, Server
 
 HERE = Path(__file__).parent
@@ -80,7 +80,7 @@ class Xpyd:
                     **self.setup.extra,
                 },
             }
-            return Engine(self.setup.model, config, [*self.setup.both, *options]).command(port)
+            return VllmServe(self.setup.model, config, [*self.setup.both, *options]).command(port)
 
         return self.fleet.start(f"{role} {number}", command, engine_env())
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvconnect.cli import main
-from kvconnect.cli.engines import Engine
+from kvconnect.cli.engines import VllmServe
 from kvconnect_bench.pair import IN_TREE, Pair
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -32,13 +32,13 @@ def up_at_start(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ports: list[int] = []
     counts: list[int] = []
 
-    def command(engine: Engine, port: int) -> list[str]:
+    def command(engine: VllmServe, port: int) -> list[str]:
         assert engine.transfer is not None
         counts.append(sum(listens(earlier) for earlier in ports))
         ports.append(port)
         return [sys.executable, str(FAKE_ENGINE), str(port), str(engine.transfer["kv_role"])]
 
-    monkeypatch.setattr(Engine, "command", command)
+    monkeypatch.setattr(VllmServe, "command", command)
     return counts
 
 

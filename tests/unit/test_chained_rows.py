@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from kvconnect.cli.chained_rows import Row, table, verdict
+from kvconnect.cli.demos.rows import ChainedRow, table, verdict
 
-RIGHT = Row(
+RIGHT = ChainedRow(
     name="from memory and peer",
     prompt_tokens=1000,
     peer_tokens=488,

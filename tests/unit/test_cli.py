@@ -20,10 +20,10 @@ import kvconnect
 from kvconnect.cli import engines, main
 from kvconnect.cli.counters import read_counters
 from kvconnect.cli.demo import ConnectorName
-from kvconnect.cli.engines import CONNECTORS, Engine, engine_env, proxy_command, transfer_config
+from kvconnect.cli.demos.rows import HandOverRow, table, verdict
+from kvconnect.cli.demos.scenes import scenes
+from kvconnect.cli.engines import CONNECTORS, VllmServe, engine_env, proxy_command, transfer_config
 from kvconnect.cli.processes import Fleet, Server, ServerError
-from kvconnect.cli.rows import CAPTION, Row, table, verdict
-from kvconnect.cli.scenes import scenes
 from kvconnect.errors import ConfigError
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -127,7 +127,9 @@ def test_connectors_of_the_demo_are_those_of_the_table() -> None:
 
 
 def test_engine_command_says_what_vllm_serve_should_do(model: Path) -> None:
-    command = Engine(model, transfer_config("nixl", "decode"), options=["--seed", "7"]).command(81)
+    command = VllmServe(model, transfer_config("nixl", "decode"), options=["--seed", "7"]).command(
+        81
+    )
     assert command[command.index("serve") + 1] == str(model)
     assert command[-2:] == ["--seed", "7"]
     given = dict(itertools.pairwise(command))
@@ -140,7 +142,7 @@ def test_engine_command_says_what_vllm_serve_should_do(model: Path) -> None:
 
 
 def test_engine_without_connector_has_no_transfer_config(model: Path) -> None:
-    assert "--kv-transfer-config" not in Engine(model).command(81)
+    assert "--kv-transfer-config" not in VllmServe(model).command(81)
 
 
 def test_proxy_command_names_every_engine() -> None:
@@ -278,7 +280,15 @@ def test_counters_are_read_from_metrics_as_vllm_writes_them() -> None:
     assert (counters - counters).moved_bytes == 0
 
 
-GOOD = Row(
+def test_other_metrics_are_read_by_name_and_count_as_0_where_they_are_not() -> None:
+    name = "vllm:nixl_bytes_transferred_count"
+    counters = read_counters(METRICS, "vllm:nixl", [name, "vllm:not_there"])
+    assert counters.others == {name: 5, "vllm:not_there": 0}
+    nothing = read_counters("", "vllm:nixl", counters.others)
+    assert (counters - nothing).others == counters.others
+
+
+GOOD = HandOverRow(
     name="long",
     alone=False,
     prompts=2,
@@ -317,7 +327,7 @@ def test_right_rows_are_right() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_one_wrong_row_is_a_failure(row: Row, fault: str) -> None:
+def test_one_wrong_row_is_a_failure(row: HandOverRow, fault: str) -> None:
     right, line = verdict([GOOD, row, ALONE], expected=3)
     assert not right
     assert fault in line
@@ -332,11 +342,11 @@ def test_table_and_its_caption_fit_80_columns() -> None:
     wide = replace(GOOD, prompt_tokens=20_000, moved_tokens=20_000, moved_mb=12_345.6)
     with console.file:
         console.print(table([replace(wide, name=scene.name) for scene in scenes()]))
-        console.print(CAPTION)
+        console.print(HandOverRow.caption)
     text = console.export_text()
     assert "…" not in text
     assert all(scene.name in text for scene in scenes())
-    shown = re.sub(r"\[/?b\]", "", CAPTION)
+    shown = re.sub(r"\[/?b\]", "", HandOverRow.caption)
     assert shown in text  # unwrapped
 
 
@@ -353,11 +363,11 @@ def test_prompts_share_no_block_and_end_with_those_after_the_kill() -> None:
 def fake_engines(monkeypatch: pytest.MonkeyPatch, model: Path) -> Callable[..., Result]:
     """The demo on engines that are not vLLM; ``fault`` is what they do wrong."""
 
-    def command(engine: Engine, port: int) -> list[str]:
+    def command(engine: VllmServe, port: int) -> list[str]:
         assert engine.transfer is not None
         return [sys.executable, str(FAKE_ENGINE), str(port), str(engine.transfer["kv_role"])]
 
-    monkeypatch.setattr(Engine, "command", command)
+    monkeypatch.setattr(VllmServe, "command", command)
     monkeypatch.setattr(engines, "check_installed", lambda connector: None)
 
     def play(*options: str, fault: str = "") -> Result:

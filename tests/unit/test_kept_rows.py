@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from kvconnect.cli.kept_rows import Row, table, verdict
+from kvconnect.cli.demos.rows import StoredRow, table, verdict
 
-RIGHT = Row(
+RIGHT = StoredRow(
     name="long, from disk",
     source="disk",
     prompts=2,

@@ -2,31 +2,12 @@
 
 from dataclasses import dataclass
 
-from kvconnect.cli.client import Prompt
+from kvconnect.cli.client import CompletionRequest
 
-_THINGS = (
-    "lantern",
-    "ledger",
-    "kettle",
-    "violin",
-    "compass",
-    "blanket",
-    "mirror",
-    "hammer",
-)
-_COLOURS = ("copper", "green", "striped", "grey", "painted", "silver", "crooked")
-_OWNERS = (
-    "Nadia",
-    "Tomas",
-    "Imre",
-    "Chloe",
-    "Bashir",
-    "Yuki",
-    "Greta",
-    "Omar",
-    "Lucia",
-)
-_TOWNS = ("Lisbon", "Tromso", "Kyoto", "Quito", "Dakar", "Riga", "Perth", "Izmir")
+_THINGS = ["lantern", "ledger", "kettle", "violin", "compass", "blanket", "mirror", "hammer"]
+_COLOURS = ["copper", "green", "striped", "grey", "painted", "silver", "crooked"]
+_OWNERS = ["Nadia", "Tomas", "Imre", "Chloe", "Bashir", "Yuki", "Greta", "Omar", "Lucia"]
+_TOWNS = ["Lisbon", "Tromso", "Kyoto", "Quito", "Dakar", "Riga", "Perth", "Izmir"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +15,7 @@ class Scene:
     """Prompts that are asked at once, and whether the prefill engine is dead by then."""
 
     name: str
-    prompts: list[Prompt]
+    prompts: list[CompletionRequest]
     alone: bool = False
 
 
@@ -51,14 +32,16 @@ def inventory(title: str, records: int, start: int) -> str:
 
 def scenes() -> list[Scene]:
     """In the order in which they are played; those without a prefill engine are the last."""
-    long = Prompt(inventory("Porto", 128, 100), 24)
-    eight = [Prompt(inventory(town, 8 + 4 * n, 100 * n), 16) for n, town in enumerate(_TOWNS)]
-    chat = Prompt("Tell me in two sentences why the sky is blue.", 40, chat=True)
+    long = CompletionRequest(inventory("Porto", 128, 100), 24)
+    eight = [
+        CompletionRequest(inventory(town, 8 + 4 * n, 100 * n), 16) for n, town in enumerate(_TOWNS)
+    ]
+    chat = CompletionRequest("Tell me in two sentences why the sky is blue.", 40, chat=True)
     return [
-        Scene("short prompt", [Prompt("The capital of France is", 16)]),
+        Scene("short prompt", [CompletionRequest("The capital of France is", 16)]),
         Scene("long prompt", [long]),
         Scene("chat, streamed", [chat]),
         Scene("8 at once", eight),
-        Scene("a new prompt", [Prompt(inventory("Oslo", 20, 900), 24)], alone=True),
+        Scene("a new prompt", [CompletionRequest(inventory("Oslo", 20, 900), 24)], alone=True),
         Scene("the long one again", [long], alone=True),
     ]

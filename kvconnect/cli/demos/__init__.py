@@ -1,0 +1,1 @@
+"""The three plays of ``kvconnect demo``: KV handed over, stored and loaded, or both in one load."""
