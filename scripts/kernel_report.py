@@ -1,4 +1,4 @@
-"""Writes the table of docs/kernels.md: registers, spills and widths of every CUDA kernel.
+"""Writes the table of docs/evidence/kernels.md: registers, spills and widths of every CUDA kernel.
 
     python scripts/kernel_report.py         needs nvcc, and cuobjdump of the same CUDA or later
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 from build_kernels import ARCHITECTURES, HEADERS, SOURCES, compiler_of  # noqa: E402
 
-PAGE = ROOT / "docs/kernels.md"
+PAGE = ROOT / "docs/evidence/kernels.md"
 BEGIN, END = "<!-- scripts/kernel_report.py -->\n", "<!-- end -->\n"
 PATHS = (
     *("plain 16 B", "plain 8 B", "cells"),

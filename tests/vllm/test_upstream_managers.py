@@ -1,4 +1,4 @@
-"""vLLM's tests of its host-memory manager that can be pointed at ours (docs/offloading.md)."""
+"""vLLM's tests of its host-memory manager that can be pointed at ours (docs/evidence/)."""
 
 import os
 import re
