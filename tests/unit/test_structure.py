@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,24 @@ def test_a_class_name_exists_once():
     shared = {name: files for name, files in files_of.items() if len(files) > 1}
     unexpected = shared.keys() - set().union(*SHARED_NAMES.values())
     assert not unexpected, {name: [name_of(path) for path in shared[name]] for name in unexpected}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/words.md"])
+def test_classes_that_the_documentation_names_exist(page):
+    text = (ROOT.parent / page).read_text()
+    named = set(re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)*)`", text))
+    missing = named - sizes.classes(FILES).keys()
+    assert not missing, f"{page} names {sorted(missing)}, which are not classes of the package"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*ROOT.parent.glob("*.md"), *(ROOT.parent / "docs").rglob("*.md")],
+    ids=lambda path: path.relative_to(ROOT.parent).as_posix(),
+)
+def test_links_of_the_documentation_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_sizes_counts_what_is_there(tmp_path):
