@@ -286,13 +286,13 @@ def test_other_messages_are_ignored(rig):
 
 @pytest.mark.parametrize("named", [("g", "x"), (None, "r")], ids=["ticket", "in-tree form"])
 def test_a_lease_that_its_own_engine_was_offered_ends_unless_another_reads_it(rig, named):
-    rig.lender.grant(TERMS)
+    rig.server.grant(TERMS)
     rig.open()
-    rig.lender.release_own(*named)
-    assert rig.lender.take_freed() == set()
+    rig.server.release_own(*named)
+    assert rig.server.take_freed() == set()
     assert rig.close(readers=2), "another reader's lease stands"
-    rig.lender.release_own(*named)
-    assert rig.lender.take_freed() == {"r"}
-    rig.lender.release_own(*named)
-    rig.lender.release_own(None, "never heard of")
-    assert rig.lender.take_freed() == set()
+    rig.server.release_own(*named)
+    assert rig.server.take_freed() == {"r"}
+    rig.server.release_own(*named)
+    rig.server.release_own(None, "never heard of")
+    assert rig.server.take_freed() == set()
