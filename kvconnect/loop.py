@@ -51,9 +51,11 @@ class Loop:
         """Whether `close` has been called."""
         return self._stopping.is_set()
 
-    def start(self) -> None:
-        """Run turns on a thread until `close`."""
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+    def start(self, on_start: Callable[[], None] = lambda: None) -> None:
+        """Run turns on a thread until `close`; ``on_start`` is the first thing that it does."""
+        self._thread = threading.Thread(
+            target=self._run, args=(on_start,), name=self._name, daemon=True
+        )
         self._thread.start()
 
     def check(self) -> None:
@@ -72,10 +74,11 @@ class Loop:
                 return False
         return True
 
-    def _run(self) -> None:
+    def _run(self, on_start: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):  # so that `top -H` and `bench idle` can tell it
             Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(self._name[:15])
         try:
+            on_start()
             while not self.stopping:
                 self._turn()
         except BaseException as e:

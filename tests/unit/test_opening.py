@@ -79,11 +79,11 @@ def test_a_disk_that_has_no_room_leaves_memory_at_work(opened, tmp_path, caplog)
     assert rank.run(Spill(5, key_of(3))), "there is no disk"
 
 
-def test_a_file_where_the_folder_should_be_is_the_same(opened, tmp_path, caplog):
+def test_a_file_where_the_folder_should_be_is_an_error(opened, tmp_path):
+    """It used to be a line in the log of an engine that then kept nothing on disk."""
     (tmp_path / "disk").write_text("")
-    rank = opened(disk_path=str(tmp_path / "disk"), disk_bytes=MEMORY)
-    assert rank.place.lead.disk_slots == 0
-    assert "memory only" in caplog.text
+    with pytest.raises(StoreError, match="disk"):
+        opened(disk_path=str(tmp_path / "disk"), disk_bytes=MEMORY)
 
 
 def test_memory_that_cannot_be_had_is_an_error(opened, tmp_path):

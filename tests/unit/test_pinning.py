@@ -35,7 +35,8 @@ class Device:
 def test_the_first_piece_is_there_at_once_and_the_rest_in_time():
     device = Device()
     pinning = Pinning(1000, 25, device.register, piece_bytes=10)
-    pinning.start(threads=2)
+    pinning.start()
+    pinning.go_on(threads=2)
     assert pinning.ready == 10
     device.gate.set()
     for thread in list(pinning._threads):
@@ -44,6 +45,35 @@ def test_the_first_piece_is_there_at_once_and_the_rest_in_time():
     assert sorted(device.seen) == [(1000, 10), (1010, 10), (1020, 5)]
     pinning.close()
     pinning.close()
+
+
+def test_no_thread_pins_before_the_engine_runs():
+    """vLLM captures its graphs until then: memory that is registered meanwhile spoils a capture."""
+    capturing, refused = False, []
+    me = threading.get_ident()
+
+    def register(address, _nbytes):
+        if capturing:
+            refused.append(address)
+            return 900  # cudaErrorStreamCaptureUnsupported
+        assert address > 0 or threading.get_ident() == me
+        return 0
+
+    threads_before = threading.active_count()
+    pinning = Pinning(0, 100, register, piece_bytes=10)
+    pinning.start()
+    capturing = True
+    assert threading.active_count() == threads_before
+    assert pinning.ready == 10
+    capturing = False
+    pinning.go_on()
+    pinning.go_on()
+    while pinning.ready < 100:
+        pass
+    assert not refused
+    pinning.close()
+    pinning.go_on()
+    assert threading.active_count() == threads_before
 
 
 def test_a_gap_is_not_passed_over():
@@ -56,7 +86,8 @@ def test_a_gap_is_not_passed_over():
         return 0
 
     pinning = Pinning(0, 30, register, piece_bytes=10)
-    pinning.start(threads=2)
+    pinning.start()
+    pinning.go_on(threads=2)
     while len(pinning._pinned) < 2:
         pass
     assert pinning.ready == 10
@@ -73,7 +104,8 @@ def test_if_the_first_cannot_be_pinned_the_start_fails():
 def test_if_a_later_one_cannot_the_rest_stays_unused(caplog):
     device = Device(broken=[1010])
     pinning = Pinning(1000, 400, device.register, piece_bytes=10)
-    pinning.start(threads=2)
+    pinning.start()
+    pinning.go_on(threads=2)
     while sum(thread.is_alive() for thread in pinning._threads) > 1:
         pass  # one fails at once, the other is held at the gate
     device.gate.set()
@@ -88,7 +120,8 @@ def test_if_a_later_one_cannot_the_rest_stays_unused(caplog):
 def test_who_closes_does_not_wait_for_all_of_it():
     device = Device()
     pinning = Pinning(1000, 10_000, device.register, piece_bytes=10)
-    pinning.start(threads=1)
+    pinning.start()
+    pinning.go_on(threads=1)
     for _ in range(2):
         device.reached.acquire(timeout=10)
     threading.Timer(0.01, device.gate.set).start()

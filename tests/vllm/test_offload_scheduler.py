@@ -77,7 +77,7 @@ class Engine:
         windows=(None,),
         ranks=1,
         slots=16,
-        problem="",
+        named=True,
         events=True,
         draft=0,
         transferred=None,
@@ -101,8 +101,8 @@ class Engine:
             config,
         )
         found = Found(slots, 0, [], [])
-        last = Found(0, 0, [], [], problem) if problem else found
-        self.half.named({(0, r): last if r == ranks - 1 else found for r in range(ranks)})
+        if named:
+            self.half.named({(0, r): found for r in range(ranks)})
         self.pool = Pool()
         self.half.bind(self.pool)
 
@@ -269,8 +269,8 @@ def test_a_client_says_how_much_may_be_stored(make, limit, saved):
     assert len(engine.stored(one, ([1, 2, 3],)).saves) == saved
 
 
-def test_a_rank_without_room_turns_everything_off(make):
-    engine = make(ranks=2, problem="no room")
+def test_until_ranks_have_said_what_they_can_hold_nothing_is_kept(make):
+    engine = make(ranks=2, named=False)
     one = request()
     assert engine.half.match(one, 0) == 0
     assert engine.step(one, ([1, 2, 3],), 13).empty
@@ -521,8 +521,8 @@ def test_a_window_holds_the_token_that_comes_next(make, window, matched):
     assert engine.half.match(request("other", blocks=5), 0) == matched * BLOCK
 
 
-def test_without_room_what_ranks_say_later_is_not_followed(make):
-    engine = make(problem="no room")
+def test_what_ranks_say_before_that_is_not_followed(make):
+    engine = make(named=False)
     engine.half.received(
         WorkerResults({1: (1, 0)}, gained=Counter([b"k"]), lost=[Loss(b"k", False)])
     )

@@ -1,8 +1,12 @@
 """Memory made known to a device piece by piece, on threads, so that nobody waits for all of it.
 
 * The first piece is pinned before `start` returns, and its failure raised: a limit on locked
-  memory is an error at the start. The rest follows; what fails there is logged, and the memory
-  from there on stays unused.
+  memory is an error at the start. The rest follows from `go_on`; what fails there is logged, and
+  the memory from there on stays unused.
+* `go_on` is called at the engine's first step and not before. While vLLM captures its graphs, a
+  call of another thread that registers memory fails and spoils the capture (vllm#46933); once
+  steps run, nothing is captured any more. To pin everything in `start` would be right as well,
+  and was rejected: tens of GB take many seconds, in which the engine serves nobody.
 * `ready` is how much is pinned, from the start on without a gap.
 * Knows no CUDA: ``register`` takes an address and bytes, and returns 0 or an error code.
 """
@@ -36,6 +40,7 @@ class Pinning:
         self._pinned: set[int] = set()
         self._stopping = False
         self._ready = 0  # of pieces
+        self._going = False
         self._threads: list[threading.Thread] = []
 
     @property
@@ -46,8 +51,8 @@ class Pinning:
                 self._ready += 1
         return sum(nbytes for _, nbytes in self._pieces[: self._ready])
 
-    def start(self, threads: int = THREADS) -> None:
-        """Pin the first piece, and the others on threads; raises StoreError."""
+    def start(self) -> None:
+        """Pin the first piece, in the caller's thread; raises StoreError."""
         if code := self._pin_next():
             nbytes = self._pieces[0][1]
             raise StoreError(
@@ -55,6 +60,12 @@ class Pinning:
                 f"{nbytes} bytes of host memory cannot be pinned (CUDA error {code}); "
                 "raise the limit on locked memory, or lower cpu_bytes_to_use",
             )
+
+    def go_on(self, threads: int = THREADS) -> None:
+        """Pin the other pieces on threads. Does nothing when it is called again."""
+        if self._going or self._stopping:
+            return
+        self._going = True
         for _ in range(min(threads, len(self._pieces) - 1)):
             thread = threading.Thread(target=self._run, name="kvconnect-pin", daemon=True)
             self._threads.append(thread)

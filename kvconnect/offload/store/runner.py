@@ -137,9 +137,9 @@ class Runner:
 
     # -- the engine's thread ----------------------------------------------------------
 
-    def start(self) -> None:
-        """Run `step` on a thread until `close`."""
-        self._loop.start()
+    def start(self, on_start: Callable[[], None] = lambda: None) -> None:
+        """Run `step` on a thread until `close`; ``on_start`` is the first thing that it does."""
+        self._loop.start(on_start)
 
     def put(self, jobs: Sequence[Job], fence: Fence | None = None) -> None:
         """Give jobs, which are carried out once ``fence`` says so."""

@@ -92,7 +92,7 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if isinstance(connector_metadata, StepJobs):
-            self.worker.obey(connector_metadata)
+            self.worker.begin_step(connector_metadata)
 
     def wait_for_save(self) -> None:
         """The step's forward is done, or is what the device does next."""

@@ -22,8 +22,6 @@ class Found(KVConnectorHandshakeMetadata):
     host: list[bytes]
     """Keys, oldest first."""
     disk: list[bytes]
-    problem: str = ""
-    """Why it can hold nothing."""
 
 
 class Wanted(NamedTuple):

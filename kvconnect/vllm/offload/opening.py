@@ -67,7 +67,14 @@ class OpenStore(NamedTuple):
     lead: Lead
     """What it can hold, and held from before."""
     parts: tuple[Closes, ...]
-    """To be closed behind the thread."""
+    """To be closed in this order, after the thread has stopped."""
+    pinning: Pinning | None = None
+    """What makes its memory known to the device, piece by piece."""
+
+    def engine_runs(self) -> None:
+        """The engine's first step begins: nothing captures graphs any more."""
+        if self.pinning is not None:
+            self.pinning.go_on()
 
     def close(self) -> None:
         """Stop the thread, let go of memory and files. Idempotent."""
@@ -111,6 +118,9 @@ def open_place(
     try:
         disk = _open_disk(config, copies, fingerprint, nbytes)
     except StoreError as e:
+        if e.reason is not Reason.FULL:  # a folder that cannot be used is the operator's error
+            host.shelf.arena.close()
+            raise
         logger.error("kvconnect: KV is kept in memory only, not on disk: %s", e)
     vault = TieredStore(host, disk)
     keys = vault.keys(on_disk=False), vault.keys(on_disk=True)
@@ -131,7 +141,7 @@ def open_place(
     passing = min(PASSING_SLOTS, spec.slots // 2) if config.share and disk else 0
     lead = Lead(str(arena.path), arena.identity, spec.slots - passing, disk_slots, keys)
     parts = [part for part in (disk, beside, pinning, arena) if part is not None]
-    return OpenStore(runner, arena, True, lead, tuple(parts))
+    return OpenStore(runner, arena, True, lead, tuple(parts), pinning)
 
 
 def follow(
@@ -164,7 +174,7 @@ def follow(
     each = [packing.block_bytes for packing in packings]
     runner = Runner(follower, each, counts)
     parts = (follower,) if pinning is None else (pinning, follower)
-    return OpenStore(runner, memory, False, lead, parts)
+    return OpenStore(runner, memory, False, lead, parts, pinning)
 
 
 def _ready(arena: Arena, pinning: Pinning | None) -> Callable[[], int] | None:

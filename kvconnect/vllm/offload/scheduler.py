@@ -3,7 +3,7 @@
 * No delayed frees: blocks that are being saved are referenced in the block pool until all ranks
   have answered, whatever becomes of their request.
 * A load that fails, in whole or in part, is computed again and not tried again.
-* Without a tier (a rank has no room) it answers "nothing" to everything.
+* Until all ranks have said what they can hold it answers "nothing" to everything.
 """
 
 import logging
@@ -64,9 +64,6 @@ class OffloadScheduler:
         """All ranks are up, and have said what they can hold and what they held before."""
         ranks = [one for _, one in sorted(found.items())]
         self._ranks, self.waits_to_be_named = len(ranks), False
-        if problems := [one.problem for one in ranks if one.problem]:
-            logger.error("kvconnect: KV is not offloaded: %s", problems[0])
-            return
         config = self._config
         slots, disk_slots = min(r.slots for r in ranks), min(r.disk_slots for r in ranks)
         policy = config.eviction_policy

@@ -1,6 +1,7 @@
 """The worker's half of the offloading connector: jobs in, answers out, on a thread of its own.
 
-A place that cannot be opened turns the tier off: the scheduler is told, the engine goes on.
+Memory that cannot be had, and a folder that cannot be used, are errors of the configuration, which
+end the start. What fails later is a miss, or KV that is not kept.
 """
 
 import logging
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvconnect.errors import Reason, StoreError
+from kvconnect.errors import ConfigError, StoreError
 from kvconnect.loop import Fence
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.jobs import Fill, JobDone, Save
@@ -41,9 +42,9 @@ class OffloadWorker:
         self._config = config
         self._cuts = cuts(kv_cache_config, config)
         self._device: torch.device | None = None
-        self._place: OpenStore | None = None
+        self._store: OpenStore | None = None
         self._found: Found | None = None
-        self._obeyed: StepJobs | None = None
+        self._begun: StepJobs | None = None
         self._saves: list[Save] = []  # of the step that runs
         self._loads = RunningLoads()
         self._done = WorkerResults()
@@ -58,6 +59,7 @@ class OffloadWorker:
             kv_caches, self._kv_cache_config, self._vllm_config, TpRank(rank.tp_rank, rank.tp_size)
         )
         self._device = next(iter(kv_caches.values())).device
+        check_share(self._config, self._device)
         kernels = kernels_for(self._device)
         packings = [
             SlotLayout(shard, index, cut.chunk_blocks, kernels)
@@ -70,56 +72,57 @@ class OffloadWorker:
             return arena_fingerprint(identity(self._vllm_config, self._cuts), told)
 
         try:
-            place = open_copy(
+            store = open_copy(
                 *(self._config, rank, fingerprint_of, packings, self._pin, gather_over_tp),
                 nodes=wanted(_pci_address(self._device)),
             )
         except StoreError as e:
-            logger.error("kvconnect: rank %d stores no KV: %s", rank.index, e)
-            self._introduce(rank.index, Found(0, 0, [], [], str(e)))
-            return
-        place.runner.start()
-        self._place = place
-        lead, stride = place.lead, place.memory.spec.stride
+            raise ConfigError(
+                f"KVConnectOffloading cannot store KV on rank {rank.index}: {e}"
+            ) from e
+        store.runner.start()
+        self.serve(store)
+        lead, stride = store.lead, store.memory.spec.stride
         self._introduce(rank.index, Found(lead.slots, lead.disk_slots, *lead.keys))
         logger.info(
             "kvconnect: rank %d of %d %s %d chunks (%.2f GB) in memory, %d on disk; found %d "
             "and %d from before",
-            *(rank.index, rank.count, "stores" if place.stores else "reads another's"),
+            *(rank.index, rank.count, "stores" if store.stores else "reads another's"),
             *(lead.slots, lead.slots * stride / 1e9, lead.disk_slots),
             *(len(keys) for keys in lead.keys),
         )
+
+    def serve(self, store: OpenStore) -> None:
+        """Carry out jobs on ``store`` from now on."""
+        self._store = store
 
     def handshake_metadata(self) -> Found | None:
         """What this rank can hold; None before `register`."""
         return self._found
 
-    def obey(self, work: StepJobs) -> None:
+    def begin_step(self, work: StepJobs) -> None:
         """Start a step's jobs, before its forward; its saves wait for `forward_is_done`."""
-        if work is self._obeyed:
+        if work is self._begun:
             return
-        self._obeyed = work
+        self._begun = work
+        assert self._store is not None, "a step before the caches were registered"
+        self._store.engine_runs()
         self.forward_is_done()  # of the step before, where vLLM did not say so
         for request_id, loading in work.loads.items():
             self._loads.begin(request_id, loading.fills, loading.problem)
-        if self._place is None:
-            for job in [*work.jobs, *work.saves]:
-                if (number := getattr(job, "number", None)) is not None:
-                    self._answer(number, "this rank stores no KV")
-            return
-        self._place.runner.put(work.jobs, self._fence())
+        self._store.runner.put(work.jobs, self._fence())
         self._saves += work.saves
 
     def forward_is_done(self) -> None:
         """The step's KV is computed, or will be by what the device has been given. Idempotent."""
-        if self._saves and self._place is not None:
-            self._place.runner.put(self._saves, self._fence())
+        if self._saves and self._store is not None:
+            self._store.runner.put(self._saves, self._fence())
             self._saves = []
 
     def collect(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended here, and those of them that failed."""
-        if self._place is not None:
-            report = self._place.runner.take()
+        if self._store is not None:
+            report = self._store.runner.take()
             self.answered = [(one, report.ended_s[one.id]) for one in report.done]
             for done in report.done:
                 self._answer(done.id, done.error)
@@ -131,8 +134,8 @@ class OffloadWorker:
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """Carry out spares of the scheduler's; `answered` says when each has ended."""
-        assert self._place is not None
-        self._place.runner.put(fills, self._fence())
+        assert self._store is not None
+        self._store.runner.put(fills, self._fence())
 
     def decline(self, fills: Sequence[Fill]) -> None:
         """Answer spares that are not wanted."""
@@ -155,13 +158,13 @@ class OffloadWorker:
         The engine has paused, and the device has computed what it was given.
         """
         self.forward_is_done()
-        if self._place is not None and not self._place.runner.rest():
+        if self._store is not None and not self._store.runner.rest():
             raise RuntimeError("KV is still being stored or loaded; the engine cannot go to sleep")
 
     def close(self) -> None:
         """Stop the thread. Idempotent."""
-        if self._place is not None:
-            self._place.close()
+        if self._store is not None:
+            self._store.close()
 
     def _introduce(self, rank: int, found: Found) -> None:
         """Twice: in-tree MultiConnector gives all its children the handshake of the first."""
@@ -173,10 +176,6 @@ class OffloadWorker:
         device = self._device
         if device is None or device.type != "cuda":
             return None
-        if self._config.share:
-            raise StoreError(
-                Reason.FAILED, "share is for CPU engines: neighbours' memory is not pinned"
-            )
         cudart, flags = torch.cuda.cudart(), 0 if to_write else READ_ONLY
 
         def register(address: int, nbytes: int) -> int:
@@ -201,6 +200,15 @@ class OffloadWorker:
         event.record(torch.cuda.current_stream(device))
         computed: Fence = event.query
         return computed
+
+
+def check_share(config: OffloadConfig, device: torch.device) -> None:
+    """Raise ConfigError where other engines' memory cannot be read."""
+    if config.share and device.type != "cpu":
+        raise ConfigError(
+            f"share is true on a {device.type} device, which cannot read the memory of other "
+            "engines; leave share out"
+        )
 
 
 def _pci_address(device: torch.device) -> str | None:
