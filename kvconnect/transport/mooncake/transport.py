@@ -27,7 +27,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.transport.base import Done, Op, TransferId, Work
 from kvconnect.transport.greeting import read_hello
 from kvconnect.transport.mooncake.engine import import_mooncake, start
-from kvconnect.transport.reach import Reach, join, pair
+from kvconnect.transport.reach import Reach, Spans, join, pair
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -56,12 +56,27 @@ class _MooncakePeer:
 class _MooncakeTransfer:
     work: Work
     peer: _MooncakePeer
-    spans: list[tuple[int, int, int]]  # not posted yet, last first
+    spans: Spans
     started: float
+    posted: int = 0  # spans that are under way or have ended
     post_s: float = 0.0
     descriptors: int = 0
     under_way: list[int] = field(default_factory=list)
     error: str | None = None
+
+    @property
+    def spans_left(self) -> int:
+        """How many are to be posted; none once it has failed."""
+        return 0 if self.error else len(self.spans[0]) - self.posted
+
+    def next_span(self) -> tuple[int, int, int]:
+        """Our address, the peer's and the bytes of the next one to post.
+
+        Taken from the arrays one by one: a list of a million spans would take submit a second.
+        """
+        ours, theirs, nbytes = (int(side[self.posted]) for side in self.spans)
+        self.posted += 1
+        return ours, theirs, nbytes
 
 
 class MooncakeTransport:
@@ -126,9 +141,8 @@ class MooncakeTransport:
         except TransportError as e:
             self._ended.append(Done(transfer_id, str(e)))
             return transfer_id
-        waiting = list(zip(*(s[::-1].tolist() for s in spans), strict=True))
-        running = self._running[transfer_id] = _MooncakeTransfer(work, peer, waiting, started)
-        running.descriptors = len(waiting)
+        running = self._running[transfer_id] = _MooncakeTransfer(work, peer, spans, started)
+        running.descriptors = len(ours)
         self._post()
         running.post_s = time.perf_counter() - started
         return transfer_id
@@ -167,8 +181,8 @@ class MooncakeTransport:
             count = under_way.get(segment, 0) + len(running.under_way)
             if running.peer.met is False:
                 self._fail(running, f"peer {running.work.peer} cannot be reached by Mooncake")
-            while running.peer.met and running.spans and count < WINDOW:
-                count += self._transfer(running, *running.spans.pop())
+            while running.peer.met and running.spans_left and count < WINDOW:
+                count += self._transfer(running, *running.next_span())
             under_way[segment] = count
             self._end_if_over(transfer_id)
 
@@ -200,11 +214,10 @@ class MooncakeTransport:
     def _fail(self, running: _MooncakeTransfer, error: str) -> None:
         """What is under way goes on; it ends, with this error, when that has ended."""
         running.error = running.error or error
-        running.spans.clear()
 
     def _end_if_over(self, transfer_id: TransferId) -> None:
         r = self._running[transfer_id]
-        if r.spans or r.under_way:
+        if r.spans_left or r.under_way:
             return
         del self._running[transfer_id]
         nbytes, wire_s = 0 if r.error else r.work.nbytes, time.perf_counter() - r.started
