@@ -7,6 +7,8 @@
 
 import difflib
 import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -30,6 +32,11 @@ INERT_OPTIONS = {
     "engine_ttl": "peers are dropped when they fail, not by age",
     "kv_recompute_threshold": "it only concerns bidirectional transfers",
     "decoder_kv_blocks_ttl": "it only concerns bidirectional transfers",
+    "bidirectional_kv_xfer": "prefill computes by itself what decode generated",
+    "enforce_handshake_compat": "engines are compared by their KV and not by vLLM's version; "
+    "model_id and allow_lossy say what else may differ",
+    "enable_cross_layers_blocks": "transfer_mode decides how many descriptors a transfer has",
+    "push_registration_timeout": "decode asks for what it waits for; load_timeout is how long",
 }
 
 MIN_SECRET_BYTES = 16
@@ -38,6 +45,7 @@ MIN_SECRET_BYTES = 16
 # The same for options of the in-tree Mooncake connector.
 INERT_MOONCAKE_OPTIONS = {
     "num_workers": "transfers do not block, so there are no threads to send from",
+    "custom_mem_pool": "KV caches are registered where vLLM has put them",
 }
 
 
@@ -102,15 +110,8 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Bytes of staging memory per rank, half to send from, half to receive."""
     allow_lossy: bool = False
     """Decode: accept KV of another 16-bit or 8-bit float type (fp16 ↔ bf16, e4m3 ↔ e5m2)."""
-    bidirectional_kv_xfer: bool = False
-    """In-tree's decode → prefill transfers; not available here."""
 
     def __post_init__(self) -> None:
-        if self.bidirectional_kv_xfer:
-            raise ValueError(
-                "bidirectional_kv_xfer is true, but decode → prefill transfers are not "
-                "available in kvconnect; remove the option"
-            )
         if self.kv_lease_max_duration < self.kv_lease_duration:
             raise ValueError(
                 f"kv_lease_max_duration is {self.kv_lease_max_duration:g} s, expected at least "
@@ -171,7 +172,8 @@ Config = TypeVar("Config", bound=msgspec.Struct)
 def parse(options: Mapping[str, Any], schema: type[Config], connector: str) -> Config:
     """The extra config of ``connector`` as a ``schema``; raises ConfigError with a remedy.
 
-    Options of the connector's own transport are checked and put into ``transport_options``.
+    Options of the connector's own transport are checked and put into ``transport_options``. A
+    schema may have ``translated(options, connector)``, which makes our options of in-tree ones.
     """
     place, inert = "extra config", getattr(schema, "inert", {})
     known = _names(schema)
@@ -181,6 +183,8 @@ def parse(options: Mapping[str, Any], schema: type[Config], connector: str) -> C
             logger.warning("%s: %s has no effect: %s", connector, key, inert[key])
         else:
             wanted[key] = value
+    if (translated := getattr(schema, "translated", None)) is not None:
+        wanted = translated(wanted, connector)
     if issubclass(schema, PeerConfig):
         known += _names(schema.own_options)
         _hand_to_transport(wanted, schema, connector)
@@ -212,6 +216,53 @@ def _hand_to_transport(wanted: dict[str, Any], schema: type[PeerConfig], connect
     wanted["transport_options"] = options | wanted.get("transport_options", {})
 
 
+UNITS = {"": 1} | {
+    f"{letter}{i}": (1024 if i else 1000) ** power
+    for power, letter in enumerate("kmgt", 1)
+    for i in ("", "i")
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\+?\d+)?)\s*([kmgt]?i?)b?\s*")
+
+
+def _plain_values(options: Mapping[str, Any], schema: type[msgspec.Struct]) -> dict[str, Any]:
+    """Numbers and truth values that went through YAML, Helm or a float come as what they are."""
+    info = msgspec.inspect.type_info(schema)
+    assert isinstance(info, msgspec.inspect.StructType)
+    kinds = {field.encode_name: _kinds(field.type) for field in info.fields}
+    return {name: _plain(name, value, kinds.get(name, set())) for name, value in options.items()}
+
+
+def _kinds(of: msgspec.inspect.Type) -> set[type]:
+    each = of.types if isinstance(of, msgspec.inspect.UnionType) else (of,)
+    return {type(one) for one in each}
+
+
+def _plain(name: str, value: Any, kinds: set[type]) -> Any:
+    """``value`` as the only kind that the option has, if it says one; else as it is."""
+    if msgspec.inspect.StrType in kinds or isinstance(value, bool):
+        return value
+    if msgspec.inspect.BoolType in kinds:
+        truths = {"true": True, "false": False}
+        return truths.get(value.strip().lower(), value) if isinstance(value, str) else value
+    if not kinds & {msgspec.inspect.IntType, msgspec.inspect.FloatType}:
+        return value
+    is_size = "bytes" in name
+    if isinstance(value, str):
+        found = _SIZE.fullmatch(value.lower())
+        if found is None or (found[2] and not is_size):
+            return value
+        value = float(found[1]) * UNITS[found[2]]
+    whole = msgspec.inspect.IntType in kinds
+    if whole and isinstance(value, float) and math.isfinite(value):
+        return int(value) if is_size or value.is_integer() else value
+    return value
+
+
+def number_of_bytes(value: Any) -> Any:
+    """A size as parse takes it: ``"10GiB"``, ``"1e9"``, ``1e9``; as it is if it is none."""
+    return _plain("bytes", value, {msgspec.inspect.IntType})
+
+
 def _names(schema: type[msgspec.Struct]) -> list[str]:
     return [field.encode_name for field in msgspec.structs.fields(schema)]
 
@@ -229,7 +280,7 @@ def _converted(
         hint = f"did you mean {near[0]!r}?" if near else all_of_them
         raise ConfigError(f"{whose}: unknown option {key!r} in {place}; {hint}")
     try:
-        return msgspec.convert(options, schema)
+        return msgspec.convert(_plain_values(options, schema), schema)
     except msgspec.ValidationError as e:
         raise ConfigError(f"{whose}: bad {place}: {e}") from e
 

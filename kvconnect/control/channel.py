@@ -65,12 +65,13 @@ class ZmqChannel:
     Binds to ``host``; ``port`` 0 takes a free one. Raises ConfigError where it cannot bind.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, bind: str | None = None) -> None:
+        """Peers are told ``host``; ``bind``: where to listen, if that is another address."""
         self._context = zmq.Context()
         # names are looked up in a context's own thread, where a slow one keeps all others waiting
         self._named = zmq.Context()
         self._router = self._socket(zmq.ROUTER)
-        self.address = Address(host, self._bind(host, port))
+        self.address = Address(host, self._bind(bind or host, port))
         name = f"inproc://wake-{id(self)}"
         self._woken = self._context.socket(zmq.PULL)
         self._woken.bind(name)

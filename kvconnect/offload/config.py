@@ -3,11 +3,18 @@
 In-tree names keep their meaning (vLLM ``kv_connector/v1/offloading``, 0.32).
 """
 
+import logging
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
+from kvconnect.config import number_of_bytes
+from kvconnect.errors import ConfigError
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+DISK_TIMES_MEMORY = 4  # what a disk gets for which nobody said how much
 Bytes = Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 50)]
 
 
@@ -16,7 +23,15 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     inert: ClassVar[Mapping[str, str]] = {
         "spec_name": "there is one kind of host memory here",
+        "spec_module_path": "there is one kind of host memory here",
         "lazy_offload": "KV is saved as soon as it is computed",
+        "self_describing_kv_events": "KV events always say what tokens they are of",
+        "canonical_layout": "KV is kept as the ranks that stored it have it",
+        "sync_load_budget_bytes": "no load holds up a step",
+        "max_tracker_size": "what store_threshold counts has a bound of its own",
+        "cache_policy_module_path": "eviction_policy names one that is here",
+        "backpressure": "a disk that is behind gets no more until its queue has room",
+        "tier_poll_interval_s": "a thread of its own watches the disk",
     }
 
     cpu_bytes_to_use: Bytes
@@ -24,6 +39,10 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     block_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] | None = None
     """Tokens that are stored and loaded together; a multiple of the engine's block size, which is
     the default."""
+    blocks_per_chunk: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None = None
+    """The same in blocks of the engine."""
+    offload_prompt_only: bool = False
+    """Store what was prefilled, and not what was generated after it. (In-tree: true by default.)"""
     eviction_policy: Literal["lru", "arc", "s3fifo"] = "lru"
     """What goes when there is no room."""
     store_threshold: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
@@ -42,7 +61,41 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Folder for host memory that persists or is shared; by default one in /dev/shm."""
 
     def __post_init__(self) -> None:
+        if self.block_size is not None and self.blocks_per_chunk is not None:
+            raise ValueError("block_size and blocks_per_chunk say the same thing: give one of them")
         if (self.disk_path is None) != (self.disk_bytes is None):
             raise ValueError("disk_path and disk_bytes belong together: give both, or none")
         if self.memory_path is not None and not (self.persist or self.share):
             raise ValueError("memory_path is given, but neither persist nor share, which it is for")
+
+    @classmethod
+    def translated(cls, options: Mapping[str, Any], connector: str) -> dict[str, Any]:
+        """In-tree's ``secondary_tiers``: the first of files becomes ours, with its ``root_dir``."""
+        ours = dict(options)
+        tiers = ours.pop("secondary_tiers", None) or ()
+        if not isinstance(tiers, list | tuple) or not all(isinstance(t, Mapping) for t in tiers):
+            raise ConfigError(
+                f"{connector}: secondary_tiers is {tiers!r}, expected a list of tiers"
+            )
+        for tier in tiers:
+            kind, folder = tier.get("type"), tier.get("root_dir")
+            if kind != "fs" or not isinstance(folder, str) or "disk_path" in ours:
+                logger.warning(
+                    "%s: the secondary tier of type %r has no effect: there is one, of files, with "
+                    "a root_dir (here disk_path and disk_bytes)",
+                    connector,
+                    kind,
+                )
+                continue
+            ours["disk_path"] = folder
+            memory = number_of_bytes(ours.get("cpu_bytes_to_use"))
+            if "disk_bytes" not in ours and isinstance(memory, int):
+                ours["disk_bytes"] = DISK_TIMES_MEMORY * memory
+                logger.warning(
+                    "%s: the secondary tier in %s may have %d times what memory has, reserved at "
+                    "the start; disk_bytes says otherwise",
+                    connector,
+                    folder,
+                    DISK_TIMES_MEMORY,
+                )
+        return ours

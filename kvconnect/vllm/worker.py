@@ -31,6 +31,8 @@ from kvconnect.vllm.layout import TpRank, describe
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - what an operator says; peers are told an address
+
 
 @dataclass
 class RankMetadata(KVConnectorHandshakeMetadata):
@@ -99,7 +101,8 @@ class Worker:
             allow_lossy=self._config.allow_lossy,
             versions={"kvconnect": __version__, "vllm": vllm.__version__},
         )
-        channel = ZmqChannel(host, port)
+        said = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST", "")
+        channel = ZmqChannel(host, port, bind=said if said in EVERYWHERE else None)
         self._mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
         self._mover.start()
         nbytes = sum(r.nbytes for r in memory.regions)
@@ -201,7 +204,9 @@ def side_channel(vllm_config: Any, rank: Rank, at_kv_port: bool) -> tuple[str, i
     from vllm.utils.network_utils import get_ip
 
     host = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST") or get_ip()
-    if host == "0.0.0.0":  # noqa: S104 - compared, not bound; what get_ip says when it finds no route at all
+    if host in EVERYWHERE:
+        host = get_ip()
+    if host in EVERYWHERE:  # what get_ip says when it finds no route at all
         host = "127.0.0.1"
     replica = getattr(vllm_config.parallel_config, "data_parallel_index", 0)
     kv_port = vllm_config.kv_transfer_config.kv_port

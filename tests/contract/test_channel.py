@@ -1,5 +1,7 @@
 """ZMQ and the in-memory network keep the same contract."""
 
+import socket
+
 import pytest
 
 from kvconnect.control.channel import ZmqChannel
@@ -40,6 +42,15 @@ def test_a_name_that_is_slow_to_look_up_keeps_no_other_peer_waiting(monkeypatch)
     ours.close()
     theirs.close()
     assert ours._named.closed and ours._context.closed
+
+
+def test_who_listens_everywhere_names_one_address_and_is_reached_at_all():
+    channel = ZmqChannel("127.0.0.1", 0, bind="0.0.0.0")
+    try:
+        assert channel.address.host == "127.0.0.1"
+        socket.create_connection(("127.0.0.2", channel.address.port), 5).close()
+    finally:
+        channel.close()
 
 
 def test_the_whole_suite_is_one_call():

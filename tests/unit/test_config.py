@@ -13,6 +13,7 @@ from kvconnect.config import (
     read_secret,
 )
 from kvconnect.errors import ConfigError
+from kvconnect.offload.config import OffloadConfig
 
 
 def parsed(**options):
@@ -54,7 +55,8 @@ BAD = {
     "text for seconds": ({"load_timeout": "soon"}, "load_timeout"),
     "not a number": ({"load_timeout": float("nan")}, "load_timeout"),
     "beyond a day": ({"handshake_timeout": 1e9}, "handshake_timeout"),
-    "bidirectional": ({"bidirectional_kv_xfer": True}, "bidirectional_kv_xfer is true.*remove"),
+    "a size for seconds": ({"load_timeout": "10GiB"}, "load_timeout"),
+    "half a byte": ({"staging_bytes": "lots"}, "staging_bytes"),
     "max below lease": (
         {"kv_lease_duration": 50, "kv_lease_max_duration": 20},
         r"kv_lease_max_duration is 20 s, expected at least kv_lease_duration \(50 s\)",
@@ -105,6 +107,122 @@ def test_a_configuration_of_the_in_tree_mooncake_connector_starts():
         "mooncake",
         {"mooncake_protocol": "tcp", "device_name": "mlx5_0"},
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "nbytes"),
+    [
+        (1e9, 10**9),
+        ("1e9", 10**9),
+        ("1000000000", 10**9),
+        ("10GiB", 10 << 30),
+        ("1.5 GiB", 3 << 29),
+        ("64Mi", 64 << 20),
+        ("2 GB", 2 * 10**9),
+        (0.7 * (1 << 30), int(0.7 * (1 << 30))),
+    ],
+)
+def test_a_size_may_be_a_float_or_text_with_a_unit(value, nbytes):
+    """``--kv-offloading-size 1`` gives a float; so do YAML and Helm."""
+    assert parse({"cpu_bytes_to_use": value}, OffloadConfig, "test").cpu_bytes_to_use == nbytes
+    assert parsed(staging_bytes=value).staging_bytes == nbytes
+
+
+def test_numbers_and_truth_values_may_be_text():
+    found = parsed(kv_lease_duration="60", load_timeout="1.5", allow_lossy="True")
+    assert found == NixlConfig(kv_lease_duration=60, load_timeout=1.5, allow_lossy=True)
+    assert parse({"cpu_bytes_to_use": 1 << 30, "block_size": 32.0}, OffloadConfig, "t").block_size
+    with pytest.raises(ConfigError, match="block_size"):
+        parse({"cpu_bytes_to_use": 1 << 30, "block_size": 32.5}, OffloadConfig, "t")
+
+
+STOCK = {
+    "nixl": (
+        NixlConfig,
+        {
+            "backends": ["UCX"],
+            "num_threads": 4,
+            "engine_ttl": 3600,
+            "kv_lease_duration": 30,
+            "enforce_handshake_compat": False,
+            "enable_cross_layers_blocks": "True",
+            "push_registration_timeout": 480,
+            "bidirectional_kv_xfer": True,
+            "kv_recompute_threshold": 64,
+            "decoder_kv_blocks_ttl": 480,
+        },
+    ),
+    "mooncake": (
+        MooncakeConfig,
+        {
+            "mooncake_protocol": "rdma",
+            "device_name": "mlx5_0",
+            "num_workers": "10",
+            "custom_mem_pool": "NVLINK",
+            "bootstrap_server_address": "10.0.0.1:8998",
+        },
+    ),
+    "offloading": (
+        OffloadConfig,
+        {
+            "cpu_bytes_to_use": 1e9,
+            "spec_name": "TieringOffloadingSpec",
+            "spec_module_path": "vllm.v1.kv_offload.tiering.spec",
+            "blocks_per_chunk": "4",
+            "eviction_policy": "arc",
+            "cache_policy_module_path": "policies",
+            "store_threshold": "2",
+            "max_tracker_size": 64000,
+            "offload_prompt_only": "true",
+            "self_describing_kv_events": True,
+            "canonical_layout": True,
+            "sync_load_budget_bytes": 0,
+            "tier_poll_interval_s": 0.001,
+            "backpressure": {},
+            "secondary_tiers": [{"type": "fs", "root_dir": "/kv"}],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("schema", "options"), STOCK.values(), ids=STOCK)
+def test_a_configuration_written_for_vllms_own_connector_starts(schema, options):
+    parse(options, schema, "test")
+
+
+@pytest.mark.parametrize(
+    ("schema", "option", "value"),
+    [(schema, *one) for schema, options in STOCK.values() for one in options.items()],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_a_stock_option_is_honoured_or_said_to_have_no_effect(schema, option, value, caplog):
+    needed = {"cpu_bytes_to_use": 2e9} if schema is OffloadConfig else {}
+    without = parse(needed, schema, "test")
+    caplog.clear()
+    changed = parse(needed | {option: value}, schema, "test") != without
+    said = f"test: {option} has no effect: " in caplog.text
+    assert said == (option in schema.inert)
+    same = ("kv_lease_duration",)  # what is given here is the default
+    assert said or changed or option in same
+
+
+def test_a_secondary_tier_of_files_is_our_disk(caplog):
+    tiers = [{"type": "obj"}, {"type": "fs", "root_dir": "/kv"}, {"type": "fs", "root_dir": "/b"}]
+    options = {"cpu_bytes_to_use": "1GiB", "secondary_tiers": tiers}
+    found = parse(options, OffloadConfig, "test")
+    assert (found.disk_path, found.disk_bytes) == ("/kv", 4 << 30)
+    assert "the secondary tier of type 'obj' has no effect" in caplog.text
+    assert "of type 'fs' has no effect" in caplog.text, "there is one disk"
+    assert "4 times what memory has" in caplog.text
+    assert parse(options | {"disk_bytes": "2GiB"}, OffloadConfig, "t").disk_bytes == 2 << 30
+    with pytest.raises(ConfigError, match="expected a list of tiers"):
+        parse(options | {"secondary_tiers": "fs"}, OffloadConfig, "test")
+
+
+def test_a_chunk_is_said_in_tokens_or_in_blocks():
+    options = {"cpu_bytes_to_use": "1GiB", "blocks_per_chunk": 2, "block_size": 32}
+    with pytest.raises(ConfigError, match="give one of them"):
+        parse(options, OffloadConfig, "test")
 
 
 def test_options_of_one_transport_are_unknown_to_the_other():

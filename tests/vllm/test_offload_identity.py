@@ -126,6 +126,7 @@ def test_recurrent_state_is_refused():
 
 
 def test_what_cannot_be_cut_is_refused():
+    assert cut(blocks_per_chunk=3) == cut(block_size=3 * BLOCK)
     with pytest.raises(ConfigError, match="block_size is 24, expected a multiple of the engine's"):
         cut(block_size=24)
 

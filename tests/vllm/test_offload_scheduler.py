@@ -261,12 +261,31 @@ def test_blocks_out_of_the_window_are_neither_saved_nor_wanted(make):
 
 
 @pytest.mark.parametrize(
-    ("limit", "saved"), [(0, 0), (8, 2), (11, 2), (-1, 3), ("8", 3), (8.0, 3), (True, 3), ([], 3)]
+    ("limit", "saved"),
+    [(0, 0), (8, 2), (11, 2), (-1, 3), ("8", 3), (8.0, 2), (8.5, 3), (True, 3), ([], 3)],
 )
 def test_a_client_says_how_much_may_be_stored(make, limit, saved):
     engine = make()
     one = request(params={"max_offload_tokens": limit})
     assert len(engine.stored(one, ([1, 2, 3],)).saves) == saved
+
+
+@pytest.mark.parametrize(
+    ("limit", "loaded"), [(0, 0), (BLOCK, BLOCK), (BLOCK + 1, BLOCK), (2.0 * BLOCK, 2 * BLOCK)]
+)
+def test_a_client_says_how_much_may_be_loaded(make, limit, loaded):
+    engine = make()
+    engine.stored(request(blocks=5), ([1, 2, 3, 4, 5],))
+    wanted = {"max_load_tokens": limit}
+    assert engine.half.match(request("other", blocks=5, params=wanted), 0) == loaded
+    assert engine.half.match(request("another", blocks=5, params=wanted), BLOCK) == loaded
+
+
+def test_what_was_generated_is_not_stored_where_only_prompts_are(make):
+    engine = make(offload_prompt_only=True)
+    one = request(blocks=3)
+    one.num_prompt_tokens = BLOCK + 1
+    assert len(engine.stored(one, ([1, 2, 3],)).saves) == 1
 
 
 def test_until_ranks_have_said_what_they_can_hold_nothing_is_kept(make):

@@ -24,6 +24,15 @@ def config(kv_port=21001, replica=0):
     )
 
 
+@pytest.mark.parametrize("everywhere", ["0.0.0.0", "::"])
+def test_who_listens_everywhere_says_an_address_that_others_reach(monkeypatch, everywhere):
+    monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", everywhere)
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.7")
+    assert side_channel(config(), FIRST, at_kv_port=False) == ("10.0.0.7", 0)
+    monkeypatch.setenv("VLLM_HOST_IP", "0.0.0.0")
+    assert side_channel(config(), FIRST, at_kv_port=False) == ("127.0.0.1", 0)
+
+
 FIRST, SECOND = Rank(0, 2, 0, 2), Rank(1, 2, 0, 2)
 
 

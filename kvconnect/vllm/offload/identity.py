@@ -44,7 +44,7 @@ def cuts(kv_cache_config: Any, config: OffloadConfig) -> list[Cut]:
                 "offloaded; serve this model without KVConnectOffloading"
             )
         block = spec.block_size
-        tokens = config.block_size or block
+        tokens = config.block_size or block * (config.blocks_per_chunk or 1)
         if tokens % block:
             raise ConfigError(
                 f"block_size is {tokens}, expected a multiple of the engine's {block}; both are "

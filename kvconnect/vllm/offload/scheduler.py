@@ -98,7 +98,8 @@ class OffloadScheduler:
             tracked.looked = True  # an idle engine has not heard from its workers for long
             return None
         tracked.local_tokens = local_tokens
-        most, keys, tier = request.num_tokens - 1, tracked.keys(), self._tier
+        most = min(request.num_tokens - 1, local_tokens + tracked.most_loaded)
+        keys, tier = tracked.keys(), self._tier
         elsewhere = {
             key
             for group, own in zip(self._groups, keys, strict=True)
@@ -265,6 +266,8 @@ class OffloadScheduler:
         request = tracked.request
         computed = request.num_computed_tokens - request.num_output_placeholders + scheduled
         most = min(computed - self._volatile, tracked.most_tokens)
+        if self._config.offload_prompt_only:
+            most = min(most, request.num_prompt_tokens)
         chunks: list[tuple[int, KeyedChunk]] = []
         for index, (cut, keys) in enumerate(zip(self.cuts, tracked.keys(), strict=True)):
             table, size, tokens = tables[cut.group_id], cut.chunk_blocks, cut.group.chunk_tokens

@@ -25,7 +25,10 @@ class Tracked:
         """Whether the workers were given a step to say what engines beside hold."""
         self.offered = [0] * len(cuts)
         """Per group, chunks from the first on that were offered to be stored."""
-        self.most_tokens = _limit(request)
+        self.most_tokens = _limit(request, "max_offload_tokens")
+        """Of the request's tokens, how many may be stored, as its client says."""
+        self.most_loaded = _limit(request, "max_load_tokens")
+        """The same of tokens that may be loaded, beyond those that the engine itself has."""
         self._names = names.of(_context(request))
         self._cuts = cuts
         self._hash_tokens = hash_tokens
@@ -77,17 +80,20 @@ def _adapter(lora: Any) -> str:
     return f"{lora.lora_name} {lora.lora_path} {weights_at(lora.lora_path)}"
 
 
-def _limit(request: Any) -> int:
-    """The client's ``max_offload_tokens``: of the request's tokens, how many may be stored."""
+def _limit(request: Any, name: str) -> int:
+    """What the request's ``kv_transfer_params`` say under ``name``; NO_LIMIT if nothing."""
     params = request.kv_transfer_params
-    asked = params.get("max_offload_tokens") if isinstance(params, dict) else None
+    asked = params.get(name) if isinstance(params, dict) else None
     if asked is None:
         return NO_LIMIT
+    if isinstance(asked, float) and asked.is_integer():
+        asked = int(asked)  # numbers that went through a router
     if type(asked) is int and asked >= 0:
         return asked
     logger.warning(
-        "request %s: max_offload_tokens is %.100r, expected a whole number; it is ignored",
+        "request %s: %s is %.100r, expected a whole number; it is ignored",
         request.request_id,
+        name,
         asked,
     )
     return NO_LIMIT
