@@ -11,9 +11,18 @@
 
 Remote faults in flight are values (``Done.error``), never exceptions. A message names the
 subject, what was seen, what was expected and the remedy.
+
+What nobody expected, whatever its type, is `contained`: it ends the one peer, job or request in
+whose handling it was raised. Only an AssertionError, an invariant of ours that does not hold, goes
+on up and stops the engine, which cannot be trusted any more.
 """
 
+import contextlib
 import enum
+import logging
+from collections.abc import Callable, Iterator
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class KvConnectError(Exception):
@@ -68,3 +77,18 @@ class StoreError(KvConnectError):
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+@contextlib.contextmanager
+def contained(what: str, end: Callable[[str], None]) -> Iterator[None]:
+    """Contain an unexpected exception in the handling of ``what``: log it, ``end`` that alone.
+
+    ``end`` gets the reason, and must leave nothing held.
+    """
+    try:
+        yield
+    except AssertionError:
+        raise
+    except Exception as e:
+        logger.exception("%s: unexpected; it ends, and everything else goes on", what)
+        end(f"unexpected {type(e).__name__}: {e}")

@@ -8,7 +8,9 @@ with a fake clock.
 * Busy (something is being read, by us or from us): steps follow each other, after a short pause
   where nothing happened. Idle: the thread sleeps in the channel until a frame, an order or a
   deadline; it looks after the transport once a second.
-* A programming fault in the thread is raised in the engine's thread by the next `take`.
+* What is unexpected ends the frame, reader, fetch or remote in whose handling it was raised
+  (`kvconnect.errors.contained`). An invariant of ours that does not hold ends the thread, and is
+  raised in the engine's thread by the next `take`.
 """
 
 import contextlib
@@ -26,9 +28,10 @@ from kvconnect.consumer.release import Releaser
 from kvconnect.consumer.remote import ConsumerContext, PeerPath, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.control import wire
-from kvconnect.control.channel import Channel
+from kvconnect.control.channel import Channel, Frame
 from kvconnect.control.dialer import Dialer
 from kvconnect.control.listener import Listener
+from kvconnect.errors import contained
 from kvconnect.geometry.blocks import Shard
 from kvconnect.lease import Clock
 from kvconnect.ops import Kernels
@@ -188,13 +191,13 @@ class Mover:
         frames = self._channel.poll(wait_s)
         for frame in frames:  # a peer that ended must not be asked for anything more,
             if frame.link.dialled:
-                self.dialer.receive(frame)
+                with contained("a frame of a peer", self._count_unexpected):
+                    self.dialer.receive(frame)
         self._carry_out_orders()  # and whoever asks us must find what was ordered before
         for frame in frames:
-            if not frame.link.dialled and (incoming := self.listener.receive(frame)):
-                self._lease_server.receive(incoming)
-                if self._chunk_sender:
-                    self._chunk_sender.receive(incoming)
+            if not frame.link.dialled:
+                with contained("a frame of a reader", self._count_unexpected):
+                    self._receive(frame)
         ended = self._transport.poll()
         for done in ended:
             self._fetcher.done(done)
@@ -212,6 +215,15 @@ class Mover:
         self._renewer.tick()
         self._publish()
         return active
+
+    def _receive(self, frame: Frame) -> None:
+        if incoming := self.listener.receive(frame):
+            self._lease_server.receive(incoming)
+            if self._chunk_sender:
+                self._chunk_sender.receive(incoming)
+
+    def _count_unexpected(self, _why: str) -> None:
+        self._stats.count("num_unexpected_errors")
 
     def wait_s(self) -> float:
         """How long the next step may wait for a frame."""

@@ -10,6 +10,7 @@ wrong moves it to FAILING, where it stays until no transport can touch our block
   is no business of this module (`kvconnect.consumer.release`).
 """
 
+import contextlib
 import enum
 import logging
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.consumer.stage import ChunkReceiver
 from kvconnect.control import wire
 from kvconnect.control.dialer import Call, PeerState
-from kvconnect.errors import GeometryError
+from kvconnect.errors import GeometryError, contained
 from kvconnect.lease import Clock
 from kvconnect.orders import Cancel, Fetch
 from kvconnect.stats import Stats
@@ -127,15 +128,19 @@ class Fetcher:
         for fetch in self._fetches.values():
             if (index := fetch.tickets.pop(done.transfer_id, None)) is None:
                 continue
-            path = fetch.remote.paths[index]
-            assert path is not None
-            if done.error is None:
-                path.was_read = True
-                self._stats.transfer(done)
-                self._measured(fetch, index, False, done.nbytes, done.wire_s)
-            elif fetch.phase is Phase.READING:
-                self._not_read(fetch, index, path, done.error)
+            with self._contained(fetch):
+                self._done(fetch, index, done)
             return
+
+    def _done(self, fetch: _Fetch, index: int, done: Done) -> None:
+        path = fetch.remote.paths[index]
+        assert path is not None
+        if done.error is None:
+            path.was_read = True
+            self._stats.transfer(done)
+            self._measured(fetch, index, False, done.nbytes, done.wire_s)
+        elif fetch.phase is Phase.READING:
+            self._not_read(fetch, index, path, done.error)
 
     def tick(self) -> None:
         """Move every fetch on as far as it goes."""
@@ -143,7 +148,7 @@ class Fetcher:
         if self._slots is not None:
             self._slots.tick()
         for request_id, fetch in list(self._fetches.items()):
-            if self._advance(fetch):
+            if self._is_done(fetch):
                 del self._fetches[request_id]
                 fetch.remote.fetches -= 1
                 self._renewer.forget(request_id)
@@ -159,6 +164,23 @@ class Fetcher:
         taken = self._received, self._failed
         self._received, self._failed = set(), {}
         return taken
+
+    def _contained(self, fetch: _Fetch) -> contextlib.AbstractContextManager[None]:
+        """Let what is unexpected fail this fetch alone."""
+
+        def end(why: str) -> None:
+            self._stats.count("num_unexpected_errors")
+            self._fail(fetch, why)
+
+        return contained(f"fetch of request {fetch.order.request_id}", end)
+
+    def _is_done(self, fetch: _Fetch) -> bool:
+        if fetch.phase is Phase.FAILING:
+            # nothing may go wrong here: blocks must not be given back before nobody touches them
+            return self._advance(fetch)
+        with self._contained(fetch):
+            return self._advance(fetch)
+        return False
 
     def _report(self, request_id: str, fetch: _Fetch) -> None:
         self._received.add(request_id)

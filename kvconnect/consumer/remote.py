@@ -16,7 +16,7 @@ from kvconnect.consumer.stage import StagedPath
 from kvconnect.control.dialer import Dialer, Peer, PeerState
 from kvconnect.control.wire import Address, Body
 from kvconnect.costs import Costs
-from kvconnect.errors import GeometryError, TransportError
+from kvconnect.errors import GeometryError, TransportError, contained
 from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.blocks import Shard as Memory
 from kvconnect.geometry.chunks import ChunkPlan
@@ -240,6 +240,7 @@ class Remotes:
     def tick(self) -> None:
         """Advance all; forget the failed ones."""
         for key, remote in list(self._by_addresses.items()):
-            remote.tick()
+            with contained(f"remote engine at {remote.peers[0]}", remote.fail):
+                remote.tick()
             if remote.state is PeerState.FAILED:
                 del self._by_addresses[key]

@@ -27,7 +27,7 @@ from kvconnect.control import wire
 from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming, Listener
 from kvconnect.costs import Average
-from kvconnect.errors import GeometryError, TransportError
+from kvconnect.errors import GeometryError, TransportError, contained
 from kvconnect.geometry.blocks import MAX_ADDRESS, Shard
 from kvconnect.geometry.chunks import Held, segments, source_copy
 from kvconnect.geometry.rows import RowTable
@@ -174,7 +174,8 @@ class ChunkSender:
             return
         self._under_way.add(key)
         if isinstance(message, wire.Stage):
-            self._stage(link, message)
+            with contained("a reader", lambda why: self._unexpected(link, message, why)):
+                self._stage(link, message)
         elif self._may_wait(link):
             self._waiting.setdefault(link, deque()).append(message)
             self._num_waiting += 1
@@ -220,17 +221,33 @@ class ChunkSender:
         """
         if (link := self._next_link()) is not None:
             want = self._take_waiting(link)
-            try:
-                self._gather(link, want)
-            except (GeometryError, TransportError) as e:
-                self._refuse(link, want, "unusable", str(e))
+            with contained("a reader", lambda why: self._unexpected(link, want, why)):
+                try:
+                    self._gather(link, want)
+                except (GeometryError, TransportError) as e:
+                    self._refuse(link, want, "unusable", str(e))
         for filling in list(self._filling):
+            self._write_if_gathered(filling)
+        self._end_stalled()
+
+    def _write_if_gathered(self, filling: _Sending) -> None:
+        def end(why: str) -> None:
+            self._filling.remove(filling)
+            self._slots.give(filling.slot)
+            self._unexpected(filling.link, filling.want, why)
+
+        with contained("a reader", end):
             try:
                 if filling.ticket is None and filling.launch.done():
                     self._write(filling)
             except TransportError as e:
                 self._drop(filling, "device", str(e))
-        self._end_stalled()
+
+    def _unexpected(self, link: Link, message: wire.Stage | wire.Want, why: str) -> None:
+        """Give up on the reader in whose handling something went wrong."""
+        self._stats.count("num_unexpected_errors")
+        self._forget(link)
+        self._refuse(link, message, "unexpected", why)
 
     def _may_wait(self, link: Link) -> bool:
         own = len(self._waiting.get(link, ()))

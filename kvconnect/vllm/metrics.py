@@ -150,6 +150,11 @@ PEER = (
         "Transfers that failed on one path, direct or staged, and were made on the other.",
     ),
     Metric(
+        "vllm:kvconnect_num_unexpected_errors",
+        ("num_unexpected_errors",),
+        "Errors that nobody expected, each contained to one peer or request; the log has them.",
+    ),
+    Metric(
         "vllm:kvconnect_num_invalid_params",
         ("num_invalid_params",),
         "Requests whose kv_transfer_params were unusable and that were prefilled locally.",

@@ -340,3 +340,61 @@ def test_a_reader_that_no_write_reaches_is_not_staged_for_without_end():
     assert len(p.transports[0].submitted) < 60
     p.transports[0].forget_plans()
     assert Load(p, d, "well").seconds() < 1.0
+
+
+# -- what nobody expected -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["p", "d"])
+def test_an_unexpected_error_of_one_load_fails_that_load_alone(side):
+    """It used to end the mover, and the engine with it."""
+    kernels = FailingKernels(ZeroDivisionError("of nobody expected"))
+    world = World()
+    p = make(world, kernels=kernels if side == "p" else None)
+    d, other = make(world, kernels=kernels if side == "d" else None), make(world)
+    Load(p, d, "warm").seconds()
+    kernels.fail = 2
+    Load(p, d, "fails")
+    world.go_on(30, seconds=0.1)
+    assert "unexpected ZeroDivisionError: of nobody expected" in d.ended["fails"][0]
+    kernels.fail = 0
+    for one in (d, other):
+        assert Load(p, one, "well").seconds() < 1.0
+    told = (p if side == "p" else d).movers[0].take_stats()
+    assert told["num_unexpected_errors"] >= 1
+    world.go_on(10, seconds=1.0)
+    assert p.movers[0].held()["gather_slots"] == d.movers[0].held()["receive_slots"] == 0
+
+
+@pytest.mark.parametrize("mode", ["direct", "staged"])
+def test_an_unexpected_error_of_one_peer_fails_that_peer_alone(mode):
+    """As a transport's, of a library that raises what it never did before."""
+    world = World()
+    p, q, d, other = (make(world, mode=mode) for _ in range(4))
+    add_peer = (d if mode == "direct" else p).transports[0].add_peer
+
+    def odd(name, hello):
+        if first:
+            first.pop()
+            raise RuntimeError("what is that")
+        add_peer(name, hello)
+
+    first = [1]
+    (d if mode == "direct" else p).transports[0].add_peer = odd
+    Load(p, d, "fails")
+    world.go_on(30, seconds=0.1)
+    assert "unexpected RuntimeError: what is that" in d.ended["fails"][0]
+    assert Load(q, d, "of another").seconds() < 1.0
+    assert Load(p, other, "for another").seconds() < 1.0
+    assert Load(p, d, "again").seconds() < 1.0
+
+
+def test_a_broken_invariant_of_ours_stops_the_mover():
+    """Whoever goes on after that may serve what is wrong."""
+    kernels = FailingKernels(AssertionError("so it cannot be"))
+    world = World()
+    p, d = make(world, kernels=kernels), make(world)
+    kernels.fail = 1
+    Load(p, d, "stops")
+    with pytest.raises(AssertionError, match="so it cannot be"):
+        world.go_on(30)
