@@ -4,6 +4,7 @@
 
 CXX, NVCC              compilers (else c++, g++, clang++; nvcc on PATH or under CUDA_HOME)
 KVCONNECT_BUILD_CUDA   0: never build libkvc_cuda; 1: fail where that is impossible
+KVCONNECT_CUDA_ARCHITECTURES   as 75,90, instead of all in ARCHITECTURES that this nvcc knows
 
 Both libraries are optional: without a compiler `kvconnect.ops` uses numpy. Plain C ABI and ctypes,
 so one build serves every Python and every torch.
@@ -23,7 +24,8 @@ SOURCES = {
     "kvc_cuda": ["csrc/kvc_cuda.cu"],
 }
 HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/kvc").iterdir())
-ARCHITECTURES = ("80", "90", "100", "120")
+# Code for 80 runs on 86, that for 100 on 103, and so on; 89 has fp8 in hardware, which 80 lacks.
+ARCHITECTURES = ("75", "80", "89", "90", "100", "120")
 CPP_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
     # results must be those of torch, bit for bit; and loops with float additions vectorise
@@ -33,10 +35,19 @@ CPP_FLAGS = (
 )
 
 
-def cuda_flags() -> list[str]:
+def architectures(nvcc: str) -> list[str]:
+    """Those to build for; of ARCHITECTURES, only those that this nvcc knows."""
+    if asked := os.environ.get("KVCONNECT_CUDA_ARCHITECTURES"):
+        return [one.strip().removeprefix("sm_") for one in asked.split(",")]
+    listed = _run(nvcc, "--list-gpu-arch", capture_output=True).stdout.decode().split()
+    return [one for one in ARCHITECTURES if f"compute_{one}" in listed]
+
+
+def cuda_flags(nvcc: str) -> list[str]:
     """Flags of nvcc: an SASS per architecture, and PTX of the newest for later ones."""
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+    found = architectures(nvcc)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in found]
+    codes.append(f"-gencode=arch=compute_{found[-1]},code=compute_{found[-1]}")
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
     flags = ("-std=c++17", "-O3", "-fmad=false", "-shared", "-cudart=static", "--threads=0")
     return [*flags, *codes, host]
@@ -60,7 +71,7 @@ def compile_library(name: str, target: Path) -> None:
     compiler = compiler_of(name)
     if compiler is None:
         raise OSError("no compiler found")
-    flags = list(CPP_FLAGS) if name == "kvc_cpu" else cuda_flags()
+    flags = list(CPP_FLAGS) if name == "kvc_cpu" else cuda_flags(compiler)
     version = _run(compiler, "--version", capture_output=True).stdout
     inputs = [version, repr((flags, platform.machine())).encode()]
     inputs += [(ROOT / path).read_bytes() for path in (*SOURCES[name], *HEADERS)]

@@ -3,8 +3,12 @@
 //
 // A context has one stream of the greatest priority and slots, each a pinned buffer, its twin in device memory and an event. A launch takes a slot: tables and zeroed
 // sums go up in one copy, kernels run, sums come back, the event is recorded. The slot is free again
-// once the launch was released and its event has passed. Every call leaves the thread's current
-// device as it was.
+// once the launch was released and its event has passed.
+//
+// Any thread may call at any time. A call works on its context's device and leaves the thread's
+// current device as it was, except that it never makes a CUDA context on another device to do so. It
+// neither fails nor spoils the capture of a CUDA graph that another thread has under way, and frees
+// nothing before the end: cudaFree waits for the device.
 #include <cuda_runtime.h>
 #include <string.h>
 
@@ -22,6 +26,7 @@ using namespace kvc::grid;
 using kvc::Part;
 
 constexpr uint32_t THREADS = 512;
+constexpr size_t LEAST_SLOT_BYTES = 256 << 10;  // so that hardly any launch needs a larger one
 
 // Adds all lanes' sums. On a CPU (tests) lanes run one after the other.
 __device__ inline void add_sum(unsigned long long* to, uint64_t sum, [[maybe_unused]] uint32_t lane) {
@@ -84,21 +89,31 @@ RunsKernel runs_kernel_of(uint32_t width) {
 }
 
 struct Slot {
+  int owner = 0;  // device
   uint8_t *host = nullptr, *device = nullptr;
   size_t bytes = 0;
+  std::vector<uint8_t*> outgrown_host, outgrown_device;  // each buffer is 1.5 times the one before
   uint64_t* sums = nullptr;  // in host
   cudaEvent_t end = nullptr;
   bool taken = false;
 
   void drop() {
-    cudaFreeHost(host), cudaFree(device);
+    outgrow();
+    for (uint8_t* one : outgrown_host) cudaFreeHost(one);
+    for (uint8_t* one : outgrown_device) cudaFree(one);
+  }
+
+  void outgrow() {
+    if (host) outgrown_host.push_back(host);
+    if (device) outgrown_device.push_back(device);
     host = device = nullptr, bytes = 0;
   }
 
   bool reserve(size_t needed) {
     if (needed <= bytes) return true;
     needed = (needed + needed / 2 + 4095) / 4096 * 4096;
-    drop();
+    if (needed < LEAST_SLOT_BYTES) needed = LEAST_SLOT_BYTES;
+    outgrow();
     if (cudaMallocHost((void**)&host, needed) != cudaSuccess) return false;
     if (cudaMalloc((void**)&device, needed) != cudaSuccess) return false;
     bytes = needed;
@@ -106,22 +121,46 @@ struct Slot {
   }
 };
 
+// Whether this process has a CUDA context on a device, which would be made by making it current.
+bool has_context(int device) {
+#if CUDART_VERSION >= 12050
+  cudaDriverEntryPointQueryResult found;
+  void* entry = nullptr;
+  if (cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &entry, 7000,
+                                       cudaEnableDefault, &found) != cudaSuccess ||
+      found != cudaDriverEntryPointSuccess)
+    return false;
+  unsigned flags = 0;
+  int active = 0;
+  return ((int (*)(int, unsigned*, int*))entry)(device, &flags, &active) == 0 && active;
+#else
+  return true;
+#endif
+}
+
+// Makes a device the thread's current one until it goes out of scope, if it is not anyway, and lets
+// the thread make calls that a capture under way in another thread would forbid.
 // Makes a device the thread's current one until it goes out of scope.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
-    ok_ = cudaGetDevice(&before_) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+  explicit OnDevice(int device) : device_(device) {
+    cudaThreadExchangeStreamCaptureMode(&mode_);
+    ok_ = cudaGetDevice(&before_) == cudaSuccess &&
+          (before_ == device || cudaSetDevice(device) == cudaSuccess);
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
   ~OnDevice() {
-    if (ok_) cudaSetDevice(before_);
+    if (ok_ && before_ != device_ && has_context(before_)) cudaSetDevice(before_);
+    cudaThreadExchangeStreamCaptureMode(&mode_);
   }
   bool ok() const { return ok_; }
 
  private:
+  const int device_;
   int before_ = 0;
   bool ok_ = false;
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 struct Context {
@@ -143,6 +182,7 @@ struct Context {
     for (auto& slot : slots)
       if (!slot->taken && cudaEventQuery(slot->end) == cudaSuccess) return slot->taken = true, slot.get();
     std::unique_ptr<Slot> slot(new Slot);
+    slot->owner = device;
     if (cudaEventCreateWithFlags(&slot->end, cudaEventDisableTiming) != cudaSuccess) return nullptr;
     slot->taken = true;
     slots.push_back(std::move(slot));
@@ -169,7 +209,21 @@ struct Context {
   }
 };
 
+// Whether the library has machine code for the device, or PTX that the driver can compile for it.
+int check_code() {
+  cudaFuncAttributes attributes;
+  switch (cudaFuncGetAttributes(&attributes, kernel_of<true>(Path::PLAIN16))) {
+    case cudaSuccess: return KVC_OK;
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion: return cudaGetLastError(), KVC_NO_CODE;
+    default: return KVC_DEVICE_FAILED;
+  }
+}
+
 int open_context(Context* context) {
+  if (int error = check_code()) return error;
   int least, greatest;
   if (cudaDeviceGetStreamPriorityRange(&least, &greatest) != cudaSuccess ||
       cudaStreamCreateWithPriority(&context->stream, cudaStreamNonBlocking, greatest) !=
@@ -254,12 +308,24 @@ int in_slot(Context* context, void** launch, Work work) {
 KVC_EXPORT int kvc_abi_version(void) { return KVC_ABI_VERSION; }
 KVC_EXPORT const char* kvc_strerror(int error) { return kvc::describe(error); }
 
-// Makes a device the thread's current one, for libraries that go by that. Returns which one was.
+// Makes a device the thread's current one. Returns which one was, or KVC_NO_DEVICE.
 KVC_EXPORT int kvc_cuda_make_current(int device) {
   int before = 0;
-  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess)
-    return KVC_NO_DEVICE;
-  return before;
+  if (cudaGetDevice(&before) != cudaSuccess) return KVC_NO_DEVICE;
+  return before == device || cudaSetDevice(device) == cudaSuccess ? before : KVC_NO_DEVICE;
+}
+
+// The same for the device that was current before, unless that would make a context there.
+KVC_EXPORT void kvc_cuda_restore(int device) {
+  if (has_context(device)) cudaSetDevice(device);
+}
+
+// 86 for sm_86; 0 if it cannot be told.
+KVC_EXPORT int kvc_cuda_architecture(int device) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
 }
 
 // 0 without a GPU or driver.
@@ -359,8 +425,28 @@ KVC_EXPORT int kvc_cuda_copy_runs(void* handle, const uint64_t* dst, const uint6
   }
 }
 
+// Makes host memory one that kernels can read and, unless `read_only`, write. Returns CUDA's error.
+KVC_EXPORT int kvc_cuda_register(void* context, void* memory, uint64_t bytes, int read_only) {
+  const OnDevice on(((Context*)context)->device);
+  if (!on.ok()) return cudaErrorInvalidDevice;
+  const int error =
+      cudaHostRegister(memory, bytes, read_only ? cudaHostRegisterReadOnly : cudaHostRegisterDefault);
+  cudaGetLastError();
+  return error;
+}
+
+// The reverse, before the memory is unmapped.
+KVC_EXPORT int kvc_cuda_unregister(void* context, void* memory) {
+  const OnDevice on(((Context*)context)->device);
+  if (!on.ok()) return cudaErrorInvalidDevice;
+  const int error = cudaHostUnregister(memory);
+  cudaGetLastError();
+  return error;
+}
+
 // 1 once all is written, 0 before, negative if the device failed.
 KVC_EXPORT int kvc_cuda_done(void* launch) {
+  const OnDevice on(((Slot*)launch)->owner);
   const cudaError_t state = cudaEventQuery(((Slot*)launch)->end);
   return state == cudaSuccess ? 1 : state == cudaErrorNotReady ? 0 : KVC_DEVICE_FAILED;
 }

@@ -124,9 +124,11 @@ class Mover:
 
     # -- the engine's thread ----------------------------------------------------------
 
-    def start(self) -> None:
-        """Run `step` on a thread until `close`."""
-        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+    def start(self, on_start: Callable[[], None] = lambda: None) -> None:
+        """Run `step` on a thread until `close`; ``on_start`` is the first thing that it does."""
+        self._thread = threading.Thread(
+            target=self._run, args=(on_start,), name=THREAD_NAME, daemon=True
+        )
         self._thread.start()
 
     def put(self, orders: Sequence[Order], fence: Fence | None = None) -> None:
@@ -245,10 +247,11 @@ class Mover:
         """Between busy steps: short while things happen, longer for a reader that went silent."""
         return BUSY_PAUSE_S if self._clock() - self._active_at < SILENT_S else SILENT_PAUSE_S
 
-    def _run(self) -> None:
+    def _run(self, on_start: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):  # so that `top -H` and `bench idle` can tell it
             Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(THREAD_NAME)
         try:
+            on_start()
             while not self._stopping.is_set():
                 if not self.step(self.wait_s()) and self._busy:
                     time.sleep(self._pause_s())

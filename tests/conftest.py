@@ -35,7 +35,7 @@ def gpu(fake_gpu_folder, monkeypatch):
     """A GPU and NCCL, faked; nothing may be left on it."""
     fake = fake_gpu.use(fake_gpu_folder, monkeypatch)
     yield fake
+    assert fake.library.kvc_fake_count(b"device") == 0, "another device was left the current one"
     fake.reset()
     assert fake.get("alive") == 0, "a communicator is left"
     assert fake.library.kvc_fake_count(b"memory") == 0, "device memory is left"
-    assert fake.library.kvc_fake_count(b"device") == 0, "another device was left the current one"

@@ -44,6 +44,7 @@ class FakeGpu:
 
     def reset(self):
         self.library.kvc_fake_reset()
+        self.library.kvc_fake_set_device(0)  # as an engine's thread: it has a context
         self.set(version=21701, aborted=0, **dict.fromkeys(FAULTS, 0))
 
 

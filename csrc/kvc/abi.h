@@ -49,6 +49,7 @@ enum kvc_error {
   KVC_DEVICE_FAILED = -10,
   KVC_MISALIGNED = -11,
   KVC_BAD_CHUNKS = -12,
+  KVC_NO_CODE = -13,
 };
 
 // One part (K, V or both fused) of one layer. Strides are bytes and not negative. Token t is at

@@ -135,6 +135,7 @@ inline const char* describe(int error) {
     case KVC_NO_DEVICE: return "no usable CUDA device or driver";
     case KVC_DEVICE_FAILED: return "a CUDA call or kernel failed";
     case KVC_MISALIGNED: return "an address or stride is not a multiple of its element";
+    case KVC_NO_CODE: return "the library has no code for this GPU";
     case KVC_BAD_CHUNKS: return "segments do not fill all chunks with equally many tokens";
     default: return "unknown error";
   }

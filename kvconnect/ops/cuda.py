@@ -23,7 +23,7 @@ from kvconnect.ops.copies import (
 )
 from kvconnect.ops.native import copy_table, open_library
 
-NO_DEVICE, DEVICE_FAILED, NO_MEMORY = -9, -10, -8  # csrc/kvc/abi.h
+NO_DEVICE, DEVICE_FAILED, NO_MEMORY, NO_CODE = -9, -10, -8, -13  # csrc/kvc/abi.h
 
 
 class CudaLaunch:
@@ -96,6 +96,13 @@ class CudaKernels:
         self._device = device
         self._context = ctypes.c_void_p()
         failed = self._library.kvc_cuda_open(device, max_ctas, ctypes.byref(self._context))
+        if failed == NO_CODE:
+            number = self._library.kvc_cuda_architecture(device)
+            raise ConfigError(
+                f"CUDA device {device} is sm_{number}, for which libkvc_cuda was built without "
+                f"code; reinstall kvconnect with KVCONNECT_CUDA_ARCHITECTURES={number} set and an "
+                "nvcc on PATH that knows it"
+            )
         if failed:
             count = self._library.kvc_cuda_device_count()
             raise ConfigError(f"CUDA device {device} of {count}: {self._explain(failed)}")
@@ -112,6 +119,11 @@ class CudaKernels:
         call = (*(a.ctypes.data for a in arrays), len(arrays[0]))
         return self._begin(self._library.kvc_cuda_copy_runs, call, 0)
 
+    def set_device(self) -> None:
+        """Make this device the thread's current one for good: the first thing a thread does."""
+        if self._library.kvc_cuda_make_current(self._device) < 0:
+            self._fail(NO_DEVICE)
+
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Make this device the thread's current one, for libraries that go by that."""
@@ -121,7 +133,15 @@ class CudaKernels:
         try:
             yield
         finally:
-            self._library.kvc_cuda_make_current(before)
+            self._library.kvc_cuda_restore(before)
+
+    def register(self, address: int, nbytes: int, *, read_only: bool) -> int:
+        """Pin host memory that somebody else has mapped; returns CUDA's error, or 0."""
+        return int(self._library.kvc_cuda_register(self._context, address, nbytes, read_only))
+
+    def unregister(self, address: int) -> int:
+        """Undo `register`, before the memory is unmapped; returns CUDA's error, or 0."""
+        return int(self._library.kvc_cuda_unregister(self._context, address))
 
     @property
     def stream(self) -> int:
@@ -189,6 +209,8 @@ class CudaKernels:
         library.kvc_cuda_alloc.restype = pointer
         library.kvc_cuda_free.argtypes = (pointer, flag, pointer)
         library.kvc_cuda_close.argtypes = (pointer,)
+        library.kvc_cuda_register.argtypes = (pointer, pointer, u64, flag)
+        library.kvc_cuda_unregister.argtypes = (pointer, pointer)
         table = (pointer, u32) * 3
         library.kvc_cuda_move.argtypes = (pointer, flag, *table, u64, u32, out)
         library.kvc_cuda_copy_runs.argtypes = (*(pointer,) * 4, u64, out)

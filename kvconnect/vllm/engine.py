@@ -5,6 +5,7 @@ for the device that its caches are on. Knows no connector and no transport, so t
 imports this and not another connector.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,3 +59,10 @@ def check_parallelism(parallel: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name, 1)) > 1:
             raise ConfigError(f"{name} is {size}, expected 1: KV split by context is not handled")
+
+
+def use_device(device: torch.device) -> Callable[[], None]:
+    """What a thread of ours does first, so that its calls make no context on another GPU."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.set_device(device)
+    return lambda: None

@@ -25,7 +25,7 @@ from kvconnect.orders import Fetch, Order, Outcome
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.stats import StatsData
 from kvconnect.transport.registry import make_transport
-from kvconnect.vllm.engine import Rank, kernels_for, this_rank
+from kvconnect.vllm.engine import Rank, kernels_for, this_rank, use_device
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import TpRank, describe
 
@@ -104,7 +104,7 @@ class Worker:
         said = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST", "")
         channel = ZmqChannel(host, port, bind=said if said in EVERYWHERE else None)
         self._mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
-        self._mover.start()
+        self._mover.start(use_device(self._device))
         nbytes = sum(r.nbytes for r in memory.regions)
         logger.info(
             "kvconnect: rank %d of %d offers %d layers, %.2f GB, at %s",

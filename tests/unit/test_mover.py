@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from kvconnect.control.channel import ZmqChannel
-from kvconnect.mover import IDLE_WAIT_S, Mover
+from kvconnect.mover import IDLE_WAIT_S, THREAD_NAME, Mover
 from kvconnect.orders import Fetch, Promise, Release, RenewLease, Withdraw
 from kvconnect.testing import Faulty, Network
 from kvconnect.testing.engines import Engine, World
@@ -106,6 +106,25 @@ def test_a_fault_of_ours_in_the_thread_is_raised_in_the_engine():
     with pytest.raises(ZeroDivisionError):
         mover.take()
     mover.close()
+
+
+def test_its_thread_begins_with_what_it_is_told():
+    """As to make its device the current one, before any call makes a context on another."""
+    mover = Engine(World()).movers[0]
+    did, stepped, step = [], threading.Event(), mover.step
+
+    def looked(wait_s):
+        did.append("step")
+        stepped.set()
+        return step(0.0)
+
+    mover.step = looked
+    mover.start(lambda: did.append(threading.current_thread().name))
+    try:
+        assert stepped.wait(10)
+        assert did[:2] == [THREAD_NAME, "step"]
+    finally:
+        mover.close()
 
 
 def test_close_is_idempotent_and_gives_up_the_address():

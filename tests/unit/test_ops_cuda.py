@@ -5,10 +5,12 @@ can show (shuffles, atomics, fp8 in hardware, speed) is for tests/gpu.
 """
 
 import ctypes
+import functools
 import itertools
 import random
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from store_bench import Bench, key_of
 from kvconnect.errors import ConfigError, GeometryError, TransportError
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.jobs import Fill, Save
+from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.runner import TOGETHER_BYTES, Runner
 from kvconnect.ops import Copy, Type, load, native
 from kvconnect.ops.cuda import CudaKernels
@@ -49,7 +52,9 @@ def fake(folder, monkeypatch):
     monkeypatch.setattr(native, "LIB", folder)
     library = ctypes.CDLL(str(folder / "libkvc_cuda.so"))
     library.kvc_fake_reset()
+    library.kvc_fake_set_device(0)  # as a thread that has a context on another device than ours
     yield library
+    library.kvc_fake_capture(0)
     library.kvc_fake_fail(0)
     assert library.kvc_fake_count(b"memory") == 0, "memory was not freed"
     assert library.kvc_fake_count(b"device") == 0, "another device was left the current one"
@@ -189,6 +194,147 @@ def test_launches_that_fail_keep_no_memory(kernels, fake):
     assert failures == 60
     # a second slot, for the launch that follows while work before the failure may still run
     assert fake.kvc_fake_count(b"memory") <= held + 2
+
+
+# ---- threads, devices and captures
+
+
+def on_a_thread(work):
+    """What ``work`` returns on a thread of its own, which has no current device yet."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(30)
+
+
+def test_a_thread_makes_a_context_on_our_device_alone(fake):
+    """It used to make one on the first GPU too, some hundred megabytes for each rank."""
+    fake.kvc_fake_reset()
+    array = np.ones((1, 64), dtype=np.uint8)
+    copy, segments = blocks(array)
+    wire = np.zeros(64, dtype=np.uint8)
+
+    def work():
+        kernels = CudaKernels(1)
+        with kernels.current():
+            pass
+        finish(kernels.prepare([copy]).move("gather", segments, wire.ctypes.data, 64, 1))
+        kernels.free(kernels.alloc(64, pinned=True), pinned=True)
+        assert kernels.register(array.ctypes.data, 64, read_only=False) == 0
+        assert kernels.unregister(array.ctypes.data) == 0
+        kernels.close()
+
+    on_a_thread(work)
+    assert wire.all()
+    assert fake.kvc_fake_count(b"contexts") == 1 << 1
+
+
+def test_asking_whether_a_launch_is_done_makes_no_context_elsewhere(fake):
+    fake.kvc_fake_reset()
+    array = np.ones((1, 64), dtype=np.uint8)
+    copy, segments = blocks(array)
+    wire = np.zeros(64, dtype=np.uint8)
+    kernels = on_a_thread(lambda: CudaKernels(1))
+    prepared = kernels.prepare([copy])
+    launch = on_a_thread(lambda: prepared.move("gather", segments, wire.ctypes.data, 64, 1))
+    on_a_thread(lambda: finish(launch))
+    on_a_thread(kernels.close)
+    assert wire.all()
+    assert fake.kvc_fake_count(b"contexts") == 1 << 1
+
+
+def test_a_thread_can_make_the_device_its_own(kernels, fake):
+    def work():
+        kernels.set_device()
+        return fake.kvc_fake_count(b"device")
+
+    assert on_a_thread(work) == 1
+
+
+def test_the_current_device_stays_what_it_was_where_there_is_a_context(kernels, fake):
+    with kernels.current():
+        assert fake.kvc_fake_count(b"device") == 1
+    assert fake.kvc_fake_count(b"device") == 0
+
+
+def test_all_of_it_can_be_done_while_another_thread_captures_a_graph(kernels, fake):
+    """In CUDA's global mode any other thread's unsafe call fails, and spoils the capture."""
+    array = np.ones((64, 65536), dtype=np.uint8)
+    copy, segments = blocks(array)
+    wire = np.zeros(array.size, dtype=np.uint8)
+    fake.kvc_fake_capture(1)
+    finish(kernels.prepare([copy]).move("gather", segments, wire.ctypes.data, wire.nbytes, 64))
+    kernels.free(kernels.alloc(64, pinned=False), pinned=False)
+    pinning = Pinning(wire.ctypes.data, wire.nbytes, register(kernels), kernels.unregister, 4096)
+    pinning.start()
+    pinning.go_on()
+    while pinning.ready < wire.nbytes:
+        pass
+    pinning.close()
+    assert wire.all()
+    assert not fake.kvc_fake_count(b"spoilt")
+
+
+def test_the_fake_refuses_what_is_not_relaxed_during_a_capture(fake):
+    """Or the test above could not fail."""
+    memory = ctypes.c_void_p()
+    fake.kvc_fake_capture(1)
+    assert fake.kvc_fake_malloc(ctypes.byref(memory), 64) == 900
+    assert fake.kvc_fake_count(b"spoilt")
+
+
+def test_a_launch_that_needs_more_room_frees_nothing(kernels, fake):
+    """cudaFree waits for the device, and with it for the model."""
+    array = np.ones((4096, 64), dtype=np.uint8)
+    copy, _ = blocks(array)
+    wire = np.zeros(array.size, dtype=np.uint8)
+    prepared, frees = kernels.prepare([copy]), fake.kvc_fake_count(b"frees")
+    for n in (1, 4096):
+        segments = np.zeros((n * 4, 4), dtype=np.int32)
+        segments[:, 0], segments[:, 1] = np.arange(n * 4) // 4, np.arange(n * 4) % 4
+        segments[:, 2] = 1
+        finish(prepared.move("gather", segments, wire.ctypes.data, wire.nbytes, 1))
+        assert wire[: n * 64].all()
+    assert fake.kvc_fake_count(b"frees") == frees
+
+
+# ---- pinned memory
+
+
+def register(kernels):
+    return functools.partial(kernels.register, read_only=False)
+
+
+def test_memory_is_pinned_again_where_it_was_unpinned(kernels, fake):
+    """A place that closed used to leave it pinned: the next at the same addresses got error 712."""
+    memory = np.zeros(1 << 16, dtype=np.uint8)
+    for _ in range(2):
+        pinning = Pinning(
+            memory.ctypes.data, memory.nbytes, register(kernels), kernels.unregister, 1 << 14
+        )
+        pinning.start()
+        pinning.go_on()
+        while pinning.ready < memory.nbytes:
+            pass
+        assert fake.kvc_fake_count(b"registered") == 4
+        pinning.close()
+        assert fake.kvc_fake_count(b"registered") == 0
+
+
+def test_pinning_twice_and_unpinning_nothing_are_errors(kernels):
+    memory = np.zeros(4096, dtype=np.uint8)
+    assert kernels.register(memory.ctypes.data, 4096, read_only=True) == 0
+    assert kernels.register(memory.ctypes.data + 100, 8, read_only=True) == 712
+    assert kernels.unregister(memory.ctypes.data) == 0
+    assert kernels.unregister(memory.ctypes.data) == 713
+
+
+# ---- code for the device
+
+
+def test_a_gpu_without_code_is_a_startup_error_that_names_it(fake):
+    """Every launch used to fail, of a library that had been opened."""
+    fake.kvc_fake_has_code(0)
+    with pytest.raises(ConfigError, match=r"is sm_33, .* KVCONNECT_CUDA_ARCHITECTURES=33"):
+        load("cuda", index=1)
 
 
 # ---- stored chunks

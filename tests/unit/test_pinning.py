@@ -20,7 +20,7 @@ class Device:
     """Registers what it is let to; fails at ``broken``."""
 
     def __init__(self, broken=()):
-        self.broken, self.seen = broken, []
+        self.broken, self.seen, self.undone = broken, [], []
         self.gate = threading.Event()
         self.reached = threading.Semaphore(0)
 
@@ -31,10 +31,14 @@ class Device:
             self.gate.wait(10)
         return 2 if address in self.broken else 0
 
+    def unregister(self, address):
+        self.undone.append(address)
+        return 0
+
 
 def test_the_first_piece_is_there_at_once_and_the_rest_in_time():
     device = Device()
-    pinning = Pinning(1000, 25, device.register, piece_bytes=10)
+    pinning = Pinning(1000, 25, device.register, device.unregister, piece_bytes=10)
     pinning.start()
     pinning.go_on(threads=2)
     assert pinning.ready == 10
@@ -45,6 +49,7 @@ def test_the_first_piece_is_there_at_once_and_the_rest_in_time():
     assert sorted(device.seen) == [(1000, 10), (1010, 10), (1020, 5)]
     pinning.close()
     pinning.close()
+    assert device.undone == [1000, 1010, 1020]  # once each
 
 
 def test_no_thread_pins_before_the_engine_runs():
@@ -60,7 +65,7 @@ def test_no_thread_pins_before_the_engine_runs():
         return 0
 
     threads_before = threading.active_count()
-    pinning = Pinning(0, 100, register, piece_bytes=10)
+    pinning = Pinning(0, 100, register, Device().unregister, piece_bytes=10)
     pinning.start()
     capturing = True
     assert threading.active_count() == threads_before
@@ -85,25 +90,29 @@ def test_a_gap_is_not_passed_over():
             done.wait(10)
         return 0
 
-    pinning = Pinning(0, 30, register, piece_bytes=10)
+    pinning = Pinning(0, 30, register, Device().unregister, piece_bytes=10)
     pinning.start()
     pinning.go_on(threads=2)
     while len(pinning._pinned) < 2:
         pass
     assert pinning.ready == 10
     done.set()
-    pinning.close()
+    for thread in list(pinning._threads):
+        thread.join(10)
     assert pinning.ready == 30
+    pinning.close()
+    assert pinning.ready == 0
 
 
 def test_if_the_first_cannot_be_pinned_the_start_fails():
+    device = Device(broken=[1000])
     with pytest.raises(StoreError, match=r"CUDA error 2\).* locked memory"):
-        Pinning(1000, 25, Device(broken=[1000]).register, piece_bytes=10).start()
+        Pinning(1000, 25, device.register, device.unregister, piece_bytes=10).start()
 
 
 def test_if_a_later_one_cannot_the_rest_stays_unused(caplog):
     device = Device(broken=[1010])
-    pinning = Pinning(1000, 400, device.register, piece_bytes=10)
+    pinning = Pinning(1000, 400, device.register, device.unregister, piece_bytes=10)
     pinning.start()
     pinning.go_on(threads=2)
     while sum(thread.is_alive() for thread in pinning._threads) > 1:
@@ -115,11 +124,12 @@ def test_if_a_later_one_cannot_the_rest_stays_unused(caplog):
     assert len(device.seen) <= 3, "it went on behind the gap"
     assert "stays unused" in caplog.text
     pinning.close()
+    assert 1000 in device.undone and 1010 not in device.undone
 
 
 def test_who_closes_does_not_wait_for_all_of_it():
     device = Device()
-    pinning = Pinning(1000, 10_000, device.register, piece_bytes=10)
+    pinning = Pinning(1000, 10_000, device.register, device.unregister, piece_bytes=10)
     pinning.start()
     pinning.go_on(threads=1)
     for _ in range(2):

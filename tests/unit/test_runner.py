@@ -1,12 +1,13 @@
 """A rank's offloading thread, stepped by hand over a fake store."""
 
+import threading
 import time
 
 import pytest
 from fake_store import FakeStore
 
 from kvconnect.offload.jobs import Fill, Forget, Save
-from kvconnect.offload.store.runner import LOOK_AROUND_S, Runner
+from kvconnect.offload.store.runner import LOOK_AROUND_S, THREAD_NAME, Runner
 from kvconnect.testing.clock import FakeClock
 
 A, B = (bytes([n]) * 32 for n in range(2))
@@ -106,6 +107,23 @@ def test_what_came_and_went_is_reported_as_both_or_as_neither(taken):
     one.step()
     report = one.take()
     assert (report.gained, report.gone) == ((set(), {A}) if taken else ({B}, set()))
+
+
+def test_its_thread_begins_with_what_it_is_told():
+    """As to make its device the current one, before any call makes a context on another."""
+    did, stepped = [], threading.Event()
+
+    class Noting(FakeStore):
+        def save(self, *args, **more):
+            did.append("save")
+            stepped.set()
+            return super().save(*args, **more)
+
+    one = runner(Noting([0, 1], slots=1))
+    one.put([Save(1, A, 0, (0, 1))])
+    one.start(lambda: did.append(threading.current_thread().name))
+    assert stepped.wait(10) and one.close()
+    assert did == [THREAD_NAME, "save"]
 
 
 class Broken(FakeStore):

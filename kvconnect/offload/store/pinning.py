@@ -8,7 +8,10 @@
   steps run, nothing is captured any more. To pin everything in `start` would be right as well,
   and was rejected: tens of GB take many seconds, in which the engine serves nobody.
 * `ready` is how much is pinned, from the start on without a gap.
-* Knows no CUDA: ``register`` takes an address and bytes, and returns 0 or an error code.
+* What was pinned is given back by `close`, before its memory is unmapped: else the device would
+  refuse the next memory at the same addresses.
+* Knows no CUDA: ``register`` takes an address and bytes, ``unregister`` an address. Both return 0
+  or an error code, and are called from any thread.
 """
 
 import logging
@@ -23,18 +26,25 @@ PIECE_BYTES = 256 << 20
 THREADS = 4  # registering is spent in the kernel, page by page; it scales to about so many
 
 Register = Callable[[int, int], int]
+Unregister = Callable[[int], int]
 
 
 class Pinning:
     """See the module's contract."""
 
     def __init__(
-        self, address: int, nbytes: int, register: Register, piece_bytes: int = PIECE_BYTES
+        self,
+        address: int,
+        nbytes: int,
+        register: Register,
+        unregister: Unregister,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
         starts = range(0, nbytes, piece_bytes)
         self._pieces = [(at, min(piece_bytes, nbytes - at)) for at in starts]
         self._address = address
         self._register = register
+        self._unregister = unregister
         self._lock = threading.Lock()  # guards the three below
         self._next = 0
         self._pinned: set[int] = set()
@@ -72,12 +82,22 @@ class Pinning:
             thread.start()
 
     def close(self) -> None:
-        """Pin nothing more; returns when nothing is being pinned. Idempotent."""
+        """Pin nothing more, and give back what is pinned. Idempotent."""
         with self._lock:
             self._stopping = True
         for thread in self._threads:
             thread.join()
         self._threads = []
+        with self._lock:
+            pinned, self._pinned, self._ready = self._pinned, set(), 0
+        for number in sorted(pinned):
+            address = self._address + self._pieces[number][0]
+            if code := self._unregister(address):
+                logger.warning(
+                    "kvconnect: host memory at %#x cannot be unpinned (CUDA error %d)",
+                    address,
+                    code,
+                )
 
     def _run(self) -> None:
         while (code := self._pin_next()) == 0:

@@ -144,9 +144,14 @@ class RankPair:
     def abort(self) -> None:
         """End everything, on a thread: buffers of moves that are not done are free when `gone`."""
         if self._aborting is None:
-            abort = self._communicator.abort
-            self._aborting = threading.Thread(target=abort, daemon=True, name="nccl-abort")
+            self._aborting = threading.Thread(target=self._abort, daemon=True, name="nccl-abort")
             self._aborting.start()
+
+    def _abort(self) -> None:
+        with contextlib.suppress(TransportError):  # what cannot be set is aborted too
+            # NCCL puts the thread's device back, and would make a context on the first GPU
+            self._kernels.set_device()
+        self._communicator.abort()
 
     def gone(self, wait_s: float = 0.0) -> bool:
         """Whether an aborted pair has left the device."""

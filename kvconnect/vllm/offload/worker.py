@@ -4,6 +4,7 @@ Memory that cannot be had, and a folder that cannot be used, are errors of the c
 end the start. What fails later is a miss, or KV that is not kept.
 """
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,9 @@ from kvconnect.offload.store.arena import Arena
 from kvconnect.offload.store.numa import wanted
 from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.slot_layout import SlotLayout
-from kvconnect.vllm.engine import kernels_for, this_rank
+from kvconnect.ops import Kernels
+from kvconnect.ops.cuda import CudaKernels
+from kvconnect.vllm.engine import kernels_for, this_rank, use_device
 from kvconnect.vllm.layout import TpRank, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity
@@ -29,8 +32,6 @@ from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
 from kvconnect.vllm.offload.opening import OpenStore
 
 logger = logging.getLogger(f"vllm.{__name__}")
-
-READ_ONLY = 8  # cudaHostRegisterReadOnly: a leader's memory is mapped without the right to write
 
 
 class OffloadWorker:
@@ -42,6 +43,7 @@ class OffloadWorker:
         self._config = config
         self._cuts = cuts(kv_cache_config, config)
         self._device: torch.device | None = None
+        self._kernels: Kernels | None = None
         self._store: OpenStore | None = None
         self._found: Found | None = None
         self._begun: StepJobs | None = None
@@ -60,7 +62,7 @@ class OffloadWorker:
         )
         self._device = next(iter(kv_caches.values())).device
         check_share(self._config, self._device)
-        kernels = kernels_for(self._device)
+        kernels = self._kernels = kernels_for(self._device)
         packings = [
             SlotLayout(shard, index, cut.chunk_blocks, kernels)
             for index, cut in enumerate(self._cuts)
@@ -80,7 +82,7 @@ class OffloadWorker:
             raise ConfigError(
                 f"KVConnectOffloading cannot store KV on rank {rank.index}: {e}"
             ) from e
-        store.runner.start()
+        store.runner.start(use_device(self._device))
         self.serve(store)
         lead, stride = store.lead, store.memory.spec.stride
         self._introduce(rank.index, Found(lead.slots, lead.disk_slots, *lead.keys))
@@ -173,17 +175,12 @@ class OffloadWorker:
 
     def _pin(self, memory: Arena, to_write: bool) -> Pinning | None:
         """Make host memory one that the device's kernels can use; raises StoreError."""
-        device = self._device
-        if device is None or device.type != "cuda":
+        kernels = self._kernels
+        if not isinstance(kernels, CudaKernels):
             return None
-        cudart, flags = torch.cuda.cudart(), 0 if to_write else READ_ONLY
-
-        def register(address: int, nbytes: int) -> int:
-            with torch.cuda.device(device):  # of this thread: else it makes a context on the first
-                return int(cudart.cudaHostRegister(address, nbytes, flags))
-
         content = memory.place.bytes
-        pinning = Pinning(content.ctypes.data, content.nbytes, register)
+        register = functools.partial(kernels.register, read_only=not to_write)
+        pinning = Pinning(content.ctypes.data, content.nbytes, register, kernels.unregister)
         pinning.start()
         return pinning
 
