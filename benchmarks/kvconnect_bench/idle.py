@@ -11,7 +11,7 @@ import typer
 
 from kvconnect.cli.engines import check_model
 from kvconnect_bench import options
-from kvconnect_bench.pair import Pair, compared, pair_alone, save
+from kvconnect_bench.pair import MeasuredPair, compared, pair_alone, save
 
 DTYPE = "bfloat16"
 THREAD_NAME = "kvconnect-mover"  # kvconnect.mover.THREAD_NAME, whose import would bring numpy
@@ -19,7 +19,7 @@ SETTLE_S = 10.0  # after the last transfer, until everything is at rest
 
 
 @dataclass(frozen=True)
-class Row:
+class IdleRow:
     """CPU time of one idle engine, as parts of a core."""
 
     connector: str
@@ -43,7 +43,7 @@ def idle(
 
     path, names = check_model(model), compared(connectors)
     console = Console()
-    rows: list[Row] = []
+    rows: list[IdleRow] = []
     for name in names:
         with console.status(name), pair_alone(name, path, DTYPE) as pair:
             pair.first_token_s(range(1000, 1300))
@@ -54,7 +54,7 @@ def idle(
         save(out, DTYPE, rows)
 
 
-def _watch(pair: Pair, seconds: float) -> list[Row]:
+def _watch(pair: MeasuredPair, seconds: float) -> list[IdleRow]:
     leaders = {role: server.pid for role, server in pair.servers.items()}
     before = {role: thread_cpu_s(pid) for role, pid in leaders.items()}
     time.sleep(seconds)
@@ -66,7 +66,7 @@ def _watch(pair: Pair, seconds: float) -> list[Row]:
             by_process[process] = by_process.get(process, 0.0) + cpu_s
         movers = [cpu_s for (_, _, thread), cpu_s in used.items() if thread == THREAD_NAME]
         percents = (sum(by_process.values()), max(by_process.values()), sum(movers))
-        rows.append(Row(pair.name, role, *(round(100 * p / seconds, 2) for p in percents)))
+        rows.append(IdleRow(pair.name, role, *(round(100 * p / seconds, 2) for p in percents)))
     return rows
 
 
@@ -86,7 +86,7 @@ def thread_cpu_s(leader: int) -> dict[tuple[int, int, str], float]:
     return found
 
 
-def _table(rows: Sequence[Row]) -> Any:
+def _table(rows: Sequence[IdleRow]) -> Any:
     from rich.table import Table
 
     table = Table(title="idle engines, % of one core")

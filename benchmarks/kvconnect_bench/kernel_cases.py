@@ -24,7 +24,7 @@ SCALE = 0.37  # anything that is no power of two
 
 
 @dataclass(frozen=True)
-class Shape:
+class KernelShape:
     """Cells of one part of a cache whose base is 0."""
 
     name: str
@@ -43,17 +43,19 @@ class Shape:
         return copy.heads * copy.block_tokens * copy.content * copy.kv_type.itemsize
 
 
-def runs(kib: int, kv: Type = Type.RAW2, wire: Type = Type.RAW2, factor: float = 1.0) -> Shape:
+def runs(
+    kib: int, kv: Type = Type.RAW2, wire: Type = Type.RAW2, factor: float = 1.0
+) -> KernelShape:
     """Blocks that are contiguous on both sides."""
     item, nbytes = kv.itemsize, kib << 10
     row = nbytes // TOKENS
     copy = Copy(0, nbytes, 0, row, item, 1, row // item, TOKENS, 0, kv, wire, factor)
     scaled = f" ×{factor}" if factor != 1 else ""
     name = f"{kv.name} → {wire.name}{scaled}" if kv != wire else "runs"
-    return Shape(name, copy, nbytes, compare_torch=kv == Type.BF16 and wire == Type.E4M3)
+    return KernelShape(name, copy, nbytes, compare_torch=kv == Type.BF16 and wire == Type.E4M3)
 
 
-def layouts() -> list[Shape]:
+def layouts() -> list[KernelShape]:
     """Blocks whose order of heads, tokens and elements is not the wire's."""
     item = 2
     row, head = WIDTH * item, TOKENS * WIDTH * item
@@ -67,13 +69,13 @@ def layouts() -> list[Shape]:
         content_tile=2, content_outer=TOKENS * 2 * item,
     )  # fmt: skip
     return [
-        Shape("HND", hnd, head),
-        Shape("NHD", nhd, row),
-        Shape("NHD, 1 head of 8", nhd._replace(heads=1), row),
-        Shape("NHD, BF16 → E4M3", _fp8(nhd), row),
-        Shape("column-major K", column, TOKENS * item),
-        Shape("column-major K, BF16 → E4M3", _fp8(column), TOKENS * item),
-        Shape("AMX K", amx, 2 * item),
+        KernelShape("HND", hnd, head),
+        KernelShape("NHD", nhd, row),
+        KernelShape("NHD, 1 head of 8", nhd._replace(heads=1), row),
+        KernelShape("NHD, BF16 → E4M3", _fp8(nhd), row),
+        KernelShape("column-major K", column, TOKENS * item),
+        KernelShape("column-major K, BF16 → E4M3", _fp8(column), TOKENS * item),
+        KernelShape("AMX K", amx, 2 * item),
     ]
 
 
@@ -81,10 +83,10 @@ def _fp8(copy: Copy) -> Copy:
     return copy._replace(kv_type=Type.BF16, wire_type=Type.E4M3, factor=SCALE)
 
 
-def shapes() -> list[tuple[Verb, Shape]]:
+def shapes() -> list[tuple[Verb, KernelShape]]:
     """Everything that is measured."""
     same = [*(runs(kib) for kib in RUN_KIB), *layouts()]
-    both: list[tuple[Verb, Shape]] = [(v, s) for s in same for v in ("gather", "scatter")]
+    both: list[tuple[Verb, KernelShape]] = [(v, s) for s in same for v in ("gather", "scatter")]
     bf16, e4m3 = Type.BF16, Type.E4M3
     return [
         *both,
@@ -132,7 +134,7 @@ class CudaClock:
         return start.elapsed_time(end) / 1e3, submitted
 
 
-class Arena:
+class KernelArena:
     """Pool, ring and clock of one device."""
 
     def __init__(
@@ -166,13 +168,13 @@ class Arena:
         self._ring.zero_()
         self._turn = 0
 
-    def case(self, verb: Verb, shape: Shape) -> "Case":
+    def case(self, verb: Verb, shape: KernelShape) -> "KernelCase":
         """``shape`` over the whole pool."""
         copy = shape.copy
         blocks = self._pool.nbytes // copy.block_stride
         copy = copy._replace(base=copy.base + self._pool.data_ptr(), num_blocks=blocks)
         order = self._rng.permutation(blocks).astype(np.int32)
-        return Case(self, verb, shape, self._kernels.prepare([copy]), copy, order)
+        return KernelCase(self, verb, shape, self._kernels.prepare([copy]), copy, order)
 
     def window(self) -> torch.Tensor:
         """The next part of the ring."""
@@ -204,14 +206,14 @@ class Arena:
         return self._clock.time(call)[1]
 
 
-class Case:
+class KernelCase:
     """A shape prepared, and which blocks come next."""
 
     def __init__(
         self,
-        arena: Arena,
+        arena: KernelArena,
         verb: Verb,
-        shape: Shape,
+        shape: KernelShape,
         prepared: Prepared,
         copy: Copy,
         order: np.ndarray,

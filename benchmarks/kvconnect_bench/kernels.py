@@ -20,13 +20,13 @@ import typer
 from kvconnect_bench import options
 
 if TYPE_CHECKING:
-    from kvconnect_bench.kernel_cases import Arena, Case
+    from kvconnect_bench.kernel_cases import KernelArena, KernelCase
 
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelRow:
     """One shape and direction; bytes are those of the cache's side."""
 
     verb: str
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclass
-class Times:
+class KernelTimes:
     """Seconds of one row, a value a round."""
 
     memcpy: list[float]
@@ -58,7 +58,7 @@ class Times:
 
 def kernels(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    rounds: Annotated[int, typer.Option(help="Times that each row is measured.")] = 15,
+    rounds: Annotated[int, typer.Option(help="KernelTimes that each row is measured.")] = 15,
     call_mib: Annotated[int, typer.Option(help="MiB a call; 0: 64, on a GPU 512.")] = 0,
     pool_mib: Annotated[int, typer.Option(help="MiB to choose from; 0: 1024, GPU 8192.")] = 0,
     max_ctas: Annotated[int, typer.Option(help="CTAs of a launch at most; 0: all that fit.")] = 0,
@@ -72,7 +72,7 @@ def kernels(
 
     from kvconnect.errors import ConfigError
     from kvconnect.ops import load
-    from kvconnect_bench.kernel_cases import Arena, shapes
+    from kvconnect_bench.kernel_cases import KernelArena, shapes
 
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
@@ -85,7 +85,7 @@ def kernels(
     console = Console()
     with console.status("filling memory"):
         sizes = ((pool_mib or pool) * MIB, (call_mib or call) * MIB)
-        arena = Arena(found, device, *sizes, huge_pages=huge_pages and device == "cpu")
+        arena = KernelArena(found, device, *sizes, huge_pages=huge_pages and device == "cpu")
         cases = [arena.case(verb, shape) for verb, shape in shapes() if only in shape.name]
         for case in cases:
             if case.verb == "gather" and case.shape.compare_torch:
@@ -99,10 +99,12 @@ def kernels(
         )
 
 
-def _measure(arena: "Arena", cases: Sequence["Case"], rounds: int, console: Any) -> list[Row]:
+def _measure(
+    arena: "KernelArena", cases: Sequence["KernelCase"], rounds: int, console: Any
+) -> list[KernelRow]:
     from rich.progress import track
 
-    times = [Times([], [], [], []) for _ in cases]
+    times = [KernelTimes([], [], [], []) for _ in cases]
     for turn in track(range(rounds + 1), "measuring", console=console, transient=True):
         for case, t in zip(cases, times, strict=True):
             against_torch = case.verb == "gather" and case.shape.compare_torch
@@ -119,14 +121,14 @@ def _measure(arena: "Arena", cases: Sequence["Case"], rounds: int, console: Any)
     return [_row(case, t) for case, t in zip(cases, times, strict=True)]
 
 
-def _row(case: "Case", t: Times) -> Row:
+def _row(case: "KernelCase", t: KernelTimes) -> KernelRow:
     def gb_s(seconds: Sequence[float]) -> float:
         return round(case.nbytes / statistics.median(seconds) / 1e9, 2)
 
     def ratio(above: Sequence[float], below: Sequence[float]) -> float:
         return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
-    return Row(
+    return KernelRow(
         verb=case.verb,
         shape=case.shape.name,
         run_bytes=case.shape.run_bytes,
@@ -166,7 +168,7 @@ def _machine(kernels_name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
+def _table(rows: Sequence[KernelRow], machine: dict[str, Any]) -> Any:
     from rich.table import Table
 
     where = machine["gpu"] or f"{machine['cpu']}, one thread"

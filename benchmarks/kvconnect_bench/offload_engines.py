@@ -42,7 +42,7 @@ SOURCES = ("recompute", "memory", "disk")
 
 
 @dataclass(frozen=True)
-class Hit:
+class HitRow:
     """Time to first token of prompts whose KV comes from one source."""
 
     source: str
@@ -55,7 +55,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostRow:
     """Offloading on ÷ off without a single hit, over all rounds."""
 
     together: bool
@@ -79,7 +79,7 @@ class Cost:
     """By the engine that offloads, in all rounds."""
 
 
-def hits(model: Path, lengths: Sequence[int], prompts: int, folder: Path | None) -> list[Hit]:
+def hits(model: Path, lengths: Sequence[int], prompts: int, folder: Path | None) -> list[HitRow]:
     """Rows for each length and source."""
     rows = []
     with tempfile.TemporaryDirectory(dir=folder, prefix="kvconnect-bench-") as place:
@@ -89,7 +89,7 @@ def hits(model: Path, lengths: Sequence[int], prompts: int, folder: Path | None)
     return rows
 
 
-def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> list[Hit]:
+def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> list[HitRow]:
     seed = random.Random(length)
     asked = [[seed.randrange(*VOCABULARY) for _ in range(length)] for _ in range(prompts + 1)]
     one = _kv_bytes(model, length)  # memory has room for one prompt, and not for two
@@ -115,7 +115,7 @@ def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> l
         ask(prompt, "disk", "vllm:kvconnect_offload_tokens_from_disk_total")
     base = statistics.median(seconds["recompute"][1:])
     return [
-        Hit(
+        HitRow(
             source=source,
             prompt_tokens=length,
             prompts=len(times),
@@ -127,7 +127,9 @@ def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> l
     ]
 
 
-def cost(model: Path, rounds: int, requests: int, tokens: tuple[int, int], together: bool) -> Cost:
+def cost(
+    model: Path, rounds: int, requests: int, tokens: tuple[int, int], together: bool
+) -> CostRow:
     """``tokens``: of an input and an output; ``together``: both engines are loaded at once."""
     with (
         tempfile.TemporaryDirectory(prefix="kvconnect-bench-") as place,
@@ -158,7 +160,7 @@ def cost(model: Path, rounds: int, requests: int, tokens: tuple[int, int], toget
     faster = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
     used = [on / off for on, off in zip(cpu_s["on"], cpu_s["off"], strict=True)]
     spread = (max(rates["off"]) - min(rates["off"])) / statistics.median(rates["off"])
-    return Cost(
+    return CostRow(
         together=together,
         rounds=rounds,
         requests=requests,

@@ -12,7 +12,7 @@ CAPACITIES = (KEYS // 50, KEYS // 10, KEYS // 4)
 
 
 @dataclass(frozen=True)
-class Row:
+class EvictionRow:
     """One policy on one trace."""
 
     trace: str
@@ -25,7 +25,7 @@ class Row:
     us_per_access: float
 
 
-def eviction() -> Iterator[Row]:
+def eviction() -> Iterator[EvictionRow]:
     """Every policy on every trace; the same every time, but for the time it takes."""
     for name, trace in _traces():
         for capacity in CAPACITIES:
@@ -34,7 +34,7 @@ def eviction() -> Iterator[Row]:
                 started = time.perf_counter()
                 found = hits(make(policy, capacity), trace)
                 spent = time.perf_counter() - started
-                yield Row(
+                yield EvictionRow(
                     trace=name,
                     capacity=capacity,
                     policy=policy,

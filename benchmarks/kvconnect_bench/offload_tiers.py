@@ -35,7 +35,7 @@ FINGERPRINT = b"\x01" * 32
 
 
 @dataclass(frozen=True)
-class Row:
+class TierRow:
     """One operation; medians of the rounds."""
 
     operation: str
@@ -58,7 +58,7 @@ class Restart:
     seconds: float
 
 
-class Rank:
+class StoringRank:
     """A rank's store and cache, all of whose blocks fit into memory and on disk."""
 
     def __init__(self, folder: Path, nbytes: int) -> None:
@@ -151,12 +151,12 @@ def _plain_file(path: Path, content: np.ndarray) -> tuple[SystemFile, int]:
     return file, fd
 
 
-def tiers(folder: Path | None, mb: int, rounds: int) -> list[Row]:
+def tiers(folder: Path | None, mb: int, rounds: int) -> list[TierRow]:
     """Rates of a rank with ``mb`` MiB of KV; the disk is in ``folder``, or where temporary files
     are."""
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
-        rank = Rank(place, mb << 20)
+        rank = StoringRank(place, mb << 20)
         operations = rank.operations()
         seconds: dict[str, list[float]] = {name: [] for name in operations}
         for turn in range(rounds + 1):
@@ -203,9 +203,9 @@ def _found_again(spec: Spec, path: Path, wrap: Wrap, rounds: int) -> Iterator[fl
         arena.close()
 
 
-def _row(name: str, beside: str, nbytes: int, own: list[float], plain: list[float]) -> Row:
+def _row(name: str, beside: str, nbytes: int, own: list[float], plain: list[float]) -> TierRow:
     ratios = [p / s for s, p in zip(own, plain, strict=True)]
-    return Row(
+    return TierRow(
         operation=name,
         beside=beside,
         mb=nbytes >> 20,

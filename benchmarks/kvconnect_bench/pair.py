@@ -33,7 +33,7 @@ IN_TREE = "in-tree NixlConnector"
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
-class Pair:
+class MeasuredPair:
     """A prefill and a decode engine with one connector."""
 
     def __init__(self, name: str, prefill: Server, decode: Server, model: str) -> None:
@@ -92,7 +92,7 @@ def compared(connectors: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def pair_alone(name: str, model: Path, dtype: str) -> Iterator[Pair]:
+def pair_alone(name: str, model: Path, dtype: str) -> Iterator[MeasuredPair]:
     """A pair (see `compared`) that is up; afterwards it is gone, and the next has the machine.
 
     The engines' logs are kept only if something failed, and then named.
@@ -110,7 +110,7 @@ def pair_alone(name: str, model: Path, dtype: str) -> Iterator[Pair]:
             shutil.rmtree(logs, ignore_errors=True)
 
 
-def _start_pair(fleet: Fleet, name: str, model: Path, dtype: str) -> Pair:
+def _start_pair(fleet: Fleet, name: str, model: Path, dtype: str) -> MeasuredPair:
     def start(role: str) -> Server:
         config = transfer_config("nixl" if name == IN_TREE else name, role)
         more = {}
@@ -120,7 +120,7 @@ def _start_pair(fleet: Fleet, name: str, model: Path, dtype: str) -> Pair:
         engine = VllmServe(model, config, ["--dtype", dtype, "--max-model-len", "8192"])
         return fleet.start(f"{name} {role}", engine.command, engine_env(**more))
 
-    pair = Pair(name, start("prefill"), start("decode"), VllmServe(model).model_name)
+    pair = MeasuredPair(name, start("prefill"), start("decode"), VllmServe(model).model_name)
     fleet.wait_up(list(pair.servers.values()), START_TIMEOUT_S)
     return pair
 

@@ -16,7 +16,7 @@ import typer
 
 from kvconnect.cli.engines import check_model
 from kvconnect_bench import options
-from kvconnect_bench.pair import IN_TREE, Pair, compared, pair_alone, save
+from kvconnect_bench.pair import IN_TREE, MeasuredPair, compared, pair_alone, save
 
 Times = dict[str, dict[int, list[list[float]]]]
 """Pair → prompt tokens → seconds of each prompt, a list a round."""
@@ -24,7 +24,7 @@ VOCABULARY = (1000, 40_000)  # token ids that are plain words in every tokenizer
 
 
 @dataclass(frozen=True)
-class Row:
+class FirstTokenRow:
     """Time to first token at the decode engine, for one connector and prompt length."""
 
     connector: str
@@ -72,7 +72,7 @@ def pd(
 
 
 def _measure(
-    pair: Pair, lengths: Sequence[int], prompts: int, seed_of_round: int
+    pair: MeasuredPair, lengths: Sequence[int], prompts: int, seed_of_round: int
 ) -> dict[int, list[float]]:
     seed = random.Random(seed_of_round)
     times: dict[int, list[float]] = {length: [] for length in lengths}
@@ -84,14 +84,14 @@ def _measure(
     return times
 
 
-def _rows(times: Times) -> list[Row]:
+def _rows(times: Times) -> list[FirstTokenRow]:
     rows = []
     for length, of_rounds in times[IN_TREE].items():
         base = list(chain(*of_rounds))
         for name in times:
             seconds = list(chain(*times[name][length]))
             rows.append(
-                Row(
+                FirstTokenRow(
                     connector=name,
                     prompt_tokens=length,
                     prompts=len(seconds),
@@ -109,7 +109,7 @@ def _rows(times: Times) -> list[Row]:
     return rows
 
 
-def _table(rows: Sequence[Row]) -> Any:
+def _table(rows: Sequence[FirstTokenRow]) -> Any:
     from rich.table import Table
 
     table = Table(title="time to first token at the decode engine")

@@ -54,7 +54,7 @@ class SideError(KvConnectError):
 
 
 @dataclass(frozen=True)
-class Case:
+class TransferCase:
     """What is moved, and over what."""
 
     transport: str
@@ -103,10 +103,10 @@ class Fetched(NamedTuple):
     error: str
 
 
-class Process:
+class SideProcess:
     """A side as its parent sees it."""
 
-    def __init__(self, side: "type[Supplier] | type[Reader]", case: Case) -> None:
+    def __init__(self, side: "type[ProducerSide] | type[ConsumerSide]", case: TransferCase) -> None:
         context = multiprocessing.get_context("spawn")
         self._name = side.__name__
         self._pipe, theirs = context.Pipe()
@@ -149,7 +149,9 @@ class Process:
         self._process.join()
 
 
-def _run(side: "type[Supplier] | type[Reader]", case: Case, pipe: Connection) -> None:
+def _run(
+    side: "type[ProducerSide] | type[ConsumerSide]", case: TransferCase, pipe: Connection
+) -> None:
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     os.environ.update(WIRES[case.transport][case.wire])  # before its library loads
     made = side(case, pipe)
@@ -166,8 +168,8 @@ def _run(side: "type[Supplier] | type[Reader]", case: Case, pipe: Connection) ->
         made.close()
 
 
-class _Side:
-    def __init__(self, case: Case, pipe: Connection, seed: int) -> None:
+class _TransferSide:
+    def __init__(self, case: TransferCase, pipe: Connection, seed: int) -> None:
         self._case, self._pipe = case, pipe
         self.cache = Cache(case.model, 2 * case.blocks, seed=seed)
         self._plain = np.zeros(case.total_bytes, dtype=np.uint8)  # for the ceilings
@@ -209,10 +211,10 @@ class _Side:
         self._raw.close()
 
 
-class Supplier(_Side):
+class ProducerSide(_TransferSide):
     """Lends the same blocks again and again."""
 
-    def __init__(self, case: Case, pipe: Connection) -> None:
+    def __init__(self, case: TransferCase, pipe: Connection) -> None:
         super().__init__(case, pipe, seed=1)
         self._mover = self.add_mover("auto")
         self._blocks = case.table(1)
@@ -240,7 +242,7 @@ class Supplier(_Side):
         return self._raw.hello(), self.plain_table
 
     def serve(self) -> None:
-        """Let `Reader.contiguous` read, until the next command comes."""
+        """Let `ConsumerSide.contiguous` read, until the next command comes."""
         while not self._pipe.poll():
             self._raw.poll()
 
@@ -248,10 +250,10 @@ class Supplier(_Side):
         """What ends `serve`."""
 
 
-class Reader(_Side):
+class ConsumerSide(_TransferSide):
     """Fetches into its own blocks, in each mode."""
 
-    def __init__(self, case: Case, pipe: Connection) -> None:
+    def __init__(self, case: TransferCase, pipe: Connection) -> None:
         super().__init__(case, pipe, seed=2)
         self._table = tuple(enumerate(case.table(2)))
         # whole memory, so that what must not be touched is compared too

@@ -22,7 +22,7 @@ import typer
 from kvconnect_bench import options
 
 if TYPE_CHECKING:
-    from kvconnect_bench.sides import Case, Fetched, Process
+    from kvconnect_bench.sides import Fetched, SideProcess, TransferCase
 
 MIB = 1 << 20
 WARM_ROUNDS = 6  # auto has tried both paths twice by then
@@ -30,7 +30,7 @@ START_S, ROUND_S = 120.0, 60.0  # until a side is up; for anything it is asked l
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TransferRow:
     """One mode over one wire, for blocks of one size a layer."""
 
     transport: str
@@ -57,7 +57,7 @@ class Row:
 
 
 @dataclass
-class Times:
+class TransferTimes:
     """Seconds, a value a round."""
 
     contiguous: list[float]
@@ -71,13 +71,13 @@ def transport(
     row_kib: Annotated[str, typer.Option(help="KiB of a block of a layer.")] = "4,16,64",
     total_mib: Annotated[int, typer.Option(help="MiB of a transfer.")] = 128,
     staging_mib: Annotated[int, typer.Option(help="MiB of staging memory a side.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Times that each is measured.")] = 15,
+    rounds: Annotated[int, typer.Option(help="TransferTimes that each is measured.")] = 15,
     out: options.Json = None,
 ) -> None:
     """Staged against direct against auto, two processes on this machine, in the same run."""
     from rich.console import Console
 
-    from kvconnect_bench.sides import MODES, WIRES, Case
+    from kvconnect_bench.sides import MODES, WIRES, TransferCase
 
     if name not in WIRES:
         raise typer.BadParameter(
@@ -90,10 +90,10 @@ def transport(
     console, rows = Console(), []
     for wire in chosen:
         for kib in row_kib.split(","):
-            case = Case(name, wire, int(kib) << 10, total_mib * MIB, staging_mib * MIB)
+            case = TransferCase(name, wire, int(kib) << 10, total_mib * MIB, staging_mib * MIB)
             if problem := case.problem():
                 raise typer.BadParameter(problem, param_hint="--row-kib")
-            times = Times([], [], {mode: [] for mode in MODES})
+            times = TransferTimes([], [], {mode: [] for mode in MODES})
             with console.status(f"{name} {wire} {kib} KiB: starting") as status:
                 for turn in _measure(case, rounds, times):
                     done = f"round {turn} of {rounds}" if turn > 0 else "warming up"
@@ -106,12 +106,12 @@ def transport(
         out.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _measure(case: "Case", rounds: int, times: Times) -> Iterator[int]:
+def _measure(case: "TransferCase", rounds: int, times: TransferTimes) -> Iterator[int]:
     """Round after round; ``times`` gets those of all that are no warm ones."""
-    from kvconnect_bench.sides import MODES, Process, Reader, Supplier
+    from kvconnect_bench.sides import MODES, ConsumerSide, ProducerSide, SideProcess
 
     with contextlib.ExitStack() as sides:
-        supplier, reader = (Process(side, case) for side in (Supplier, Reader))
+        supplier, reader = (SideProcess(side, case) for side in (ProducerSide, ConsumerSide))
         for side in (supplier, reader):
             sides.callback(side.end)
         hello, table = supplier.ask("hello", timeout_s=START_S)
@@ -130,7 +130,7 @@ def _measure(case: "Case", rounds: int, times: Times) -> Iterator[int]:
             yield turn
 
 
-def _contiguous(supplier: "Process", reader: "Process", hello: bytes, table: Any) -> float:
+def _contiguous(supplier: "SideProcess", reader: "SideProcess", hello: bytes, table: Any) -> float:
     supplier.tell("serve")
     seconds: float = reader.ask("contiguous", hello, table, ROUND_S, timeout_s=2 * ROUND_S)
     supplier.tell("stop")  # what ends it, and is then answered itself
@@ -139,7 +139,7 @@ def _contiguous(supplier: "Process", reader: "Process", hello: bytes, table: Any
     return seconds
 
 
-def _fetch(supplier: "Process", reader: "Process", mode: str, name: str) -> "Fetched":
+def _fetch(supplier: "SideProcess", reader: "SideProcess", mode: str, name: str) -> "Fetched":
     from kvconnect_bench.sides import SideError
 
     source, terms = supplier.ask("lend", name, timeout_s=ROUND_S)
@@ -151,7 +151,7 @@ def _fetch(supplier: "Process", reader: "Process", mode: str, name: str) -> "Fet
     return found
 
 
-def _rows(case: "Case", times: Times) -> list[Row]:
+def _rows(case: "TransferCase", times: TransferTimes) -> list[TransferRow]:
     def ratio(above: Sequence[float], below: Sequence[float]) -> float:
         return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
@@ -163,7 +163,7 @@ def _rows(case: "Case", times: Times) -> list[Row]:
     for mode, fetched in times.modes.items():
         seconds = [f.seconds for f in fetched]
         rows.append(
-            Row(
+            TransferRow(
                 transport=case.transport,
                 wire=case.wire,
                 row_bytes=case.row_bytes,
@@ -205,7 +205,7 @@ def _machine(rounds: int) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
+def _table(rows: Sequence[TransferRow], machine: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import typer
 
 if TYPE_CHECKING:
-    from kvconnect.cli.inspected import Engine, Pair
+    from kvconnect.cli.inspected import EnginePair, InspectedEngine
     from kvconnect.control.wire import Address
 
 PREFIXES = ("vllm:kvconnect_", "vllm:nixl_")
@@ -101,8 +101,8 @@ def _metrics(url: str, timeout_s: float) -> dict[str, dict[str, float]]:
 
 
 def _told(
-    engines: "Sequence[Engine]",
-    found: "Pair | None",
+    engines: "Sequence[InspectedEngine]",
+    found: "EnginePair | None",
     exported: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, Any]:
     shown = []
@@ -117,7 +117,7 @@ def _told(
     return told
 
 
-def _show_engine(console: Any, engine: "Engine") -> None:
+def _show_engine(console: Any, engine: "InspectedEngine") -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -159,7 +159,7 @@ def _show_engine(console: Any, engine: "Engine") -> None:
     console.print(table)
 
 
-def _show_pair(console: Any, found: "Pair") -> None:
+def _show_pair(console: Any, found: "EnginePair") -> None:
     from rich.markup import escape
 
     console.print("[b]the second reading from the first[/b]")

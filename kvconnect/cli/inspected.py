@@ -45,7 +45,7 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class Rank:
+class InspectedRank:
     """One rank of an engine."""
 
     address: str
@@ -56,7 +56,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Engine:
+class InspectedEngine:
     """All that an engine says of itself."""
 
     address: str
@@ -66,13 +66,13 @@ class Engine:
     transport: str
     direct: bool
     staged: bool
-    ranks: tuple[Rank, ...]
+    ranks: tuple[InspectedRank, ...]
     bodies: tuple[Body, ...] = field(repr=False)
     """As they came; not for people."""
 
 
 @dataclass(frozen=True)
-class Path:
+class PairPath:
     """Whether one of the two paths is open, and if not why."""
 
     works: bool
@@ -81,13 +81,13 @@ class Path:
 
 
 @dataclass(frozen=True)
-class Pair:
+class EnginePair:
     """How the second engine would read from the first."""
 
     differences: tuple[str, ...]
     """Why they refuse each other at the greeting; none if they do not."""
-    direct: Path
-    staged: Path
+    direct: PairPath
+    staged: PairPath
     reads: tuple[str, ...]
     """Which rank reads from which."""
 
@@ -97,7 +97,7 @@ class Pair:
         return not self.differences and (self.direct.works or self.staged.works)
 
 
-def greet(address: Address, secret: bytes, timeout_s: float) -> Engine:
+def greet(address: Address, secret: bytes, timeout_s: float) -> InspectedEngine:
     """The engine that has a rank at ``address``; raises InspectError."""
     channel = ZmqChannel("127.0.0.1", 0)  # nobody is meant to dial it
     try:
@@ -109,7 +109,7 @@ def greet(address: Address, secret: bytes, timeout_s: float) -> Engine:
     finally:
         channel.close()
     bodies = tuple(peer.body for peer in peers if peer.body)
-    return Engine(
+    return InspectedEngine(
         address=str(address),
         wire_version=".".join(map(str, first.version or ())),
         fingerprint=dict(first.fingerprint),
@@ -134,7 +134,7 @@ def _greeted(channel: ZmqChannel, dialer: Dialer, addresses: Sequence[Address]) 
     return peers
 
 
-def _rank(address: Address, body: Body) -> Rank:
+def _rank(address: Address, body: Body) -> InspectedRank:
     # of a direct path's regions; a rank that is only staged shows none
     kinds = sorted({f"{r.kind} {r.device}" for r in body.regions})
     layers = []
@@ -142,7 +142,7 @@ def _rank(address: Address, body: Body) -> Rank:
         alike = list(same)
         layers.append(replace(facts, first=alike[0].first, last=alike[-1].last, count=len(alike)))
     nbytes = sum(r.nbytes for r in body.regions)
-    return Rank(str(address), body.incarnation, ", ".join(kinds), nbytes, tuple(layers))
+    return InspectedRank(str(address), body.incarnation, ", ".join(kinds), nbytes, tuple(layers))
 
 
 def _layers(view: BlockView) -> Layers:
@@ -188,7 +188,7 @@ def _order(view: BlockView, part: Part) -> str:
 # -- two engines ------------------------------------------------------------------------------
 
 
-def pair(source: Engine, target: Engine) -> Pair:
+def pair(source: InspectedEngine, target: InspectedEngine) -> EnginePair:
     """How ``target`` would read what ``source`` prefilled, as its movers decide it."""
     ours, theirs = target.fingerprint, source.fingerprint
     differences = tuple(
@@ -200,14 +200,14 @@ def pair(source: Engine, target: Engine) -> Pair:
     try:
         rects = [assign(body.views, views, i) for i, body in enumerate(target.bodies)]
     except GeometryError as e:
-        return Pair(differences, Path(False, str(e)), Path(False, str(e)), ())
+        return EnginePair(differences, PairPath(False, str(e)), PairPath(False, str(e)), ())
     links = [
-        _Link(source, s, target, t, found)
+        _InspectedLink(source, s, target, t, found)
         for t, wanted in enumerate(rects)
         for s, found in enumerate(wanted)
         if found
     ]
-    return Pair(
+    return EnginePair(
         differences,
         _all([link.direct() for link in links]),
         _all([link.staged() for link in links]),
@@ -216,10 +216,10 @@ def pair(source: Engine, target: Engine) -> Pair:
 
 
 @dataclass(frozen=True)
-class _Link:
-    source: Engine
+class _InspectedLink:
+    source: InspectedEngine
     source_rank: int
-    target: Engine
+    target: InspectedEngine
     target_rank: int
     rects: list[Rect]
 
@@ -228,45 +228,45 @@ class _Link:
         target, source = self.target.ranks[self.target_rank], self.source.ranks[self.source_rank]
         return f"{target.address} from {source.address}: {layers} layers"
 
-    def direct(self) -> Path:
+    def direct(self) -> PairPath:
         for engine in (self.source, self.target):
             if not engine.direct:
-                return Path(False, f"transfer_mode of {engine.address} is staged")
+                return PairPath(False, f"transfer_mode of {engine.address} is staged")
         if self.source.transport != self.target.transport:
             both = f"{self.source.transport} and {self.target.transport}"
-            return Path(False, f"transports differ: {both}; set the same on both engines")
+            return PairPath(False, f"transports differ: {both}; set the same on both engines")
         if why := next(filter(None, map(why_not_direct, self.rects)), ""):
-            return Path(False, why)
+            return PairPath(False, why)
         memory = Memory("DRAM", 0)  # whichever it is, rows are the same
         try:
             sizes = Route(self.rects, memory, memory).dst.rows[:, 1]
         except GeometryError as e:
-            return Path(False, str(e))
-        return Path(True, "", f"{len(sizes)} rows a block, of {_sizes(sizes.tolist())}")
+            return PairPath(False, str(e))
+        return PairPath(True, "", f"{len(sizes)} rows a block, of {_sizes(sizes.tolist())}")
 
-    def staged(self) -> Path:
+    def staged(self) -> PairPath:
         for engine in (self.source, self.target):
             if not engine.staged:
-                return Path(
+                return PairPath(
                     False,
                     f"{engine.address} does not stage; set its transfer_mode to auto or staged",
                 )
         if self.source.transport != self.target.transport:
             both = f"{self.source.transport} and {self.target.transport}"
-            return Path(False, f"transports differ: {both}; set the same on both engines")
+            return PairPath(False, f"transports differ: {both}; set the same on both engines")
         join = self.source.bodies[self.source_rank].joins
         try:
-            course = ChunkPlan(self.rects, MOST_SLOT_BYTES, join=join)
+            plan = ChunkPlan(self.rects, MOST_SLOT_BYTES, join=join)
         except GeometryError as e:
-            return Path(False, str(e))
-        return Path(True, "", f"{len(course.pieces)} pieces a token")
+            return PairPath(False, str(e))
+        return PairPath(True, "", f"{len(plan.pieces)} pieces a token")
 
 
-def _all(paths: Sequence[Path]) -> Path:
+def _all(paths: Sequence[PairPath]) -> PairPath:
     """Of all ranks: open where it is open for each."""
     shut = next((path for path in paths if not path.works), None)
     details = dict.fromkeys(path.detail for path in paths)
-    return shut or Path(True, "", "; ".join(details))
+    return shut or PairPath(True, "", "; ".join(details))
 
 
 def _sizes(sizes: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ import msgspec
 from aiohttp import web
 
 from kvconnect.proxy.config import ProxyConfig
-from kvconnect.proxy.legs import LOST, Answer, Ask, Legs, Reply
+from kvconnect.proxy.legs import LOST, LegAnswer, LegRequest, Legs, ProxyReply
 from kvconnect.proxy.policy import (
     CHAT,
     MESSAGES,
@@ -64,7 +64,7 @@ def _json_error(status: int, message: str) -> web.Response:
     return response
 
 
-def _whole(reply: Reply) -> web.Response:
+def _whole(reply: ProxyReply) -> web.Response:
     response = web.Response(status=reply.status, body=reply.body)
     response.headers.clear()
     response.headers.extend(reply.headers)
@@ -132,7 +132,7 @@ class Proxy:
                 body = read_body(raw)
             except ValueError as error:
                 return _json_error(400, str(error))
-            ask = Ask(
+            ask = LegRequest(
                 request.path,
                 body,
                 _onward_headers(request),
@@ -156,7 +156,7 @@ class Proxy:
         if not self._authorised(request):
             return _json_error(401, "the API key is missing or wrong")
         content = _headers_of(request, ("Content-Type", "Accept"))
-        ask = Ask(
+        ask = LegRequest(
             request.path,
             {},
             _onward_headers(request),
@@ -169,7 +169,7 @@ class Proxy:
         return await self._decode(request, ask, None)
 
     async def _decode(
-        self, request: web.Request, ask: Ask, params: msgspec.Raw | None
+        self, request: web.Request, ask: LegRequest, params: msgspec.Raw | None
     ) -> web.StreamResponse:
         async with self._legs.decode(ask, params) as answer:
             if answer is None:
@@ -177,7 +177,9 @@ class Proxy:
                 return _json_error(503, _NO_DECODE)
             return await self._pass_on(request, ask, answer)
 
-    async def _pass_on(self, request: web.Request, ask: Ask, answer: Answer) -> web.StreamResponse:
+    async def _pass_on(
+        self, request: web.Request, ask: LegRequest, answer: LegAnswer
+    ) -> web.StreamResponse:
         response = web.StreamResponse(status=answer.upstream.status, reason=answer.upstream.reason)
         response.headers.extend(answer.headers)
         response.headers.setdefault("X-Request-Id", ask.headers["X-Request-Id"])

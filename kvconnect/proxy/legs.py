@@ -5,13 +5,13 @@ turn it is ``pool``'s.
 
 - An engine that cannot be reached, or breaks off before its answer began, is marked down and the
   next one is asked. A 5xx is not: an engine answers 503 when its queue is full.
-- Closing an ``Answer``, or cancelling a call in here, closes the connection to the engine: that
+- Closing an ``LegAnswer``, or cancelling a call in here, closes the connection to the engine: that
   is how vLLM learns that it may stop.
 - An engine that is waited for and says nothing is asked for its health every second. One that does
   not answer that either hangs: it counts as down, and its requests go elsewhere.
 - What prefill cannot do (its 4xx) decode may still: it then works alone, and its word is final.
 - What only a decode engine refuses leaves prefill's KV without a reader: the lease is let go.
-- Remote faults are values or the next engine; none is raised to the caller before ``Answer.rest``.
+- Remote faults are values or the next engine; none is raised before ``LegAnswer.rest``.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ _NOT_PASSED_ON = frozenset(
 )
 
 
-class Counters(msgspec.Struct):
+class ProxyCounters(msgspec.Struct):
     """What happened since the start."""
 
     requests: int = 0
@@ -101,7 +101,7 @@ class Counters(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class LegRequest:
     """One request of a client, on its way to engines."""
 
     path: str
@@ -120,7 +120,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ProxyReply:
     """An engine's whole answer."""
 
     status: int
@@ -129,7 +129,7 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LegAnswer:
     """A decode engine's answer that has begun to arrive. Has to be closed."""
 
     url: str
@@ -161,7 +161,7 @@ class Legs:
     """Both pools and the connections to their engines."""
 
     def __init__(self, config: ProxyConfig, clock: Callable[[], float]) -> None:
-        self.counters = Counters()
+        self.counters = ProxyCounters()
         self.prefillers = Pool(config.prefill, clock)
         self.decoders = Pool(config.decode, clock)
         self._connect_timeout_s = config.connect_timeout_s
@@ -177,7 +177,7 @@ class Legs:
         await asyncio.gather(*own, return_exceptions=True)
         await self._session.close()
 
-    async def prefill(self, ask: Ask) -> msgspec.Raw | None:
+    async def prefill(self, ask: LegRequest) -> msgspec.Raw | None:
         """Prefill's transfer params; None when decode has to work alone."""
         data = prefill_body(ask.path, ask.body)
         refused = False
@@ -208,7 +208,9 @@ class Legs:
         return None
 
     @contextlib.asynccontextmanager
-    async def decode(self, ask: Ask, params: msgspec.Raw | None) -> AsyncIterator[Answer | None]:
+    async def decode(
+        self, ask: LegRequest, params: msgspec.Raw | None
+    ) -> AsyncIterator[LegAnswer | None]:
         """The answer to pass on; None when no decode engine could be reached."""
         answer = await self._first_answer(ask, params)
         if answer is not None and ask.path == RESPONSES:
@@ -219,7 +221,7 @@ class Legs:
             if answer is not None:
                 answer.close()
 
-    async def _first_answer(self, ask: Ask, params: msgspec.Raw | None) -> Answer | None:
+    async def _first_answer(self, ask: LegRequest, params: msgspec.Raw | None) -> LegAnswer | None:
         engines = deque(self._decoders_for(ask))
         spare = deque(self.decoders.last_resort())
         offered, may_retry, asked = params, True, 0
@@ -258,35 +260,35 @@ class Legs:
                 engines.append(url)
         return None
 
-    def _decoders_for(self, ask: Ask) -> tuple[str, ...]:
+    def _decoders_for(self, ask: LegRequest) -> tuple[str, ...]:
         """Decode engines in the order to be asked: first the one that a request goes on from."""
         engines = self.decoders.candidates()
         keeper = self._keepers.get(ask.keeper_of or "")
         return (keeper, *(url for url in engines if url != keeper)) if keeper else engines
 
-    def _remember(self, answer: Answer) -> None:
+    def _remember(self, answer: LegAnswer) -> None:
         """Who goes on from a response later has to ask the engine that made it."""
         if found := _RESPONSE_ID.search(answer.head):
             self._keepers[found[1].decode()] = answer.url
             if len(self._keepers) > _REMEMBERED_RESPONSES:
                 self._keepers.popitem(last=False)
 
-    def _release(self, url: str, ask: Ask, params: msgspec.Raw) -> None:
+    def _release(self, url: str, ask: LegRequest, params: msgspec.Raw) -> None:
         """Have ``params``' lease let go by a decode engine that refused what it was for."""
         self.counters.released += 1
         release = asyncio.create_task(self._released(url, ask, params))
         self._releases.add(release)
         release.add_done_callback(self._releases.discard)
 
-    async def _released(self, url: str, ask: Ask, params: msgspec.Raw) -> None:
+    async def _released(self, url: str, ask: LegRequest, params: msgspec.Raw) -> None:
         headers = ask.headers | {"X-Request-Id": f"{ask.headers['X-Request-Id'][:100]}-release"}
-        quiet = Ask(TEXT, {}, headers)
+        quiet = LegRequest(TEXT, {}, headers)
         with contextlib.suppress(*LOST):
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 async with self._post(url, quiet, release_body(params)) as upstream:
                     await upstream.read()
 
-    async def _open(self, url: str, ask: Ask, params: msgspec.Raw | None) -> Answer:
+    async def _open(self, url: str, ask: LegRequest, params: msgspec.Raw | None) -> LegAnswer:
         with contextlib.ExitStack() as held:
             held.enter_context(self.decoders.busy(url))
             data = decode_body(ask.body, params) if ask.whole is None else ask.whole
@@ -297,9 +299,9 @@ class Legs:
             # Without params there is nothing that a second try would leave out.
             if params is not None and upstream.status == 200 and _is_stream(upstream):
                 head, opening = await _opening(head, upstream)
-            return Answer(url, head, opening, upstream, self.decoders, held.pop_all())
+            return LegAnswer(url, head, opening, upstream, self.decoders, held.pop_all())
 
-    async def models(self, headers: dict[str, str]) -> Reply | None:
+    async def models(self, headers: dict[str, str]) -> ProxyReply | None:
         """The model list of the first engine that has one."""
         for pool in (self.decoders, self.prefillers):
             for url in (*pool.candidates(), *pool.last_resort()):
@@ -318,7 +320,7 @@ class Legs:
                     continue
                 self._report_status(pool, url, upstream.status)
                 if upstream.status < 500:
-                    return Reply(upstream.status, _passed_on(upstream), body)
+                    return ProxyReply(upstream.status, _passed_on(upstream), body)
         return None
 
     async def _watch_silent(self) -> None:
@@ -368,7 +370,7 @@ class Legs:
         await asyncio.gather(*(look(state.url) for state in pool.states() if not state.up))
 
     def _post(
-        self, url: str, ask: Ask, data: bytes, headers: Mapping[str, str] = {}
+        self, url: str, ask: LegRequest, data: bytes, headers: Mapping[str, str] = {}
     ) -> "aiohttp.client._RequestContextManager":
         return self._session.request(
             ask.method,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from kvconnect.cli import main
 from kvconnect.cli.engines import VllmServe
-from kvconnect_bench.pair import IN_TREE, Pair
+from kvconnect_bench.pair import IN_TREE, MeasuredPair
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 OURS = "nixl"
@@ -63,13 +63,13 @@ def test_pairs_of_pd_run_one_after_the_other_on_the_same_prompts(
     bench: Bench, tmp_path: Path, up_at_start: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, list[int]]] = []
-    first_token_s = Pair.first_token_s
+    first_token_s = MeasuredPair.first_token_s
 
-    def spied(pair: Pair, prompt: list[int]) -> float:
+    def spied(pair: MeasuredPair, prompt: list[int]) -> float:
         asked.append((pair.name, prompt))
         return first_token_s(pair, prompt)
 
-    monkeypatch.setattr(Pair, "first_token_s", spied)
+    monkeypatch.setattr(MeasuredPair, "first_token_s", spied)
     report = tmp_path / "report.json"
     options = ("--connector", "nixl,ucx", "--lengths", "8,16", "--prompts", "2", "--rounds", "2")
     done = bench("pd", *options, "--json", str(report))

@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from kvconnect.cli import main
-from kvconnect_bench.sides import MODES, Case, Fetched, Reader, Supplier
+from kvconnect_bench.sides import MODES, ConsumerSide, Fetched, ProducerSide, TransferCase
 
 MIB = 1 << 20
-CASE = Case("nixl", "tcp", 4096, 2 * MIB, MIB)
+CASE = TransferCase("nixl", "tcp", 4096, 2 * MIB, MIB)
 # by import_module, since the package's own transport is the command
 transport = importlib.import_module("kvconnect_bench.transport")
 
@@ -38,7 +38,7 @@ def test_two_processes_move_blocks_in_every_mode(tmp_path):
 @pytest.mark.slow
 def test_other_bytes_than_the_supplier_s_are_noticed():
     """In every mode and anywhere: in the request's blocks, and in those that are not its."""
-    supplier, reader = (side(CASE, None) for side in (Supplier, Reader))
+    supplier, reader = (side(CASE, None) for side in (ProducerSide, ConsumerSide))
     try:
         for mode in MODES:
             right = reader.fetch(mode, *supplier.lend(mode), 30.0)
@@ -62,7 +62,7 @@ def test_ratios_are_of_the_same_round():
         "direct": [Fetched(s, 512, False, "") for s in (3.0, 30.0, 3.0)],
         "staged": [Fetched(s, 4, True, "") for s in (1.0, 10.0, 1.5)],
     }
-    times = transport.Times([0.5, 5.0, 0.5], [0.25, 2.5, 0.25], fetched)
+    times = transport.TransferTimes([0.5, 5.0, 0.5], [0.25, 2.5, 0.25], fetched)
     direct, staged = transport._rows(CASE, times)
     assert (staged.of_direct, direct.of_direct) == (3.0, 1.0)
     assert (staged.of_contiguous, staged.of_memcpy) == (0.5, 0.25)

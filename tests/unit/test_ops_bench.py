@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from kvconnect.cli import main
 from kvconnect.ops import Type, load
 from kvconnect_bench import kernel_cases
-from kvconnect_bench.kernel_cases import Arena, Case, runs, shapes
+from kvconnect_bench.kernel_cases import KernelArena, KernelCase, runs, shapes
 
 SMALL = ["--rounds", "2", "--call-mib", "1", "--pool-mib", "16"]
 
@@ -36,9 +36,9 @@ def test_every_row_is_a_fraction_of_memcpy_and_says_where_it_was_measured(tmp_pa
 
 
 def test_figures_are_those_of_the_seconds_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(Arena, "time_memcpy", lambda self, nbytes: nbytes / 8e9)
-    monkeypatch.setattr(Case, "time", lambda self: self.nbytes / 4e9)
-    monkeypatch.setattr(Case, "time_torch", lambda self: self.nbytes / 1e9)
+    monkeypatch.setattr(KernelArena, "time_memcpy", lambda self, nbytes: nbytes / 8e9)
+    monkeypatch.setattr(KernelCase, "time", lambda self: self.nbytes / 4e9)
+    monkeypatch.setattr(KernelCase, "time_torch", lambda self: self.nbytes / 1e9)
     out = tmp_path / "kernels.json"
     assert bench(*SMALL, "--only", "BF16 → E4M3 ×", "--json", str(out)).exit_code == 0
     row = json.loads(out.read_text())["rows"][0]
@@ -58,7 +58,7 @@ def test_a_gpu_that_is_not_there_is_said_in_a_line():
 
 
 def test_bits_that_are_not_torchs_end_the_run(monkeypatch):
-    arena = Arena(load(), "cpu", 1 << 20, 1 << 16)
+    arena = KernelArena(load(), "cpu", 1 << 20, 1 << 16)
     arena.case("gather", runs(4, Type.BF16, Type.E4M3, 0.5)).check_torch()
     case = arena.case("gather", runs(4, Type.BF16, Type.E4M3, 0.5))
     case.copy = case.copy._replace(factor=0.25)  # what torch is asked for
@@ -67,7 +67,7 @@ def test_bits_that_are_not_torchs_end_the_run(monkeypatch):
 
 
 def test_a_call_takes_other_blocks_than_the_last():
-    arena = Arena(load(), "cpu", 1 << 20, 1 << 16)
+    arena = KernelArena(load(), "cpu", 1 << 20, 1 << 16)
     case = arena.case("gather", runs(4))
     seen = [set(case.next_blocks().tolist()) for _ in range(16)]
     assert set().union(*seen) == set(range(256)) and sum(map(len, seen)) == 256

@@ -169,23 +169,15 @@ def test_everything_in_the_layer_list_and_nothing_else_exists():
     assert here <= LAYER.keys(), f"not in LAYERS: {here - LAYER.keys()}"
 
 
-# class name that several files may have: why. Others' work shortens this; nothing is added.
-SHARED_NAMES = {
-    "not renamed yet": {
-        *("Answer", "Arena", "Case", "Chunk", "Client", "Cost", "Counters", "Done", "Ended"),
-        *("Engine", "Entry", "Load", "Opened", "Pair", "Place", "Prompt", "Rank", "Reader"),
-        *("Rig", "Row", "Source", "Times", "Vault", "Work", "_Fetch", "_Load", "_Side"),
-        *("_Stage", "_Waiting"),
-    },
-}
-
-
 def test_a_class_name_exists_once():
     """Whoever reads or searches a name finds one thing."""
     files_of = sizes.classes([*FILES, *BENCH_FILES])
-    shared = {name: files for name, files in files_of.items() if len(files) > 1}
-    unexpected = shared.keys() - set().union(*SHARED_NAMES.values())
-    assert not unexpected, {name: [name_of(path) for path in shared[name]] for name in unexpected}
+    shared = {
+        name: [name_of(path) for path in files]
+        for name, files in files_of.items()
+        if len(files) > 1
+    }
+    assert not shared
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/words.md"])
