@@ -82,7 +82,7 @@ class LoadDone(NamedTuple):
 class Carriers(Protocol):
     """What moves the bytes. None of these returns anything or waits."""
 
-    def put(self, peer: str, order: Fetch | Cancel | Release) -> None:
+    def ask(self, peer: str, order: Fetch | Cancel | Release) -> None:
         """An order for a peer's mover; `ChainLoader.fetched` follows each Fetch."""
 
     def fill(self, fills: Sequence[Fill]) -> None:
@@ -160,7 +160,7 @@ class ChainLoader:
                 loading.plan.ended(waiting.pop())
         for name, going in self._fetches.items():
             if going.loading is loading:
-                self._carriers.put(going.hop.source, Cancel(name))
+                self._carriers.ask(going.hop.source, Cancel(name))
 
     def fetched(self, name: str, error: str | None, ended_s: float) -> bool:
         """A fetch has ended, and touches nothing any more; False: it is not one of ours."""
@@ -243,7 +243,7 @@ class ChainLoader:
         name = f"{loading.order.request_id}#{next(self._names)}"
         self._fetches[name] = _RunningHop(loading, hop, self._clock())
         fetch = Fetch(name, offer.source, blocks, offer.tokens, offer.digest)
-        self._carriers.put(peer, fetch)
+        self._carriers.ask(peer, fetch)
 
     def _hop_ended(self, going: _RunningHop, ended_s: float) -> None:
         loading, hop = going.loading, going.hop
@@ -267,7 +267,7 @@ class ChainLoader:
         del self._loads[order.request_id]
         self._carriers.decline(list(loading.unused.values()))
         for peer, offer in order.offers:
-            self._carriers.put(peer, Release(order.request_id, offer.source))
+            self._carriers.ask(peer, Release(order.request_id, offer.source))
         lost = [pair for n in plan.failed for pair in order.units[n].blocks]
         from_start = any(place == 0 for place, _ in lost)
         self._ended.append(

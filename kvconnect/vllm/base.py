@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 class SchedulerHalf(Protocol):
     """What every scheduler's half can be told and asked."""
 
-    waits_to_be_named: bool
-    """Whether the workers' introductions are still to come, with a step's results."""
+    waits_for_workers: bool
+    """Whether the workers' handshake metadata is still to come, with a step's results."""
 
-    def named(self, ranks: Any) -> None:
+    def set_xfer_handshake_metadata(self, ranks: Any) -> None:
         """The workers' handshake metadata, by (pp rank, tp rank)."""
 
-    def match(self, request: Any, computed: int) -> int | None:
+    def get_num_new_matched_tokens(self, request: Any, computed: int) -> int | None:
         """Tokens that can be loaded after the first ``computed``; None: ask again later."""
 
-    def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, tokens: int) -> None:
         """The request has ``blocks``; ``tokens`` of them are to be loaded."""
 
     def take_stats(self) -> Mapping[str, Any] | None:
@@ -55,10 +55,10 @@ class SchedulerHalf(Protocol):
 class WorkerHalf(Protocol):
     """What every worker's half can be told and asked."""
 
-    def register(self, kv_caches: Any) -> None:
+    def register_kv_caches(self, kv_caches: Any) -> None:
         """The KV caches, by layer."""
 
-    def handshake_metadata(self) -> Any:
+    def get_handshake_metadata(self) -> Any:
         """What the scheduler's half needs to know of this rank; None: nothing."""
 
     def take_stats(self) -> Mapping[str, Any] | None:
@@ -143,20 +143,20 @@ class HalvesConnector(KVConnectorBase_V1, SupportsHMA, Generic[S, W]):
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
         if all(isinstance(one, self.handshake_type) for one in metadata.values()):
-            self.scheduler.named(metadata)
+            self.scheduler.set_xfer_handshake_metadata(metadata)
         else:  # in-tree MultiConnector gives all its children the first one's
-            self.scheduler.waits_to_be_named = True
+            self.scheduler.waits_for_workers = True
 
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        tokens = self.scheduler.match(request, num_computed_tokens)
+        tokens = self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
         return tokens, bool(tokens)
 
     def update_state_after_alloc(
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
     ) -> None:
-        self.scheduler.admitted(request, blocks, num_external_tokens)
+        self.scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
 
     @abstractmethod
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
@@ -180,10 +180,10 @@ class HalvesConnector(KVConnectorBase_V1, SupportsHMA, Generic[S, W]):
     # -- worker --------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        self.worker.register(kv_caches)
+        self.worker.register_kv_caches(kv_caches)
 
     def get_handshake_metadata(self) -> Any:
-        return self.worker.handshake_metadata()
+        return self.worker.get_handshake_metadata()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loads have started when the metadata was bound."""

@@ -79,12 +79,12 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         self.scheduler.bind(gpu_block_pool)
 
     def on_new_request(self, request: "Request") -> None:
-        self.scheduler.arrived(request)
+        self.scheduler.on_new_request(request)
 
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        if self.scheduler.waits_to_be_named:
+        if self.scheduler.waits_for_workers:
             return None, False  # after a step, which brings the workers' introductions
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
@@ -98,26 +98,26 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         introduction = connector_output.kv_connector_worker_meta
         if isinstance(introduction, Introduction):
-            self.scheduler.introduced(introduction.ranks)
-        self.scheduler.received(connector_output.finished_recving or ())
+            self.scheduler.addresses_known(introduction.ranks)
+        self.scheduler.update_connector_output(connector_output.finished_recving or ())
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler.finished(request, block_ids)
+        return self.scheduler.request_finished(request, block_ids)
 
     # -- worker --------------------------------------------------------------------------
 
     def build_connector_worker_meta(self) -> Introduction | None:
-        return self.worker.introduction()
+        return self.worker.build_connector_worker_meta()
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if isinstance(connector_metadata, Orders):
-            self.worker.obey(connector_metadata.take())
+            self.worker.put(connector_metadata.take())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        outcome, lost = self.worker.outcome()
+        outcome, lost = self.worker.take()
         if not _compat.HAS_TRANSFER_RESULTS:
             self._lost_blocks |= lost
         return _compat.TransferResults(

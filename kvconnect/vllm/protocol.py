@@ -40,7 +40,7 @@ class RouterProtocol:
         """``config`` and ``vllm_config`` are for contracts that have options, or endpoints."""
         self.us = us
 
-    def named(self, addresses: Sequence[Address]) -> None:
+    def addresses_known(self, addresses: Sequence[Address]) -> None:
         """All ranks are up, at these addresses, in rank order; before any request."""
 
     def close(self) -> None:

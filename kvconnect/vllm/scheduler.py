@@ -65,33 +65,35 @@ class Scheduler:
         self._planner = Planner(self._us.ttl_s)
         self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
         self._world_size = parallel.world_size
-        self.waits_to_be_named = False
-        """Whether `introduced` will say what `named` could not: until then there are no tickets."""
-        self._introduced: dict[int, RankMetadata] = {}
+        self.waits_for_workers = False
+        """Whether their addresses come with a step's results: until then there are no tickets."""
+        self._known_ranks: dict[int, RankMetadata] = {}
 
     def bind(self, block_pool: Any) -> None:
         """vLLM's block pool, once there is one."""
         self._windows.bind(block_pool)
 
-    def named(self, ranks: Mapping[tuple[int, int], RankMetadata]) -> None:
+    def set_xfer_handshake_metadata(self, ranks: Mapping[tuple[int, int], RankMetadata]) -> None:
         """All workers are up; ``ranks`` by (pp_rank, tp_rank)."""
         self._shards = tuple(
             (Address(rank.host, rank.port), rank.incarnation) for _, rank in sorted(ranks.items())
         )
         addresses = tuple(address for address, _ in self._shards)
-        self._protocol.named(addresses)
+        self._protocol.addresses_known(addresses)
         self._planner.addresses_known(addresses)
 
-    def introduced(self, ranks: Mapping[int, RankMetadata]) -> None:
+    def addresses_known(self, ranks: Mapping[int, RankMetadata]) -> None:
         """Some workers have said where they are, by rank; it may be known already."""
-        self._introduced |= ranks
-        if self.waits_to_be_named and len(self._introduced) == self._world_size:
-            self.waits_to_be_named = False
-            self.named({(0, rank): one for rank, one in self._introduced.items()})
+        self._known_ranks |= ranks
+        if self.waits_for_workers and len(self._known_ranks) == self._world_size:
+            self.waits_for_workers = False
+            self.set_xfer_handshake_metadata(
+                {(0, rank): one for rank, one in self._known_ranks.items()}
+            )
 
     # -- as vLLM schedules ---------------------------------------------------------------
 
-    def arrived(self, request: Any) -> None:
+    def on_new_request(self, request: Any) -> None:
         """A new request: note its offer, promise its KV."""
         if self._protocol.loads(request):
             self._undecided[request.request_id] = request
@@ -100,7 +102,7 @@ class Scheduler:
             self._shorten(request)
             self._planner.promise(request.request_id, self._protocol.name(request))
 
-    def match(self, request: Any, local_tokens: int) -> int | None:
+    def get_num_new_matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here; None: not known yet. No effect."""
         request_id = request.request_id
         if request_id in self._undecided or self._windows.holds_back(request_id):
@@ -109,7 +111,7 @@ class Scheduler:
             return None
         return self._planner.match(request_id, local_tokens)
 
-    def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
         request_id = request.request_id
         self._release_own(request_id)
@@ -121,17 +123,17 @@ class Scheduler:
             self._windows.done(request_id)
             self._planner.release(request_id)
 
-    def hand_over(self, request: Any) -> Offer | None:
+    def take_offer(self, request: Any) -> Offer | None:
         """The request's offer; its load, and its release, are the caller's from now on."""
         return self._planner.take_offer(request.request_id)
 
-    def received(self, request_ids: Sequence[str]) -> None:
+    def update_connector_output(self, request_ids: Sequence[str]) -> None:
         """All ranks ended these loads."""
         for request_id in request_ids:
             self._planner.received(request_id)
             self._windows.received(request_id)
 
-    def finished(
+    def request_finished(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request ended; says whether its blocks are lent, and with which params."""

@@ -72,7 +72,7 @@ class Worker:
         self._introduced = False
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
-    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe and register the caches, open the control channel, start the mover."""
         rank = this_rank()
         self._index = rank.index
@@ -139,21 +139,21 @@ class Worker:
         staging = Region(arena.data_ptr(), arena.nbytes, region.kind, region.device)
         return Staging(staging, slot_bytes), arena, kernels
 
-    def handshake_metadata(self) -> RankMetadata | None:
+    def get_handshake_metadata(self) -> RankMetadata | None:
         """Where this rank is; None before `register`."""
         if self._mover is None:
             return None
         address = self._mover.address
         return RankMetadata(address.host, address.port, self._mover.incarnation)
 
-    def introduction(self) -> Introduction | None:
+    def build_connector_worker_meta(self) -> Introduction | None:
         """The same for a step's results, the first time."""
-        if self._introduced or (metadata := self.handshake_metadata()) is None:
+        if self._introduced or (metadata := self.get_handshake_metadata()) is None:
             return None
         self._introduced = True
         return Introduction({self._index: metadata})
 
-    def obey(self, orders: Sequence[Order]) -> None:
+    def put(self, orders: Sequence[Order]) -> None:
         """Hand the scheduler's orders to the mover, behind what the device still computes."""
         if self._mover is None or not orders:
             return
@@ -162,7 +162,7 @@ class Worker:
                 self._blocks[order.request_id] = {b for g in order.blocks for _, b in g}
         self._mover.put(orders, self._fence())
 
-    def outcome(self) -> tuple[Outcome, set[int]]:
+    def take(self) -> tuple[Outcome, set[int]]:
         """What ended since the last call, and the block ids of failed fetches."""
         if self._mover is None:
             return Outcome(), set()

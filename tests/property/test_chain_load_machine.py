@@ -49,7 +49,7 @@ class Rank:
         self.filled: dict[str, set[int]] = {}  # load → blocks that hold the right bytes
         self.ended: dict[str, frozenset[int]] = {}
 
-    def put(self, peer, order):
+    def ask(self, peer, order):
         match order:
             case Fetch():
                 busy = [name for name, (p, f) in self.fetches.items() if p == peer]

@@ -32,7 +32,7 @@ class Decode:
         self.hold = False  # the store answers nothing
         self.chained = ChainLoader(self, ["peer"], [64], world.clock, rates)
 
-    def put(self, peer, order):
+    def ask(self, peer, order):
         assert peer == "peer"
         self.orders.append(order)
         self.engine.put(order)
@@ -221,7 +221,7 @@ def test_rates_are_measured_where_bytes_are_moved():
     clock = [0.0]
 
     class Nobody:
-        def put(self, peer, order): ...
+        def ask(self, peer, order): ...
         def fill(self, fills): ...
         def decline(self, fills): ...
 

@@ -67,7 +67,7 @@ class Pair:
 
     def __init__(self, make, p_secret=None, d_secret=None, **options):
         self.p = make("P", "kv_producer", p_secret)
-        self.p.named(RANKS)
+        self.p.addresses_known(RANKS)
         self.d = make("D", "kv_consumer", d_secret, **options)
         self.port = self.p.port
 
@@ -245,13 +245,13 @@ def test_a_lease_name_is_never_too_long_for_the_wire(alone):
 
 def test_a_group_of_engines_has_one_endpoint(make, monkeypatch):
     first = make("P_dp0", "kv_producer", SECRET, parallel())
-    first.named(RANKS)
+    first.addresses_known(RANKS)
     port = first.port
     monkeypatch.setenv("VLLM_MOONCAKE_BOOTSTRAP_PORT", str(port))
     second = make("P_dp1", "kv_producer", SECRET, parallel(data_parallel_index=1))
     assert second.port is None
     others = tuple(Address("127.0.0.1", 7100 + rank) for rank in range(2))
-    second.named(others)
+    second.addresses_known(others)
     pair = Pair.__new__(Pair)
     pair.d, pair.port = make("D", "kv_consumer", SECRET), port
     offer = pair.offer(pair.decode_params(remote_engine_id="P_dp1"))
@@ -265,7 +265,7 @@ def test_an_operators_endpoint_is_registered_at(make):
     port = whole.port
     shape = parallel(data_parallel_index=2)
     ours = make("P", "kv_producer", None, shape, bootstrap_server_address=f"localhost:{port}")
-    ours.named(RANKS)
+    ours.addresses_known(RANKS)
     pair = Pair.__new__(Pair)
     pair.d, pair.port = make("D", "kv_consumer"), port
     assert len(pair.offer(pair.decode_params()).source.shards) == 2

@@ -209,7 +209,7 @@ def test_whatever_an_id_is_it_is_a_pairing_none_or_an_offer_error(request_id):
 
 def contract(role, here=None, secret=None):
     made = P2pProtocol(EngineInfo("engine", secret, 30.0, role), P2pNcclConfig(), None)
-    made.named([here or {"kv_producer": P, "kv_consumer": D, "kv_both": P}[role]])
+    made.addresses_known([here or {"kv_producer": P, "kv_consumer": D, "kv_both": P}[role]])
     return made
 
 

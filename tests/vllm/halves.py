@@ -67,18 +67,18 @@ class Engine:
             config,
             contract,
         )
-        self.scheduler.named({(0, 0): RankMetadata(*address, "i")})
+        self.scheduler.set_xfer_handshake_metadata({(0, 0): RankMetadata(*address, "i")})
         self.scheduler.take_orders()
 
     def arrives(self, params, request_id="r", **fields):
         request = Request(request_id, params)
         vars(request).update(fields)
-        self.scheduler.arrived(request)
+        self.scheduler.on_new_request(request)
         return request
 
     def finishes(self, request, status=RequestStatus.FINISHED_LENGTH_CAPPED):
         request.status = status
-        return self.scheduler.finished(request, ([1, 2, 3],))
+        return self.scheduler.request_finished(request, ([1, 2, 3],))
 
     def steps(self, kinds):
         """Steps until there are orders, of these kinds."""

@@ -65,8 +65,10 @@ def test_both_legs_agree_on_a_lease(make, mamba, tokens):
     (grant,) = p.steps([Grant])
     request = d.arrives(decode(p), "at D")
     d.steps([RenewLease])
-    assert d.scheduler.match(request, 0) == tokens
-    d.scheduler.admitted(request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens)
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == tokens
+    d.scheduler.update_state_after_alloc(
+        request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens
+    )
     (fetch,) = d.steps([Fetch])
     assert fetch.source.request_id == expect.name == grant.terms.name
     assert fetch.tokens == grant.terms.tokens == tokens
@@ -79,7 +81,7 @@ def test_a_prompt_is_shortened_once_however_many_connectors_see_it(make, monkeyp
     monkeypatch.setenv("VLLM_MOONCAKE_BOOTSTRAP_PORT", "0")
     other = make("P", "kv_producer", mamba=True)
     request = one.arrives(PREFILL)
-    other.scheduler.arrived(request)
+    other.scheduler.on_new_request(request)
     assert request.num_prompt_tokens == len(request.prompt_token_ids) == 39
 
 
@@ -97,17 +99,17 @@ def test_a_port_that_nobody_chose_may_be_taken_where_an_engine_may_be_either_sid
 
 def test_a_request_waits_in_the_queue_while_prefill_is_looked_up(p, d):
     request = d.arrives(decode(p))
-    assert d.scheduler.match(request, 0) is None
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) is None
     d.steps([RenewLease])
-    assert d.scheduler.match(request, 16) == 24
+    assert d.scheduler.get_num_new_matched_tokens(request, 16) == 24
     again = d.arrives(decode(p, transfer_id="xfer-2"), "r2")
-    assert d.scheduler.match(again, 0) == 40, "at once: it is known by now"
+    assert d.scheduler.get_num_new_matched_tokens(again, 0) == 40, "at once: it is known by now"
 
 
 def test_what_cannot_be_found_is_prefilled_here(p, d):
     request = d.arrives(decode(p, remote_engine_id="another"))
     until = time.monotonic() + 10
-    while (tokens := d.scheduler.match(request, 0)) is None:
+    while (tokens := d.scheduler.get_num_new_matched_tokens(request, 0)) is None:
         d.scheduler.take_orders()
         assert time.monotonic() < until
     assert tokens == 0

@@ -358,14 +358,14 @@ class Peer:
         self.tokens = tokens
         self.released = 0
 
-    def match(self, request, local_tokens):
+    def get_num_new_matched_tokens(self, request, local_tokens):
         return None if self.tokens is None else max(0, self.tokens - local_tokens)
 
-    def hand_over(self, request):
+    def take_offer(self, request):
         source = Source((), request.request_id, None, 1.0)
         return Offer(source, self.tokens, b"") if self.tokens else None
 
-    def admitted(self, request, blocks, tokens):
+    def update_state_after_alloc(self, request, blocks, tokens):
         assert tokens == 0
         self.released += 1
 
@@ -374,7 +374,7 @@ class Peer:
 def store(monkeypatch):
     engine = Engine(monkeypatch, ranks=2)
     one = request(blocks=6)
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     engine.answer(engine.step(one, ([1, 2, 3, 4, 5, 6, 7],), one.num_tokens), ranks=2)
     return engine
 
@@ -401,9 +401,9 @@ def test_the_peers_head_and_the_stores_tail_are_one_load(store):
     peer = Peer(2 * BLOCK)
     both = chain(store, peer)
     asks = request("again", blocks=6, extra=2)
-    assert chain(store).match(request("alone", blocks=6), 0) == 0
-    assert both.match(asks, 0) == 6 * BLOCK
-    both.admitted(asks, table(store, [21, 22, 23, 24, 25, 26, 27]), 6 * BLOCK)
+    assert chain(store).get_num_new_matched_tokens(request("alone", blocks=6), 0) == 0
+    assert both.get_num_new_matched_tokens(asks, 0) == 6 * BLOCK
+    both.update_state_after_alloc(asks, table(store, [21, 22, 23, 24, 25, 26, 27]), 6 * BLOCK)
     (load,) = both.take_orders()
     assert isinstance(load, ChainedLoad)
     assert [p.blocks for p in load.units] == [((i, 21 + i),) for i in range(6)]
@@ -411,17 +411,17 @@ def test_the_peers_head_and_the_stores_tail_are_one_load(store):
     assert [p.end_token for p in load.units] == [BLOCK * (i + 1) for i in range(6)]
     assert dict(load.offers)["P0"].tokens == 2 * BLOCK
     assert store.step().loads == {}, "the store's own workers are told nothing"
-    assert sum(both.hit_sources("again", 6 * BLOCK).values()) == 6 * BLOCK
-    assert len(both.hit_sources("again", 6 * BLOCK)) == 2
+    assert sum(both.get_external_cache_hit_sources("again", 6 * BLOCK).values()) == 6 * BLOCK
+    assert len(both.get_external_cache_hit_sources("again", 6 * BLOCK)) == 2
 
 
 def test_what_only_the_peer_has_may_end_amid_a_block(store):
     peer = Peer(6 * BLOCK + 2)
     both = chain(store, peer)
     asks = request("again", blocks=6, extra=2)
-    assert both.match(asks, BLOCK) == 5 * BLOCK + 2
+    assert both.get_num_new_matched_tokens(asks, BLOCK) == 5 * BLOCK + 2
     ids = [11, 22, 23, 24, 25, 26, 27]
-    both.admitted(asks, table(store, ids, hashed=(11,)), 5 * BLOCK + 2)
+    both.update_state_after_alloc(asks, table(store, ids, hashed=(11,)), 5 * BLOCK + 2)
     (load,) = both.take_orders()
     assert [p.fill is not None for p in load.units] == [True] * 5 + [False]
     assert load.units[-1] == LoadUnit(0, ((6, 27),), 6 * BLOCK + 2, 2)
@@ -434,14 +434,14 @@ def test_of_a_sliding_window_only_what_it_sees_is_a_piece(monkeypatch):
     store = Engine(monkeypatch, windows=windows)
     one = request(blocks=6)
     tables = ([0, 0, 0, 8, 9, 10, 11], [1, 2, 3, 4, 5, 6, 7])
-    store.half.match(one, 0)
+    store.half.get_num_new_matched_tokens(one, 0)
     store.answer(store.step(one, tables, one.num_tokens))
     both = chain(store, Peer(6 * BLOCK + 1), windows=windows)
     asks = request("again", blocks=6, extra=2)
-    assert both.match(asks, 0) == 6 * BLOCK + 1
+    assert both.get_num_new_matched_tokens(asks, 0) == 6 * BLOCK + 1
     full, window = range(21, 28), [0, 0, 0, 0, 31, 32, 33]
     blocks = SimpleNamespace(blocks=[table(store, ids).blocks[0] for ids in (window, full)])
-    both.admitted(asks, blocks, 6 * BLOCK + 1)
+    both.update_state_after_alloc(asks, blocks, 6 * BLOCK + 1)
     (load,) = both.take_orders()
     assert [p.blocks[0][1] for p in load.units] == [31, 32, 33, *full]
     assert [p.fill is not None for p in load.units] == [True, True, False] + [True] * 6 + [False]
@@ -452,21 +452,21 @@ def test_where_nothing_is_loaded_peers_are_let_go(store):
     peer = Peer(BLOCK)
     both = chain(store, peer)
     asks = request("again", blocks=6)
-    both.match(asks, 6 * BLOCK)
-    both.admitted(asks, table(store, []), 0)
+    both.get_num_new_matched_tokens(asks, 6 * BLOCK)
+    both.update_state_after_alloc(asks, table(store, []), 0)
     assert peer.released == 1
     assert both.take_orders() == []
 
 
 def test_who_needs_time_makes_the_chain_wait(store):
-    assert chain(store, Peer(None)).match(request("again"), 0) is None
+    assert chain(store, Peer(None)).get_num_new_matched_tokens(request("again"), 0) is None
 
 
 def test_peers_alone_are_a_chain_of_blocks():
     both = chain(None, Peer(9), Peer(5))
     asks = request("r", blocks=2)
-    assert both.match(asks, 0) == 9
-    both.admitted(asks, table(None, [5, 6, 7]), 9)
+    assert both.get_num_new_matched_tokens(asks, 0) == 9
+    both.update_state_after_alloc(asks, table(None, [5, 6, 7]), 9)
     (load,) = both.take_orders()
     assert [p.end_token for p in load.units] == [4, 8, 9]
     assert [label for label, _ in load.offers] == ["P0", "P1"]
@@ -476,12 +476,12 @@ def test_a_request_that_ends_amid_its_load_aborts_it_and_another_does_not(store)
     both = chain(store, Peer(BLOCK))
     for name in ("aborted", "loaded"):
         asks = request(name, blocks=6)
-        both.match(asks, 0)
-        both.admitted(asks, table(store, range(21, 28)), 6 * BLOCK)
+        both.get_num_new_matched_tokens(asks, 0)
+        both.update_state_after_alloc(asks, table(store, range(21, 28)), 6 * BLOCK)
     both.take_orders()
-    both.received(["loaded"])
-    both.finished("loaded")
-    both.finished("aborted")
+    both.update_connector_output(["loaded"])
+    both.request_finished("loaded")
+    both.request_finished("aborted")
     assert both.take_orders() == [CancelLoad("aborted")]
 
 
@@ -489,8 +489,8 @@ def test_fills_that_ranks_declined_or_carried_out_give_back_their_pins(store):
     """One rank took a chunk from its peer, the other from memory; a third chunk failed at one."""
     both = chain(store, Peer(BLOCK))
     asks = request("again", blocks=3)
-    both.match(asks, 0)
-    both.admitted(asks, table(store, [21, 22, 23, 24]), 3 * BLOCK)
+    both.get_num_new_matched_tokens(asks, 0)
+    both.update_state_after_alloc(asks, table(store, [21, 22, 23, 24]), 3 * BLOCK)
     (load,) = both.take_orders()
     first, second, third = (unit.fill for unit in load.units)
     assert isinstance(first, Fill)
@@ -498,33 +498,33 @@ def test_fills_that_ranks_declined_or_carried_out_give_back_their_pins(store):
     one = WorkerResults({first.number: (1, 0), second.number: (1, 0), third.number: (1, 0)})
     one.declined.update([first.number, third.number])
     other = WorkerResults({first.number: (1, 0), second.number: (1, 0), third.number: (1, 1)})
-    store.half.received(one)
+    store.half.update_connector_output(one)
     assert store.half.busy
-    store.half.received(other)
+    store.half.update_connector_output(other)
     assert not store.half.busy
     counts = store.half.take_stats()
     assert counts["chunks_failed"] == 1
-    assert store.half.match(asks, 0) == 0, "what has failed is not tried again"
-    assert store.half.match(request("new", blocks=3), 0) == 3 * BLOCK
+    assert store.half.get_num_new_matched_tokens(asks, 0) == 0, "what has failed is not tried again"
+    assert store.half.get_num_new_matched_tokens(request("new", blocks=3), 0) == 3 * BLOCK
 
 
 def test_what_a_rank_declined_of_the_disk_has_not_come_to_memory(monkeypatch):
     engine = Engine(monkeypatch, ranks=2)
     asks = request(blocks=1)
-    engine.half.match(asks, 0)
+    engine.half.get_num_new_matched_tokens(asks, 0)
     ((key,),) = engine.half._requests["r"].keys()
     found = Found(16, 16, [], [key])
-    engine.half.named({(0, 0): found, (0, 1): found})
+    engine.half.set_xfer_handshake_metadata({(0, 0): found, (0, 1): found})
     both = chain(engine, Peer(BLOCK))
-    both.match(asks, 0)
-    both.admitted(asks, table(engine, [21, 22]), BLOCK)
+    both.get_num_new_matched_tokens(asks, 0)
+    both.update_state_after_alloc(asks, table(engine, [21, 22]), BLOCK)
     ((unit,),) = (load.units for load in both.take_orders())
     assert unit.store == "disk"
     answers = {unit.fill.number: (1, 0)}
-    engine.half.received(WorkerResults(answers))
+    engine.half.update_connector_output(WorkerResults(answers))
     declined = WorkerResults(answers)
     declined.declined.update([unit.fill.number])
-    engine.half.received(declined)
+    engine.half.update_connector_output(declined)
     assert engine.step().jobs == [Forget(key, False)]
     assert engine.half._tier.whence(key) == "disk"
 
@@ -533,14 +533,14 @@ def test_engines_below_in_trees_multi_connector_are_told_by_their_workers(monkey
     """It gave this one another child's handshake: until both ranks have spoken, "ask again"."""
     engine = Engine(monkeypatch)
     half = engine.half
-    half.waits_to_be_named = True
+    half.waits_for_workers = True
     half._vllm_config.parallel_config = SimpleNamespace(world_size=2)
     found = Found(16, 0, [], [])
-    assert half.match(request(), 0) is None
-    half.received(WorkerResults(found={1: found}))
-    assert half.match(request(), 0) is None
-    half.received(WorkerResults(found={0: found}))
-    assert half.match(request(), 0) == 0
+    assert half.get_num_new_matched_tokens(request(), 0) is None
+    half.update_connector_output(WorkerResults(found={1: found}))
+    assert half.get_num_new_matched_tokens(request(), 0) is None
+    half.update_connector_output(WorkerResults(found={0: found}))
+    assert half.get_num_new_matched_tokens(request(), 0) == 0
 
 
 class PeerWorker:
@@ -550,14 +550,14 @@ class PeerWorker:
         self.fetches, self.released = [], 0
         self.next = Outcome()
 
-    def obey(self, orders):
+    def put(self, orders):
         for order in orders:
             if isinstance(order, Fetch):
                 self.fetches.append(order)
             else:
                 self.released += isinstance(order, Release)
 
-    def outcome(self):
+    def take(self):
         outcome, self.next = self.next, Outcome()
         return outcome, set()
 
@@ -571,7 +571,7 @@ def rank(*peers, groups=1):
 def loading(worker, name, places):
     units = tuple(LoadUnit(0, ((place, 20 + place),), place + 1, 1) for place in places)
     offer = Offer(Source((), name, None, 1.0), 100, b"")
-    worker.obey([ChainedLoad(name, units, (("P0", offer),))])
+    worker.put([ChainedLoad(name, units, (("P0", offer),))])
 
 
 def test_of_one_group_lost_blocks_are_told_and_of_several_the_request_has_failed():
@@ -584,10 +584,10 @@ def test_of_one_group_lost_blocks_are_told_and_of_several_the_request_has_failed
         worker = rank(peer, groups=groups)
         loading(worker, "r", places)
         (fetch,) = peer.fetches
-        assert worker.results() == ([], set(), set())
+        assert worker.take() == ([], set(), set())
         peer.next = Outcome({"s"}, {fetch.request_id}, {fetch.request_id: "why"})
         peer.next.ended_s = {fetch.request_id: 1.0}
-        assert worker.results() == (["s"], {"r"}, failed)
+        assert worker.take() == (["s"], {"r"}, failed)
         assert worker.take_lost() == lost
         assert worker.take_lost() == set()
         assert peer.released == 1
@@ -601,11 +601,11 @@ def test_tokens_are_counted_by_one_rank_and_what_else_happened_by_each():
         loading(worker, "r", (0, 1))
         name = peer.fetches[-1].request_id
         peer.next = Outcome(received={name}, ended_s={name: 1.0})
-        worker.results()
+        worker.take()
         assert worker.take_counts() == ({"tokens_from_peers": 2} if first else None)
         loading(worker, "r", (0,))
         name = peer.fetches[-1].request_id
         peer.next = Outcome(received={name}, failed={name: "why"}, ended_s={name: 1.0})
-        worker.results()
+        worker.take()
         lost = {"tokens_lost": 1} if first else {}
         assert worker.take_counts() == {"pieces_failed": 1} | lost

@@ -102,7 +102,7 @@ class Engine:
         )
         found = Found(slots, 0, [], [])
         if named:
-            self.half.named({(0, r): found for r in range(ranks)})
+            self.half.set_xfer_handshake_metadata({(0, r): found for r in range(ranks)})
         self.pool = Pool()
         self.half.bind(self.pool)
 
@@ -120,20 +120,22 @@ class Engine:
     def answer(self, work, ranks=1, failures=0):
         """``ranks`` ranks answer a step's jobs, ``failures`` of them badly."""
         jobs = [job for job in [*work.jobs, *work.saves] if hasattr(job, "number")]
-        self.half.received(WorkerResults({job.number: (ranks, failures) for job in jobs}))
+        self.half.update_connector_output(
+            WorkerResults({job.number: (ranks, failures) for job in jobs})
+        )
 
     def stored(self, request, tables):
         """The whole request was computed and stored."""
-        self.half.match(request, 0)
+        self.half.get_num_new_matched_tokens(request, 0)
         work = self.step(request, tables, request.num_tokens)
         self.answer(work)
         return work
 
     def load(self, request, ids, local=0):
         """Admit a request for all that matches; the step's work."""
-        tokens = self.half.match(request, local)
+        tokens = self.half.get_num_new_matched_tokens(request, local)
         blocks = [[self.pool.blocks[n] for n in table] for table in ids]
-        self.half.admitted(request, SimpleNamespace(blocks=blocks), tokens)
+        self.half.update_state_after_alloc(request, SimpleNamespace(blocks=blocks), tokens)
         return self.step()
 
 
@@ -164,33 +166,35 @@ def test_blocks_are_referenced_until_every_rank_has_saved_them_whatever_becomes_
 ):
     engine = make(ranks=2)
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     work = engine.step(one, ([5, 6, 7, 8],), 13)
     assert [save.blocks for save in work.saves] == [(5,), (6,), (7,)]
     assert engine.pool.held() == [5, 6, 7]
-    engine.half.finished("r")
+    engine.half.request_finished("r")
     engine.answer(work)
     assert engine.pool.held() == [5, 6, 7]
-    assert engine.half.match(request("again"), 0) == 0  # one rank is not enough
+    assert (
+        engine.half.get_num_new_matched_tokens(request("again"), 0) == 0
+    )  # one rank is not enough
     engine.answer(work)
     assert engine.pool.held() == []
-    assert engine.half.match(request("again"), 0) == 12
+    assert engine.half.get_num_new_matched_tokens(request("again"), 0) == 12
     assert not engine.half.busy
 
 
 def test_what_a_rank_could_not_save_is_not_there_and_its_blocks_are_free(make):
     engine = make(ranks=2)
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     engine.answer(engine.step(one, ([5, 6, 7, 8],), 13), ranks=2, failures=1)
     assert engine.pool.held() == []
-    assert engine.half.match(request("again"), 0) == 0
+    assert engine.half.get_num_new_matched_tokens(request("again"), 0) == 0
 
 
 def test_only_what_the_step_completes_is_saved_and_nothing_twice(make):
     engine = make()
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     assert [s.blocks for s in engine.step(one, ([5, 6],), 7).saves] == [(5,)]
     assert [s.blocks for s in engine.step(one, ([5, 6, 7],), 5).saves] == [(6,), (7,)]
     one.num_computed_tokens = 0  # preempted
@@ -201,11 +205,11 @@ def test_asking_has_no_effect_and_leaves_a_token_to_compute(make):
     engine = make()
     engine.stored(request(), ([1, 2, 3],))
     other = request("other", extra=0)
-    assert [engine.half.match(other, 0) for _ in range(3)] == [8, 8, 8]
-    assert engine.half.match(other, 8) == 0
+    assert [engine.half.get_num_new_matched_tokens(other, 0) for _ in range(3)] == [8, 8, 8]
+    assert engine.half.get_num_new_matched_tokens(other, 8) == 0
     assert engine.step().empty
     other.skip_reading_prefix_cache = True
-    assert engine.half.match(other, 0) == 0
+    assert engine.half.get_num_new_matched_tokens(other, 0) == 0
 
 
 def test_blocks_that_are_cached_or_null_are_not_filled(make):
@@ -226,8 +230,10 @@ def test_a_failed_load_is_not_tried_again(make):
     work = engine.load(other, ([11, 12, 13, 14],))
     assert len(work.jobs) == 3
     engine.answer(work, failures=1)
-    assert engine.half.match(other, 0) == 0
-    assert engine.half.match(request("third"), 0) == 12  # a rank says what it lost, if it did
+    assert engine.half.get_num_new_matched_tokens(other, 0) == 0
+    assert (
+        engine.half.get_num_new_matched_tokens(request("third"), 0) == 12
+    )  # a rank says what it lost, if it did
 
 
 def test_a_load_of_what_went_meanwhile_is_asked_for_and_found_missing(make):
@@ -235,10 +241,10 @@ def test_a_load_of_what_went_meanwhile_is_asked_for_and_found_missing(make):
     engine = make(slots=3)
     engine.stored(request(), ([1, 2, 3],))
     other = request("other")
-    assert engine.half.match(other, 0) == 12
+    assert engine.half.get_num_new_matched_tokens(other, 0) == 12
     engine.half.clear()
     blocks = SimpleNamespace(blocks=[[engine.pool.blocks[n] for n in (11, 12, 13, 14)]])
-    engine.half.admitted(other, blocks, 12)
+    engine.half.update_state_after_alloc(other, blocks, 12)
     loading = engine.step().loads["other"]
     assert len(loading.fills) == 3
 
@@ -277,8 +283,14 @@ def test_a_client_says_how_much_may_be_loaded(make, limit, loaded):
     engine = make()
     engine.stored(request(blocks=5), ([1, 2, 3, 4, 5],))
     wanted = {"max_load_tokens": limit}
-    assert engine.half.match(request("other", blocks=5, params=wanted), 0) == loaded
-    assert engine.half.match(request("another", blocks=5, params=wanted), BLOCK) == loaded
+    assert (
+        engine.half.get_num_new_matched_tokens(request("other", blocks=5, params=wanted), 0)
+        == loaded
+    )
+    assert (
+        engine.half.get_num_new_matched_tokens(request("another", blocks=5, params=wanted), BLOCK)
+        == loaded
+    )
 
 
 def test_what_was_generated_is_not_stored_where_only_prompts_are(make):
@@ -291,7 +303,7 @@ def test_what_was_generated_is_not_stored_where_only_prompts_are(make):
 def test_until_ranks_have_said_what_they_can_hold_nothing_is_kept(make):
     engine = make(ranks=2, named=False)
     one = request()
-    assert engine.half.match(one, 0) == 0
+    assert engine.half.get_num_new_matched_tokens(one, 0) == 0
     assert engine.step(one, ([1, 2, 3],), 13).empty
     assert not engine.half.busy
 
@@ -300,8 +312,10 @@ def test_what_ranks_found_is_had_by_all_or_forgotten(make):
     engine = make()
     stored = engine.stored(request(), ([1, 2, 3],)).saves
     keys = [save.key for save in stored]
-    engine.half.named({(0, 0): Found(8, 0, keys, []), (0, 1): Found(8, 0, keys[:2], [])})
-    assert engine.half.match(request("other"), 0) == 8
+    engine.half.set_xfer_handshake_metadata(
+        {(0, 0): Found(8, 0, keys, []), (0, 1): Found(8, 0, keys[:2], [])}
+    )
+    assert engine.half.get_num_new_matched_tokens(request("other"), 0) == 8
     assert [job.key for job in engine.step().jobs] == [keys[2]]
 
 
@@ -310,7 +324,7 @@ def test_a_salt_has_keys_of_its_own(make):
     engine.stored(request(), ([1, 2, 3],))
     salted = request("salted")
     salted.cache_salt = "s"
-    assert engine.half.match(salted, 0) == 0
+    assert engine.half.get_num_new_matched_tokens(salted, 0) == 0
 
 
 def test_a_chunk_must_be_of_whole_blocks():
@@ -349,24 +363,24 @@ def test_without_events_nothing_is_kept_for_them(make):
 def test_a_chunk_that_one_rank_failed_to_save_is_not_there_whoever_answers_last(make):
     engine = make(ranks=2)
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     work = engine.step(one, ([5, 6, 7, 8],), 13)
     engine.answer(work, failures=1)
     engine.answer(work)
-    assert engine.half.match(request("again"), 0) == 0
+    assert engine.half.get_num_new_matched_tokens(request("again"), 0) == 0
     assert engine.pool.held() == []
 
 
 def named(engine, *found):
     """The ranks say what they found, in place of what `make` gave."""
-    engine.half.named({(0, rank): one for rank, one in enumerate(found)})
+    engine.half.set_xfer_handshake_metadata({(0, rank): one for rank, one in enumerate(found)})
 
 
 def test_the_rank_with_the_least_room_decides(make):
     engine = make()
     named(engine, Found(2, 1, [], []), Found(8, 4, [], []))
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     work = engine.step(one, ([1, 2, 3],), 13)
     assert len(work.saves) == 2
     engine.answer(work, ranks=2)
@@ -400,31 +414,33 @@ def test_what_is_beside_is_loaded_once_every_rank_has_said_so(make):
     """Of an idle engine its workers are asked first; the answer may be as old as a request."""
     engine = make(ranks=2, share=True)
     one = request(blocks=2)
-    assert engine.half.match(one, 0) is None
-    assert engine.half.match(one, 0) == 0
+    assert engine.half.get_num_new_matched_tokens(one, 0) is None
+    assert engine.half.get_num_new_matched_tokens(one, 0) == 0
     keys = engine.half._requests["r"].keys()[0]
-    engine.half.received(WorkerResults(gained=Counter(keys)))
-    assert engine.half.match(one, 0) == 0
-    engine.half.received(WorkerResults(gained=Counter(keys)))
-    assert engine.half.match(one, 0) == 2 * BLOCK
-    engine.half.received(WorkerResults(gone=Counter(2 * keys[1:])))
-    assert engine.half.match(one, 0) == BLOCK
-    engine.half.received(WorkerResults(gained=Counter(keys[1:])))
-    assert engine.half.match(one, 0) == BLOCK, "of two ranks one has it"
+    engine.half.update_connector_output(WorkerResults(gained=Counter(keys)))
+    assert engine.half.get_num_new_matched_tokens(one, 0) == 0
+    engine.half.update_connector_output(WorkerResults(gained=Counter(keys)))
+    assert engine.half.get_num_new_matched_tokens(one, 0) == 2 * BLOCK
+    engine.half.update_connector_output(WorkerResults(gone=Counter(2 * keys[1:])))
+    assert engine.half.get_num_new_matched_tokens(one, 0) == BLOCK
+    engine.half.update_connector_output(WorkerResults(gained=Counter(keys[1:])))
+    assert engine.half.get_num_new_matched_tokens(one, 0) == BLOCK, "of two ranks one has it"
 
 
 def test_what_is_cached_here_need_not_be_stored(make):
     engine = make()
     engine.stored(request(), ([1, 2, 3],))
-    engine.half.received(WorkerResults(lost=[Loss(engine.half._requests["r"].keys()[0][0], False)]))
-    assert engine.half.match(request("other"), 0) == 0
-    assert engine.half.match(request("other"), BLOCK) == 2 * BLOCK
+    engine.half.update_connector_output(
+        WorkerResults(lost=[Loss(engine.half._requests["r"].keys()[0][0], False)])
+    )
+    assert engine.half.get_num_new_matched_tokens(request("other"), 0) == 0
+    assert engine.half.get_num_new_matched_tokens(request("other"), BLOCK) == 2 * BLOCK
 
 
 def test_where_nothing_is_loaded_workers_are_told_of_no_load(make):
     """An id that does not wait for a load ends the engine when it is reported."""
     engine = make()
-    engine.half.admitted(request(), SimpleNamespace(blocks=[[]]), 0)
+    engine.half.update_state_after_alloc(request(), SimpleNamespace(blocks=[[]]), 0)
     assert engine.step().empty
 
 
@@ -434,15 +450,15 @@ def test_a_load_from_disk_that_has_no_room_fails_and_is_not_tried_again(make):
     keys = engine.half._requests["r"].keys()[0]
     named(engine, Found(1, 8, [], keys))
     other = request("other")
-    assert engine.half.match(other, 0) == 12
+    assert engine.half.get_num_new_matched_tokens(other, 0) == 12
     blocks = SimpleNamespace(blocks=[[engine.pool.blocks[n] for n in (11, 12, 13)]])
-    engine.half.admitted(other, blocks, 12)
+    engine.half.update_state_after_alloc(other, blocks, 12)
     work = engine.step()
     assert len(work.jobs) == 1
     problem = "memory has no room for 2 chunks on disk"
     assert work.loads["other"] == ((work.jobs[0].number,), problem)
     engine.answer(work)
-    assert engine.half.match(other, 0) == 0
+    assert engine.half.get_num_new_matched_tokens(other, 0) == 0
     assert engine.half.spares(other, [Wanted(0, 0, (11,))]) == [(None, "")]
 
 
@@ -470,7 +486,7 @@ def test_a_spare_from_disk_makes_room_in_memory(make):
 def test_a_request_whose_blocks_are_not_told_is_left_alone(make):
     engine = make()
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     assert engine.step(one, None, 13).empty
 
 
@@ -493,14 +509,14 @@ def test_a_block_that_holds_local_tokens_is_not_filled_though_nothing_names_it(m
 def test_a_new_request_of_an_old_id_is_followed_by_its_own_tokens(make):
     engine = make()
     engine.stored(request(), ([1, 2, 3],))
-    assert engine.half.match(request(seed=1), 0) == 0
-    assert engine.half.match(request(), 0) == 12
+    assert engine.half.get_num_new_matched_tokens(request(seed=1), 0) == 0
+    assert engine.half.get_num_new_matched_tokens(request(), 0) == 12
 
 
 def test_drafted_tokens_are_stored_once_they_cannot_change(make):
     engine = make(draft=3)
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     assert len(engine.step(one, ([5, 6, 7, 8],), 3 * BLOCK).saves) == 2
     assert len(engine.step(one, ([5, 6, 7, 8],), 4).saves) == 1
 
@@ -508,7 +524,7 @@ def test_drafted_tokens_are_stored_once_they_cannot_change(make):
 def test_tokens_that_were_scheduled_and_not_yet_sampled_are_not_stored(make):
     engine = make()
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     one.num_computed_tokens, one.num_output_placeholders = 3 * BLOCK - 1, 2
     assert len(engine.step(one, ([5, 6, 7, 8],), 1).saves) == 2
 
@@ -516,7 +532,7 @@ def test_tokens_that_were_scheduled_and_not_yet_sampled_are_not_stored(make):
 def test_a_table_may_be_shorter_than_what_is_computed_and_longer_than_what_is_hashed(make):
     engine = make()
     one = request(blocks=2, extra=BLOCK)
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     assert len(engine.step(one, ([5],), 12).saves) == 1
     assert len(engine.step(one, ([5, 6, 7, 8],), 4).saves) == 1
 
@@ -526,9 +542,9 @@ def test_blocks_beyond_what_vllm_takes_of_an_answer_are_not_filled(make):
     engine = make(block_size=2 * BLOCK)
     engine.stored(request(blocks=4), ([1, 2, 3, 4],))
     other = request("other", blocks=4)
-    assert engine.half.match(other, 0) == 4 * BLOCK
+    assert engine.half.get_num_new_matched_tokens(other, 0) == 4 * BLOCK
     blocks = SimpleNamespace(blocks=[[engine.pool.blocks[n] for n in (11, 12, 13, 14)]])
-    engine.half.admitted(other, blocks, 3 * BLOCK)
+    engine.half.update_state_after_alloc(other, blocks, 3 * BLOCK)
     assert [fill.blocks for fill in engine.step().jobs] == [(11, 12), (13, NO_BLOCK)]
 
 
@@ -537,12 +553,12 @@ def test_a_window_holds_the_token_that_comes_next(make, window, matched):
     """Of 2 blocks that are stored it sees all that it needs, or it lacks one token."""
     engine = make(windows=(None, window))
     engine.stored(request(blocks=5), ([1, 2, 3, 4, 5], [0, 0, 0, 14, 15]))
-    assert engine.half.match(request("other", blocks=5), 0) == matched * BLOCK
+    assert engine.half.get_num_new_matched_tokens(request("other", blocks=5), 0) == matched * BLOCK
 
 
 def test_what_ranks_say_before_that_is_not_followed(make):
     engine = make(named=False)
-    engine.half.received(
+    engine.half.update_connector_output(
         WorkerResults({1: (1, 0)}, gained=Counter([b"k"]), lost=[Loss(b"k", False)])
     )
     assert engine.half.take_stats() is None
@@ -551,16 +567,16 @@ def test_what_ranks_say_before_that_is_not_followed(make):
 def test_of_a_request_that_ended_the_last_chunk_makes_room_and_nothing_is_kept(make):
     engine = make(slots=3, ranks=2)
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     work = engine.step(one, ([1, 2, 3],), one.num_tokens)
     engine.answer(work)
     engine.answer(work)
-    engine.half.finished("r")
+    engine.half.request_finished("r")
     half = engine.half
     assert not any((half._requests, half._held, half._answers, half._declined))
-    half.match(other := request("other", blocks=1, seed=1), 0)
+    half.get_num_new_matched_tokens(other := request("other", blocks=1, seed=1), 0)
     engine.answer(engine.step(other, ([4],), 5), ranks=2)
-    assert half.match(request("again"), 0) == 2 * BLOCK
+    assert half.get_num_new_matched_tokens(request("again"), 0) == 2 * BLOCK
 
 
 def test_what_is_cleared_is_forgotten_by_the_ranks_in_a_step_of_its_own(make):
@@ -593,7 +609,7 @@ def test_a_chunk_of_which_some_blocks_are_out_of_the_window_is_not_saved(make):
 def test_a_request_offers_a_chunk_once_however_often_it_is_computed(make):
     engine = make(store_threshold=2)
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     assert engine.step(one, ([5, 6],), 7).saves == []
     assert engine.step(one, ([5, 6, 7],), 5).saves == []
     one.num_computed_tokens = 0  # preempted
@@ -613,7 +629,7 @@ def test_who_loaded_well_may_load_again_after_preemption(make):
     engine.stored(request(), ([1, 2, 3],))
     other = request("other")
     engine.answer(engine.load(other, ([11, 12, 13, 14],)))
-    assert engine.half.match(other, 0) == 12
+    assert engine.half.get_num_new_matched_tokens(other, 0) == 12
 
 
 def test_what_is_offered_again_is_still_told_when_it_leaves_the_disk(make):
@@ -643,7 +659,7 @@ def test_what_events_cost_grows_with_what_is_saved_and_not_with_its_square(make)
     """128k tokens used to cost 8 s of the scheduler in each step."""
     engine = make(slots=256)
     one = request(blocks=128)
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     one.block_hashes = hashes = Counting(one.block_hashes)
     tables = (list(range(1, 129)),)
     table = [*engine.pool.blocks, *Pool(256).blocks[64:]]
@@ -660,7 +676,7 @@ def test_nothing_is_kept_of_saves_that_came_to_nothing(make):
     """It used to keep their tokens and hashes for ever."""
     engine = make()
     one = request()
-    engine.half.match(one, 0)
+    engine.half.get_num_new_matched_tokens(one, 0)
     engine.answer(engine.step(one, ([1, 2, 3],), one.num_tokens), failures=1)
     assert engine.half.take_events() == []
     assert engine.half.events_held == 0

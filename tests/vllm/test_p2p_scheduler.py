@@ -33,8 +33,10 @@ def test_both_engines_agree_on_a_lease(roles, mamba, tokens):
     assert expect.name == grant.terms.name == NAMED
     request = d.arrives(None, f"{NAMED}-fedcba98")
     d.steps([RenewLease])
-    assert d.scheduler.match(request, 0) == tokens
-    d.scheduler.admitted(request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens)
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == tokens
+    d.scheduler.update_state_after_alloc(
+        request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens
+    )
     (fetch,) = d.steps([Fetch])
     assert fetch.source.shards == (RankAddress(Address(*P), None),)
     assert fetch.source.request_id == NAMED
@@ -45,7 +47,7 @@ def test_both_engines_agree_on_a_lease(roles, mamba, tokens):
 def test_an_id_that_names_nobody_is_prefilled_here(end):
     d = engine("kv_consumer", D)
     request = d.arrives(None, "cmpl-___prefill_addr_10.0.0.1" + end)
-    assert d.scheduler.match(request, 0) == 0
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
     assert d.scheduler.take_stats()["num_invalid_params"] == 1
     assert d.finishes(request, RequestStatus.FINISHED_STOPPED) == (False, None)
     assert d.scheduler.take_orders() == []

@@ -45,8 +45,8 @@ def test_an_offer_of_another_prompt_is_let_go_at_once(p, d):
     watch, release = d.steps([RenewLease, Release])
     assert watch.source == release.source
     assert release.source.lease_id == terms.lease_id
-    assert d.scheduler.match(request, 0) == 0
-    d.scheduler.admitted(request, blocks(7, 8, 9), 0)
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
+    d.scheduler.update_state_after_alloc(request, blocks(7, 8, 9), 0)
     d.finishes(request, RequestStatus.FINISHED_STOPPED)
     assert d.scheduler.take_orders() == [], "and is let go once"
 
@@ -56,23 +56,25 @@ def test_samples_load_their_prompt_once(p, d):
     first, second, third = (d.arrives(params, f"{i}_cmpl-1") for i in range(3))
     orders = d.steps([RenewLease, RenewLease, RenewLease])
     assert all(order.source.samples for order in orders)
-    assert d.scheduler.match(first, 0) == TOKENS
-    d.scheduler.admitted(first, blocks(7, 8, 9), TOKENS)
-    assert d.scheduler.match(second, 0) is None, "it is in the prefix cache soon"
+    assert d.scheduler.get_num_new_matched_tokens(first, 0) == TOKENS
+    d.scheduler.update_state_after_alloc(first, blocks(7, 8, 9), TOKENS)
+    assert d.scheduler.get_num_new_matched_tokens(second, 0) is None, (
+        "it is in the prefix cache soon"
+    )
     (fetch,) = d.steps([Fetch])
     assert fetch.source.lease_id == terms.lease_id
-    assert d.scheduler.match(third, 0) is None
-    d.scheduler.received([first.request_id])
-    assert d.scheduler.match(second, 32) == TOKENS - 32
+    assert d.scheduler.get_num_new_matched_tokens(third, 0) is None
+    d.scheduler.update_connector_output([first.request_id])
+    assert d.scheduler.get_num_new_matched_tokens(second, 32) == TOKENS - 32
 
 
 def test_samples_of_an_aborted_one_do_not_wait_for_it(p, d):
     params, _ = prefilled(p)
     first, second = (d.arrives(params, f"{i}_cmpl-1") for i in range(2))
-    d.scheduler.admitted(first, blocks(7, 8, 9), TOKENS)
-    assert d.scheduler.match(second, 0) is None
+    d.scheduler.update_state_after_alloc(first, blocks(7, 8, 9), TOKENS)
+    assert d.scheduler.get_num_new_matched_tokens(second, 0) is None
     d.finishes(first, RequestStatus.FINISHED_ABORTED)
-    assert d.scheduler.match(second, 0) == TOKENS
+    assert d.scheduler.get_num_new_matched_tokens(second, 0) == TOKENS
 
 
 @pytest.mark.parametrize("request_id", ["cmpl-0_1", "r", "1-a"])
@@ -91,10 +93,10 @@ def test_a_lease_that_is_offered_to_its_own_engine_ends(p, ticket, runs):
     if not ticket:
         del params["kvconnect"]
     request = p.arrives(params, "the decode leg")
-    assert p.scheduler.match(request, 32) == 0
+    assert p.scheduler.get_num_new_matched_tokens(request, 32) == 0
     assert p.scheduler.take_orders() == [], "its blocks may still be evicted"
     if runs:
-        p.scheduler.admitted(request, blocks(1, 2, 3), 0)
+        p.scheduler.update_state_after_alloc(request, blocks(1, 2, 3), 0)
     else:
         p.finishes(request, RequestStatus.FINISHED_ABORTED)
     (end,) = p.steps([ReleaseOwn])

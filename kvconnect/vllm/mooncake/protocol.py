@@ -57,7 +57,7 @@ class MooncakeProtocol(RouterProtocol):
         """Where the bootstrap endpoint listens; None: it is not this engine's."""
         return None if self._server is None else self._server.port
 
-    def named(self, addresses: Sequence[Address]) -> None:
+    def addresses_known(self, addresses: Sequence[Address]) -> None:
         if self.us.role == "kv_consumer":
             return
         place = self._place

@@ -40,51 +40,53 @@ class ChainScheduler:
         self._sources: dict[str, Counter[Any]] = {}  # of the load that is under way
         self._orders: list[ChainedLoad | CancelLoad] = []
 
-    def match(self, request: Any, local_tokens: int) -> int | None:
+    def get_num_new_matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here, from all together; None: ask again later."""
         offered = stored = 0
         for peer in self._peers.values():
-            if (tokens := peer.match(request, 0)) is None:
+            if (tokens := peer.get_num_new_matched_tokens(request, 0)) is None:
                 return None
             offered = max(offered, tokens)
         if self._store:
-            if (tokens := self._store.match(request, local_tokens, offered)) is None:
+            if (
+                tokens := self._store.get_num_new_matched_tokens(request, local_tokens, offered)
+            ) is None:
                 return None
             stored = tokens
         self._local[request.request_id] = local_tokens
         return max(offered - local_tokens, stored, 0)
 
-    def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
         if not tokens:
             for peer in self._peers.values():
-                peer.admitted(request, blocks, 0)
+                peer.update_state_after_alloc(request, blocks, 0)
             return
         request_id = request.request_id
         end = self._local.pop(request_id) + tokens
         units = self._units(request, blocks, end)
         offers: list[tuple[str, Offer]] = []
         for label, peer in self._peers.items():
-            if (offer := peer.hand_over(request)) is not None:
+            if (offer := peer.take_offer(request)) is not None:
                 offers.append((label, offer))
         self._orders.append(ChainedLoad(request_id, units, tuple(offers)))
         stored = sum(unit.tokens for unit in units if unit.fill)
         self._sources[request_id] = Counter({_compat.HOST_HIT_SOURCE: min(stored, tokens)})
         self._sources[request_id][_compat.CACHE_HIT_SOURCE] += tokens - min(stored, tokens)
 
-    def hit_sources(self, request_id: str, tokens: int) -> dict[Any, int]:
+    def get_external_cache_hit_sources(self, request_id: str, tokens: int) -> dict[Any, int]:
         """Of a load, how many tokens a store has, and how many only a peer."""
         found = self._sources.get(request_id, Counter())
         if found.total() != tokens:
             return {_compat.CACHE_HIT_SOURCE: tokens} if tokens else {}
         return {source: count for source, count in found.items() if count}
 
-    def received(self, request_ids: Iterable[str]) -> None:
+    def update_connector_output(self, request_ids: Iterable[str]) -> None:
         """All ranks ended these loads."""
         for request_id in request_ids:
             self._sources.pop(request_id, None)
 
-    def finished(self, request_id: str) -> None:
+    def request_finished(self, request_id: str) -> None:
         """The request ended, whatever became of its load."""
         self._local.pop(request_id, None)
         if self._sources.pop(request_id, None) is not None:
@@ -147,11 +149,11 @@ class ChainWorker:
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._lost: set[int] = set()
 
-    def register(self) -> None:
+    def register_kv_caches(self) -> None:
         """The children have registered the caches."""
         self._first_rank = this_rank().index == 0
 
-    def obey(self, orders: Sequence[ChainedLoad | CancelLoad]) -> None:
+    def put(self, orders: Sequence[ChainedLoad | CancelLoad]) -> None:
         """A step's orders, after the children's own."""
         for order in orders:
             if isinstance(order, CancelLoad):
@@ -159,11 +161,11 @@ class ChainWorker:
             else:
                 self._chained.load(order)
 
-    def results(self) -> Results:
+    def take(self) -> Results:
         """What has ended since the last call."""
         sent: list[str] = []
         for worker in self._peers.values():
-            outcome, _ = worker.outcome()
+            outcome, _ = worker.take()
             sent += outcome.sent
             for name in outcome.received:
                 self._chained.fetched(name, outcome.failed.get(name), outcome.ended_s[name])
@@ -194,9 +196,9 @@ class ChainWorker:
 
     # -- Carriers ------------------------------------------------------------------------
 
-    def put(self, peer: str, order: Fetch | Cancel | Release) -> None:
+    def ask(self, peer: str, order: Fetch | Cancel | Release) -> None:
         """See `kvconnect.chain.load.Carriers`."""
-        self._peers[peer].obey([order])
+        self._peers[peer].put([order])
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """The same."""

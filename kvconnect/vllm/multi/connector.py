@@ -110,7 +110,7 @@ class KVConnectMulti(in_tree.MultiConnector):
             if at in self._ours[1:]:
                 continue
             if at in self._ours:
-                tokens = self._chain.match(request, num_computed_tokens)
+                tokens = self._chain.get_num_new_matched_tokens(request, num_computed_tokens)
                 is_async = bool(tokens)
             else:
                 with self._seen_by(at, request):
@@ -134,7 +134,9 @@ class KVConnectMulti(in_tree.MultiConnector):
         self, request: Any, num_external_tokens: int
     ) -> dict[Any, int]:
         if self._loads_by_chain(request):
-            return self._chain.hit_sources(request.request_id, num_external_tokens)
+            return self._chain.get_external_cache_hit_sources(
+                request.request_id, num_external_tokens
+            )
         found: dict[Any, int] = super().get_external_cache_hit_sources(request, num_external_tokens)
         return found
 
@@ -143,7 +145,7 @@ class KVConnectMulti(in_tree.MultiConnector):
         for at, child in enumerate(self._connectors):
             tokens = num_external_tokens if at == chosen else 0
             if at in self._ours[:1]:
-                self._chain.admitted(request, blocks, tokens)
+                self._chain.update_state_after_alloc(request, blocks, tokens)
             elif at not in self._ours:
                 with self._seen_by(at, request):
                     child.update_state_after_alloc(request, blocks, tokens)
@@ -167,7 +169,7 @@ class KVConnectMulti(in_tree.MultiConnector):
             connector_output.kv_cache_events = events
             connector_output.kv_connector_worker_meta = metadata
         if self._chain_scheduler:
-            self._chain_scheduler.received(connector_output.finished_recving or ())
+            self._chain_scheduler.update_connector_output(connector_output.finished_recving or ())
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         self.set_xfer_handshake_metadata_pp_aware({(0, r): m for r, m in metadata.items()})
@@ -192,7 +194,7 @@ class KVConnectMulti(in_tree.MultiConnector):
         self._requests_to_connector.pop(request_id, None)
         self._params.pop(request_id, None)
         if self._chain_scheduler:
-            self._chain_scheduler.finished(request_id)
+            self._chain_scheduler.request_finished(request_id)
         return saves > 0, params.merged(answers)
 
     # -- worker --------------------------------------------------------------------------
@@ -200,7 +202,7 @@ class KVConnectMulti(in_tree.MultiConnector):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)
         if self._chain_worker:
-            self._chain_worker.register()
+            self._chain_worker.register_kv_caches()
 
     def get_handshake_metadata(self) -> Handshakes | None:
         found = Handshakes(tuple(child.get_handshake_metadata() for child in self._connectors))
@@ -210,12 +212,12 @@ class KVConnectMulti(in_tree.MultiConnector):
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, MultiMetadata)
         if self._chain_worker:
-            self._chain_worker.obey(connector_metadata.take())
+            self._chain_worker.put(connector_metadata.take())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         if self._chain_worker is None:
             return super().get_transfer_results(finished_req_ids)
-        chained = self._chain_worker.results()
+        chained = self._chain_worker.take()
         found = _compat.TransferResults(
             finished_recving=chained.received, failed_recving=chained.failed
         )

@@ -64,7 +64,7 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         done = connector_output.kv_connector_worker_meta
         if isinstance(done, WorkerResults):
-            self.scheduler.received(done)
+            self.scheduler.update_connector_output(done)
 
     def has_pending_push_work(self) -> bool:
         return self.scheduler.busy
@@ -72,7 +72,7 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self.scheduler.finished(request.request_id)
+        self.scheduler.request_finished(request.request_id)
         return False, None
 
     def reset_cache(self) -> bool | None:

@@ -54,16 +54,16 @@ class OffloadScheduler:
         self._answers: dict[int, tuple[int, int]] = {}  # so far: ranks, failures
         self._declined: Counter[int] = Counter()  # of those ranks
         self._found: dict[int, Found] = {}  # by rank, as workers introduced themselves
-        self.waits_to_be_named = False
+        self.waits_for_workers = False
         """Whether they will say what `named` could not."""
         self._work = StepJobs()
         self._counts: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
 
-    def named(self, found: Mapping[tuple[int, int], Found]) -> None:
+    def set_xfer_handshake_metadata(self, found: Mapping[tuple[int, int], Found]) -> None:
         """All ranks are up, and have said what they can hold and what they held before."""
         ranks = [one for _, one in sorted(found.items())]
-        self._ranks, self.waits_to_be_named = len(ranks), False
+        self._ranks, self.waits_for_workers = len(ranks), False
         config = self._config
         slots, disk_slots = min(r.slots for r in ranks), min(r.disk_slots for r in ranks)
         policy = config.eviction_policy
@@ -82,12 +82,14 @@ class OffloadScheduler:
 
     # -- as vLLM schedules ---------------------------------------------------------------
 
-    def match(self, request: Any, local_tokens: int, elsewhere_tokens: int = 0) -> int | None:
+    def get_num_new_matched_tokens(
+        self, request: Any, local_tokens: int, elsewhere_tokens: int = 0
+    ) -> int | None:
         """Tokens to load beyond those cached here; None: ask again after a step.
 
         ``elsewhere_tokens``: the first ones, which need not be here.
         """
-        if self.waits_to_be_named:
+        if self.waits_for_workers:
             return None
         if self._tier is None or request.skip_reading_prefix_cache:
             return 0
@@ -111,7 +113,7 @@ class OffloadScheduler:
 
         return hit_tokens(self._groups, keys, has, local_tokens, most) - local_tokens
 
-    def admitted(self, request: Any, blocks: Any, tokens: int) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
         if not tokens or self._tier is None:
             return
@@ -160,12 +162,14 @@ class OffloadScheduler:
         work, self._work = self._work, StepJobs()
         return work
 
-    def received(self, done: WorkerResults) -> None:
+    def update_connector_output(self, done: WorkerResults) -> None:
         """Ranks have answered, lost something, or seen what engines beside hold."""
-        if self.waits_to_be_named:
+        if self.waits_for_workers:
             self._found |= done.found
             if len(self._found) == self._vllm_config.parallel_config.world_size:
-                self.named({(0, rank): found for rank, found in self._found.items()})
+                self.set_xfer_handshake_metadata(
+                    {(0, rank): found for rank, found in self._found.items()}
+                )
                 self._found.clear()
         if self._tier is None:
             return
@@ -183,7 +187,7 @@ class OffloadScheduler:
             self._absorb(self._tier.lost(*loss))
         self._tier.beside(done.gained.elements(), done.gone.elements())
 
-    def finished(self, request_id: str) -> None:
+    def request_finished(self, request_id: str) -> None:
         """The request ended; what is under way for it goes on."""
         tracked = self._requests.pop(request_id, None)
         if tracked is not None and self._tier is not None:

@@ -54,7 +54,7 @@ class OffloadWorker:
         self.answered: list[tuple[JobDone, float]] = []
         """Of any job, with its time; since the last but one `collect`."""
 
-    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe the caches, open memory and disk, start the thread."""
         rank = this_rank()
         shard = describe(
@@ -98,7 +98,7 @@ class OffloadWorker:
         """Carry out jobs on ``store`` from now on."""
         self._store = store
 
-    def handshake_metadata(self) -> Found | None:
+    def get_handshake_metadata(self) -> Found | None:
         """What this rank can hold; None before `register`."""
         return self._found
 

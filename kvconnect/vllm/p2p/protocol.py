@@ -28,7 +28,7 @@ class P2pProtocol(RouterProtocol):
 
     _here: Address | None = None  # of our first rank; set before any request
 
-    def named(self, addresses: Sequence[Address]) -> None:
+    def addresses_known(self, addresses: Sequence[Address]) -> None:
         self._here = addresses[0]
 
     def loads(self, request: Any) -> bool:
