@@ -68,6 +68,7 @@ class LeaseBook:
         self._leases: dict[str, _Lease] = {}  # lease_id → lease
         self._lease_ids: dict[str, str] = {}  # name → lease_id, promised or granted
         self._over: OrderedDict[str, None] = OrderedDict()  # names of leases that ended last
+        self._reading = 0  # leases that somebody is reading
         self._heap: list[tuple[float, str]] = []  # (a deadline at or before the real one, gen.)
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class LeaseBook:
     @property
     def reading(self) -> bool:
         """Whether some reader is between open and close: the transport needs progress."""
-        return any(lease.reading for lease in self._leases.values())
+        return self._reading > 0
 
     def promise(self, name: str, lease_id: str) -> None:
         """A request that will be leased under ``lease_id`` is being computed."""
@@ -129,6 +130,7 @@ class LeaseBook:
     def open(self, lease_id: str, reader: Hashable) -> Terms:
         """A reader starts to read; only while GRANTED."""
         lease = self._leases[lease_id]
+        self._reading += not lease.reading
         lease.reading.add(reader)
         return lease.terms
 
@@ -163,7 +165,9 @@ class LeaseBook:
         if lease.readers is None:
             lease.readers = readers
         lease.closed.add(rank)
-        lease.reading.discard(reader)
+        if lease.reading:
+            lease.reading.discard(reader)
+            self._reading -= not lease.reading
         if lease.reading or len(lease.closed) < lease.readers:
             return True, None
         return True, self._end(lease_id)
@@ -188,7 +192,9 @@ class LeaseBook:
         return self._heap[0][0] if self._heap else None
 
     def _end(self, lease_id: str) -> str:
-        terms = self._leases.pop(lease_id).terms
+        lease = self._leases.pop(lease_id)
+        self._reading -= bool(lease.reading)
+        terms = lease.terms
         self._unnamed(_name(terms), lease_id)
         return terms.request_id
 

@@ -89,7 +89,7 @@ class Mover:
         self._clock = clock
         self._stats = Stats()  # the mover's thread's own
         self._reported = Stats()  # what it has published, guarded by the lock
-        self._fenced = False  # whether orders wait for the device
+        self._fenced: deque[tuple[Order, Fence]] = deque()  # orders that wait for the device
         self._active_at = clock()  # when something last moved
         self._shards: tuple[wire.Address, ...] = (channel.address,)
         secret = settings.secret or b""
@@ -116,7 +116,7 @@ class Mover:
         self._renewer, self._releaser, self._fetcher = self._make_consumer(context)
         self._chunk_sender = self._make_chunk_sender(gathered, kernels)
         self._lock = threading.Lock()  # guards the three below
-        self._orders: deque[tuple[Sequence[Order], Fence | None]] = deque()
+        self._orders: deque[tuple[Sequence[Order], Fence | None, tuple[type[Order], ...]]] = deque()
         self._outcome = Outcome()
         self._fault: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -131,12 +131,23 @@ class Mover:
         )
         self._thread.start()
 
-    def put(self, orders: Sequence[Order], fence: Fence | None = None) -> None:
-        """Give orders; carried out in sequence, once ``fence`` says so."""
+    def put(
+        self,
+        orders: Sequence[Order],
+        fence: Fence | None = None,
+        fenced: tuple[type[Order], ...] = (Fetch,),
+    ) -> None:
+        """Give orders; carried out in sequence, those of the kinds in ``fenced`` once ``fence``
+        says so, and at once where they need not wait for the device.
+
+        A Fetch writes into blocks that steps still running may use. A Grant does not wait: its
+        prompt's last token was sampled, so its KV is there; to wait for the step after that one
+        would add an unrelated prefill to a decode engine's first token.
+        """
         if not orders:
             return
         with self._lock:
-            self._orders.append((orders, fence))
+            self._orders.append((orders, fence, fenced))
         self._channel.wake()
 
     def take(self) -> Outcome:
@@ -261,17 +272,26 @@ class Mover:
                 self._fault = e
 
     def _carry_out_orders(self) -> None:
-        while True:
-            with self._lock:
-                if not self._orders:
-                    return
-                orders, fence = self._orders[0]
-                self._fenced = fence is not None and not fence()
-                if self._fenced:
-                    return
-                self._orders.popleft()
+        with self._lock:
+            given, self._orders = self._orders, deque()
+        for orders, fence, fenced in given:
             for order in orders:
-                self._carry_out(order)
+                if fence is not None and isinstance(order, fenced):
+                    self._fenced.append((order, fence))
+                else:
+                    self._carry_out(order)
+        while self._fenced and self._fenced[0][1]():
+            self._carry_out(self._fenced.popleft()[0])
+
+    def _cancel(self, order: Cancel) -> None:
+        """Cancel a fetch, and one that still waits for the device before it reads anything."""
+        for waiting in self._fenced:
+            fetch = waiting[0]
+            if isinstance(fetch, Fetch) and fetch.request_id == order.request_id:
+                self._fenced.remove(waiting)
+                self._fetcher.fetch(fetch)
+                break
+        self._fetcher.cancel(order)
 
     def _carry_out(self, order: Order) -> None:
         match order:
@@ -290,7 +310,7 @@ class Mover:
             case Release():
                 self._releaser.release(order)
             case Cancel():
-                self._fetcher.cancel(order)
+                self._cancel(order)
             case EngineAddresses():
                 self._shards = order.shards
 

@@ -23,7 +23,7 @@ from kvconnect.control import wire
 from kvconnect.control.dialer import Call, PeerState
 from kvconnect.errors import GeometryError, contained
 from kvconnect.lease import Clock
-from kvconnect.orders import Cancel, Fetch
+from kvconnect.orders import Cancel, Fetch, Release
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Work
 
@@ -212,7 +212,9 @@ class Fetcher:
             for pull in fetch.pulls.values():
                 pull.abandon()
             fetch.pulls.clear()
-            if not fetch.closes:  # else it failed while closing
+            if fetch.aborted and fetch.remote.state is PeerState.GREETING:
+                self._releaser.release(Release(fetch.order.request_id, fetch.order.source))
+            elif not fetch.closes:  # else it failed while closing
                 self._close(fetch)
             return True
         return False
@@ -322,6 +324,7 @@ class Fetcher:
             return
         if path.was_read:
             fetch.remote.greet_anew(error)
+            self._remotes.look_again()
         self._fall_back(fetch, index, error)
         try:
             self._start_pull(fetch, index, path)

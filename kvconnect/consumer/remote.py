@@ -7,6 +7,7 @@ say nothing about a remote that greeting does not: a stale or forged one fails a
 
 import itertools
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -30,6 +31,10 @@ from kvconnect.staging import Slots
 from kvconnect.transport.base import Transport
 
 logger = logging.getLogger(f"vllm.{__name__}")
+
+
+IDLE_S = 600.0
+MAX_REMOTES = 2048
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Remote:
     def __init__(self, addresses: Sequence[Address], means: ConsumerContext) -> None:
         self.state = PeerState.GREETING
         self.error = ""
-        self.peers: list[Peer] = [means.dialer.greet(address) for address in addresses]
+        self.peers: list[Peer] = [means.dialer.greet(a) for a in dict.fromkeys(addresses)]
         self.paths: list[PeerPath | None] = []
         """Of each peer; None where we read nothing from it."""
         self._means = means
@@ -95,6 +100,10 @@ class Remote:
         """How many use it now."""
         self._outdated = ""  # why it is to be greeted anew
         self._added: dict[int, str] = {}  # index of a peer → the transport's name of it
+        self.used_at = means.clock()
+        """When a request last needed it."""
+        if len(set(addresses)) < len(addresses):
+            self.state, self.error = PeerState.FAILED, "the source names one address twice"
 
     def advance(self) -> None:
         """See how its ranks stand; moves GREETING on to READY or FAILED, READY to FAILED."""
@@ -119,6 +128,11 @@ class Remote:
     def greet_anew(self, why: str) -> None:
         """Its transport may have been made anew: greet it again when nothing uses it."""
         self._outdated = why
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether it is still to be greeted anew."""
+        return bool(self._outdated) and self.state is not PeerState.FAILED
 
     def tick(self) -> None:
         """Advance, or give up one that is to be greeted anew and that nothing uses."""
@@ -217,11 +231,21 @@ def _kind(regions: Sequence[Region]) -> MemoryKind:
 
 
 class Remotes:
-    """Remote engines by the addresses of their ranks."""
+    """Remote engines by the addresses of their ranks.
+
+    * Clients may choose the addresses, and so how many there are: one that no request needs goes
+      after `IDLE_S`, and the one that was needed longest ago when there are `MAX_REMOTES`.
+    * A step costs nothing for the remotes of which nothing has changed.
+    """
 
     def __init__(self, means: ConsumerContext) -> None:
         self.means = means
-        self._by_addresses: dict[tuple[Address, ...], Remote] = {}
+        self._by_addresses: OrderedDict[tuple[Address, ...], Remote] = OrderedDict()  # by last use
+        self._seen = -1  # of the dialer's changes
+        self._idle_at = means.clock() + IDLE_S
+
+    def __len__(self) -> int:
+        return len(self._by_addresses)
 
     def of(self, source: Source) -> Remote:
         """The engine at the source's addresses; greets it unless that is under way or done."""
@@ -231,6 +255,11 @@ class Remotes:
             remote.advance()
         if remote is None or remote.state is PeerState.FAILED:
             remote = self._by_addresses[key] = Remote(key, self.means)
+            self._seen = -1
+        self._by_addresses.move_to_end(key)
+        remote.used_at = self.means.clock()
+        if len(self._by_addresses) > MAX_REMOTES:
+            self._drop_oldest()
         return remote
 
     def paths(self) -> dict[str, list[PeerPath | None]]:
@@ -238,9 +267,38 @@ class Remotes:
         return {str(key[0]): remote.paths for key, remote in self._by_addresses.items()}
 
     def tick(self) -> None:
-        """Advance all; forget the failed ones."""
-        for key, remote in list(self._by_addresses.items()):
-            with contained(f"remote engine at {remote.peers[0]}", remote.fail):
-                remote.tick()
-            if remote.state is PeerState.FAILED:
-                del self._by_addresses[key]
+        """Advance those whose ranks may stand otherwise; forget the failed ones."""
+        if self._seen != self.means.dialer.changes:
+            self._seen = self.means.dialer.changes
+            for key, remote in list(self._by_addresses.items()):
+                with contained(f"remote engine at {remote.peers[0]}", remote.fail):
+                    remote.tick()
+                if remote.state is PeerState.FAILED:
+                    del self._by_addresses[key]
+                elif remote.is_outdated:
+                    self._seen = -1  # until nothing uses it
+        now = self.means.clock()
+        if now >= self._idle_at:
+            self._idle_at = now + IDLE_S / 10
+            for key, remote in list(self._by_addresses.items()):
+                if not remote.fetches and now >= remote.used_at + IDLE_S:
+                    self._drop(key)
+
+    def look_again(self) -> None:
+        """A remote is to be greeted anew."""
+        self._seen = -1
+
+    def _drop_oldest(self) -> None:
+        for key, remote in self._by_addresses.items():
+            if not remote.fetches:
+                self._drop(key)
+                return
+
+    def _drop(self, key: tuple[Address, ...]) -> None:
+        """Forget a remote, and hang up on those of its ranks that no other remote has."""
+        dropped = self._by_addresses.pop(key)
+        kept = {id(peer) for remote in self._by_addresses.values() for peer in remote.peers}
+        dropped.fail("it was not needed for a while")
+        for peer in dropped.peers:
+            if id(peer) not in kept:
+                self.means.dialer.hang_up(peer)

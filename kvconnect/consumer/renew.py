@@ -76,6 +76,7 @@ class LeaseRenewer:
             if now < watch.renew_at:
                 continue
             watch.remote.advance()
+            watch.remote.used_at = now
             if watch.remote.state is PeerState.GREETING:
                 continue
             watch.renew_at = now + max(watch.source.ttl_s / RENEWALS_PER_TTL, MIN_RENEWAL_S)

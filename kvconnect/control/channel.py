@@ -16,6 +16,8 @@ opaque frames; who may say what is decided above it (`listener.py`, `dialer.py`)
 import ipaddress
 import itertools
 import logging
+import resource
+import select
 import socket
 from typing import Any, NamedTuple, Protocol
 
@@ -55,6 +57,8 @@ class Channel(Protocol):
 
 
 MAX_FRAMES_A_POLL = 64
+MAX_SOCKETS = 1 << 15  # of a context: three for each rank that is dialled
+FILES = 1 << 14  # as many may be open at least, if the system lets us: five for each such rank
 MAX_QUEUED = 256  # frames that wait inside ZMQ per connection that dialled us
 HEARTBEAT_MS = 20_000  # a host that vanished without a word is noticed after three of these
 
@@ -67,9 +71,12 @@ class ZmqChannel:
 
     def __init__(self, host: str, port: int, bind: str | None = None) -> None:
         """Peers are told ``host``; ``bind``: where to listen, if that is another address."""
+        _allow_files()
         self._context = zmq.Context()
         # names are looked up in a context's own thread, where a slow one keeps all others waiting
         self._named = zmq.Context()
+        for context in (self._context, self._named):
+            context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._router = self._socket(zmq.ROUTER)
         self.address = Address(host, self._bind(bind or host, port))
         name = f"inproc://wake-{id(self)}"
@@ -78,9 +85,12 @@ class ZmqChannel:
         self._waker = self._context.socket(zmq.PUSH)
         self._waker.setsockopt(zmq.LINGER, 0)
         self._waker.connect(name)
-        self._poller = zmq.Poller()
-        self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._woken, zmq.POLLIN)
+        self._epoll = select.epoll()
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}  # by the file that says they may be ready
+        # to look at in the next poll, whatever their files say; see `poll`
+        self._touched: set[zmq.Socket[bytes]] = set()
+        for waited in (self._router, self._woken):
+            self._watch(waited)
         self._dealers: dict[Link, zmq.Socket[bytes]] = {}
         self._links: dict[zmq.Socket[bytes], Link] = {}  # of dealers and of their monitors
         self._monitors: dict[Link, zmq.Socket[bytes]] = {}
@@ -103,15 +113,17 @@ class ZmqChannel:
         self._dealers[link], self._monitors[link] = dealer, monitor
         for waited in (dealer, monitor):
             self._links[waited] = link
-            self._poller.register(waited, zmq.POLLIN)
+            self._watch(waited)
         return link
 
     def send(self, link: Link, data: bytes) -> None:
         try:
             if link.dialled:
                 if (dealer := self._dealers.get(link)) is not None:
+                    self._touched.add(dealer)
                     dealer.send(data, zmq.DONTWAIT)
             else:
+                self._touched.add(self._router)
                 self._router.send_multipart([link.key, data], zmq.DONTWAIT)
         except zmq.Again:
             logger.warning("control channel: the queue to a peer is full, a frame is lost")
@@ -120,30 +132,54 @@ class ZmqChannel:
             logger.debug("control channel: frame not sent: %s", e)
 
     def poll(self, timeout_s: float) -> list[Frame]:
+        """See `Channel`. Costs nothing for the sockets on which nothing happened.
+
+        A socket's file tells only that ZMQ has something for the socket to look at, and sending
+        looks at it, too: what was touched since the last poll is asked itself.
+        """
+        ready = {s for s in self._touched if int(s.getsockopt(zmq.EVENTS)) & zmq.POLLIN}
+        self._touched.clear()
+        for file, _ in self._epoll.poll(0 if ready else max(0.0, timeout_s)):
+            ready.add(self._sockets[file])
         frames: list[Frame] = []
-        for ready, _ in self._poller.poll(max(0, round(timeout_s * 1000))):
+        for one in ready:
             for _ in range(MAX_FRAMES_A_POLL):
                 try:
-                    parts = ready.recv_multipart(zmq.DONTWAIT)
+                    parts = one.recv_multipart(zmq.DONTWAIT)
                 except zmq.Again:
                     break
-                if ready is self._woken:
-                    continue
-                if ready is self._router:
-                    if len(parts) == 2:  # anything else is not ours: dropped
-                        frames.append(Frame(Link(False, parts[0]), parts[1]))
-                elif ready is self._monitors[self._links[ready]]:
-                    frames.append(Frame(self._links[ready], None))
-                elif len(parts) == 1:
-                    frames.append(Frame(self._links[ready], parts[0]))
+                self._take(one, parts, frames)
+            else:
+                self._touched.add(one)  # there may be more
         return frames
+
+    def _take(self, socket: "zmq.Socket[bytes]", parts: list[bytes], frames: list[Frame]) -> None:
+        if socket is self._woken:
+            return
+        if socket is self._router:
+            if len(parts) == 2:  # anything else is not ours: dropped
+                frames.append(Frame(Link(False, parts[0]), parts[1]))
+            return
+        link = self._links[socket]
+        if socket is self._monitors[link]:
+            frames.append(Frame(link, None))
+        elif len(parts) == 1:
+            frames.append(Frame(link, parts[0]))
+
+    def _watch(self, socket: "zmq.Socket[bytes]") -> None:
+        file = int(socket.getsockopt(zmq.FD))
+        self._sockets[file] = socket
+        self._epoll.register(file, select.EPOLLIN)
+        self._touched.add(socket)  # what came before is not told
 
     def drop(self, link: Link) -> None:
         if dealer := self._dealers.pop(link, None):
             monitor = self._monitors.pop(link)
             for waited in (dealer, monitor):
-                self._poller.unregister(waited)
-                del self._links[waited]
+                file = int(waited.getsockopt(zmq.FD))
+                self._epoll.unregister(file)
+                del self._links[waited], self._sockets[file]
+                self._touched.discard(waited)
             dealer.disable_monitor()
             monitor.close()
             dealer.close(linger=100)
@@ -157,6 +193,7 @@ class ZmqChannel:
 
     def close(self) -> None:
         """Close all sockets; frames already sent get 100 ms to leave. Idempotent."""
+        self._epoll.close()
         for context in (self._context, self._named):
             context.destroy(linger=100)
 
@@ -187,6 +224,14 @@ class ZmqChannel:
             ) from e
         endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         return int(endpoint.rstrip("\0").rpartition(":")[2])
+
+
+def _allow_files() -> None:
+    """Raise how many files the process may open, which is often 1,024, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _is_name(host: str) -> bool:

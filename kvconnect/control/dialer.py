@@ -4,11 +4,15 @@ Two round trips, once per pair of ranks. The peer's proof is checked before ours
 fingerprint before its body is decoded, and its claims about memory before they are used.
 
 * `greet` returns a Peer at once; its state moves on in `receive` and `tick`.
-* `call` sends a request and repeats it until it is answered or its deadline passes.
+* `call` sends a request and repeats it, ever less often, until it is answered or its deadline
+  passes.
+* What is due is kept by time: a step costs nothing for the peers and calls that are not.
+* `changes` grows whenever a peer has become READY or FAILED.
 * What goes wrong with a peer makes it FAILED, with the reason; nothing is raised.
 """
 
 import enum
+import heapq
 import itertools
 import logging
 import secrets
@@ -26,10 +30,16 @@ from kvconnect.lease import Clock
 logger = logging.getLogger(f"vllm.{__name__}")
 
 RESEND_S = 1.0
+MAX_RESEND_S = 8.0  # readers that wait at a busy prefill engine: ten thousands of calls
 MAX_GREETINGS = 128  # under way at once; addresses may come from clients
+MAX_IN_LINE = 4096  # that wait for one of those to end
 BACKOFF_S = (0.5, 4.0)  # between greetings of an address that fails: first, at most
 MAX_BACKOFFS = 1024
 MAX_GONE = 4096
+
+
+HUNG_UP = "we hung up"
+NOT_DIALLED = Link(True, b"")
 
 
 class PeerState(enum.Enum):
@@ -56,6 +66,7 @@ class Call:
         self.accepts = accepts
         self.deadline = deadline
         self.resend_at = resend_at
+        self.resend_s = RESEND_S
         self.reply: wire.Message | None = None
         self.error = ""
 
@@ -112,33 +123,60 @@ class Dialer:
         # address that could not be greeted → (not before, then wait so long, why), oldest first
         self._backoffs: OrderedDict[Address, tuple[float, float, str]] = OrderedDict()
         self._seq = itertools.count(1)
+        self.changes = 0
+        self._greeting = 0  # peers that are being greeted now
+        self._in_line: OrderedDict[Address, Peer] = OrderedDict()  # GREETING, not dialled yet
+        # (when to look, order, whom, of its calls which one; None: its greeting)
+        self._due: list[tuple[float, int, Peer, Call | None]] = []
+        self._pushed = itertools.count()
 
     def greet(self, address: Address) -> Peer:
-        """The peer at ``address``; dials it unless that is under way or done.
+        """The peer at ``address``; dials it, in its turn, unless that is under way or done.
 
         FAILED at once for an address that failed a moment ago or cannot be dialled.
         """
         if (peer := self._peers.get(address)) is not None:
             return peer
-        deadline = self._clock() + self._handshake_timeout_s
-        try:
-            self._check_may_greet(address)
-            peer = Peer(address, self._channel.dial(address), deadline)
-        except WireError as e:
-            peer = Peer(address, Link(True, b""), deadline)
-            peer.state, peer.error = PeerState.FAILED, str(e)
-            return peer
-        self._peers[address] = self._by_link[peer.link] = peer
-        self._send_greeting(peer)
-        return peer
-
-    def _check_may_greet(self, address: Address) -> None:
+        peer = Peer(address, NOT_DIALLED, float("inf"))
         not_before, _, why = self._backoffs.get(address, (0.0, 0.0, ""))
         if self._clock() < not_before:
-            raise WireError(why)
-        greeting = sum(p.state is PeerState.GREETING for p in self._peers.values())
-        if greeting >= MAX_GREETINGS:
-            raise WireError(f"{greeting} other peers are being greeted, at most {MAX_GREETINGS}")
+            peer.state, peer.error = PeerState.FAILED, why
+        elif self._greeting < MAX_GREETINGS:
+            self._dial(peer)
+        elif len(self._in_line) < MAX_IN_LINE:
+            self._peers[address] = self._in_line[address] = peer
+        else:
+            why = f"{MAX_IN_LINE} other peers wait to be greeted, {MAX_GREETINGS} at a time"
+            peer.state, peer.error = PeerState.FAILED, why
+        return peer
+
+    def _dial(self, peer: Peer) -> None:
+        """Start to greet; FAILED if its address cannot be dialled."""
+        try:
+            peer.link = self._channel.dial(peer.address)
+        except WireError as e:
+            self._peers.pop(peer.address, None)
+            peer.state, peer.error = PeerState.FAILED, str(e)
+            self.changes += 1
+            return
+        peer.deadline = self._clock() + self._handshake_timeout_s
+        self._peers[peer.address] = self._by_link[peer.link] = peer
+        self._greeting += 1
+        self._send_greeting(peer)
+        self._look_at(peer, None)
+
+    def _look_at(self, peer: Peer, call: Call | None) -> None:
+        """Have `tick` look at a greeting or a call when there is something to do."""
+        of = call or peer
+        when = min(of.resend_at, of.deadline)
+        heapq.heappush(self._due, (when, next(self._pushed), peer, call))
+
+    def _greeted(self) -> None:
+        """One greeting has ended, well or not: the next in line has its turn."""
+        self.changes += 1
+        self._greeting -= 1
+        while self._in_line and self._greeting < MAX_GREETINGS:
+            self._dial(self._in_line.popitem(last=False)[1])
 
     def _back_off(self, address: Address, why: str) -> None:
         first, most = BACKOFF_S
@@ -149,17 +187,32 @@ class Dialer:
 
     def fail(self, peer: Peer, error: str) -> None:
         """Give up on a peer: all its calls end, its link is closed. Idempotent."""
-        if peer.state is PeerState.FAILED:
-            return
-        logger.warning("peer %s: %s", peer, error)
-        if peer.state is PeerState.GREETING:
+        if peer.state is not PeerState.FAILED:
+            logger.warning("peer %s: %s", peer, error)
+            self._end(peer, error)
+
+    def hang_up(self, peer: Peer) -> None:
+        """Nothing is wanted of the peer any more. Idempotent."""
+        if peer.state is not PeerState.FAILED:
+            logger.info("peer %s: hung up, nothing is wanted of it", peer)
+            self._end(peer, HUNG_UP)
+
+    def _end(self, peer: Peer, error: str) -> None:
+        in_line = self._in_line.pop(peer.address, None) is not None
+        greeting = peer.state is PeerState.GREETING and not in_line
+        if greeting and error != HUNG_UP:
             self._back_off(peer.address, error)
         peer.state, peer.error = PeerState.FAILED, error
+        self.changes += 1
         for call in peer.calls.values():
             call.error = f"peer {peer}: {error}"
         peer.calls.clear()
-        del self._peers[peer.address], self._by_link[peer.link]
-        self._channel.drop(peer.link)
+        del self._peers[peer.address]
+        if not in_line:
+            del self._by_link[peer.link]
+            self._channel.drop(peer.link)
+        if greeting:
+            self._greeted()
 
     def call(
         self,
@@ -174,6 +227,7 @@ class Dialer:
         if peer.state is PeerState.READY:
             peer.calls[seq] = call
             self.tell(peer, call.message)
+            self._look_at(peer, call)
         else:
             call.error = f"peer {peer}: {peer.error or 'not greeted yet'}"
         return call
@@ -190,28 +244,44 @@ class Dialer:
     def tick(self) -> None:
         """Repeat what went unanswered, give up on what is overdue."""
         now = self._clock()
-        for peer in list(self._peers.values()):
-            if peer.state is PeerState.GREETING and now >= peer.deadline:
-                self.fail(
-                    peer,
-                    f"did not complete the greeting within {self._handshake_timeout_s:g} s; is "
-                    "the engine up, and its side channel reachable from here?",
-                )
-            elif peer.state is PeerState.GREETING and now >= peer.resend_at:
-                self._send_greeting(peer)
-            for seq, call in list(peer.calls.items()):
-                if now >= call.deadline:
-                    del peer.calls[seq]
-                    call.error = f"peer {peer} did not answer in time"
-                elif now >= call.resend_at:
-                    call.resend_at = now + RESEND_S
-                    self.tell(peer, call.message)
+        while self._due and self._due[0][0] <= now:
+            _, _, peer, call = heapq.heappop(self._due)
+            if self._is_over(peer, call):
+                continue
+            if call is None:
+                self._look_at_greeting(peer, now)
+            elif now >= call.deadline:
+                del peer.calls[call.seq]
+                call.error = f"peer {peer} did not answer in time"
+            elif now >= call.resend_at:
+                call.resend_s = min(2 * call.resend_s, MAX_RESEND_S)
+                call.resend_at = now + call.resend_s
+                self.tell(peer, call.message)
+            if not self._is_over(peer, call):
+                self._look_at(peer, call)
+
+    def _look_at_greeting(self, peer: Peer, now: float) -> None:
+        if now >= peer.deadline:
+            self.fail(
+                peer,
+                f"did not complete the greeting within {self._handshake_timeout_s:g} s; is "
+                "the engine up, and its side channel reachable from here?",
+            )
+        elif now >= peer.resend_at:
+            self._send_greeting(peer)
+
+    @staticmethod
+    def _is_over(peer: Peer, call: Call | None) -> bool:
+        """Whether there is nothing to wait for any more."""
+        if call is None:
+            return peer.state is not PeerState.GREETING
+        return peer.calls.get(call.seq) is not call
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = [p.resend_at for p in self._peers.values() if p.state is PeerState.GREETING]
-        times += [c.resend_at for p in self._peers.values() for c in p.calls.values()]
-        return min(times, default=None)
+        while self._due and self._is_over(*self._due[0][2:]):
+            heapq.heappop(self._due)
+        return self._due[0][0] if self._due else None
 
     def receive(self, frame: Frame) -> None:
         """Take in a frame of a link that we dialled."""
@@ -291,6 +361,7 @@ class Dialer:
             self.fail(peer, f"bad description of its memory: {e}")
             return
         peer.body, peer.state = body, PeerState.READY
+        self._greeted()
         self._backoffs.pop(peer.address, None)
         version = body.versions.get("vllm", "unknown")
         logger.info("peer %s is ready: %d layers, vLLM %.20r", peer, len(body.views), version)

@@ -1,30 +1,34 @@
 """The producer's half of a mover: answers readers of our leased blocks.
 
 * A reader that is early (its lease is promised, not granted) is parked and answered when the
-  lease is granted or withdrawn; parked readers are bounded. One that is earlier still, because
-  the router asked both engines at once and the request is not here yet, waits in `EarlyReaders`.
+  lease is granted or withdrawn; those of one link are bounded, and so are links. One that is
+  earlier still, because the router asked both engines at once and the request is not here yet,
+  waits in `EarlyReaders`.
 * A reader whose prompt is not the leased one is refused: a ticket or a request id alone is
   not enough to read another prompt's KV.
 * A repeated Close, and only that very message, gets the answer of the first: another reader's
   Close of a lease that is over must hear that it is late.
 """
 
+import heapq
 import hmac
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvconnect.control import wire
 from kvconnect.control.channel import Link
+from kvconnect.control.dialer import MAX_RESEND_S
 from kvconnect.control.listener import Incoming, Listener
 from kvconnect.lease import Clock, LeaseBook, LeaseState, Terms
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-MAX_PARKED = 4096
-MAX_EARLY = 4096
+MAX_PARKED = 1 << 14  # of one link, which is one rank of a decode engine
+MAX_EARLY = 1 << 14  # likewise
 MAX_WAIT_S = 60.0
-SILENT_S = 5.0
+SILENT_S = 3 * MAX_RESEND_S
 REMEMBERED_CLOSES = 4096
 
 
@@ -33,9 +37,11 @@ class LeaseServer:
 
     def __init__(self, listener: Listener, clock: Clock, max_duration_s: float) -> None:
         self._listener = listener
+        self._clock = clock
         self._book = LeaseBook(clock, max_duration_s)
         self._early = EarlyReaders(clock)
-        self._parked: dict[str, dict[tuple[Link, int], wire.Open]] = {}
+        self._parked: dict[str, dict[tuple[Link, int], _Parked]] = {}
+        self._parked_of: Counter[Link] = Counter()
         self._freed: set[str] = set()
         self._closed: OrderedDict[tuple[Link, int], bool] = OrderedDict()  # (…, seq) → stood
         self.expired = 0
@@ -68,13 +74,13 @@ class LeaseServer:
         self._book.grant(terms)
         for link, message in self._early.take(terms.name or terms.request_id):
             self._open(link, message)
-        for (link, _), message in self._parked.pop(terms.lease_id, {}).items():
+        for link, message in self._take_parked(terms.lease_id):
             self._open(link, message)
 
     def withdraw(self, lease_id: str) -> None:
         """A promised request ended without KV."""
         self._book.withdraw(lease_id)
-        for (link, _), message in self._parked.pop(lease_id, {}).items():
+        for link, message in self._take_parked(lease_id):
             self._refuse(link, message, "withdrawn", "the request ended without KV to hand over")
 
     def release_own(self, lease_id: str | None, name: str) -> None:
@@ -189,20 +195,42 @@ class LeaseServer:
         return not self._book.is_over(message.request_id or "") and self._early.admit(link, message)
 
     def _park(self, link: Link, message: wire.Open, lease_id: str) -> None:
-        if sum(map(len, self._parked.values())) >= MAX_PARKED:
-            self._refuse(link, message, "busy", f"{MAX_PARKED} readers already wait here")
-            return
-        self._parked.setdefault(lease_id, {})[link, message.seq] = message
+        waiting = self._parked.get(lease_id, {})
+        if (link, message.seq) not in waiting:  # else it repeats itself
+            if self._parked_of[link] >= MAX_PARKED:
+                self._refuse(link, message, "busy", f"{MAX_PARKED} of your readers wait here")
+                return
+            self._parked_of[link] += 1
+        self._parked.setdefault(lease_id, {})[link, message.seq] = _Parked(message, self._clock())
 
     def _unpark(self, lease_id: str, link: Link, reader: int) -> None:
         """A reader gave up waiting: opened later, it would never close."""
-        waiting = self._parked.pop(lease_id, {})
-        kept = {k: m for k, m in waiting.items() if (k[0], m.reader) != (link, reader)}
-        if kept:
-            self._parked[lease_id] = kept
+        waiting = self._parked.get(lease_id, {})
+        for key in [k for k, p in waiting.items() if (k[0], p.message.reader) == (link, reader)]:
+            del waiting[key]
+            self._one_less(link)
+        if not waiting:
+            self._parked.pop(lease_id, None)
+
+    def _take_parked(self, lease_id: str) -> list[tuple[Link, wire.Open]]:
+        """Who waits for the lease and still repeats itself: one that died would never close."""
+        waiting, now = self._parked.pop(lease_id, {}), self._clock()
+        for link, _ in waiting:
+            self._one_less(link)
+        return [(k[0], p.message) for k, p in waiting.items() if now < p.heard + SILENT_S]
+
+    def _one_less(self, link: Link) -> None:
+        self._parked_of[link] -= 1
+        if not self._parked_of[link]:
+            del self._parked_of[link]
 
     def _refuse(self, link: Link, message: wire.Open, cause: str, detail: str) -> None:
         self._listener.answer(link, wire.Refused(seq=message.seq, cause=cause, detail=detail))
+
+
+class _Parked(NamedTuple):
+    message: wire.Open
+    heard: float
 
 
 @dataclass
@@ -220,18 +248,21 @@ class EarlyReaders:
     """Readers of one rank that came before the request whose lease they ask for.
 
     * Only readers that say how long they would wait do so, and none longer than `MAX_WAIT_S`.
-    * A reader repeats its Open every second. One that stops, because it gave up, its link broke or
-      its process ended, is forgotten after `SILENT_S`.
-    * Bounded: a reader that finds `MAX_EARLY` others here is refused.
+    * A reader repeats its Open every few seconds. One that stops, because it gave up, its link
+      broke or its process ended, is forgotten after `SILENT_S`.
+    * Bounded: a reader is refused that finds `MAX_EARLY` others of its link here.
+    * A step costs nothing for those that go on waiting.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._waiting: dict[str, dict[tuple[Link, int], _Early]] = {}  # name → (…, seq) → who
-        self._count = 0
+        self._counts: Counter[Link] = Counter()
+        # (no later than it ends, name, key), of each one that waits and of some that did
+        self._heap: list[tuple[float, str, tuple[Link, int]]] = []
 
     def __len__(self) -> int:
-        return self._count
+        return self._counts.total()
 
     def admit(self, link: Link, message: wire.Open) -> bool:
         """Whether the reader may wait, or go on waiting, for the lease that it names."""
@@ -240,18 +271,20 @@ class EarlyReaders:
             return False
         waiting = self._waiting.get(name, {}).get(key)
         if waiting is None:
-            if self._count >= MAX_EARLY:
+            if self._counts[link] >= MAX_EARLY:
                 return False
             waiting = _Early(message, now + min(message.early_ms / 1000, MAX_WAIT_S), now)
             self._waiting.setdefault(name, {})[key] = waiting
-            self._count += 1
+            self._counts[link] += 1
+            heapq.heappush(self._heap, (waiting.ends, name, key))
         waiting.heard = now
         return True
 
     def take(self, name: str) -> list[tuple[Link, wire.Open]]:
         """Who waited for ``name``: it is known from now on."""
         taken = self._waiting.pop(name, {})
-        self._count -= len(taken)
+        for link, _ in taken:
+            self._counts[link] -= 1
         return [(link, waiting.message) for (link, _), waiting in taken.items()]
 
     def forget(self, name: str, link: Link, reader: int) -> None:
@@ -263,22 +296,27 @@ class EarlyReaders:
     def tick(self) -> list[tuple[Link, wire.Open]]:
         """Forget those who have fallen silent; returns those who have waited for too long."""
         now, late = self._clock(), []
-        for name, readers in list(self._waiting.items()):
-            for key, waiting in list(readers.items()):
-                if now < waiting.ends:
-                    continue
-                self._drop(name, key)
-                if now >= waiting.until:
-                    late.append((key[0], waiting.message))
+        while self._heap and self._heap[0][0] <= now:
+            _, name, key = heapq.heappop(self._heap)
+            waiting = self._waiting.get(name, {}).get(key)
+            if waiting is None:
+                continue
+            if now < waiting.ends:  # it has repeated itself since
+                heapq.heappush(self._heap, (waiting.ends, name, key))
+                continue
+            self._drop(name, key)
+            if now >= waiting.until:
+                late.append((key[0], waiting.message))
         return late
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        every = (w.ends for readers in self._waiting.values() for w in readers.values())
-        return min(every, default=None)
+        while self._heap and self._heap[0][2] not in self._waiting.get(self._heap[0][1], {}):
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
 
     def _drop(self, name: str, key: tuple[Link, int]) -> None:
         del self._waiting[name][key]
-        self._count -= 1
+        self._counts[key[0]] -= 1
         if not self._waiting[name]:
             del self._waiting[name]

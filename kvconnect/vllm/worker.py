@@ -21,7 +21,7 @@ from kvconnect.geometry.blocks import Region, Shard
 from kvconnect.mover import Fence, Mover
 from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
-from kvconnect.orders import Fetch, Order, Outcome
+from kvconnect.orders import Fetch, Grant, Order, Outcome
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.stats import StatsData
 from kvconnect.transport.registry import make_transport
@@ -69,6 +69,8 @@ class Worker:
         self._device: torch.device | None = None
         self._arena: Any = None  # owns the staging memory
         self._index = 0  # of the rank
+        # what waits for the device: drafted tokens have KV, too, written after the last sampling
+        self._fenced = (Fetch, Grant) if vllm_config.speculative_config else (Fetch,)
         self._introduced = False
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
@@ -160,7 +162,8 @@ class Worker:
         for order in orders:
             if isinstance(order, Fetch):
                 self._blocks[order.request_id] = {b for g in order.blocks for _, b in g}
-        self._mover.put(orders, self._fence())
+        wait = any(isinstance(order, self._fenced) for order in orders)
+        self._mover.put(orders, self._fence() if wait else None, self._fenced)
 
     def take(self) -> tuple[Outcome, set[int]]:
         """What ended since the last call, and the block ids of failed fetches."""

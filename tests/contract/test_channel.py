@@ -1,10 +1,12 @@
 """ZMQ and the in-memory network keep the same contract."""
 
+import resource
 import socket
+import time
 
 import pytest
 
-from kvconnect.control.channel import ZmqChannel
+from kvconnect.control.channel import FILES, ZmqChannel
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
 from kvconnect.testing import Network, check_channel
@@ -80,3 +82,26 @@ def test_a_held_network_delivers_drops_and_repeats_what_the_test_names():
     network.drop(0)
     network.flush()
     assert [f.data for f in theirs.poll(0)] == [b"c", b"c", b"b"]
+
+
+def test_a_thousand_ranks_can_be_dialled():
+    """Used to be: 340, and then "Too many open files" for ever."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < FILES:
+        pytest.skip(f"the system allows {hard} files")
+    near, far = ZmqChannel("127.0.0.1", 0), ZmqChannel("127.0.0.1", 0)
+    try:
+        for port in range(1000):
+            near.dial(Address("127.0.0.1", 20_000 + port))
+        link = near.dial(far.address)
+        near.send(link, b"hello")
+        (frame,) = far.poll(5.0)
+        far.send(frame.link, b"and back")
+        until = time.monotonic() + 5
+        arrived = []
+        while not arrived and time.monotonic() < until:
+            arrived = [f for f in near.poll(0.1) if f.link == link and f.data]
+        assert [f.data for f in arrived] == [b"and back"]
+    finally:
+        near.close()
+        far.close()

@@ -274,15 +274,50 @@ def test_an_address_that_cannot_be_dialled_is_a_failed_peer():
     assert pair.dialer.next_deadline() is None
 
 
-def test_greetings_under_way_are_bounded():
+def test_greetings_under_way_are_bounded_and_others_wait_in_line():
+    """Used to be: of a burst of 512 first greetings 384 failed at once."""
     pair = Pair(held=True)
-    peers = [
-        pair.dialer.greet(wire.Address("nobody", port))
-        for port in range(1, dialer_module.MAX_GREETINGS + 2)
-    ]
-    assert [p.state for p in peers[:-1]] == [PeerState.GREETING] * dialer_module.MAX_GREETINGS
+    most, line = dialer_module.MAX_GREETINGS, dialer_module.MAX_IN_LINE
+    peers = [pair.dialer.greet(wire.Address("nobody", port)) for port in range(1, most + line + 2)]
+    assert [p.state for p in peers[:-1]] == [PeerState.GREETING] * (most + line)
     assert peers[-1].state is PeerState.FAILED
-    assert "other peers are being greeted" in peers[-1].error
+    assert "other peers wait to be greeted" in peers[-1].error
+    assert len(pair.network.pending) == most
+    pair.dialer.fail(peers[most], "given up in line")
+    pair.dialer.fail(peers[0], "given up")
+    assert len(pair.network.pending) == most + 1
+    assert pair.network.pending[-1].address == peers[most + 1].address
+    pair.clock.advance(TIMEOUT_S)
+    pair.dialer.tick()
+    assert all(p.state is PeerState.FAILED for p in peers[:most])
+    assert peers[2 * most].state is PeerState.GREETING, "its time runs from its turn on"
+
+
+def test_a_burst_of_512_first_greetings_is_served():
+    pair = Pair()
+    listeners = [
+        Listener(channel, {"model": "m"}, pair.tell_body, SECRET)
+        for channel in (pair.network.channel() for _ in range(512))
+    ]
+    peers = [pair.dialer.greet(one._channel.address) for one in listeners]
+    for _ in range(40):
+        for one in listeners:
+            for frame in one._channel.poll(0):
+                one.receive(frame)
+        for frame in pair.near.poll(0):
+            pair.dialer.receive(frame)
+    assert {p.state for p in peers} == {PeerState.READY}
+
+
+def test_a_call_is_repeated_ever_less_often():
+    """10,000 requests that wait at prefill are as many calls for each decode rank."""
+    pair = Pair()
+    call = pair.call(pair.greet(), seconds=100)
+    for _ in range(600):
+        pair.go_on(1)
+        pair.clock.advance(0.1)
+    assert not call.error and not call.reply
+    assert 6 <= len(pair.incoming) <= 11, "after 1, 3, 7, and then every 8 seconds"
 
 
 # -- calls ---------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The producer's half: who is answered, parked or refused, and when blocks are freed."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvconnect.control import wire
@@ -8,7 +10,7 @@ from kvconnect.control.listener import Incoming
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.lease import Terms
 from kvconnect.producer import leases as leases_module
-from kvconnect.producer.leases import LeaseServer
+from kvconnect.producer.leases import SILENT_S, LeaseServer
 from kvconnect.testing import FakeClock
 
 NEAR, FAR = Link(False, b"engine 1"), Link(False, b"engine 2")
@@ -148,9 +150,40 @@ def test_an_early_reader_that_gave_up_is_not_opened(rig):
 def test_parked_readers_are_bounded(rig, monkeypatch):
     monkeypatch.setattr(leases_module, "MAX_PARKED", 2)
     rig.server.promise("r", "g")
-    rig.open(), rig.open()
-    (refused,) = rig.open()
+    rig.open(seq=1), rig.open(seq=2)
+    (refused,) = rig.open(seq=3)
     assert refused.cause == "busy"
+    assert rig.open(seq=1) == [], "one that waits repeats itself"
+    assert rig.open(link=FAR) == [], "and another link's readers have their own bound"
+    rig.close(link=NEAR)
+    assert rig.open(seq=9) == [], "those that gave up do not count"
+
+
+def test_10_000_requests_may_wait_with_8_decode_ranks_each(rig):
+    """Used to be: 600 of 600 failed at once, "4096 readers already wait here"."""
+    links = [Link(False, f"rank {rank}".encode()) for rank in range(8)]
+    for number in range(10_000):
+        rig.server.promise(f"r{number}", f"g{number}")
+    for _ in range(2):  # each repeats itself
+        for number in range(10_000):
+            for rank, link in enumerate(links):
+                assert rig.open(link, rank, seq=number + 1, lease_id=f"g{number}") == []
+    rig.server.grant(replace(TERMS, request_id="r7", lease_id="g7"))
+    assert [link for link, _ in rig.answers.take()] == links
+
+
+def test_a_parked_reader_that_died_is_not_opened(rig):
+    """Used to be: it kept the lease until its ttl, although all others had closed."""
+    rig.server.promise("r", "g")
+    rig.open(NEAR, seq=1)
+    rig.open(FAR, seq=1)
+    rig.clock.advance(SILENT_S - 1)
+    rig.open(FAR, seq=1)
+    rig.clock.advance(1)
+    rig.server.grant(TERMS)
+    assert [link for link, _ in rig.answers.take()] == [FAR]
+    assert rig.close(FAR)
+    assert rig.server.take_freed() == {"r"}
 
 
 def test_blocks_are_freed_when_the_last_reader_closes(rig):

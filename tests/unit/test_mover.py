@@ -7,7 +7,7 @@ import pytest
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.mover import IDLE_WAIT_S, THREAD_NAME, Mover
-from kvconnect.orders import Fetch, Promise, Release, RenewLease, Withdraw
+from kvconnect.orders import Cancel, Fetch, Grant, Promise, Release, RenewLease, Withdraw
 from kvconnect.testing import Faulty, Network
 from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.geometry import Cache
@@ -16,21 +16,64 @@ from kvconnect.transport.loopback import Fabric, LoopbackTransport
 PATIENCE_S = 20.0
 
 
-def test_orders_wait_for_their_fence_and_keep_their_sequence():
+def test_a_fetch_waits_for_its_fence_and_all_else_is_carried_out_at_once():
+    """A Grant used to wait for an unrelated step: one more prefill to the first token."""
     world = World()
     p, d = Engine(world), Engine(world)
-    fetched, released = p.lend("r1", [3], seed=7), p.lend("r2", [4], seed=8)
+    lifted = []
+    fetched, kept = p.terms("r1", [3], seed=7), p.terms("r3", [5], seed=9)
+    p.caches[0].fill([3], 7)
+    p.movers[0].put([Promise("r1", fetched.lease_id)], fence=lambda: bool(lifted))
+    p.movers[0].put([Grant(fetched), Grant(kept)], fence=lambda: bool(lifted))
+    released = p.lend("r2", [4], seed=8)
     fetch = Fetch("d1", p.source(fetched), (((0, 1),),), 1, fetched.digest)
-    passed = []
-    d.movers[0].put([fetch], fence=lambda: bool(passed))
-    d.movers[0].put([Release("d2", p.source(released))])
+    orders = [
+        RenewLease("d3", p.source(kept)),
+        fetch,
+        Release("d2", p.source(released)),
+    ]
+    d.movers[0].put(orders, fence=lambda: bool(lifted))
     world.go_on()
-    assert d.ended == {} and p.sent == []
+    assert d.ended == {} and p.sent == ["r2"]
     assert d.movers[0].wait_s() <= 0.001, "a fence has no deadline: look again soon"
-    passed.append(True)
+    lifted.append(True)
     world.go_on()
     assert d.ended == {"d1": [None]}
     assert sorted(p.sent) == ["r1", "r2"]
+
+
+def test_fetches_keep_their_sequence_and_what_else_is_fenced_too():
+    world = World()
+    p, d = Engine(world), Engine(world)
+    terms, lifted = [p.terms(f"r{i}", [3 + i], seed=i) for i in range(2)], []
+    p.caches[0].fill([3, 4], 0)
+    p.movers[0].put([Grant(t) for t in terms], lambda: bool(lifted), (Fetch, Grant))
+    d.movers[0].put([Release("d", p.source(terms[0]))])
+    world.go_on()
+    assert p.sent == []
+    lifted.append(True)
+    world.go_on()
+    d.movers[0].put([Release("d", p.source(terms[1]))])
+    world.go_on()
+    assert p.sent == ["r1"], "the first release came before there was a lease"
+
+
+def test_a_fetch_that_is_cancelled_before_its_fence_is_reported_and_reads_nothing():
+    world = World()
+    p, d = Engine(world), Engine(world)
+    terms, lifted = p.lend("r", [3], seed=7), []
+    d.movers[0].put(
+        [Fetch("d", p.source(terms), (((0, 1),),), 1, terms.digest)], lambda: bool(lifted)
+    )
+    world.go_on()
+    d.movers[0].put([Cancel("d")], lambda: bool(lifted))
+    world.go_on()
+    assert d.ended == {"d": [None]}, "ended, and is no failure"
+    assert p.sent == ["r"], "its lease is let go"
+    lifted.append(True)
+    world.go_on()
+    assert d.ended == {"d": [None]}
+    assert d.transports[0].submitted == []
 
 
 def test_a_peer_that_ended_is_not_asked_by_orders_of_the_same_step():
@@ -93,7 +136,7 @@ def test_a_fault_of_ours_in_the_thread_is_raised_in_the_engine():
     engine = Engine(world)
     mover = engine.movers[0]
     mover.start()
-    mover.put([Promise("r", "g")], fence=lambda: 1 / 0)
+    mover.put([Promise("r", "g")], lambda: 1 / 0, (Promise,))
     end = threading.Event()
     for _ in range(1000):
         try:
