@@ -17,6 +17,19 @@
   its peer's metadata is not removed, while it runs. Removing it makes NIXL *report* an end
   (NOT_FOUND) while bytes still arrive. A peer that was dropped and stays silent is fenced off by
   making the whole agent anew, which does stop them.
+
+What was rejected:
+
+* A list of descriptors for each transfer, as vLLM's own connector makes it (``block × row`` of
+  them, up to 112,000): posting them is most of what it takes (vllm#55434). A table costs once.
+* NIXL's progress thread: it spins, a whole core for an idle engine, and the mover polls anyway.
+* NIXL's notifications for "I have read it": they need the peer's agent, say nothing of the lease,
+  and a late one looks like any other. Leases are closed over the control channel.
+* Cancelling by releasing the handle: UCX goes on writing what is on the wire, into blocks that
+  vLLM has given to somebody else by then. A cancelled transfer is waited for.
+* ``remove_remote_agent`` as the fence of a silent peer, for the reason above.
+* Emulated reads over TCP, for the reason above: in three of three runs of 15 kills a side that was
+  read ended with its reader (docs/transports.md, "NIXL over TCP: written, not read").
 """
 
 import gc

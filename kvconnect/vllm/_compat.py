@@ -1,8 +1,16 @@
-"""Differences between vLLM 0.30 and 0.33, by what is there and never by version number."""
+"""What we look for in vLLM that not every version or backend has, or that vLLM does not promise.
+
+Differences between 0.30 and 0.33 are told by what is there and never by version number. Attributes
+that only some KV cache specs and attention layers have are asked for here, and so are vLLM's
+private names: docs/compat.md lists those. Whoever ports kvconnect to another vLLM begins here.
+"""
 
 import importlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 def _find(module: str, name: str) -> Any:
@@ -46,3 +54,80 @@ def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
 def layer_spec(group_spec: Any, layer: str) -> Any:
     """The spec of one layer: unwraps UniformTypeKVCacheSpecs."""
     return getattr(group_spec, "kv_cache_specs", {}).get(layer, group_spec)
+
+
+# -- of KV cache specs ------------------------------------------------------------------------
+
+
+def has_layer_views(spec: Any) -> bool:
+    """Whether each layer's cache is a tensor of its own."""
+    return bool(getattr(spec, "has_layer_views", True))
+
+
+def tokens_per_state(spec: Any) -> int:
+    """How many tokens one entry of the cache stands for."""
+    return int(getattr(spec, "tokens_per_state", 1))
+
+
+def is_replicated(spec: Any) -> bool:
+    """Whether every tensor-parallel rank holds the same (MLA)."""
+    return bool(getattr(spec, "max_tp_shards", None) == 1)
+
+
+def has_head_slots(spec: Any) -> bool:
+    """Whether what stands where heads do are slots of packed content."""
+    return getattr(spec, "num_head_slots", None) is not None
+
+
+def has_state_content(spec: Any) -> bool:
+    """Whether the content of a token is not K and V alone."""
+    return getattr(spec, "state_content_bytes", None) is not None
+
+
+# -- of attention layers ----------------------------------------------------------------------
+
+
+def cache_dtype(module: Any) -> str | None:
+    """The layer's kv_cache_dtype; None for the DeepSeek indexer's cache, which has none."""
+    return getattr(module, "kv_cache_dtype", None)
+
+
+def has_scale_per_head(module: Any) -> bool:
+    """Whether an fp8 layer has several scales."""
+    scales = [getattr(module, name, None) for name in ("_k_scale", "_v_scale")]
+    return any(isinstance(s, torch.Tensor) and s.numel() > 1 for s in scales)
+
+
+def static_scale(module: Any, side: str) -> float:
+    """The scale of K (``k``) or V (``v``) of an fp8 layer; 1 without one."""
+    return float(getattr(module, f"_{side}_scale_float", None) or 1.0)
+
+
+def cpu_attention_isa(
+    module: Any, dtype: torch.dtype, tokens: int, head_size: int, cache_dtype: str
+) -> str:
+    """For which instructions the CPU backend packs a layer's blocks."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    left = getattr(module, "isa", None)  # by the backend's metadata builder, if that has run
+    return left or str(_get_attn_isa(dtype, tokens, head_size, cache_dtype))
+
+
+# -- of block hashes --------------------------------------------------------------------------
+
+
+def hash_seed() -> str:
+    """The seed of the first hash of every request; empty if it was not drawn yet."""
+    from vllm.v1.core import kv_cache_utils
+
+    return str(getattr(kv_cache_utils, "_NONE_HASH_SEED", None) or "")
+
+
+def tokens_per_hash(vllm_config: Any, kv_cache_config: Any) -> int:
+    """How many tokens a hash of ``request.block_hashes`` stands for."""
+    from vllm.v1.core import kv_cache_utils
+
+    resolve = getattr(kv_cache_utils, "resolve_kv_cache_block_sizes", None)
+    if resolve is not None:
+        return int(resolve(kv_cache_config, vllm_config)[1])
+    return math.gcd(*(group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups))

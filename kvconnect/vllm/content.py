@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from kvconnect.geometry.blocks import DENSE, UNTILED, Part, Tile
 from kvconnect.ops import NUMBERS, Type
+from kvconnect.vllm import _compat
 from kvconnect.vllm.probe import Axis, CellLayout, Kernel, cell_layouts
 
 # vLLM stores fp8 as bytes; of which format, the layer's kv_cache_dtype tells ("fp8" is e4m3 on
@@ -64,22 +65,21 @@ def cells_of(cache: torch.Tensor, num_blocks: int) -> Cells:
 
 def has_slots(spec: Any) -> bool:
     """Whether H of the tensor is not one KV head each: nvfp4, b12x, ROCm."""
-    return getattr(spec, "num_head_slots", None) is not None or spec.num_heads != spec.num_kv_heads
+    return _compat.has_head_slots(spec) or spec.num_heads != spec.num_kv_heads
 
 
 def dtype_of(spec: Any, module: Any) -> Dtype:
     """Of a layer: some keep the model's in an engine whose others are fp8."""
     if spec.dtype in FLOATS:
         return Dtype(name_of(spec.dtype), True)
-    named = getattr(module, "kv_cache_dtype", None)  # the DeepSeek indexer's cache has none
+    named = _compat.cache_dtype(module)
     if named not in FP8:
         return Dtype(str(named or name_of(spec.dtype)), False)
     from vllm.platforms import current_platform
 
     if current_platform.is_fp8_fnuz():
         return Dtype(f"{FP8[named]}fnuz", True)
-    scales = [getattr(module, name, None) for name in ("_k_scale", "_v_scale")]
-    if any(isinstance(s, torch.Tensor) and s.numel() > 1 for s in scales):
+    if _compat.has_scale_per_head(module):
         return Dtype(f"{FP8[named]} with a scale per head", True)
     return Dtype(FP8[named], True, scaled=True)
 
@@ -97,7 +97,7 @@ def content_of(
     explained = (
         dtype.numbers
         and not has_slots(spec)
-        and getattr(spec, "state_content_bytes", None) is None
+        and not _compat.has_state_content(spec)
         and k + v == cells.content
         and cells.pieces * cells.tokens == spec.block_size
     )
@@ -154,7 +154,21 @@ def _in_bytes(tile: Tile, item: int) -> Tile:
 
 
 def packed(cells: Cells) -> Part:
-    """All bytes of a head, or of its tokens where heads lie between them."""
+    """All bytes of a head, or of its tokens where heads lie between them.
+
+    Of content that nobody can explain (nvfp4, scales within a block), only where a run of bytes
+    begins and ends is known, and a block is moved as those runs. With 16 tokens of 80 bytes, 2
+    heads and one piece a block:
+
+    * ``[B, H, N, C]`` (a head's tokens are one run: the token stride is 80): 2 rows of 1,280
+      bytes a block, shape (2, 1, 1280). With 2,048 tokens the row would be 160 KiB, which no
+      staging slot need hold: it is cut to the largest power of two that divides it and is at
+      most MOST_ROW_BYTES, which makes 10 rows, shape (2, 5, 32768).
+    * ``[B, N, H, C]`` (heads lie between the tokens: the token stride is 160): 32 rows of 80
+      bytes, shape (2, 16, 80), token stride 160.
+    * The second with a block of two kernel blocks (``pieces`` is 2): shape (2, 32, 80), and tokens
+      16 to 31 lie in a tile of their own, a piece further on.
+    """
     row = cells.content * cells.item
     pieces, tokens, nbytes = cells.pieces, cells.tokens, row
     tile, step = UNTILED, cells.token_stride * cells.item
@@ -176,8 +190,7 @@ def packed(cells: Cells) -> Part:
 
 def _scale(module: Any, name: _PartName) -> float:
     """vLLM's static scale; set when weights were loaded, before caches are registered."""
-    side = "v" if name == "v" else "k"  # MLA's vector has K's
-    return float(getattr(module, f"_{side}_scale_float", None) or 1.0)
+    return _compat.static_scale(module, "v" if name == "v" else "k")  # MLA's vector has K's
 
 
 def _backend(module: Any) -> str:
@@ -186,12 +199,9 @@ def _backend(module: Any) -> str:
 
 def _kernel(cells: Cells, spec: Any, module: Any, dtype: Dtype, vllm_config: Any) -> Kernel:
     """How the CPU backend was told to store this layer."""
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
     model_dtype = vllm_config.model_config.dtype
     cache_dtype = module.kv_cache_dtype
-    # the backend's own metadata builder leaves it there
-    isa = getattr(module, "isa", None) or _get_attn_isa(
-        model_dtype, cells.tokens, spec.head_size, vllm_config.cache_config.cache_dtype
+    isa = _compat.cpu_attention_isa(
+        module, model_dtype, cells.tokens, spec.head_size, vllm_config.cache_config.cache_dtype
     )
     return Kernel(isa, model_dtype, cache_dtype, STORED.get(dtype.name, spec.dtype))

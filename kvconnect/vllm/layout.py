@@ -49,7 +49,7 @@ def describe(
         if layer not in kv_caches:
             continue  # another pipeline stage's
         cache, num_blocks = kv_caches[layer], kv_cache_config.num_blocks
-        _check(layer, spec, cache, num_blocks)
+        _check(layer, spec, cache, num_blocks, vllm_config.kv_transfer_config.kv_connector)
         module = vllm_config.compilation_config.static_forward_context.get(layer)
         if isinstance(spec, MambaSpec):
             views.append(_state(index, layer, spec, cells_of(cache, num_blocks), num_blocks, place))
@@ -86,12 +86,13 @@ def _layers(kv_cache_config: Any) -> Iterator[tuple[int, str, Any]]:
             yield index, layer, _compat.layer_spec(group.kv_cache_spec, layer)
 
 
-def _check(layer: str, spec: Any, cache: torch.Tensor, num_blocks: int) -> None:
+def _check(layer: str, spec: Any, cache: torch.Tensor, num_blocks: int, connector: str) -> None:
+    """Raise ConfigError for what ``connector``, as the operator calls it, cannot handle."""
     if isinstance(spec, MambaSpec):
         if spec.mamba_cache_mode != "none":
             raise ConfigError(
                 f"layer {layer} keeps recurrent state in cache mode {spec.mamba_cache_mode!r}, of "
-                "which KVConnectNixl cannot tell which block is the last; set "
+                f"which {connector} cannot tell which block is the last; set "
                 "--no-enable-prefix-caching"
             )
         if cache.dim() != 4 or cache.shape[1:3] != (1, 1):
@@ -99,15 +100,13 @@ def _check(layer: str, spec: Any, cache: torch.Tensor, num_blocks: int) -> None:
                 f"layer {layer}: recurrent state of shape {list(cache.shape)}, expected "
                 "[B, 1, 1, bytes]; this vLLM is of another version, see docs/compat.md"
             )
-    elif not isinstance(spec, AttentionSpec) or not getattr(spec, "has_layer_views", True):
+    elif not isinstance(spec, AttentionSpec) or not _compat.has_layer_views(spec):
         raise ConfigError(
-            f"layer {layer} keeps {type(spec).__name__} state, which KVConnectNixl cannot hand "
-            "over yet; serve this model without a KV connector or with vLLM's own"
+            f"layer {layer} keeps {type(spec).__name__} state, which {connector} cannot hand "
+            "over or store yet; serve this model without a KV connector or with vLLM's own"
         )
-    elif getattr(spec, "tokens_per_state", 1) != 1:
-        raise ConfigError(
-            f"layer {layer} stores {spec.tokens_per_state} tokens per state, expected 1"
-        )
+    elif (tokens := _compat.tokens_per_state(spec)) != 1:
+        raise ConfigError(f"layer {layer} stores {tokens} tokens per state, expected 1")
     if cache.dim() != 4:
         raise ConfigError(
             f"layer {layer}: KV cache of {cache.dim()} dimensions, expected [B, H, N, C]; "
@@ -146,7 +145,7 @@ def _state(
 
 def _heads(spec: Any, vllm_config: Any, place: TpRank) -> Heads:
     slots = spec.num_heads
-    if getattr(spec, "max_tp_shards", None) == 1:  # MLA: every rank holds the same
+    if _compat.is_replicated(spec):
         return Heads(0, slots, slots)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if slots == model.get_num_kv_heads(parallel) and not has_slots(spec):

@@ -155,6 +155,24 @@ def test_a_module_logs_below_the_logger_that_vllm_configures(path):
             assert ast.unparse(node) == "logging.getLogger(f'vllm.{__name__}')", name_of(path)
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p).startswith("vllm/")], ids=name_of)
+def test_vllms_private_names_are_asked_for_in_one_place(path):
+    """In _compat.py; docs/compat.md lists what is elsewhere, and why."""
+    if name_of(path) == "vllm/_compat.py":
+        return
+    for node in ast.walk(parsed(path)):
+        match node:
+            case ast.ImportFrom(module=str(module), names=names) if module.startswith("vllm"):
+                private = [
+                    a.name for a in names if a.name.startswith("_") and a.name != "_custom_ops"
+                ]
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                private = [name] if name.startswith("_") and name != "_commit_hash" else []
+            case _:
+                private = []
+        assert not private, f"{name_of(path)} looks at vLLM's {private}"
+
+
 @pytest.mark.parametrize("path", [*FILES, *BENCH_FILES], ids=name_of)
 def test_functions_stay_small(path):
     """Modules have no limit of lines: one concept each, however long."""

@@ -15,6 +15,7 @@ from kvconnect.errors import ConfigError, GeometryError
 from kvconnect.geometry.blocks import DENSE, UNTILED, Heads, Part, Tile, check_views, part_extent
 from kvconnect.geometry.intersect import assign
 from kvconnect.vllm import probe
+from kvconnect.vllm.content import Cells, packed
 from kvconnect.vllm.layout import TpRank, describe
 
 BLOCKS, LAYERS = 3, ("model.layers.0.attn", "model.layers.1.attn")
@@ -57,6 +58,7 @@ def views_of(tensors, spec, layer=None, *, heads=2, place=ALONE, dtype=torch.bfl
         ),
         cache_config=SimpleNamespace(cache_dtype=layer.kv_cache_dtype),
         parallel_config=None,
+        kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector"),
     )
     shard = describe(tensors, config, vllm_config, place)
     check_views(shard.views, shard.regions)
@@ -180,6 +182,7 @@ def test_groups_are_counted_as_they_are_transferred_and_other_stages_layers_are_
             get_num_kv_heads=lambda _: 2, get_total_num_kv_heads=lambda: 2
         ),
         parallel_config=None,
+        kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector"),
     )
     tensors = dict(zip(names[:2], caches(FULL).values(), strict=True))
     tensors[names[3]] = caches(FULL)[LAYERS[0]]
@@ -214,6 +217,7 @@ def test_layers_of_one_allocation_are_one_region_of_it_all():
             get_num_kv_heads=lambda _: 2, get_total_num_kv_heads=lambda: 2
         ),
         parallel_config=None,
+        kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector"),
     )
     (region,) = describe(tensors, config, vllm_config, ALONE).regions
     assert region.nbytes == BLOCKS * len(LAYERS) * FULL.page_size_bytes
@@ -403,7 +407,7 @@ def test_state_of_another_shape_is_refused():
 
 def test_content_that_is_neither_attention_nor_state_is_refused():
     spec = kvi.KVCacheSpec(block_size=16)
-    with pytest.raises(ConfigError, match="KVCacheSpec state, which KVConnectNixl cannot"):
+    with pytest.raises(ConfigError, match="KVCacheSpec state, which NixlConnector cannot"):
         views_of(caches(FULL), spec)
 
 
@@ -520,3 +524,16 @@ NO_FIT = {
 @pytest.mark.parametrize("place", NO_FIT.values(), ids=NO_FIT)
 def test_what_strides_and_tiles_cannot_say_is_not_guessed(place):
     assert probe.fit(place) is None
+
+
+def test_packed_content_is_moved_as_the_runs_that_its_docstring_shows():
+    heads_first = Cells(0, 1, 1, 2, 16, 80, 2560, 1280, 80, 1)
+    assert packed(heads_first).shape == (2, 1, 1280)
+    long = Cells(0, 1, 1, 2, 2048, 80, 327680, 163840, 80, 1)
+    assert packed(long).shape == (2, 5, 32768)
+    tokens_first = Cells(0, 1, 1, 2, 16, 80, 2560, 80, 160, 1)
+    assert packed(tokens_first).shape == (2, 16, 80)
+    assert packed(tokens_first).strides == (2560, 80, 160, 1)
+    two_pieces = packed(tokens_first._replace(pieces=2))
+    assert two_pieces.shape == (2, 32, 80)
+    assert two_pieces.tiles[0] == Tile(16, 2560)
