@@ -39,7 +39,7 @@ class KernelRow:
     memcpy_gb_s: float
     """Median of as many bytes, contiguous on both sides."""
     fraction: float
-    """Of memcpy."""
+    """Its rate divided by memcpy's."""
     torch_ratio: float | None
     """Times as fast as torch's gather, then convert; only where torch's bits are equal to ours."""
     submit_us: float | None = None

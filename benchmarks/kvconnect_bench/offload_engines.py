@@ -92,7 +92,7 @@ def hits(model: Path, lengths: Sequence[int], prompts: int, folder: Path | None)
 def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> list[HitRow]:
     seed = random.Random(length)
     asked = [[seed.randrange(*VOCABULARY) for _ in range(length)] for _ in range(prompts + 1)]
-    one = _kv_bytes(model, length)  # memory has room for one prompt, and not for two
+    one = kv_bytes(model, length)  # memory has room for one prompt, and not for two
     config = offload_config(
         cpu_bytes_to_use=max(one * 3 // 2, 8 << 20),
         disk_path=str(disk),
@@ -208,8 +208,8 @@ def _start(fleet: Fleet, name: str, model: Path, config: dict[str, Any] | None) 
     return server
 
 
-def _kv_bytes(model: Path, tokens: int) -> int:
-    """Of so many tokens' KV."""
+def kv_bytes(model: Path, tokens: int) -> int:
+    """Bytes that the KV of so many tokens takes."""
     config = json.loads((model / "config.json").read_text())
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -20,7 +20,7 @@ class EvictionRow:
     policy: str
     hit_rate: float
     best_hit_rate: float
-    """Of whoever knows the future."""
+    """The rate of Belady's MIN, which knows the future."""
     share_of_best: float
     us_per_access: float
 

@@ -44,7 +44,7 @@ class TierRow:
     mb: int
     gb_per_s: float
     ratio: float
-    """Of its rate to the plain copy's in the same round."""
+    """Its rate divided by the plain copy's in the same round."""
     ratio_low: float
     ratio_high: float
 

@@ -30,7 +30,7 @@ class FirstTokenRow:
     connector: str
     prompt_tokens: int
     prompts: int
-    """Of all rounds."""
+    """How many, in all rounds together."""
     ttft_p50_ms: float
     ttft_p90_ms: float
     ttft_mean_ms: float

@@ -35,7 +35,7 @@ from kvconnect.transport.registry import make_transport
 HOST = "127.0.0.1"
 LAYERS, BLOCK_TOKENS, ITEM_BYTES = 32, 16, 2
 HEAD_ELEMENTS = 256
-"""Of K and V together."""
+"""Of one head and token, K and V together."""
 SEED = 1
 LEASE_S, LOOK_S, END_S = 120.0, 0.0002, 5.0
 WITH_READS = {"UCX_PROTO_EMULATION_ENABLE": "y"}  # which `transport.nixl` has not over TCP, else
@@ -55,7 +55,7 @@ class SideError(KvConnectError):
 
 @dataclass(frozen=True)
 class TransferCase:
-    """What is moved, and over what."""
+    """What is moved, and over which transport and wire."""
 
     transport: str
     wire: str
@@ -160,7 +160,7 @@ def _run(
             command, arguments = pipe.recv()
             try:
                 pipe.send(("", getattr(made, command)(*arguments)))
-            except Exception as e:  # told to the parent, which ends the run
+            except Exception as e:  # sent to the parent, which ends the run
                 pipe.send((f"{type(e).__name__}: {e}", None))
     except (EOFError, ConnectionError):
         return
@@ -217,13 +217,13 @@ class ProducerSide(_TransferSide):
     def __init__(self, case: TransferCase, pipe: Connection) -> None:
         super().__init__(case, pipe, seed=1)
         self._mover = self.add_mover("auto")
-        self._blocks = case.table(1)
-        self.cache.fill(self._blocks, SEED)
+        self.blocks = case.table(1)
+        self.cache.fill(self.blocks, SEED)
 
     def lend(self, name: str) -> tuple[Source, Terms]:
         """A lease of all blocks."""
         tokens = self._case.blocks * BLOCK_TOKENS
-        terms = Terms(name, name, (tuple(self._blocks),), tokens, b"digest", LEASE_S)
+        terms = Terms(name, name, (tuple(self.blocks),), tokens, b"digest", LEASE_S)
         self._mover.put([Grant(terms)])
         shard = RankAddress(self._mover.address, self._mover.incarnation)
         return Source((shard,), name, name, LEASE_S), terms
@@ -247,7 +247,7 @@ class ProducerSide(_TransferSide):
             self._raw.poll()
 
     def stop(self) -> None:
-        """What ends `serve`."""
+        """A command that does nothing: that it came ends `serve`."""
 
 
 class ConsumerSide(_TransferSide):
@@ -257,7 +257,7 @@ class ConsumerSide(_TransferSide):
         super().__init__(case, pipe, seed=2)
         self._table = tuple(enumerate(case.table(2)))
         # whole memory, so that what must not be touched is compared too
-        self._wiped = self.cache.memory.copy()
+        self.wiped = self.cache.memory.copy()
         self.cache.fill([block for _, block in self._table], SEED)
         self._right = self.cache.memory.copy()
         for mode in MODES:
@@ -265,7 +265,7 @@ class ConsumerSide(_TransferSide):
 
     def fetch(self, mode: Mode, source: Source, terms: Terms, timeout_s: float) -> Fetched:
         """Fill the blocks; from the order to the outcome."""
-        self.cache.memory[:] = self._wiped
+        self.cache.memory[:] = self.wiped
         mover, name = self.movers[mode], terms.request_id
         started = time.perf_counter()
         mover.put([Fetch(name, source, (self._table,), terms.tokens, terms.digest)])

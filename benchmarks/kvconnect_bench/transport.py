@@ -98,7 +98,7 @@ def transport(
                 for turn in _measure(case, rounds, times):
                     done = f"round {turn} of {rounds}" if turn > 0 else "warming up"
                     status.update(f"{name} {wire} {kib} KiB: {done}")
-            rows += _rows(case, times)
+            rows += rows_of(case, times)
     machine = _machine(rounds)
     console.print(_table(rows, machine))
     if out is not None:
@@ -151,7 +151,7 @@ def _fetch(supplier: "SideProcess", reader: "SideProcess", mode: str, name: str)
     return found
 
 
-def _rows(case: "TransferCase", times: TransferTimes) -> list[TransferRow]:
+def rows_of(case: "TransferCase", times: TransferTimes) -> list[TransferRow]:
     def ratio(above: Sequence[float], below: Sequence[float]) -> float:
         return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
@@ -227,8 +227,13 @@ def _table(rows: Sequence[TransferRow], machine: dict[str, Any]) -> Any:
     for row in rows:
         table.add_row(
             f"{row.transport} {row.wire} {row.row_bytes >> 10}K {row.mode}",
-            *(f"{row.ms_p50:.1f}", f"{row.ms_p90:.1f}", f"{row.gb_s:.2f}", f"{row.of_direct:.2f}"),
-            *(f"{row.of_contiguous:.2f}", f"{row.of_memcpy:.2f}", f"{row.descriptors:,}"),
+            f"{row.ms_p50:.1f}",
+            f"{row.ms_p90:.1f}",
+            f"{row.gb_s:.2f}",
+            f"{row.of_direct:.2f}",
+            f"{row.of_contiguous:.2f}",
+            f"{row.of_memcpy:.2f}",
+            f"{row.descriptors:,}",
             f"{row.staged_rounds}/{row.rounds}",
             end_section=row.mode == rows[-1].mode,
         )

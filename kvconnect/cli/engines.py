@@ -25,7 +25,7 @@ START_TIMEOUT_S = 300.0
 # -P: a folder named vllm where we happen to run is not vLLM.
 _PYTHON = (sys.executable, "-P", "-m")
 
-# What scripts/env.sh sets, for who did not source it. What is set already stays.
+# What scripts/env.sh sets, where it was not sourced. What is set already stays.
 _DEFAULT_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -38,7 +38,7 @@ _DEFAULT_ENV = {
     "VLLM_MOONCAKE_BOOTSTRAP_PORT": "0",
     "NO_COLOR": "1",
 }
-# Made for one engine of an operator's: two would take the same port, or ask for a key.
+# An operator sets these for one engine: two would take the same port, or ask for a key.
 _NOT_INHERITED = (
     "VLLM_NIXL_SIDE_CHANNEL_PORT",
     "VLLM_MOONCAKE_BOOTSTRAP_PORT",
@@ -112,7 +112,7 @@ class VllmServe:
 
     @property
     def model_name(self) -> str:
-        """What requests call it."""
+        """The name of the model in requests."""
         return self.model.name
 
     def command(self, port: int) -> list[str]:

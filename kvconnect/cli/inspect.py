@@ -55,7 +55,7 @@ def inspect(
         raise typer.Exit(1) from e
     found = pair(*engines) if len(engines) == 2 else None
     if as_json:
-        typer.echo(json.dumps(_told(engines, found, exported), indent=2))
+        typer.echo(json.dumps(_report(engines, found, exported), indent=2))
     else:
         console = Console(highlight=False)
         for engine in engines:
@@ -100,7 +100,7 @@ def _metrics(url: str, timeout_s: float) -> dict[str, dict[str, float]]:
     return read_named(text, PREFIXES)
 
 
-def _told(
+def _report(
     engines: "Sequence[InspectedEngine]",
     found: "EnginePair | None",
     exported: Mapping[str, Mapping[str, Mapping[str, float]]],
@@ -109,12 +109,12 @@ def _told(
     for engine in engines:
         fields = {k: v for k, v in vars(engine).items() if k not in ("bodies", "ranks")}
         shown.append(fields | {"ranks": [asdict(rank) for rank in engine.ranks]})
-    told: dict[str, Any] = {"engines": shown}
+    report: dict[str, Any] = {"engines": shown}
     if found:
-        told["pair"] = asdict(found) | {"works": found.works}
+        report["pair"] = asdict(found) | {"works": found.works}
     if exported:
-        told["metrics"] = exported
-    return told
+        report["metrics"] = exported
+    return report
 
 
 def _show_engine(console: Any, engine: "InspectedEngine") -> None:
@@ -129,7 +129,7 @@ def _show_engine(console: Any, engine: "InspectedEngine") -> None:
     about.add_column(no_wrap=True)
     about.add_column(overflow="fold")
     for name, value in (  # from a peer, and so never markup
-        ("software", versions or "untold"),
+        ("software", versions or "not said"),
         ("wire", engine.wire_version),
         ("transport", engine.transport),
         ("lets be read", " and ".join(paths) or "in no way"),
@@ -154,8 +154,8 @@ def _show_engine(console: Any, engine: "InspectedEngine") -> None:
         for layers in rank.layers:
             names = layers.first if layers.count == 1 else f"{layers.first} … {layers.last}"
             shown = (layers.group, layers.blocks, layers.block_tokens, layers.heads)
-            told = (rank.address, f"{layers.count}: {names}", *map(str, shown), layers.dtype)
-            table.add_row(*map(escape, (*told, layers.layout, ", ".join(layers.parts))))
+            cells = (rank.address, f"{layers.count}: {names}", *map(str, shown), layers.dtype)
+            table.add_row(*map(escape, (*cells, layers.layout, ", ".join(layers.parts))))
     console.print(table)
 
 
@@ -164,8 +164,8 @@ def _show_pair(console: Any, found: "EnginePair") -> None:
 
     console.print("[b]the second reading from the first[/b]")
     for difference in found.differences:
-        told = f"{escape(difference)}; serve the same model on both"
-        console.print(f"  [red]refused[/red]: {told}")
+        line = f"{escape(difference)}; serve the same model on both"
+        console.print(f"  [red]refused[/red]: {line}")
     for name, path in (("direct", found.direct), ("staged", found.staged)):
         verdict = "[green]yes[/green]" if path.works else "[red]no[/red]"
         console.print(f"  {name}: {verdict}: {escape(path.detail or path.why_not)}")
@@ -182,8 +182,8 @@ def _show_metrics(console: Any, url: str, by_engine: Mapping[str, Mapping[str, f
     for engine, samples in by_engine.items():
         for name, value in samples.items():
             if not name.endswith("_created"):
-                told = f"engine {engine}  {name.removeprefix('vllm:')} = {_human(name, value)}"
-                console.print(f"  {escape(told)}")
+                line = f"engine {engine}  {name.removeprefix('vllm:')} = {_human(name, value)}"
+                console.print(f"  {escape(line)}")
 
 
 def _human(name: str, value: float) -> str:

@@ -80,7 +80,7 @@ class Server:
 
     @property
     def pids(self) -> list[int]:
-        """Of all its processes."""
+        """The ids of all its processes."""
         return _members(self.pid)
 
     def is_up(self) -> bool:
@@ -196,7 +196,7 @@ class Fleet:
         timeout_s: float,
         seen: Callable[[Server, bool], None] | None = None,
     ) -> None:
-        """Returns when all are up; ``seen`` hears of each server at every look."""
+        """Returns when all are up; ``seen`` is called with each server at every look."""
         deadline = time.monotonic() + timeout_s
         waiting = list(servers)
         while waiting:

@@ -39,17 +39,26 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# Answers still under way when we are told to stop get this long; Kubernetes kills after 30 s.
+# Answers still under way when we are asked to stop get this long; Kubernetes kills after 30 s.
 _DRAIN_S = 25.0
 _FORWARDED = ("Authorization", "traceparent", "tracestate", "X-Vllm-Priority", "X-Session-ID")
 # A rank is one of the decode engine's own; prefill's ranks have nothing in common with them.
 _FORWARDED_TO_DECODE = ("X-data-parallel-rank", "endpoint-load-metrics-format")
 # What goes to a decode engine as it is. Those with a response's id go to the one that keeps it.
 _WHOLE = (
-    *("/v1/messages/count_tokens", "/tokenize", "/detokenize"),
-    *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score"),
-    *("/rerank", "/v1/rerank", "/v2/rerank"),
-    *("/v1/audio/transcriptions", "/v1/audio/translations"),
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+    "/v1/embeddings",
+    "/pooling",
+    "/classify",
+    "/score",
+    "/v1/score",
+    "/rerank",
+    "/v1/rerank",
+    "/v2/rerank",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
     "/v1/responses/{response_id}/cancel",
 )
 _NO_DECODE = "no decode engine can be reached; try again"

@@ -67,8 +67,14 @@ _RESPONSE_ID = re.compile(rb'"id":\s?"(resp_[\w-]{1,100})"')
 _WRITTEN_AT_ONCE_BYTES = 2**20
 _NOT_PASSED_ON = frozenset(
     {
-        *("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"),
-        *("proxy-authenticate", "proxy-authorization"),
+        "connection",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "proxy-authenticate",
+        "proxy-authorization",
         "content-length",  # set from the body that is sent
     }
 )

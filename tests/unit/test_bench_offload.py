@@ -56,7 +56,7 @@ def test_unknown_parts_are_refused():
 def test_memory_for_hits_is_that_of_the_model_s_kv(tmp_path: Path):
     config = {"num_hidden_layers": 30, "num_attention_heads": 9, "hidden_size": 576}
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 3}))
-    assert offload_engines._kv_bytes(tmp_path, 300) == 30 * 2 * 3 * 64 * 2 * 256
+    assert offload_engines.kv_bytes(tmp_path, 300) == 30 * 2 * 3 * 64 * 2 * 256
 
 
 class Engine:

@@ -43,13 +43,13 @@ def test_other_bytes_than_the_supplier_s_are_noticed():
         for mode in MODES:
             right = reader.fetch(mode, *supplier.lend(mode), 30.0)
             assert (right.error, right.staged) == ("", mode == "staged")
-        lent = supplier._blocks[5]
+        lent = supplier.blocks[5]
         layer = supplier.cache.layers[-1]
         supplier.cache.cells(layer, 1)[lent, 0, 0, 0, 0, 0] ^= 1
         for mode in MODES:
             assert "memory is not" in reader.fetch(mode, *supplier.lend(f"{mode} 2"), 30.0).error
         supplier.cache.cells(layer, 1)[lent, 0, 0, 0, 0, 0] ^= 1
-        reader._wiped[0] ^= 1  # a guard byte, as if a transfer had changed it
+        reader.wiped[0] ^= 1  # a guard byte, as if a transfer had changed it
         assert "memory is not" in reader.fetch("direct", *supplier.lend("again"), 30.0).error
     finally:
         reader.close()
@@ -63,7 +63,7 @@ def test_ratios_are_of_the_same_round():
         "staged": [Fetched(s, 4, True, "") for s in (1.0, 10.0, 1.5)],
     }
     times = transport.TransferTimes([0.5, 5.0, 0.5], [0.25, 2.5, 0.25], fetched)
-    direct, staged = transport._rows(CASE, times)
+    direct, staged = transport.rows_of(CASE, times)
     assert (staged.of_direct, direct.of_direct) == (3.0, 1.0)
     assert (staged.of_contiguous, staged.of_memcpy) == (0.5, 0.25)
     assert (direct.descriptors, staged.descriptors) == (512, 4)

@@ -295,8 +295,9 @@ def test_headers_that_could_not_be_sent_on_do_not_fail_the_request():
     async def scenario() -> None:
         d = Engine(answers)
         async with rig([Engine(prefills)], [d]) as r:
-            assert r.session._base_url is not None
-            reader, writer = await asyncio.open_connection("127.0.0.1", r.session._base_url.port)
+            async with r.session.get("/health") as response:
+                port = response.url.port
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n"
                 b"X-Request-Id: \xff\r\ntraceparent: \xff\xfe\r\nConnection: close\r\n\r\n{}"
