@@ -11,6 +11,23 @@ lease_id, so a stale reference to a request id or to a restarted engine never ma
 * Times are this process's monotonic clock; no other process's clock is ever compared.
 * Knows block ids as opaque numbers; frees nothing itself: `LeaseBook.expire` and `close` say
   which requests' blocks may be freed, each exactly once.
+
+Why it is so, and what was rejected:
+
+* One lease with one deadline, not several maps by request id (vLLM's in-tree NIXL has four):
+  each map has its own way to be forgotten, and a block kept for ever is KV memory lost for ever.
+* A random id, not the request id: request ids come from clients and come again, and a restarted
+  engine knows nothing of the ids that it had. An id that is not found is over; nothing is guessed.
+* Time is counted here, from when a renewal arrived. An expiry time in the ticket would compare two
+  machines' clocks, and be wrong by as much as these differ. The reader learns whether its lease
+  stood by asking after the read (Close), so it needs no clock of ours at all.
+* An expired lease frees its blocks though a reader may be in the middle of a read: nothing that a
+  remote does may keep memory here. The reader's data is then worthless, and Close tells it so.
+* A reader is counted by its rank, not by a message: a Close that is repeated ends nothing twice,
+  and two decode engines with one ticket do not end each other's reads.
+* A promise holds no blocks and has no deadline: the scheduler ends it, by a grant or a withdrawal.
+* The heap of deadlines may lag behind renewals: moving an entry on every renewal would cost a
+  search for each, and an entry that is early only puts itself back.
 """
 
 import enum

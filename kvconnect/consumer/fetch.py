@@ -8,6 +8,25 @@ wrong moves it to FAILING, where it stays until no transport can touch our block
 * Every remote rank, read or not, is told when we are done with its blocks.
 * Its lease is renewed until it ends (`kvconnect.consumer.renew`). A request that fetches nothing
   is no business of this module (`kvconnect.consumer.release`).
+
+Why it is so, and what was rejected:
+
+* We read, they do not write into our blocks. Bytes that arrive too late by a read are thrown away
+  by whoever asked for them; a late write cannot be unwritten, and the block may have a new owner.
+  What is written to us is chunks, into staging slots that are nobody's KV.
+* Whether the lease stood is asked after the read, of every rank that was read, and counts for all
+  of it. Asking before proves nothing; checking clocks compares two machines'; a checksum of every
+  block would find changed bytes, not a block that honestly holds another prompt by now.
+* FAILING is a phase, not an exit: blocks that are reported are freed by vLLM and written by
+  others. A fetch is reported once no read of ours runs and no scatter of ours does; a read that
+  does not end by its deadline is fenced by dropping the peer, which ends all reads from it.
+* A phase machine that `tick` advances, not a callback for each answer or a coroutine for each
+  fetch: the deadline, an abort, a peer's end and an answer may come in any order, and there is one
+  place that looks at all of them. Tests step it with a clock that stands still.
+* The paths of a rank stand in for each other once in a fetch. Trying again for longer costs the
+  request more than prefilling here would.
+* A failure belongs to a fetch and says why in one line with the request's id. What is left of a
+  partial read is not used: which blocks of it were whole is known only once the lease was checked.
 """
 
 import contextlib

@@ -135,12 +135,13 @@ class Open(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """The lease stands; these blocks may be read until ``ttl_ms`` after Open was *sent*."""
+    """The lease stands, and these are its blocks. Whether it stood all along, Close says."""
 
     seq: Seq
     lease_id: LeaseId = msgspec.field(name="generation")
     tables: Annotated[tuple[Table, ...], msgspec.Meta(max_length=4096)]
     ttl_ms: Count
+    """How long the lease lasts unless it is renewed. Read by nobody, but 2.x peers require it."""
 
 
 class Refused(Message, frozen=True):
@@ -148,6 +149,7 @@ class Refused(Message, frozen=True):
 
     seq: Seq
     cause: Name
+    """The kind of reason. The receiver of chunks acts on it: it asks again, or reads directly."""
     detail: Detail
 
 

@@ -228,3 +228,29 @@ def test_sizes_counts_what_is_there(tmp_path):
     assert files == [package / "b/two.py", package / "one.py"]
     assert sizes.lines(files) == 3
     assert sizes.classes(files) == {"A": files, "B": files[:1]}
+
+
+def test_the_names_of_an_event_on_its_way_exist():
+    """docs/structure.md, "One event, one verb": each name in it is a method, or an order."""
+    page = (ROOT.parent / "docs/structure.md").read_text()
+    table = page.partition("## One event, one verb")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2:] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 8
+    owners = {"Scheduler": 0, "Planner": 1, "LeaseBook": 5}
+    for row in rows:
+        for owner, column in owners.items():
+            for name in re.findall(r"`(\w+)`", row[column]):
+                assert name in methods_of(owner), f"{owner}.{name}"
+        for order in re.findall(r"`(\w+)`", row[2]):
+            assert methods_of(order) is not None, order
+        for owner, name in re.findall(r"`(\w+)\.(\w+)`", row[3]):
+            assert name in methods_of(owner), f"{owner}.{name}"
+
+
+def methods_of(name):
+    """Names of the functions in a class of the package; None: there is no such class."""
+    for path in FILES:
+        for node in parsed(path).body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                return {f.name for f in node.body if isinstance(f, ast.FunctionDef)}
+    return None
