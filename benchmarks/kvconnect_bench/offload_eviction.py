@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvconnect.offload.eviction import POLICIES, make
-from kvconnect.testing.traces import Trace, belady_hits, hits, scans, zipf
+from kvconnect_bench.traces import Trace, belady_hits, hits, scans, zipf
 
 KEYS, ACCESSES = 20_000, 200_000
 CAPACITIES = (KEYS // 50, KEYS // 10, KEYS // 4)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from late import LateKernels
 
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.store.arena import attach
@@ -21,7 +22,6 @@ from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache, Model
-from kvconnect.testing.late import LateKernels
 
 picks = st.integers(0, 1 << 16)
 GROUPS, CHUNK, BLOCKS = 2, 2, 14

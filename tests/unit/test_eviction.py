@@ -4,7 +4,7 @@ import pytest
 
 from kvconnect.errors import ConfigError
 from kvconnect.offload.eviction import POLICIES, make
-from kvconnect.testing.traces import belady_hits, hits, scans, zipf
+from kvconnect_bench.traces import belady_hits, hits, scans, zipf
 
 KEYS, ACCESSES = 2000, 20_000
 

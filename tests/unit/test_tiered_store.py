@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 from faulty_file import DiskFault
+from late import LateKernels
 from msgspec.structs import replace
 from store_bench import BLOCKS, CHUNK, FINGERPRINT, MODEL, Bench, key_of
 
@@ -20,7 +21,6 @@ from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.offload.store.tiered_store import PATIENCE_S
 from kvconnect.ops import load
 from kvconnect.testing.geometry import LAYOUTS, Cache, Model
-from kvconnect.testing.late import LateKernels
 
 
 @pytest.fixture
