@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit crash chaos test-gpu check bench bench-gpu clean
+.PHONY: help setup demo test test-unit crash chaos test-gpu gpu-first check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -46,6 +46,10 @@ chaos: setup ## kill -9 of ranks and of engines, 20 times each side, over every 
 
 test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, no setup
 	@$(GPU_RUN) pytest -q --timeout=600 tests/gpu $(ARGS)
+
+gpu-first: ## what works on this machine's GPU, step by step, in ten minutes (ARGS=--fake: without one)
+	@cd "$(ROOT)" && if [ -f .venv/bin/activate ]; then . scripts/env.sh; fi && \
+	    "$(GPU_PYTHON)" -P scripts/gpu_first.py $(ARGS)
 
 check: setup ## lint, formatting, types
 	@$(RUN) ruff check . && ruff format --check . && mypy

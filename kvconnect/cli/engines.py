@@ -123,7 +123,10 @@ class VllmServe:
         arguments += ["--gpu-memory-utilization", "0.3"]  # where there is a GPU, engines share it
         if self.transfer is not None:
             arguments += ["--kv-transfer-config", json.dumps(self.transfer)]
-        return [*_PYTHON, "vllm.entrypoints.cli.main", "serve", *arguments, *self.options]
+        # for developers: what all engines of the demo, benchmarks and tests get too
+        more = os.environ.get("KVCONNECT_ENGINE_OPTIONS", "").split()
+        serve = ("vllm.entrypoints.cli.main", "serve")
+        return [*_PYTHON, *serve, *arguments, *self.options, *more]
 
 
 def engine_env(**more: str) -> dict[str, str]:
