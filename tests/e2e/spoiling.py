@@ -1,10 +1,12 @@
 """A prefill engine's connector that spoils chunks on their way, as a broken machine would.
 
-Which way, the file named by SPOIL_FILE says; it is looked at for every chunk.
+Which way, the file named by SPOIL_FILE says; it is looked at for every chunk. "stopped N" stops the
+processes of group N, once, when a chunk is about to be written.
 """
 
 import ctypes
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ def fault() -> str:
     return path.read_text() if path.exists() else ""
 
 
-class SpoilingSupplier(ChunkSender):
+class SpoilingSender(ChunkSender):
     """Does what it should, but for the fault of the day."""
 
     def _gather(self, link, want):
@@ -60,6 +62,9 @@ class SpoilingSupplier(ChunkSender):
                 filling.not_before = time.monotonic() + LATE_S
             if time.monotonic() < filling.not_before:
                 return
+        elif kind.startswith("stopped "):
+            Path(os.environ[SPOIL_FILE]).write_text("")
+            os.killpg(int(kind.split()[1]), signal.SIGSTOP)
         submit = self._transport.submit
 
         def half(work):
@@ -80,7 +85,7 @@ class SpoilingSupplier(ChunkSender):
             self._transport.__dict__.pop("submit", None)
 
 
-kvconnect.mover.Supplier = SpoilingSupplier
+kvconnect.mover.ChunkSender = SpoilingSender
 
 
 class SpoilingConnector(KVConnectNixl):

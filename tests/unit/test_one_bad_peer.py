@@ -196,6 +196,19 @@ def test_readers_whose_process_ended_are_forgotten():
     assert len(dropped) == 3
 
 
+def test_a_reader_that_a_write_failed_to_reach_is_forgotten_at_once():
+    world = World()
+    p, d = make(world), make(world)
+    Load(p, d, "warm").seconds()
+    p.transports[0].usual = Plan(Fault.LOST)
+    Load(p, d, "fails")
+    while not p.transports[0].running:
+        world.go_on(1)
+    hang(d)
+    world.go_on(6)
+    assert p.movers[0].held()["staged_readers"] == 0
+
+
 # -- a source that hangs, and the engine that reads it ------------------------------------------
 
 
