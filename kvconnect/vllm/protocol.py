@@ -5,7 +5,7 @@ connector's: all of it is in ``kv_transfer_params``, see `kvconnect.vllm.params`
 speak others; each is a subclass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from kvconnect.config import PeerConfig
@@ -61,6 +61,10 @@ class RouterProtocol:
         out; ask again at the next step.
         """
         return parse_offer(request.kv_transfer_params, Prompt(request, backoff), *self.us[:3])
+
+    def asks_about(self, request: Any) -> Hashable:  # noqa: ARG002 - of other contracts
+        """What an `offer` of None waits for: requests with the same are answered together."""
+        return None
 
     def unused(self, request: Any) -> Offer | None:
         """As `offer`, of a request that will never run: only its lease."""

@@ -22,12 +22,14 @@ from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
+from kvconnect.vllm.undecided import Undecided
 from kvconnect.vllm.windows import Windows, held_from
 from kvconnect.vllm.worker import RankMetadata
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 SAMPLE = re.compile(r"\d+_")  # vLLM's names of the samples of a prompt begin so (ParentRequest)
+MAX_UNDECIDED = 4096
 NULL_BLOCK = 0  # vLLM's BlockPool takes block 0 as the placeholder of blocks it does not keep
 SHORTENED = "_kvconnect_shortened"  # attribute of a vLLM request
 NOWHERE = (Address("localhost", 1), "unnamed")  # until the workers have said where they are
@@ -47,7 +49,7 @@ class Scheduler:
         secret = read_secret(config.auth_secret_file)
         self._us = EngineInfo(ours.engine_id, secret, config.kv_lease_duration, ours.kv_role)
         self._protocol = protocol_type(self._us, config, vllm_config)
-        self._undecided: dict[str, Any] = {}  # requests whose offer is still being found out
+        self._undecided = Undecided()
         # request that was offered what this engine leases itself → lease id, request id
         self._own: dict[str, tuple[str | None, str]] = {}
         self._groups = _compat.transfer_group_ids(kv_cache_config)
@@ -96,8 +98,7 @@ class Scheduler:
     def on_new_request(self, request: Any) -> None:
         """A new request: note its offer, promise its KV."""
         if self._protocol.loads(request):
-            self._undecided[request.request_id] = request
-            self._decide()
+            self._note(request)
         elif self._protocol.lends(request):
             self._shorten(request)
             self._planner.promise(request.request_id, self._protocol.name(request))
@@ -166,33 +167,59 @@ class Scheduler:
         """The engine ends. Idempotent."""
         self._protocol.close()
 
+    def _note(self, request: Any) -> None:
+        """Note the offer of a request that has arrived, or have it found out."""
+        about = self._protocol.asks_about(request)
+        if len(self._undecided) >= MAX_UNDECIDED:
+            why = f"{MAX_UNDECIDED} requests wait for where their prefill is to be found out"
+            self._take(request, self._unusable(request, why))
+        elif self._undecided.waits_for(about) or not self._look(request):
+            self._undecided.add(about, request)
+
     def _decide(self) -> None:
-        """Note the offers that are known by now; release those of requests that ended meanwhile."""
-        for request_id, request in list(self._undecided.items()):
-            try:
-                offer = self._offer(request)
-            except OwnLeaseError as e:
-                self._own[request_id], offer = (e.lease_id, e.request_id), None
-            except OfferError as e:
-                self._planner.stats.count("num_invalid_params")
-                logger.warning(
-                    "request %s: what it says of its KV is unusable, it is prefilled here: %s",
-                    request_id,
-                    e,
-                )
-                offer = self._protocol.unusable(request)
-            else:
-                if offer is None:
-                    continue
-            del self._undecided[request_id]
-            if offer is not None:
-                if SAMPLE.match(request_id):
-                    offer = offer._replace(source=replace(offer.source, samples=True))
-                self._planner.renew(request_id, offer)
-            if request.is_finished() or (offer is not None and not offer.tokens):
-                self._planner.end(request_id)  # nothing to fetch: its lease is let go at once
-            if request.is_finished():
-                self._release_own(request_id)
+        """Note the offers that are known by now; release those of requests that ended meanwhile.
+
+        Requests that wait for the same answer are looked at once: the first one is.
+        """
+        for about in self._undecided.asked():
+            while (request := self._undecided.first(about)) and self._look(request):
+                self._undecided.remove(about, request)
+
+    def _look(self, request: Any) -> bool:
+        """Note what a request offers, if it is known by now."""
+        offer: Offer | None
+        try:
+            offer = self._offer(request)
+        except OwnLeaseError as e:
+            self._own[request.request_id], offer = (e.lease_id, e.request_id), None
+        except OfferError as e:
+            offer = self._unusable(request, str(e))
+        else:
+            if offer is None:
+                return False
+        self._take(request, offer)
+        return True
+
+    def _unusable(self, request: Any, why: str) -> Offer | None:
+        """What is left of an unusable offer: a lease to let go, or nothing."""
+        self._planner.stats.count("num_invalid_params")
+        logger.warning(
+            "request %s: what it says of its KV is unusable, it is prefilled here: %s",
+            request.request_id,
+            why,
+        )
+        return self._protocol.unusable(request)
+
+    def _take(self, request: Any, offer: Offer | None) -> None:
+        request_id = request.request_id
+        if offer is not None:
+            if SAMPLE.match(request_id):
+                offer = offer._replace(source=replace(offer.source, samples=True))
+            self._planner.renew(request_id, offer)
+        if request.is_finished() or (offer is not None and not offer.tokens):
+            self._planner.end(request_id)  # nothing to fetch: its lease is let go at once
+        if request.is_finished():
+            self._release_own(request_id)
 
     def _release_own(self, request_id: str) -> None:
         """The request holds its blocks, or needs none: a lease of our own on them may end."""

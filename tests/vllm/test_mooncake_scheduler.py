@@ -9,6 +9,7 @@ from halves import Block, Engine
 from vllm.v1.request import RequestStatus
 
 from kvconnect.config import MooncakeConfig
+from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
 from kvconnect.orders import Fetch, Grant, Promise, Release, RenewLease, Withdraw
 from kvconnect.vllm.mooncake import place
@@ -104,6 +105,51 @@ def test_a_request_waits_in_the_queue_while_prefill_is_looked_up(p, d):
     assert d.scheduler.get_num_new_matched_tokens(request, 16) == 24
     again = d.arrives(decode(p, transfer_id="xfer-2"), "r2")
     assert d.scheduler.get_num_new_matched_tokens(again, 0) == 40, "at once: it is known by now"
+
+
+def test_requests_that_wait_for_one_endpoint_are_one_look(d, monkeypatch):
+    """Used to be: 2,000 that wait took 11 ms of each step, and 12 s while they arrived."""
+    looks, answers = [], []
+    monkeypatch.setattr(
+        "kvconnect.vllm.mooncake.resolver.Resolver.find",
+        lambda self, endpoint, engine_id: looks.append(endpoint) or (answers or [None])[-1],
+    )
+
+    def waits(number, endpoint):
+        params = {
+            "do_remote_prefill": True,
+            "remote_bootstrap_addr": f"http://10.0.0.{endpoint}:8998",
+            "remote_engine_id": f"P{number % 7}",
+            "transfer_id": f"xfer-{number}",
+        }
+        return d.arrives(params, f"r{number}")
+
+    requests = [waits(number, number % 2) for number in range(2000)]
+    assert len(looks) == 2
+    del looks[:]
+    assert d.scheduler.take_orders() == []
+    assert len(looks) == 2
+    assert d.scheduler.get_num_new_matched_tokens(requests[-1], 0) is None
+    answers.append((Address("10.0.0.1", 7000),))
+    orders = d.scheduler.take_orders()
+    assert [type(order) for order in orders] == [RenewLease] * 2000
+    assert {order.request_id for order in orders} == {r.request_id for r in requests}
+    assert d.scheduler.get_num_new_matched_tokens(requests[-1], 0) == 40
+
+
+def test_requests_that_wait_to_be_looked_up_are_bounded(d, monkeypatch):
+    monkeypatch.setattr("kvconnect.vllm.mooncake.resolver.Resolver.find", lambda *_: None)
+    monkeypatch.setattr("kvconnect.vllm.scheduler.MAX_UNDECIDED", 3)
+    params = {
+        "do_remote_prefill": True,
+        "remote_bootstrap_addr": "http://10.0.0.1:8998",
+        "remote_engine_id": "P",
+        "transfer_id": "xfer",
+    }
+    found = [
+        d.scheduler.get_num_new_matched_tokens(d.arrives(params, f"r{n}"), 0) for n in range(5)
+    ]
+    assert found == [None, None, None, 0, 0], "the others are prefilled here"
 
 
 def test_what_cannot_be_found_is_prefilled_here(p, d):

@@ -11,7 +11,7 @@ greeting. The digest of the prompt protects what a transfer id alone would not.
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -83,6 +83,12 @@ class MooncakeProtocol(RouterProtocol):
             return None
         prompt = Prompt(request, backoff)
         return Offer(source, prompt.num_tokens, prompt.digest(prompt.num_tokens))
+
+    def asks_about(self, request: Any) -> Hashable:
+        try:
+            return parse_endpoint(request.kv_transfer_params.get("remote_bootstrap_addr"))
+        except OfferError:  # which `offer` will say
+            return None
 
     def unused(self, request: Any) -> Offer | None:
         if not _names_transfer(request):
