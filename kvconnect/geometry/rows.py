@@ -46,9 +46,10 @@ def _part_rows(src: Part, dst: Part, src_heads: Heads, dst_heads: Heads, rect: R
     """One part's rows, of all heads and tokens of a block: as long as both sides are contiguous.
 
     Axes are taken from our innermost outwards. 2 heads of 4 tokens of 8 elements of 2 bytes, ours
-    ``[head][token][content]`` (strides 64, 16, 2), the peer's ``[token][head][content]`` (16, 32, 2):
-    content: 2 = 2 = run, so the run grows to 16 bytes; token: 32 and 16 differ, head: 16 and 64;
-    eight rows of 16 bytes. Between equal layouts all three axes join, to one row of 128 bytes.
+    ``[head][token][content]`` (strides 64, 16, 2), the peer's ``[token][head][content]``
+    (16, 32, 2): content: 2 = 2 = run, so the run grows to 16 bytes; token: 32 and 16 differ,
+    head: 16 and 64, so there are eight rows of 16 bytes. Between equal layouts all three axes
+    join, to one row of 128 bytes.
     """
     if src.itemsize != dst.itemsize:  # a row would reach beyond our own cell
         raise GeometryError(

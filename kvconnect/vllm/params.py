@@ -40,7 +40,7 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     ]
     """Every rank's address and incarnation."""
     held_from: Count | None = None
-    """The first token from which on all is held; before it, windows let go. Optional: who is older does not say."""
+    """The first token from which on all is held; older engines do not say."""
 
 
 TICKET_VERSION = 1
