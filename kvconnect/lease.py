@@ -72,7 +72,7 @@ class _Lease:
     last_deadline: float
     readers: int | None = None  # how many ranks will close; said by the first one
     closed: set[int] = field(default_factory=set)  # of those, the ones that did
-    reading: set[Hashable] = field(default_factory=set)  # who is between open and close
+    reading: set[Hashable] = field(default_factory=set)  # readers between open and close
 
 
 class LeaseBook:

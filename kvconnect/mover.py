@@ -66,7 +66,7 @@ Fence = Callable[[], bool]
 
 
 class Mover:
-    """See the module's contract."""
+    """The worker's loop; the module says what it promises."""
 
     def __init__(
         self,
@@ -78,7 +78,11 @@ class Mover:
         staging: Staging | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        """``staging`` and ``kernels``, both or none: for the staged path."""
+        """The mover owns ``transport`` and ``channel`` from now on.
+
+        ``memory`` describes the KV caches of this rank. ``staging`` and ``kernels`` are for the
+        staged path, and are given both or not at all.
+        """
         self.incarnation = secrets.token_hex(8)
         self.address = channel.address
         """Where its control channel listens."""

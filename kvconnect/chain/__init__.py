@@ -1,1 +1,1 @@
-"""Several sources of KV as one: who gives which part, and loads under way."""
+"""Several sources of KV as one: which source gives which part, and loads under way."""

@@ -115,7 +115,7 @@ class _RunningHop:
 
 
 class ChainLoader:
-    """See the module's contract."""
+    """All chained loads of one rank; the module says what it promises."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A load from several sources: who gives which chunks, and who else when one fails.
+"""A load from several sources: which gives which chunks, and which else when one fails.
 
 A chain covers what its sources cover together: of a peer that has the first ten chunks and host
 memory that has the next six, a load is sixteen chunks long. Among sources that have a chunk, the
@@ -104,7 +104,7 @@ def plan(chunks: Sequence[int], sources: Sequence[SourceRate]) -> list[Hop]:
 
 
 class LoadPlan:
-    """One load of ``chunks`` under way; see the module's contract."""
+    """One load of ``chunks`` under way: what each source is to give, and what has failed."""
 
     def __init__(self, chunks: Sequence[int], sources: Sequence[SourceRate]) -> None:
         self.failed: set[int] = set()

@@ -5,7 +5,7 @@ that was read says, after the read, that the lease still stood: late is failed. 
 wrong moves it to FAILING, where it stays until no transport can touch our blocks any more.
 
 * An id is reported exactly once, and only if it was ordered by a Fetch.
-* Every remote rank, read or not, is told when we are done with its blocks.
+* Every remote rank, read or not, gets a Close when we are done with its blocks.
 * Its lease is renewed until it ends (`kvconnect.consumer.renew`). A request that fetches nothing
   is no business of this module (`kvconnect.consumer.release`).
 
@@ -179,7 +179,7 @@ class Fetcher:
         return min((f.deadline for f in self._fetches.values()), default=None)
 
     def take(self) -> tuple[set[str], dict[str, str]]:
-        """Requests whose fetch ended, and of those the failed ones; each told once."""
+        """Requests whose fetch ended, and of those the failed ones; each is reported once."""
         taken = self._received, self._failed
         self._received, self._failed = set(), {}
         return taken

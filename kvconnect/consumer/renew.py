@@ -1,7 +1,7 @@
 """Keeps leases alive while the requests that will fetch them wait to be scheduled.
 
 Greets their source early, and renews every third of the ttl from the mover's own clock. Knows no
-fetches: who ends one calls `forget`.
+fetches and releases: whatever ends one calls `forget`.
 """
 
 from collections.abc import Iterator

@@ -123,7 +123,7 @@ class LeaseServer:
         return min((t for t in times if t is not None), default=None)
 
     def take_freed(self) -> set[str]:
-        """Requests whose blocks may be freed, each told once."""
+        """Requests whose blocks may be freed, each reported once."""
         freed, self._freed = self._freed, set()
         return freed
 
@@ -256,7 +256,7 @@ class EarlyReaders:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._waiting: dict[str, dict[tuple[Link, int], _Early]] = {}  # name → (…, seq) → who
+        self._waiting: dict[str, dict[tuple[Link, int], _Early]] = {}  # name → (…, seq)
         self._counts: Counter[Link] = Counter()
         # (no later than it ends, name, key), of each one that waits and of some that did
         self._heap: list[tuple[float, str, tuple[Link, int]]] = []
@@ -294,7 +294,7 @@ class EarlyReaders:
                 self._drop(name, key)
 
     def tick(self) -> list[tuple[Link, wire.Open]]:
-        """Forget those who have fallen silent; returns those who have waited for too long."""
+        """Forget readers that have fallen silent; returns those that have waited for too long."""
         now, late = self._clock(), []
         while self._heap and self._heap[0][0] <= now:
             _, name, key = heapq.heappop(self._heap)

@@ -36,7 +36,7 @@ class Orders(KVConnectorMetadata):
 class PeerConnector(HalvesConnector[Scheduler, Worker]):
     """Prefill → decode: the decode engine gets leased blocks of the prefill engine.
 
-    Connectors differ in their options, which choose the transport, and in their contract.
+    Connectors differ in their options, which choose the transport, and in their router protocol.
     """
 
     config_type: ClassVar[type[PeerConfig]]

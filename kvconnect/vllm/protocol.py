@@ -1,6 +1,6 @@
 """How a request says that its KV is elsewhere, or is to be handed over, and what we answer.
 
-The contract between engines and the routers in front of them. This one is vLLM's NIXL
+The protocol between engines and the routers in front of them. This one is vLLM's NIXL
 connector's: all of it is in ``kv_transfer_params``, see `kvconnect.vllm.params`. Other routers
 speak others; each is a subclass.
 """
@@ -34,10 +34,13 @@ class EngineInfo(NamedTuple):
 
 
 class RouterProtocol:
-    """See above. ``request`` is vLLM's; nothing that a client sends may raise but OfferError."""
+    """How requests say what is to be loaded or lent, and what they are answered.
+
+    ``request`` is vLLM's. Whatever a client sends, nothing but OfferError may be raised.
+    """
 
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:  # noqa: ARG002
-        """``config`` and ``vllm_config`` are for contracts that have options, or endpoints."""
+        """``config`` and ``vllm_config`` are for protocols that have options, or endpoints."""
         self.us = us
 
     def addresses_known(self, addresses: Sequence[Address]) -> None:
@@ -79,13 +82,13 @@ class RouterProtocol:
         except OfferError:
             return None
 
-    def name(self, request: Any) -> str:  # noqa: ARG002 - of other contracts
+    def name(self, request: Any) -> str:  # noqa: ARG002 - other protocols use it
         """Under which name the lease of a request that `lends` is found; "": its request id."""
         return ""
 
     def answer(
         self,
-        request: Any,  # noqa: ARG002 - of other contracts
+        request: Any,  # noqa: ARG002 - other protocols use it
         ticket: Ticket,
         tables: Sequence[Sequence[int]],
         sizes: dict[str, int],

@@ -156,7 +156,7 @@ class Worker:
         return Introduction({self._index: metadata})
 
     def put(self, orders: Sequence[Order]) -> None:
-        """Hand the scheduler's orders to the mover, behind what the device still computes."""
+        """Give the mover the scheduler's orders, for after the device's current work."""
         if self._mover is None or not orders:
             return
         for order in orders:

@@ -210,7 +210,7 @@ def test_the_first_child_with_something_loads_and_all_are_asked():
     one = multi(child(), child(match=(8, True)), child(match=(16, False)))
     assert one.get_num_new_matched_tokens(asked(), 0) == (8, True)
     one.update_state_after_alloc(asked(), None, 8)
-    assert [c.seen[-1][1] for c in one._connectors] == [0, 8, 0]
+    assert [c.seen[-1][1] for c in one.children] == [0, 8, 0]
     later = multi(child(match=(8, True)), child(match=(None, False)))
     assert later.get_num_new_matched_tokens(asked(), 0) == (None, False)
 
@@ -230,7 +230,7 @@ def test_a_handshake_goes_to_the_child_that_made_it():
     worker = multi(child(handshake="a"), child(), child(handshake="c"), role=KVConnectorRole.WORKER)
     scheduler = multi(child(), child(), child())
     scheduler.set_xfer_handshake_metadata_pp_aware({(1, 0): worker.get_handshake_metadata()})
-    seen = [c.seen for c in scheduler._connectors]
+    seen = [c.seen for c in scheduler.children]
     assert seen == [[("handshake", {(1, 0): "a"})], [], [("handshake", {(1, 0): "c"})]]
     assert multi(child(), role=KVConnectorRole.WORKER).get_handshake_metadata() is None
 
@@ -338,7 +338,7 @@ def test_each_child_sees_its_params_all_the_time_and_what_it_wrote_there():
     one.on_new_request(asks)
     one.get_num_new_matched_tokens(asks, 0)
     one.request_finished_all_groups(asks, ([1],))
-    first, second = ([seen[1] for seen in c.seen] for c in one._connectors)
+    first, second = ([seen[1] for seen in c.seen] for c in one.children)
     assert first == [{"k": 1, "noted": True}] * 3
     assert second == [{"k": 2, "noted": True}] * 3
     assert asks.kv_transfer_params is params
@@ -597,7 +597,7 @@ def test_tokens_are_counted_by_one_rank_and_what_else_happened_by_each():
     peer = PeerWorker()
     worker = rank(peer)
     for first in (False, True):
-        worker._first_rank = first
+        worker.counts_tokens = first
         loading(worker, "r", (0, 1))
         name = peer.fetches[-1].request_id
         peer.next = Outcome(received={name}, ended_s={name: 1.0})

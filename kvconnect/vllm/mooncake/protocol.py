@@ -1,4 +1,4 @@
-"""The contract of vLLM's MooncakeConnector: a transfer id that both engines are told at once.
+"""The protocol of vLLM's MooncakeConnector: a transfer id that both engines get at once.
 
 Prefill's params name the transfer, decode's also the prefill engine and its bootstrap endpoint,
 where its ranks are found; nothing is answered. Params of the NIXL form are understood as well,
@@ -37,7 +37,7 @@ MAX_ID_CHARS = 512
 
 
 class MooncakeProtocol(RouterProtocol):
-    """See above."""
+    """See the module; params of the NIXL form are the base class's."""
 
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:
         super().__init__(us, config, vllm_config)
@@ -101,7 +101,7 @@ class MooncakeProtocol(RouterProtocol):
             return ""
         try:
             return _transfer(request.kv_transfer_params)
-        except OfferError:  # found by its request id, by nobody who follows this contract
+        except OfferError:  # then only its request id finds it, which no router of this kind uses
             return ""
 
     def answer(
@@ -114,15 +114,15 @@ class MooncakeProtocol(RouterProtocol):
         return None if self.name(request) else super().answer(request, ticket, tables, sizes)
 
     def _serve(self) -> BootstrapServer:
-        told = self._directory, self._allowed, self.us.secret
+        arguments = self._directory, self._allowed, self.us.secret
         try:
-            return BootstrapServer(self._place.port, *told)
+            return BootstrapServer(self._place.port, *arguments)
         except ConfigError as e:
             # whoever can be either side may be there for other routers, and nobody chose the port
             if self.us.role != "kv_both" or PORT in os.environ:
                 raise
             logger.warning("kvconnect: Mooncake's own routers do not find this engine: %s", e)
-            return BootstrapServer(0, *told)
+            return BootstrapServer(0, *arguments)
 
     def _source(self, request: Any) -> Source | None:
         """None: being found out."""

@@ -1,7 +1,7 @@
 """Both halves of a chain: connectors of ours that load together, from where vLLM calls them.
 
-Who of them has what is asked when vLLM asks; who gives what is each rank's own decision, see
-`kvconnect.chain.load`. What they save, lend and count they do as if they were alone.
+Which of them has what is asked when vLLM asks; which gives what each rank decides by itself, see
+`kvconnect.chain.load`. They save, lend and count as if they were alone.
 """
 
 from collections import Counter
@@ -145,13 +145,14 @@ class ChainWorker:
         self._peers = peers
         self._store = store
         self._chained = ChainLoader(self, peers, _block_bytes(kv_cache_config))
-        self._first_rank = False
+        self.counts_tokens = False
+        """Whether this is the first rank: tokens are the same on all, and counted there alone."""
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
         self._lost: set[int] = set()
 
     def register_kv_caches(self) -> None:
         """The children have registered the caches."""
-        self._first_rank = this_rank().index == 0
+        self.counts_tokens = this_rank().index == 0
 
     def put(self, orders: Sequence[ChainedLoad | CancelLoad]) -> None:
         """A step's orders, after the children's own."""
@@ -191,7 +192,7 @@ class ChainWorker:
     def take_counts(self) -> dict[str, int] | None:
         """What was counted since the last call; tokens by the first rank alone."""
         counts, self._chained.counts = self._chained.counts, Counter()
-        kept = {n: c for n, c in counts.items() if c and (self._first_rank or "tokens" not in n)}
+        kept = {n: c for n, c in counts.items() if c and (self.counts_tokens or "tokens" not in n)}
         return kept or None
 
     # -- Carriers ------------------------------------------------------------------------

@@ -69,6 +69,11 @@ class KVConnectMulti(in_tree.MultiConnector):
         if stores:
             recompute_failed_loads(self._kv_transfer_config)
 
+    @property
+    def children(self) -> list[Any]:
+        """The connectors, in the order in which they are configured."""
+        return list(self._connectors)
+
     # -- classes of vLLM ask before there is an instance ---------------------------------
 
     @classmethod

@@ -19,7 +19,7 @@ CLASS, DATA = "class", "data"
 
 
 class MultiStats(KVConnectorStats):
-    """Stats by label; ``classes`` says whose they are, for who has only their plain data."""
+    """Stats by label; ``classes``: the class of each, to make them again from plain data."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
         super().__init__(data or {})

@@ -1,4 +1,4 @@
-"""``KVConnectP2pNccl``: prefill → decode over NCCL or UCX, for who used vLLM's P2pNcclConnector."""
+"""``KVConnectP2pNccl``: prefill → decode over NCCL or UCX, in place of vLLM's P2pNcclConnector."""
 
 import logging
 from typing import Any

@@ -1,4 +1,4 @@
-"""The contract of vLLM's P2pNcclConnector: request ids say which engines take part.
+"""The protocol of vLLM's P2pNcclConnector: request ids say which engines take part.
 
 Params of the NIXL form go first: where there are some, ids say nothing. What part is ours in an
 id's pairing our kv_role says, and for ``kv_both`` which of its addresses is ours.
@@ -24,7 +24,7 @@ class _Part(enum.Enum):
 
 
 class P2pProtocol(RouterProtocol):
-    """See above."""
+    """See the module; params of the NIXL form are the base class's."""
 
     _here: Address | None = None  # of our first rank; set before any request
 
