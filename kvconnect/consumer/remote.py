@@ -252,7 +252,7 @@ class Remotes:
         key = tuple(s.address for s in source.shards)
         remote = self._by_addresses.get(key)
         if remote is not None:
-            remote.advance()
+            remote.tick()
         if remote is None or remote.state is PeerState.FAILED:
             remote = self._by_addresses[key] = Remote(key, self.means)
             self._seen = -1

@@ -189,13 +189,15 @@ class ChunkReceiver:
         """Go on as far as it goes; sets ``error`` if that is nowhere."""
         if self.error:
             return
-        ready, error = self._staged.ready(self._hello, self._deadline)
+        ready = True
         try:
-            if error:
-                self._fail(error)
             for asked in list(self._asked):
                 if not self.error:
                     self._take(asked)
+            # after what was refused: it may have to be staged for anew before it is asked for again
+            ready, error = self._staged.ready(self._hello, self._deadline)
+            if error and not self.error:
+                self._fail(error)
             if ready and not self.error:
                 self._ask_again(lease_id, reader)
                 self._ask_more(lease_id, reader)

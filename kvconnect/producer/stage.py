@@ -110,6 +110,8 @@ class _Sending:
     started_at: float
     """When its gather began, by the clock that measures."""
     ticket: TransferId | None = None
+    written_to: Reader | None = None
+    """The reader as it had staged when the write began."""
     refused: bool = False
     """Whether it was given up and only waits for the device to leave its slot alone."""
 
@@ -200,7 +202,8 @@ class ChunkSender:
                 answer = wire.Filled(seq=want.seq, nbytes=want.nbytes, sums=sums)
                 self._answer(link, want.seq, answer)
             else:
-                self._forget(link)  # and its other writes with it: they have one fate
+                if self._readers.get(link) is filling.written_to:  # else it has staged anew since
+                    self._forget(link)  # and its other writes with it: they have one fate
                 self._refuse(link, want, "write", f"the write to you: {done.error}")
             return
 
@@ -281,7 +284,11 @@ class ChunkSender:
                 filling.refused = True
                 detail = f"the device did not gather it within {STALLED_S:g} s"
                 self._refuse(filling.link, filling.want, "device", detail)
-            elif reader is not None and now - reader.wrote_at >= STALLED_S:
+            elif (
+                reader is not None
+                and reader is filling.written_to
+                and now - reader.wrote_at >= STALLED_S
+            ):
                 logger.warning("%s is dropped: no write ended in %g s", reader.name, STALLED_S)
                 self._forget(filling.link)
         # the first ones are those not heard for longest
@@ -376,7 +383,7 @@ class ChunkSender:
             return
         gathered_s = time.perf_counter() - filling.started_at
         self._measured(link, "gather", gathered_s / max(want.nbytes, 1))
-        filling.began = self._clock()
+        filling.began, filling.written_to = self._clock(), reader
         filling.ticket = self._transport.submit(
             Work(
                 op=Op.WRITE,
