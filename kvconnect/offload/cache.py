@@ -1,6 +1,6 @@
 """Which keys a medium holds on all ranks: the scheduler's side of host memory, or of a disk.
 
-* A key is absent, FILLING (admitted, and being stored; invisible to `leading`), or HELD.
+* A key is absent, FILLING (admitted, and being stored; not to be loaded), or HELD.
 * Admission makes room by the eviction policy. What is FILLING or pinned is never evicted; where
   nothing else is left, the newcomer is skipped and counted.
 * Whoever leaves is returned: every rank must be told to forget it, before anything is stored in
@@ -80,15 +80,6 @@ class CacheTier:
     def holds(self, key: Key) -> bool:
         """Whether a key can be loaded; no effect."""
         return self.standing(key) is KeyState.HELD
-
-    def leading(self, keys: Iterable[Key]) -> int:
-        """How many of ``keys``, from the first on, are held; no effect."""
-        count = 0
-        for key in keys:
-            if not self.holds(key):
-                break
-            count += 1
-        return count
 
     def offer(self, keys: Sequence[Key]) -> Admission:
         """KV of ``keys``, in the order of their prefix, can be stored; says which to store."""

@@ -44,7 +44,7 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     offload_prompt_only: bool = False
     """Store what was prefilled, and not what was generated after it. (In-tree: true by default.)"""
     eviction_policy: Literal["lru", "arc", "s3fifo"] = "lru"
-    """What goes when there is no room."""
+    """What goes when there is no room. ``s3fifo`` was cut: ``arc`` keeps as much."""
     store_threshold: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     """How many requests must have had a chunk before it is stored; 0 and 1: the first one."""
     disk_path: str | None = None
@@ -63,6 +63,8 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def __post_init__(self) -> None:
         if self.block_size is not None and self.blocks_per_chunk is not None:
             raise ValueError("block_size and blocks_per_chunk say the same thing: give one of them")
+        if self.eviction_policy == "s3fifo":
+            raise ValueError("eviction_policy is 's3fifo', which was cut; use 'arc' in its place")
         if (self.disk_path is None) != (self.disk_bytes is None):
             raise ValueError("disk_path and disk_bytes belong together: give both, or none")
         if self.memory_path is not None and not (self.persist or self.share):

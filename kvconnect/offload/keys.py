@@ -53,11 +53,6 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     more: tuple[tuple[str, str], ...] = ()
     """Anything else that tells engines apart, as (name, value)."""
 
-    def differences(self, other: "Identity") -> list[str]:
-        """Names of fields in which two identities differ."""
-        fields = self.__struct_fields__
-        return [name for name in fields if getattr(self, name) != getattr(other, name)]
-
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
     """A multimodal item of a prompt."""

@@ -1,6 +1,6 @@
 """Host memory and a disk behind it as one tier: what to load from where, and what to keep.
 
-* `reach` says how many chunks, from the first on, memory and disk hold together. No effect.
+* `has` says whether a chunk can be loaded, from memory, disk or another engine. No effect.
 * `load` and `store` return jobs for every rank; `answered` is told when all ranks have answered
   one, and returns jobs that follow from it, and what ended by it.
 * What is on disk only passes through memory and stays there. Where memory has no room that could
@@ -111,10 +111,6 @@ class OffloadTier:
                 return tier.name
         return "beside" if self._beside[key] >= self._ranks else ""
 
-    def reach(self, keys: Iterable[Key]) -> int:
-        """How many of ``keys``, from the first on, can be loaded; no effect."""
-        return sum(1 for _ in itertools.takewhile(self.has, keys))
-
     def ended(self, keys: Sequence[Key]) -> None:
         """A request with ``keys``, in the order of its prefix, has ended: see `CacheTier.ended`."""
         self.host.ended(keys)
@@ -122,7 +118,7 @@ class OffloadTier:
             self.disk.ended(keys)
 
     def load(self, request_id: str, chunks: Sequence[KeyedChunk]) -> Effects:
-        """Fill the blocks of ``chunks``, which `reach` covered; once a request at a time."""
+        """Fill the blocks of ``chunks``, of which `has` is true; once a request at a time."""
         result = Effects()
         load = self._loads[request_id] = _RequestLoad()
         sources = [self._pin(chunk.key) for chunk in chunks]  # all, before any makes room

@@ -223,7 +223,7 @@ def sharers(folder: Path) -> SharersSetup:
             "memory_path": str(folder / "memory"),
             "share": True,
             "write_policy": "write-back",
-            "eviction_policy": "s3fifo",
+            "eviction_policy": "arc",
         },
         SHORT,
     )

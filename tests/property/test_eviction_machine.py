@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.offload.eviction import Arc, Lru, S3Fifo
+from kvconnect.offload.eviction import Arc, Lru
 
 picks = st.integers(0, 1 << 16)
 
@@ -113,46 +113,6 @@ class ArcModel(Model):
         return victim
 
 
-class S3FifoModel(Model):
-    queues = ("small", "main")
-
-    def __init__(self, capacity):
-        super().__init__(capacity)
-        self.uses, self.ghosts = {}, []
-        self.small_size = max(1, capacity // 10)
-
-    def touch(self, key):
-        self.uses[key] = min(self.uses[key] + 1, 3)
-
-    def enter(self, key):
-        self.uses[key] = 0
-        if key in self.ghosts:
-            self.ghosts.remove(key)
-            self.lists["main"].append(key)
-        else:
-            self.lists["small"].append(key)
-
-    def evict(self, key):
-        while True:
-            small, main = self.lists["small"], self.lists["main"]
-            if small and (self.size("small") >= self.small_size or not main):
-                oldest = small.pop(0)
-                if self.uses[oldest] == 0:
-                    self.ghosts.append(oldest)
-                    self.ghosts = self.ghosts[-(self.capacity - self.small_size) :]
-                    if self.capacity == self.small_size:
-                        self.ghosts = []
-                    return oldest
-                self.uses[oldest] = 0
-                main.append(oldest)
-            else:
-                oldest = main.pop(0)
-                if self.uses[oldest] == 0:
-                    return oldest
-                self.uses[oldest] -= 1
-                main.append(oldest)
-
-
 class PolicyMachine(RuleBasedStateMachine):
     """Keys are few, so that ghosts come back."""
 
@@ -225,4 +185,3 @@ def machine(policy, model):
 
 TestLru = machine(Lru, LruModel)
 TestArc = machine(Arc, ArcModel)
-TestS3Fifo = machine(S3Fifo, S3FifoModel)

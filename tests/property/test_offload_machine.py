@@ -5,6 +5,7 @@ together. At rest, every rank holds exactly what the scheduler thinks: no slot i
 """
 
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,8 @@ class OffloadMachine(RuleBasedStateMachine):
     def load(self, number, skip):
         there = [n for n, key in enumerate(KEYS) if self.tier.has(key)]
         first = there[number % len(there)]
-        reach = self.tier.reach(KEYS[first:])
         chunks = []
-        for key in KEYS[first : first + reach]:
+        for key in takewhile(self.tier.has, KEYS[first:]):
             if len(self.free) < 2:
                 break
             blocks = self.take()

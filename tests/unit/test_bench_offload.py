@@ -42,8 +42,8 @@ def test_no_policy_is_better_than_who_knows_the_future(tmp_path, monkeypatch):
     report = tmp_path / "report.json"
     bench("--parts", "eviction", "--json", str(report))
     rows = [row["row"] for row in json.loads(report.read_text())["rows"]]
-    assert {row["policy"] for row in rows} == {"lru", "arc", "s3fifo"}
-    assert len(rows) == 12
+    assert {row["policy"] for row in rows} == {"lru", "arc"}
+    assert len(rows) == 8
     assert all(0 < row["hit_rate"] <= row["best_hit_rate"] for row in rows)
 
 

@@ -44,7 +44,6 @@ def test_another_engine_has_other_keys_and_another_arena(field):
     other = msgspec.structs.replace(ENGINE, **{field: changed(getattr(ENGINE, field))})
     assert key(other) != key()
     assert arena_fingerprint(other, {}) != arena_fingerprint(ENGINE, {})
-    assert ENGINE.differences(other) == [field]
 
 
 @pytest.mark.parametrize(

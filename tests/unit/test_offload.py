@@ -90,7 +90,7 @@ def test_what_is_on_disk_takes_the_place_of_the_oldest():
     saved(one, B)
     saved(one, C)
     assert not one.host.holds(A)
-    assert one.reach([A, B, C, D]) == 3
+    assert [one.has(key) for key in (A, B, C, D)] == [True, True, True, False]
     result = one.load("r", chunks(A, B))
     assert result.jobs == [
         Forget(C, False),  # B is pinned, though it is older
@@ -145,7 +145,7 @@ def test_what_other_engines_hold_is_loaded_when_every_rank_sees_it():
     one.beside([A, B], [])
     assert not one.has(A)
     one.beside([A], [])
-    assert one.reach([A, B]) == 1
+    assert one.has(A) and not one.has(B)
     result = one.load("r", chunks(A))
     assert result.jobs == [Fill(1, A, 0, (0, 1))]
     result = one.answered(1, True)
@@ -161,7 +161,7 @@ def test_what_every_rank_found_is_known_and_the_rest_forgotten():
     assert common([]) == ([], [])
     one = tier(capacity=1)
     assert one.recovered(kept, [B]).jobs == [Forget(A, False)]
-    assert one.reach([C, B]) == 2
+    assert one.has(C) and one.has(B)
     assert one.clear().jobs == [Forget(C, False), Forget(B, True)]
 
 

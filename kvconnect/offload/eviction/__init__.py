@@ -10,9 +10,8 @@ from kvconnect.errors import ConfigError
 from kvconnect.offload.eviction.arc import Arc
 from kvconnect.offload.eviction.base import Insertion, Key, Policy
 from kvconnect.offload.eviction.lru import Lru
-from kvconnect.offload.eviction.s3fifo import S3Fifo
 
-POLICIES: dict[str, Callable[[int], Policy]] = {"lru": Lru, "arc": Arc, "s3fifo": S3Fifo}
+POLICIES: dict[str, Callable[[int], Policy]] = {"lru": Lru, "arc": Arc}
 
 
 def make(name: str, capacity: int) -> Policy:
@@ -22,4 +21,4 @@ def make(name: str, capacity: int) -> Policy:
     return POLICIES[name](capacity)
 
 
-__all__ = ["POLICIES", "Arc", "Insertion", "Key", "Lru", "Policy", "S3Fifo", "make"]
+__all__ = ["POLICIES", "Arc", "Insertion", "Key", "Lru", "Policy", "make"]
