@@ -13,14 +13,10 @@ with a fake clock.
   raised in the engine's thread by the next `take`.
 """
 
-import contextlib
-import logging
 import secrets
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from kvconnect.config import Settings
 from kvconnect.consumer.fetch import Fetcher
@@ -34,6 +30,7 @@ from kvconnect.control.listener import Listener
 from kvconnect.errors import contained
 from kvconnect.geometry.blocks import Shard
 from kvconnect.lease import Clock
+from kvconnect.loop import Fence, Loop
 from kvconnect.ops import Kernels
 from kvconnect.orders import (
     Cancel,
@@ -54,15 +51,10 @@ from kvconnect.staging import Slots, Staging
 from kvconnect.stats import Stats, StatsData
 from kvconnect.transport.base import Transport
 
-logger = logging.getLogger(f"vllm.{__name__}")
-
 THREAD_NAME = "kvconnect-mover"
 IDLE_WAIT_S = 1.0
 BUSY_PAUSE_S = 100e-6
 SILENT_S, SILENT_PAUSE_S = 1.0, 2e-3
-
-Fence = Callable[[], bool]
-"""True once the device has finished what was submitted before the orders were given."""
 
 
 class Mover:
@@ -119,21 +111,16 @@ class Mover:
         self._remotes = Remotes(context)
         self._renewer, self._releaser, self._fetcher = self._make_consumer(context)
         self._chunk_sender = self._make_chunk_sender(gathered, kernels)
-        self._lock = threading.Lock()  # guards the three below
+        self._loop = Loop(THREAD_NAME, self._turn, channel.wake)
+        # guarded by the loop's lock:
         self._orders: deque[tuple[Sequence[Order], Fence | None, tuple[type[Order], ...]]] = deque()
         self._outcome = Outcome()
-        self._fault: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        self._stopping = threading.Event()
 
     # -- the engine's thread ----------------------------------------------------------
 
     def start(self, on_start: Callable[[], None] = lambda: None) -> None:
         """Run `step` on a thread until `close`; ``on_start`` is the first thing that it does."""
-        self._thread = threading.Thread(
-            target=self._run, args=(on_start,), name=THREAD_NAME, daemon=True
-        )
-        self._thread.start()
+        self._loop.start(on_start)
 
     def put(
         self,
@@ -150,21 +137,20 @@ class Mover:
         """
         if not orders:
             return
-        with self._lock:
+        with self._loop.lock:
             self._orders.append((orders, fence, fenced))
         self._channel.wake()
 
     def take(self) -> Outcome:
         """What ended since the last call; raises what stopped the thread, if anything did."""
-        with self._lock:
-            if self._fault is not None:
-                raise self._fault
+        self._loop.check()
+        with self._loop.lock:
             taken, self._outcome = self._outcome, Outcome()
         return taken
 
     def take_stats(self) -> StatsData | None:
         """What was measured since the last call; None if nothing."""
-        with self._lock:
+        with self._loop.lock:
             return self._reported.take()
 
     def held(self) -> dict[str, int]:
@@ -189,15 +175,8 @@ class Mover:
 
     def close(self) -> None:
         """Stop the thread, then give up the transport and the channel. Idempotent."""
-        if self._stopping.is_set():
-            return
-        self._stopping.set()
-        if self._thread is not None:
-            self._channel.wake()
-            self._thread.join(timeout=10)
-            if self._thread.is_alive():
-                logger.error("the mover did not stop in 10 s; its transport is left as it is")
-                return
+        if self._loop.stopping or not self._loop.close():
+            return  # a thread that did not stop may use the transport still
         self._transport.close()
         self._channel.close()
 
@@ -262,21 +241,12 @@ class Mover:
         """Between busy steps: short while things happen, longer for a reader that went silent."""
         return BUSY_PAUSE_S if self._clock() - self._active_at < SILENT_S else SILENT_PAUSE_S
 
-    def _run(self, on_start: Callable[[], None]) -> None:
-        with contextlib.suppress(OSError):  # so that `top -H` and `bench idle` can tell it
-            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(THREAD_NAME)
-        try:
-            on_start()
-            while not self._stopping.is_set():
-                if not self.step(self.wait_s()) and self._busy:
-                    time.sleep(self._pause_s())
-        except BaseException as e:
-            logger.exception("the mover stopped; the engine will be told")
-            with self._lock:
-                self._fault = e
+    def _turn(self) -> None:
+        if not self.step(self.wait_s()) and self._busy:
+            time.sleep(self._pause_s())
 
     def _carry_out_orders(self) -> None:
-        with self._lock:
+        with self._loop.lock:
             given, self._orders = self._orders, deque()
         for orders, fence, fenced in given:
             for order in orders:
@@ -324,7 +294,7 @@ class Mover:
         self._stats.count("num_kv_expired_reqs", self._lease_server.expired)
         self._stats.count("num_notifications_after_expiry", self._lease_server.late)
         counted = self._stats.take()
-        with self._lock:
+        with self._loop.lock:
             if counted is not None:
                 self._reported.add(counted)
             self._outcome.sent |= sent

@@ -18,7 +18,8 @@ from kvconnect.config import PeerConfig, Settings, read_secret
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.errors import ConfigError
 from kvconnect.geometry.blocks import Region, Shard
-from kvconnect.mover import Fence, Mover
+from kvconnect.loop import Fence
+from kvconnect.mover import Mover
 from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
 from kvconnect.orders import Fetch, Grant, Order, Outcome
