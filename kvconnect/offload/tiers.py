@@ -7,7 +7,7 @@
   be freed, the chunk is failed at once: nobody waits.
 * Write-through spills what was saved; write-back spills what memory evicts. Either may be dropped
   by a rank; then the disk does not hold it.
-* What other engines hold (`beside`) can be loaded and is neither pinned nor kept.
+* What other engines hold (`other_engines`) can be loaded and is neither pinned nor kept.
 * Pure: knows keys and block ids, no ranks' slots, bytes or clocks. A fault is a failed chunk.
 """
 
@@ -88,7 +88,7 @@ class OffloadTier:
         self.counts: Counter[str] = Counter()
         self._writes = writes
         self._ranks = ranks
-        self._beside: Counter[Key] = Counter()  # → how many ranks see it
+        self._other_engines: Counter[Key] = Counter()  # → how many ranks see it
         self._numbers = itertools.count(1)
         self._saves: dict[int, Key] = {}
         self._spills: dict[int, tuple[Key, list[Pin]]] = {}
@@ -102,14 +102,14 @@ class OffloadTier:
 
     def has(self, key: Key) -> bool:
         """Whether a chunk can be loaded; no effect. See `kvconnect.offload.hits`."""
-        return bool(self.whence(key))
+        return bool(self.source_of(key))
 
-    def whence(self, key: Key) -> str:
+    def source_of(self, key: Key) -> str:
         """From where a chunk would be loaded: host, disk, beside, or "" for nowhere; no effect."""
         for tier in (self.host, self.disk):
             if tier and tier.holds(key):
                 return tier.name
-        return "beside" if self._beside[key] >= self._ranks else ""
+        return "beside" if self._other_engines[key] >= self._ranks else ""
 
     def ended(self, keys: Sequence[Key]) -> None:
         """A request with ``keys``, in the order of its prefix, has ended: see `CacheTier.ended`."""
@@ -197,13 +197,13 @@ class OffloadTier:
             self._forget(self.disk.recover(disk), self.disk, result)
         return result
 
-    def beside(self, gained: Iterable[Key], lost: Iterable[Key]) -> None:
+    def other_engines(self, gained: Iterable[Key], lost: Iterable[Key]) -> None:
         """A rank sees what other engines hold, or held."""
-        self._beside.update(gained)
+        self._other_engines.update(gained)
         for key in lost:
-            self._beside[key] -= 1
-            if self._beside[key] <= 0:  # it may have come before there was a tier to be told
-                del self._beside[key]
+            self._other_engines[key] -= 1
+            if self._other_engines[key] <= 0:  # it may have come before there was a tier to be told
+                del self._other_engines[key]
 
     def clear(self) -> Effects:
         """Forget everything; what is under way is forgotten when it has ended."""

@@ -39,11 +39,11 @@ class HostMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.caches = [Cache(MODEL, BLOCKS, layout) for layout in ENGINES]
         self.kernels = LateKernels(load("cpu"))
-        self.packings = [
+        self.slot_layouts = [
             [SlotLayout(cache.shard, g, CHUNK, self.kernels) for g in range(GROUPS)]
             for cache in self.caches
         ]
-        self.spec = Spec(slots, slot_bytes(self.packings[0]), b"\x02" * 32)
+        self.spec = Spec(slots, slot_bytes(self.slot_layouts[0]), b"\x02" * 32)
         self.tickets = 0
         self.engine = 0
         self.held = {}  # key → whether it is damaged
@@ -52,13 +52,13 @@ class HostMachine(RuleBasedStateMachine):
     def restart(self):
         self.busy = {}  # ticket → (verb, seed, group, blocks, damaged)
         self.launched = {}  # ticket → whether the launch it is part of will fail
-        shelf = SlotIndex(attach(self.spec, Path(self.folder.name) / "arena"))
-        self.store = HostStore(shelf, self.packings[self.engine])
+        index = SlotIndex(attach(self.spec, Path(self.folder.name) / "arena"))
+        self.store = HostStore(index, self.slot_layouts[self.engine])
         self.free = set(range(BLOCKS))
 
     def teardown(self):
         if hasattr(self, "store"):
-            self.store.shelf.arena.close()
+            self.store.index.arena.close()
             self.folder.cleanup()
 
     @property
@@ -96,7 +96,7 @@ class HostMachine(RuleBasedStateMachine):
     def store_chunk(self, seed, group, number):
         blocks = self.take(number, CHUNK)
         self.cache.fill(blocks, seed)
-        room = self.store.shelf.free
+        room = self.store.index.free
         assert self.begin("store", seed, group, blocks) == (room > 0)
 
     @precondition(lambda self: len(self.free) >= CHUNK and self.held)
@@ -138,18 +138,18 @@ class HostMachine(RuleBasedStateMachine):
         key = list(self.held)[number % len(self.held)]
         if self.held[key] or any(key_of(s, g) == key for _, s, g, *_ in self.busy.values()):
             return
-        entry = self.store.shelf.use(key)
-        self.store.shelf.arena.payload(entry.slot)[at % entry.nbytes] ^= 1 << bit
-        self.store.shelf.done(entry)
+        entry = self.store.index.use(key)
+        self.store.index.arena.payload(entry.slot)[at % entry.nbytes] ^= 1 << bit
+        self.store.index.done(entry)
         self.held[key] = True
 
     @rule(engine=st.integers(0, 1))
     def crash_and_start_again(self, engine):
         """Perhaps as an engine of another layout."""
-        self.store.shelf.arena.close()
+        self.store.index.arena.close()
         self.engine = engine
         self.restart()
-        assert set(self.store.shelf.keys()) == self.held.keys()
+        assert set(self.store.index.keys()) == self.held.keys()
 
     @rule()
     def settle(self):
@@ -178,7 +178,7 @@ class HostMachine(RuleBasedStateMachine):
             assert fails <= bool(ended.error)
             self.free |= set(blocks) - {NO_BLOCK}
         self.forget_lost()
-        assert self.store.shelf.keys() == list(self.held)
+        assert self.store.index.keys() == list(self.held)
 
     def check_loaded(self, seed, group, blocks):
         at = [(place, block) for place, block in enumerate(blocks) if block != NO_BLOCK]
@@ -195,10 +195,10 @@ class HostMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_held_is_known(self):
         if hasattr(self, "store"):
-            assert set(self.store.shelf.keys()) <= self.held.keys()
+            assert set(self.store.index.keys()) <= self.held.keys()
             assert self.store.busy == bool(self.busy)
             if not self.busy:
-                assert self.store.shelf.free == self.spec.slots - len(self.store.shelf)
+                assert self.store.index.free == self.spec.slots - len(self.store.index)
 
 
 TestHost = pytest.mark.slow(HostMachine.TestCase)

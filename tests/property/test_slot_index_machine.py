@@ -36,32 +36,32 @@ class ShelfMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self):
-        self.shelf = SlotIndex(attach(self.spec, self.path, self.wrap))
+        self.index = SlotIndex(attach(self.spec, self.path, self.wrap))
 
     def teardown(self):
-        if hasattr(self, "shelf"):
-            self.shelf.arena.close()
+        if hasattr(self, "index"):
+            self.index.arena.close()
             self.folder.cleanup()
 
     def content(self, slot):
-        arena = self.shelf.arena
-        if isinstance(arena.place, backing.Filed):
-            return int.from_bytes(os.pread(arena.place.fd, 8, arena.offset(slot)), "little")
+        arena = self.index.arena
+        if isinstance(arena.backing, backing.Filed):
+            return int.from_bytes(os.pread(arena.backing.fd, 8, arena.offset(slot)), "little")
         return int.from_bytes(arena.payload(slot)[:8].tobytes(), "little")
 
     def write(self, slot, raw):
-        arena = self.shelf.arena
-        if isinstance(arena.place, backing.Filed):
-            os.pwrite(arena.place.fd, raw, arena.offset(slot))
+        arena = self.index.arena
+        if isinstance(arena.backing, backing.Filed):
+            os.pwrite(arena.backing.fd, raw, arena.offset(slot))
         else:
             arena.payload(slot)[:8] = list(raw)
 
     @rule(number=picks)
     def fill(self, number):
         busy = {e.slot for e, _ in self.reading} | set(self.filling)
-        slot = self.shelf.fill()
+        slot = self.index.fill()
         if slot is None:
-            held = {self.shelf._held[k].slot for k in self.held}
+            held = {self.index._held[k].slot for k in self.held}
             assert len(busy | held) == self.spec.slots, "a free slot was withheld"
             return
         assert slot not in busy
@@ -75,17 +75,17 @@ class ShelfMachine(RuleBasedStateMachine):
         slot = list(self.filling)[number % len(self.filling)]
         key, content = self.filling.pop(slot)
         if well:
-            entry = self.shelf.commit(slot, key, 0, 1, 8, content)
+            entry = self.index.commit(slot, key, 0, 1, 8, content)
             assert (entry.slot, entry.key, entry.digest) == (slot, key, content)
             self.held.pop(key, None)
             self.held[key] = content
         else:
-            self.shelf.abandon(slot)
+            self.index.abandon(slot)
 
     @rule(number=picks)
     def use(self, number):
         key = KEYS[number % len(KEYS)]
-        entry = self.shelf.use(key)
+        entry = self.index.use(key)
         assert (entry is None) == (key not in self.held)
         if entry is not None:
             self.reading.append((entry, self.held[key]))
@@ -94,41 +94,41 @@ class ShelfMachine(RuleBasedStateMachine):
     @rule(number=picks)
     def done(self, number):
         entry, _ = self.reading.pop(number % len(self.reading))
-        self.shelf.done(entry)
+        self.index.done(entry)
 
     @rule(number=picks)
     def drop(self, number):
         key = KEYS[number % len(KEYS)]
-        self.shelf.drop(key)
+        self.index.drop(key)
         self.held.pop(key, None)
 
     @rule()
     def crash_and_start_again(self):
-        self.shelf.arena.close()
+        self.index.arena.close()
         unfinished = len(self.filling)
         self.filling.clear()
         self.reading.clear()
         self.open()
-        assert self.shelf.discarded == unfinished
+        assert self.index.discarded == unfinished
 
     @invariant()
     def every_payload_is_what_it_has_to_be(self):
-        if not hasattr(self, "shelf"):
+        if not hasattr(self, "index"):
             return
         for entry, content in self.reading:
             assert self.content(entry.slot) == content, "it changed under a reader"
-        assert self.shelf.keys() == list(self.held)
+        assert self.index.keys() == list(self.held)
         reader = look(self.path, self.spec.fingerprint, self.wrap)
         seen = {e.key: e.digest for e in reader.scan().entries}
         reader.close()
         assert seen == self.held
         for key, content in self.held.items():
-            entry = self.shelf.use(key)
+            entry = self.index.use(key)
             assert self.content(entry.slot) == entry.digest == content
-            self.shelf.done(entry)
+            self.index.done(entry)
         slots = {e.slot for e, _ in self.reading} | set(self.filling)
-        slots |= {self.shelf._held[k].slot for k in self.held}
-        assert self.shelf.free == self.spec.slots - len(slots)
+        slots |= {self.index._held[k].slot for k in self.held}
+        assert self.index.free == self.spec.slots - len(slots)
 
 
 class FiledShelfMachine(ShelfMachine):

@@ -47,7 +47,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
 
     @rule(seed=seeds)
     def save(self, seed):
-        room = self.bench.host.shelf.free > 0
+        room = self.bench.host.index.free > 0
         assert self.bench.save(seed) == room
         if room:
             self.memory[seed] = False
@@ -65,7 +65,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         seed = self.pick(number)
         self.bench.file.plan(fault)
         wanted = seed in self.memory and seed not in self.disk
-        able = wanted and self.bench.disk.shelf.free > 0 and self.bench.disk._failures < 8
+        able = wanted and self.bench.disk.index.free > 0 and self.bench.disk._failures < 8
         assert self.bench.spill(seed) == (able and fault not in FAILS)
         if able and fault not in FAILS:
             self.disk[seed] = self.memory[seed] or fault in WRITES_BADLY
@@ -80,7 +80,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
             blocks[skip] = NO_BLOCK
         self.bench.file.plan(fault)
         known = [self.memory.get(seed), self.disk.get(seed)]
-        room = self.bench.host.shelf.free > 0
+        room = self.bench.host.index.free > 0
         well = self.bench.load(seed, tuple(blocks))
         self.bench.file.forget_plans()
         read_well = fault not in {*FAILS, *WRITES_BADLY}
@@ -90,8 +90,8 @@ class TieredStoreMachine(RuleBasedStateMachine):
             assert well
         elif read_well and (room or known[0]):  # what is damaged makes room for what it was
             assert well or known[1] is not False
-            assert well or key_of(seed) not in self.bench.disk.shelf, "it would be read again"
-        held = set(self.bench.host.shelf.keys()), set(self.bench.disk.shelf.keys())
+            assert well or key_of(seed) not in self.bench.disk.index, "it would be read again"
+        held = set(self.bench.host.index.keys()), set(self.bench.disk.index.keys())
         for mine, keys in zip((self.memory, self.disk), held, strict=True):
             here = key_of(seed) in keys
             assert here or mine.get(seed) is not False or not read_well, (
@@ -119,14 +119,14 @@ class TieredStoreMachine(RuleBasedStateMachine):
     @rule(number=picks, at=picks)
     def a_bit_flips_in_memory(self, number, at):
         seed = sorted(self.memory)[number % len(self.memory)]
-        self.bench.flip(self.bench.host.shelf.arena, seed, at % self.bench.packing.nbytes)
+        self.bench.flip(self.bench.host.index.arena, seed, at % self.bench.slot_layout.nbytes)
         self.memory[seed] = True
 
     @precondition(lambda self: self.disk)
     @rule(number=picks, at=picks)
     def a_bit_flips_on_disk(self, number, at):
         seed = sorted(self.disk)[number % len(self.disk)]
-        self.bench.flip(self.bench.disk.shelf.arena, seed, at % self.bench.packing.nbytes)
+        self.bench.flip(self.bench.disk.index.arena, seed, at % self.bench.slot_layout.nbytes)
         self.disk[seed] = True
 
     @rule()
@@ -139,10 +139,10 @@ class TieredStoreMachine(RuleBasedStateMachine):
     def what_is_held_is_known_and_no_slot_is_lost(self):
         if not hasattr(self, "bench"):
             return
-        shelves = (self.bench.host.shelf, self.memory), (self.bench.disk.shelf, self.disk)
-        for (shelf, mine), slots in zip(shelves, self.sizes, strict=True):
-            assert set(shelf.keys()) == {key_of(seed) for seed in mine}
-            assert shelf.free == slots - len(mine)
+        indexes = (self.bench.host.index, self.memory), (self.bench.disk.index, self.disk)
+        for (index, mine), slots in zip(indexes, self.sizes, strict=True):
+            assert set(index.keys()) == {key_of(seed) for seed in mine}
+            assert index.free == slots - len(mine)
         assert not self.bench.store.busy
 
 

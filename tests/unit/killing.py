@@ -122,7 +122,7 @@ def check(bench, report):
     damaged += bench.disk.counts["disk_half_written_discarded"]
     report.half_written += damaged
     report.kills_in_a_store += damaged > 0
-    keys = [*bench.host.shelf.keys(), *bench.disk.shelf.keys()]
+    keys = [*bench.host.index.keys(), *bench.disk.index.keys()]
     for key in keys:  # those in memory first: each makes room for one of the disk's
         report.found += 1
         try:

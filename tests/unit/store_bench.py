@@ -47,11 +47,11 @@ class Bench:
         cache=None,
     ):
         self.cache = cache or Cache(model, BLOCKS, layout)
-        self.packing = SlotLayout(self.cache.shard, 0, CHUNK, kernels or load("cpu"))
-        nbytes = slot_bytes([self.packing])
+        self.slot_layout = SlotLayout(self.cache.shard, 0, CHUNK, kernels or load("cpu"))
+        nbytes = slot_bytes([self.slot_layout])
         host, path = claim(folder / "host", Spec(slots, nbytes, FINGERPRINT))
         beside = neighbours_of(folder / "host", path, mapped) if share else None
-        self.host = HostStore(SlotIndex(host), [self.packing], beside)
+        self.host = HostStore(SlotIndex(host), [self.slot_layout], beside)
         self.neighbours = [beside] if share else []
         self.disk = None
         self.files = []
@@ -119,10 +119,10 @@ class Bench:
 
     def flip(self, arena, seed, at=0):
         """Damage the payload of ``seed``, in memory or on disk."""
-        shelf = (self.disk if isinstance(arena.place, Filed) else self.host).shelf
-        entry = shelf.use(key_of(seed))
-        shelf.done(entry)
-        if isinstance(arena.place, Filed):
+        index = (self.disk if isinstance(arena.backing, Filed) else self.host).index
+        entry = index.use(key_of(seed))
+        index.done(entry)
+        if isinstance(arena.backing, Filed):
             file = system_file(arena)
             page = np.zeros(4096, np.uint8)
             place = arena.offset(entry.slot) + at // 4096 * 4096
@@ -140,4 +140,4 @@ class Bench:
             self.disk.close()
         for neighbours in self.neighbours:
             neighbours.close()
-        self.host.shelf.arena.close()
+        self.host.index.arena.close()

@@ -24,15 +24,15 @@ def key(number):
 
 def write(arena, slot, content):
     """As whoever owns the payload does, of either kind."""
-    if isinstance(arena.place, backing.Filed):
-        os.pwrite(arena.place.fd, content, arena.offset(slot))
+    if isinstance(arena.backing, backing.Filed):
+        os.pwrite(arena.backing.fd, content, arena.offset(slot))
     else:
         arena.payload(slot)[: len(content)] = list(content)
 
 
 def read(arena, slot, nbytes):
-    if isinstance(arena.place, backing.Filed):
-        return os.pread(arena.place.fd, nbytes, arena.offset(slot))
+    if isinstance(arena.backing, backing.Filed):
+        return os.pread(arena.backing.fd, nbytes, arena.offset(slot))
     return arena.payload(slot)[:nbytes].tobytes()
 
 
@@ -431,24 +431,24 @@ def test_of_two_slots_with_one_key_the_newer_is_held_and_the_other_forgotten(pat
     arena = attach(SPEC, path)
     store(arena, 0, 1)
     store(arena, 1, 1)
-    shelf = SlotIndex(arena)
-    found = shelf.use(key(1))
-    shelf.done(found)
+    index = SlotIndex(arena)
+    found = index.use(key(1))
+    index.done(found)
     assert found.slot == 1
-    shelf.drop(key(1))
+    index.drop(key(1))
     assert held(arena) == {}
 
 
 def test_a_slot_that_two_read_is_free_when_both_are_done():
-    shelf = SlotIndex(make(SPEC._replace(slots=1)))
-    slot = shelf.fill()
-    shelf.commit(slot, key(1), 0, 16, 10, 0)
-    first, second = shelf.use(key(1)), shelf.use(key(1))
-    shelf.drop(key(1))
-    shelf.done(first)
-    assert shelf.fill() is None
-    shelf.done(second)
-    assert shelf.fill() == slot
+    index = SlotIndex(make(SPEC._replace(slots=1)))
+    slot = index.fill()
+    index.commit(slot, key(1), 0, 16, 10, 0)
+    first, second = index.use(key(1)), index.use(key(1))
+    index.drop(key(1))
+    index.done(first)
+    assert index.fill() is None
+    index.done(second)
+    assert index.fill() == slot
 
 
 @pytest.mark.slow

@@ -255,7 +255,7 @@ def test_a_chunk_from_disk_that_some_rank_declined_is_not_in_memory():
     result = tier.declined(fill.number)
     assert result.jobs == [Forget(b"k", False)]
     assert result.loaded == {"r": []}, "nothing has failed"
-    assert (tier.whence(b"k"), tier.busy) == ("disk", False)
+    assert (tier.source_of(b"k"), tier.busy) == ("disk", False)
     assert "chunks_failed" not in tier.counts
 
 

@@ -57,14 +57,14 @@ class Ranks:
             return found
 
         rank = Rank(index, len(self.models) * self.pp_size, self.pp_size)
-        packing = SlotLayout(self.caches[index].shard, 0, CHUNK, load("cpu"))
+        slot_layout = SlotLayout(self.caches[index].shard, 0, CHUNK, load("cpu"))
 
         def fingerprint_of(of):
             return bytes([of]) * 32
 
         try:
             return open_copy(
-                self.config, rank, fingerprint_of, [packing], self.pin, gather, (index,)
+                self.config, rank, fingerprint_of, [slot_layout], self.pin, gather, (index,)
             )
         except StoreError as e:
             return e
@@ -206,7 +206,7 @@ def test_if_one_cannot_all_store_their_own(group, caplog, whose):
     assert ranks.stores == [True, True]
     assert "stores its own copy: it is not to be had" in caplog.text
     used = [place.memory for place in ranks.places]
-    assert not any(memory.place.bytes.size for memory in opened if memory not in used)
+    assert not any(memory.backing.bytes.size for memory in opened if memory not in used)
     ranks.store(3)
     assert ranks.load(3) == [True, True]
 

@@ -121,8 +121,8 @@ def test_what_one_stored_the_other_loads_from_memory_and_from_disk(pair):
     assert mine.host.counts["host_promoted"] == 1
     assert mine.load(2)
     assert mine.host.counts["host_promoted"] == 2, "it only passes through our memory"
-    assert not mine.host.shelf.keys()
-    assert mine.host.shelf.free == 4
+    assert not mine.host.index.keys()
+    assert mine.host.index.free == 4
 
 
 def test_what_is_on_a_neighbours_disk_passes_through_the_one_slot_that_is_free(pair):
@@ -139,8 +139,8 @@ def test_what_is_on_a_neighbours_disk_passes_through_the_one_slot_that_is_free(p
         assert mine.store.load(ticket, key_of(seed), 0, (10 + 2 * seed, 11 + 2 * seed))
     assert mine.settle() == dict.fromkeys(tickets.values(), "")
     assert all(mine.holds(seed, (10 + 2 * seed, 11 + 2 * seed)) for seed in tickets)
-    assert mine.host.shelf.free == 1
-    assert mine.host.shelf.keys() == [key_of(5), key_of(6), key_of(7)]
+    assert mine.host.index.free == 1
+    assert mine.host.index.keys() == [key_of(5), key_of(6), key_of(7)]
 
 
 def test_what_was_saved_while_it_was_read_from_a_neighbours_disk_stays(pair):
@@ -155,8 +155,8 @@ def test_what_was_saved_while_it_was_read_from_a_neighbours_disk_stays(pair):
     assert mine.store.save(save, key_of(1), 0, (0, 1))
     assert mine.settle() == {save: "", load: ""}
     assert mine.holds(1, (10, 11))
-    assert mine.host.shelf.keys() == [key_of(1)]
-    assert mine.host.shelf.free == 3
+    assert mine.host.index.keys() == [key_of(1)]
+    assert mine.host.index.free == 3
 
 
 def test_a_vault_tells_what_came_and_what_went_of_either_kind(pair):
@@ -177,15 +177,15 @@ def test_a_slot_that_changes_while_it_is_read_is_a_miss(pair, monkeypatch):
     mine, other = pair
     assert other.save(1)
     refresh(mine)
-    payload = other.host.shelf.arena.payload
-    slot = other.host.shelf._held[key_of(1)].slot
-    started = mine.packing.move
+    payload = other.host.index.arena.payload
+    slot = other.host.index._held[key_of(1)].slot
+    started = mine.slot_layout.move
 
     def overwritten(*arguments):
         payload(slot)[:100] ^= 1
         return started(*arguments)
 
-    monkeypatch.setattr(mine.packing, "move", overwritten)
+    monkeypatch.setattr(mine.slot_layout, "move", overwritten)
     assert not mine.load(1)
     assert mine.host.counts["host_neighbour_reads_spoilt"] == 1
     assert mine.host.counts["host_digest_mismatches"] == 0, "nothing of ours is damaged"
@@ -232,7 +232,7 @@ def test_a_neighbours_file_that_goes_while_it_is_read_is_a_miss(pair, tmp_path, 
     path = next((tmp_path / "disk").glob("*-1.kvarena"))
     other.close()
     if comes_back:
-        spec = other.disk.shelf.arena.spec._replace(slots=2)
+        spec = other.disk.index.arena.spec._replace(slots=2)
         assert claim(tmp_path / "disk", spec, Filed)[1] == path
     else:
         path.unlink()

@@ -141,14 +141,14 @@ def test_all_of_a_new_arena_is_wished_near_before_it_has_pages(new, shm, monkeyp
     assert len(pages) == 1
     assert pages[0] <= 1, "more than the header of a file was there before"
     for at in (0, SPEC.nbytes - 1):
-        assert ask(arena.place.bytes[at:]) == (PREFERRED, 1)
+        assert ask(arena.backing.bytes[at:]) == (PREFERRED, 1)
     arena.close()
 
 
 def test_a_file_in_shared_memory_keeps_the_wish(shm):
     attach(SPEC, shm / "arena", functools.partial(mapped, nodes=(0,))).close()
     reader = look(shm / "arena", SPEC.fingerprint)
-    assert ask(reader.place.bytes) == (PREFERRED, 1)
+    assert ask(reader.backing.bytes) == (PREFERRED, 1)
     reader.close()
 
 
@@ -156,21 +156,21 @@ def test_what_another_has_filled_stays_where_it_is(shm):
     attach(SPEC, shm / "arena").close()
     arena = attach(SPEC, shm / "arena", functools.partial(mapped, nodes=(0,)))
     assert not arena.new
-    assert ask(arena.place.bytes) == (DEFAULT, 0)
+    assert ask(arena.backing.bytes) == (DEFAULT, 0)
     arena.close()
 
 
 def test_without_nodes_nothing_is_wished_nor_told(new, caplog):
     caplog.set_level("DEBUG")
     arena = new(())
-    assert ask(arena.place.bytes) == (DEFAULT, 0)
+    assert ask(arena.backing.bytes) == (DEFAULT, 0)
     assert caplog.text == ""
     arena.close()
 
 
 def test_several_nodes_have_pages_in_turn():
     arena = make(SPEC, nodes=(0, 5))  # the kernel leaves out what is not there
-    mode, mask = ask(arena.place.bytes)
+    mode, mask = ask(arena.backing.bytes)
     assert (mode, mask & 1) == (INTERLEAVE, 1)
     arena.close()
 
@@ -196,7 +196,7 @@ def test_pages_lie_where_they_are_wished_whoever_touches_them(new, far):
     def touch():
         toucher = numa.SYSFS / f"devices/system/node/node{other if far else near}/cpulist"
         os.sched_setaffinity(0, numa._ids(toucher))
-        memory = arena.place.bytes
+        memory = arena.backing.bytes
         memory[PAGE:] = 1
         return {ask(memory[at:], PAGE_S_NODE) for at in range(PAGE, memory.nbytes, PAGE)}
 

@@ -142,16 +142,16 @@ def test_of_two_loads_of_one_key_a_rank_may_keep_what_the_first_gave_up():
 
 def test_what_other_engines_hold_is_loaded_when_every_rank_sees_it():
     one = tier(ranks=2)
-    one.beside([A, B], [])
+    one.other_engines([A, B], [])
     assert not one.has(A)
-    one.beside([A], [])
+    one.other_engines([A], [])
     assert one.has(A) and not one.has(B)
     result = one.load("r", chunks(A))
     assert result.jobs == [Fill(1, A, 0, (0, 1))]
     result = one.answered(1, True)
     assert result.loaded == {"r": []}
     assert result.jobs == [Forget(A, False)], "a rank may have promoted it"
-    one.beside([], [A])
+    one.other_engines([], [A])
     assert not one.has(A)
 
 

@@ -14,7 +14,7 @@ from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.ops import load
 from kvconnect.testing.geometry import Cache
 from kvconnect.vllm.offload import opening as module
-from kvconnect.vllm.offload.opening import follow, open_place
+from kvconnect.vllm.offload.opening import open_replica, open_store
 
 MEMORY = 1 << 20
 UNHAD = 1 << 49  # more than a file can be long
@@ -26,14 +26,14 @@ class Rank:
     def __init__(self, ranks=1, fingerprint=FINGERPRINT, followed=False, nodes=(), **options):
         self.cache = Cache(MODEL, BLOCKS)
         config = parse({"cpu_bytes_to_use": MEMORY} | options, OffloadConfig, "test")
-        packing = SlotLayout(self.cache.shard, 0, CHUNK, load("cpu"))
-        self.place = open_place(
-            config, ranks, fingerprint, [packing], nodes=nodes, followed=followed
+        slot_layout = SlotLayout(self.cache.shard, 0, CHUNK, load("cpu"))
+        self.kept = open_store(
+            config, ranks, fingerprint, [slot_layout], nodes=nodes, followed=followed
         )
 
     def run(self, job):
         """Its error; empty if it went well."""
-        runner = self.place.runner
+        runner = self.kept.runner
         runner.put([job])
         for _ in range(10_000):
             runner.step()
@@ -65,13 +65,13 @@ def opened(tmp_path):
 
     yield make
     for rank in ranks:
-        rank.place.close()
+        rank.kept.close()
 
 
 def test_a_disk_that_has_no_room_leaves_memory_at_work(opened, tmp_path, caplog):
     """It used to turn all of offloading off."""
     rank = opened(disk_path=str(tmp_path), disk_bytes=UNHAD)
-    assert rank.place.lead.disk_slots == 0
+    assert rank.kept.lead.disk_slots == 0
     assert "memory only" in caplog.text
     assert list(tmp_path.iterdir()) == [], "what could not be made was left"
     rank.store(3)
@@ -102,18 +102,18 @@ def test_what_was_stored_is_found_again_only_if_it_persists(opened, tmp_path, pe
     first = opened(**options)
     first.store(3)
     assert not first.run(Spill(4, key_of(3)))
-    first.place.close()
+    first.kept.close()
     again = opened(**options)
-    assert again.place.lead.keys == (([key_of(3)],) * 2 if persist else ([], []))
+    assert again.kept.lead.keys == (([key_of(3)],) * 2 if persist else ([], []))
     assert again.load(3) == persist
-    assert not opened(**options).place.lead.keys[0], "an arena had two writers"
+    assert not opened(**options).kept.lead.keys[0], "an arena had two writers"
 
 
 def test_what_another_fingerprint_stored_is_never_found(opened, tmp_path):
     options = {"persist": True, "memory_path": str(tmp_path)}
     opened(**options).store(3)
     other = opened(fingerprint=b"\x06" * 32, **options)
-    assert other.place.lead.keys == ([], [])
+    assert other.kept.lead.keys == ([], [])
     assert not other.load(3)
 
 
@@ -121,16 +121,16 @@ def test_who_follows_takes_no_other_arena_for_the_leader_s(opened):
     """A path in /proc is another file's, once its process has ended."""
     leader = opened(followed=True)
     config = parse({"cpu_bytes_to_use": MEMORY}, OffloadConfig, "test")
-    packing = SlotLayout(leader.cache.shard, 0, CHUNK, load("cpu"))
-    follow(config, leader.place.lead, FINGERPRINT, [packing]).close()
+    slot_layout = SlotLayout(leader.cache.shard, 0, CHUNK, load("cpu"))
+    open_replica(config, leader.kept.lead, FINGERPRINT, [slot_layout]).close()
     for other in (
-        leader.place.lead._replace(identity=bytes(16)),
-        leader.place.lead._replace(path="/proc/self/fd/9999"),
+        leader.kept.lead._replace(identity=bytes(16)),
+        leader.kept.lead._replace(path="/proc/self/fd/9999"),
     ):
         with pytest.raises(StoreError, match="is not there, or another arena"):
-            follow(config, other, FINGERPRINT, [packing])
+            open_replica(config, other, FINGERPRINT, [slot_layout])
     with pytest.raises(StoreError):
-        follow(config, leader.place.lead, bytes(32), [packing])
+        open_replica(config, leader.kept.lead, bytes(32), [slot_layout])
 
 
 def test_memory_in_dev_shm_lies_in_a_folder_of_ours_alone(opened, tmp_path, monkeypatch):
@@ -163,4 +163,4 @@ def test_memory_is_wished_near_to_its_rank(opened, tmp_path, monkeypatch, option
         options = options | {"memory_path": str(tmp_path / "memory")}
     disk = {"disk_path": str(tmp_path / "disk"), "disk_bytes": MEMORY}
     rank = opened(nodes=(1,), **disk, **options)
-    assert wished == [(rank.place.memory.spec.nbytes, (1,))], "a disk is no memory"
+    assert wished == [(rank.kept.memory.spec.nbytes, (1,))], "a disk is no memory"

@@ -353,7 +353,7 @@ def carried_out(runner, numbers):
 def test_all_chunks_of_a_step_are_one_launch(kernels, fake, tmp_path):
     """It used to be one for each block."""
     bench = Bench(tmp_path, slots=8, disk_slots=0, kernels=kernels)
-    runner = Runner(bench.store, [bench.packing.block_bytes])
+    runner = Runner(bench.store, [bench.slot_layout.block_bytes])
     for n in range(8):
         bench.cache.fill((2 * n, 2 * n + 1), n)
     runner.put([Save(n, key_of(n), 0, (2 * n, 2 * n + 1)) for n in range(8)])

@@ -141,10 +141,10 @@ def test_who_closes_does_not_wait_for_all_of_it():
 
 def test_slots_serve_as_they_become_ready():
     cache = Cache(MODEL, BLOCKS)
-    packing = SlotLayout(cache.shard, 0, CHUNK, load("cpu"))
-    arena = make(Spec(4, slot_bytes([packing]), FINGERPRINT))
+    slot_layout = SlotLayout(cache.shard, 0, CHUNK, load("cpu"))
+    arena = make(Spec(4, slot_bytes([slot_layout]), FINGERPRINT))
     ready = 4
-    store = HostStore(SlotIndex(arena, lambda: ready), [packing])
+    store = HostStore(SlotIndex(arena, lambda: ready), [slot_layout])
     for seed in range(4):
         assert store.store(seed, key_of(seed), 0, (0, 1))
     assert len(store.poll()) == 4
@@ -155,7 +155,7 @@ def test_slots_serve_as_they_become_ready():
         store.drop(key_of(seed))
     store.poll()
     assert [store.store(n, key_of(n), 0, (0, 1)) for n in range(3)] == [True, True, False]
-    assert {entry.slot for entry in map(store.shelf.use, (key_of(0), key_of(1))) if entry} <= {0, 1}
+    assert {entry.slot for entry in map(store.index.use, (key_of(0), key_of(1))) if entry} <= {0, 1}
     ready = 4
     assert store.store(5, key_of(5), 0, (0, 1))
     store.poll()

@@ -41,16 +41,16 @@ def bench(make):
     return make()
 
 
-# -- packing -----------------------------------------------------------------------------------
+# -- slot_layout -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_one_layout_stored_another_loads(make, layout):
     bench = make(disk_slots=0)
     assert bench.save(1)
-    bench.host.shelf.arena.close()
+    bench.host.index.arena.close()
     other = make(disk_slots=0, layout=layout)
-    assert other.packing.format == bench.packing.format
+    assert other.slot_layout.format == bench.slot_layout.format
     assert other.load(1)
 
 
@@ -73,15 +73,15 @@ def changed(**fields):
     ids=str,
 )
 def test_what_makes_other_bytes_is_another_format(bench, model):
-    packing = SlotLayout(Cache(model, BLOCKS).shard, 0, CHUNK, load("cpu"))
-    assert packing.format != bench.packing.format
+    slot_layout = SlotLayout(Cache(model, BLOCKS).shard, 0, CHUNK, load("cpu"))
+    assert slot_layout.format != bench.slot_layout.format
 
 
 def test_another_shard_or_chunk_is_another_format(bench):
     shards = [Cache(changed(), BLOCKS, tp_rank=rank, tp_size=2).shard for rank in (0, 1)]
-    packings = [SlotLayout(shard, 0, CHUNK, load("cpu")) for shard in shards]
-    packings.append(SlotLayout(bench.cache.shard, 0, CHUNK + 1, load("cpu")))
-    assert len({p.format for p in packings} | {bench.packing.format}) == 4
+    slot_layouts = [SlotLayout(shard, 0, CHUNK, load("cpu")) for shard in shards]
+    slot_layouts.append(SlotLayout(bench.cache.shard, 0, CHUNK + 1, load("cpu")))
+    assert len({p.format for p in slot_layouts} | {bench.slot_layout.format}) == 4
 
 
 def altered(view, part=None, **fields):
@@ -108,7 +108,7 @@ def altered(view, part=None, **fields):
 def test_whatever_tells_bytes_apart_is_in_the_format(bench, change):
     shard = bench.cache.shard
     other = replace(shard, views=(altered(shard.views[0], **change), *shard.views[1:]))
-    assert SlotLayout(other, 0, CHUNK, load("cpu")).format != bench.packing.format
+    assert SlotLayout(other, 0, CHUNK, load("cpu")).format != bench.slot_layout.format
 
 
 def test_parts_that_changed_places_are_not_taken_for_one_another(bench):
@@ -123,21 +123,21 @@ def test_parts_that_changed_places_are_not_taken_for_one_another(bench):
         replace(bench.cache.shard.views[0], layer=f"packed {n}", layout="X", parts=(one,))
         for n, one in enumerate(parts)
     )
-    packing = SlotLayout(replace(bench.cache.shard, views=views), 0, CHUNK, load("cpu"))
-    payload = np.zeros(packing.nbytes, np.uint8)
-    packed = packing.move("gather", [((3, 4), payload.ctypes.data)])
+    slot_layout = SlotLayout(replace(bench.cache.shard, views=views), 0, CHUNK, load("cpu"))
+    payload = np.zeros(slot_layout.nbytes, np.uint8)
+    packed = slot_layout.move("gather", [((3, 4), payload.ctypes.data)])
     swapped = payload.copy()
     swapped[:64], swapped[256:320] = payload[256:320], payload[:64]
-    read = packing.move("scatter", [((8, 9), swapped.ctypes.data)])
+    read = slot_layout.move("scatter", [((8, 9), swapped.ctypes.data)])
     assert (read.sums() == packed.sums()).tolist() == [False, True]
 
 
 def test_a_slot_of_another_group_is_not_loaded():
     """Of as many bytes and tokens."""
     cache = Cache(Model(layers=2, heads=2, block_tokens=4, content=32, groups=2), BLOCKS)
-    packings = [SlotLayout(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
-    arena = make_arena(Spec(2, slot_bytes(packings), FINGERPRINT))
-    store = HostStore(SlotIndex(arena), packings)
+    slot_layouts = [SlotLayout(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
+    arena = make_arena(Spec(2, slot_bytes(slot_layouts), FINGERPRINT))
+    store = HostStore(SlotIndex(arena), slot_layouts)
     assert store.store(1, key_of(1), 0, (0, 1))
     store.poll()
     assert not store.load(2, key_of(1), 1, (2, 3))
@@ -147,11 +147,11 @@ def test_a_slot_of_another_group_is_not_loaded():
 def test_a_stage_without_layers_of_a_group_has_nothing_to_move_and_moves_it():
     """It used to end the engine at its start."""
     cache = Cache(MODEL, BLOCKS)
-    packings = [SlotLayout(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
-    assert packings[1].block_bytes == 0
-    assert packings[0].format != packings[1].format
-    arena = make_arena(Spec(2, slot_bytes(packings), FINGERPRINT))
-    store = HostStore(SlotIndex(arena), packings)
+    slot_layouts = [SlotLayout(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
+    assert slot_layouts[1].block_bytes == 0
+    assert slot_layouts[0].format != slot_layouts[1].format
+    arena = make_arena(Spec(2, slot_bytes(slot_layouts), FINGERPRINT))
+    store = HostStore(SlotIndex(arena), slot_layouts)
     assert store.store(1, key_of(1), 1, (0, 1))
     assert not store.poll()[0].error
     assert store.load(2, key_of(1), 1, (NO_BLOCK, 1))
@@ -181,22 +181,22 @@ def test_a_packed_layout_moves_whole_and_is_a_format_of_its_own(bench):
         ),
     )
     shard = type(cache.shard)((*cache.shard.views, one), cache.shard.regions, (cache.memory, raw))
-    packing = SlotLayout(shard, 0, CHUNK, load("cpu"))
-    assert packing.format != bench.packing.format
-    payload = np.zeros(packing.nbytes, np.uint8)
+    slot_layout = SlotLayout(shard, 0, CHUNK, load("cpu"))
+    assert slot_layout.format != bench.slot_layout.format
+    payload = np.zeros(slot_layout.nbytes, np.uint8)
     before = raw.copy()
-    packed = packing.move("gather", [((3, 4), payload.ctypes.data)])
+    packed = slot_layout.move("gather", [((3, 4), payload.ctypes.data)])
     assert packed.done()
-    for byte in (0, packing.block_bytes - 300):  # of the packed layer, of dense ones
+    for byte in (0, slot_layout.block_bytes - 300):  # of the packed layer, of dense ones
         damaged = payload.copy()
         damaged[byte] ^= 1
-        read = packing.move("scatter", [((8, 9), damaged.ctypes.data)])
+        read = slot_layout.move("scatter", [((8, 9), damaged.ctypes.data)])
         assert read.done()
         assert read.sums()[0] != packed.sums()[0]
-    digest = packing.put_sums(payload, packed.sums())
+    digest = slot_layout.put_sums(payload, packed.sums())
     raw[:] = 0
-    found = packing.move("scatter", [((3, NO_BLOCK), payload.ctypes.data)])
-    assert found.sums().tolist() == packing.sums(payload, digest)[:1].tolist()
+    found = slot_layout.move("scatter", [((3, NO_BLOCK), payload.ctypes.data)])
+    assert found.sums().tolist() == slot_layout.sums(payload, digest)[:1].tolist()
     assert np.array_equal(raw[3 * 64 : 4 * 64], before[3 * 64 : 4 * 64])
     assert not raw[4 * 64 :].any()
 
@@ -206,9 +206,9 @@ def test_blocks_that_are_moved_together_are_as_those_that_are_moved_alone(bench)
     bench.cache.fill(range(BLOCKS), 1)
     alone = SlotLayout(bench.cache.shard, 0, 1, load("cpu"))
     chunks = [(5, 3), (0, 7), (9, 8)]
-    payloads = np.zeros((3, bench.packing.nbytes), np.uint8)
+    payloads = np.zeros((3, bench.slot_layout.nbytes), np.uint8)
     at = [payload.ctypes.data for payload in payloads]
-    sums = bench.packing.move("gather", [(chunks[n], at[n]) for n in (2, 0, 1)]).sums().tolist()
+    sums = bench.slot_layout.move("gather", [(chunks[n], at[n]) for n in (2, 0, 1)]).sums().tolist()
     expected = np.zeros_like(payloads)
     for n in (2, 0, 1):
         for place, block in enumerate(chunks[n]):
@@ -220,7 +220,7 @@ def test_blocks_that_are_moved_together_are_as_those_that_are_moved_alone(bench)
 @pytest.mark.parametrize("blocks", [(0,), (0, 1, 2), (0, BLOCKS), (-1, 0)])
 def test_blocks_that_are_none_are_refused(bench, blocks):
     with pytest.raises(GeometryError):
-        bench.packing.move("gather", [(blocks, 0)])
+        bench.slot_layout.move("gather", [(blocks, 0)])
 
 
 # -- memory ------------------------------------------------------------------------------------
@@ -252,21 +252,21 @@ def test_no_free_slot_is_a_store_that_is_skipped(make):
 def test_a_flipped_bit_in_memory_is_a_miss_once(make, where):
     bench = make(disk_slots=0)
     assert bench.save(1)
-    at = {"first block": 0, "second block": bench.packing.block_bytes, "sums": -8}[where]
-    bench.flip(bench.host.shelf.arena, 1, at % bench.packing.nbytes)
+    at = {"first block": 0, "second block": bench.slot_layout.block_bytes, "sums": -8}[where]
+    bench.flip(bench.host.index.arena, 1, at % bench.slot_layout.nbytes)
     assert not bench.load(1)
     assert bench.host.counts["host_digest_mismatches"] == 1
     assert bench.host.take_lost() == [key_of(1)]
     assert bench.host.take_lost() == []
     assert not bench.load(1)
     assert bench.host.counts["host_digest_mismatches"] == 1
-    assert bench.host.shelf.free == 4
+    assert bench.host.index.free == 4
 
 
 def test_damage_in_a_block_that_is_not_wanted_does_not_matter(make):
     bench = make(disk_slots=0)
     assert bench.save(1)
-    bench.flip(bench.host.shelf.arena, 1, bench.packing.block_bytes)
+    bench.flip(bench.host.index.arena, 1, bench.slot_layout.block_bytes)
     assert bench.load(1, (10, NO_BLOCK))
 
 
@@ -275,8 +275,8 @@ def test_a_whole_payload_of_another_slot_is_not_taken_for_this_one(make):
     bench = make(disk_slots=0)
     assert bench.save(1)
     assert bench.save(2)
-    arena = bench.host.shelf.arena
-    one, two = (arena.payload(bench.host.shelf._held[key_of(seed)].slot) for seed in (1, 2))
+    arena = bench.host.index.arena
+    one, two = (arena.payload(bench.host.index._held[key_of(seed)].slot) for seed in (1, 2))
     one[:] = two
     assert not bench.load(1)
     assert bench.load(2)
@@ -294,7 +294,7 @@ def test_a_device_that_fails_is_a_skipped_store_and_a_failed_load(make):
     kernels.fails = False
     assert bench.load(2), "nothing is wrong with what is stored"
     assert bench.host.counts["host_stores_failed"] == bench.host.counts["host_loads_failed"] == 1
-    assert bench.host.shelf.free == 3
+    assert bench.host.index.free == 3
 
 
 class Unstartable:
@@ -313,14 +313,14 @@ def test_a_launch_that_does_not_start_is_a_store_or_load_that_fails(make):
     """It used to end the thread, and so the engine."""
     bench = make(disk_slots=0)
     assert bench.save(1)
-    packing = SlotLayout(bench.cache.shard, 0, CHUNK, Unstartable())
-    store = HostStore(bench.host.shelf, [packing])
+    slot_layout = SlotLayout(bench.cache.shard, 0, CHUNK, Unstartable())
+    store = HostStore(bench.host.index, [slot_layout])
     assert store.store(1, key_of(2), 0, (0, 1))
     assert store.load(2, key_of(1), 0, (2, 3))
     assert [bool(ended.error) for ended in store.poll()] == [True, True]
     assert not store.busy
     assert store.counts["host_stores_failed"] == store.counts["host_loads_failed"] == 1
-    assert bench.host.shelf.free == 3
+    assert bench.host.index.free == 3
     assert bench.load(1)
 
 
@@ -339,7 +339,7 @@ def test_what_is_on_disk_is_promoted_and_then_in_memory(bench):
     assert bench.load(1)
     assert bench.host.counts["host_promoted"] == 1
     assert bench.disk.counts["disk_read"] == bench.disk.counts["disk_written"] == 1
-    assert bench.host.shelf.free == 3
+    assert bench.host.index.free == 3
 
 
 def test_both_tiers_are_found_again_by_another_process(make):
@@ -348,8 +348,8 @@ def test_both_tiers_are_found_again_by_another_process(make):
     assert bench.save(2)
     bench.close()
     again = make()
-    assert again.host.shelf.keys() == [key_of(2)]
-    assert again.disk.shelf.keys() == [key_of(1)]
+    assert again.host.index.keys() == [key_of(2)]
+    assert again.disk.index.keys() == [key_of(1)]
     assert again.load(1)
     assert again.load(2)
 
@@ -462,8 +462,8 @@ def test_a_write_that_fails_is_dropped(bench, fault):
     bench.file.plan(fault)
     assert not bench.spill(1)
     assert bench.disk.counts["disk_writes_failed"] == 1
-    assert key_of(1) not in bench.disk.shelf
-    assert bench.disk.shelf.free == 8
+    assert key_of(1) not in bench.disk.index
+    assert bench.disk.index.free == 8
     assert bench.spill(1)
     bench.store.forget(key_of(1))
     assert bench.load(1)
@@ -476,8 +476,8 @@ def test_a_read_that_fails_is_a_miss_and_is_given_up(bench, fault):
     assert not bench.load(1)
     assert bench.disk.counts["disk_reads_failed"] == 1
     assert bench.disk.take_lost() == [key_of(1)]
-    assert bench.host.shelf.free == 4
-    assert bench.disk.shelf.free == 8
+    assert bench.host.index.free == 4
+    assert bench.disk.index.free == 8
 
 
 @pytest.mark.parametrize("fault", [DiskFault.LOST, DiskFault.FLIPPED])
@@ -502,14 +502,14 @@ def test_a_disk_that_lies_is_found_out(bench, fault, verb):
         == 1
     )
     assert bench.disk.take_lost() == [key_of(1)]
-    assert (bench.host.shelf.free, bench.disk.shelf.free) == (4, 8)
+    assert (bench.host.index.free, bench.disk.index.free) == (4, 8)
     assert not bench.store.busy
 
 
 def test_what_is_damaged_in_memory_is_loaded_from_disk_within_the_load(bench):
     assert bench.save(1)
     assert bench.spill(1)
-    bench.flip(bench.host.shelf.arena, 1)
+    bench.flip(bench.host.index.arena, 1)
     assert bench.load(1)
     assert bench.host.counts["host_digest_mismatches"] == 1
     assert bench.host.counts["host_promoted"] == 1
@@ -540,7 +540,7 @@ def test_only_failures_in_a_row_turn_a_disk_off(bench):
 @pytest.mark.parametrize("at", ["payload", "sums"])
 def test_a_bit_flipped_in_the_file_is_a_miss(bench, at):
     on_disk_only(bench, 1)
-    bench.flip(bench.disk.shelf.arena, 1, 0 if at == "payload" else bench.packing.nbytes - 8)
+    bench.flip(bench.disk.index.arena, 1, 0 if at == "payload" else bench.slot_layout.nbytes - 8)
     assert not bench.load(1)
     assert bench.disk.counts["disk_digest_mismatches"] == 1
     assert not bench.load(1)
@@ -550,8 +550,8 @@ def test_a_file_cut_short_under_a_running_engine_is_misses_and_failed_writes(ben
     for seed in range(3):
         on_disk_only(bench, seed)
     (path,) = (tmp_path / "disk").iterdir()
-    first = bench.disk.shelf._held[key_of(0)].slot
-    os.truncate(path, bench.disk.shelf.arena.offset(first) + 100)
+    first = bench.disk.index._held[key_of(0)].slot
+    os.truncate(path, bench.disk.index.arena.offset(first) + 100)
     assert [bench.load(seed) for seed in range(3)].count(True) <= 1
     assert bench.disk.counts["disk_reads_failed"] >= 2
     assert bench.save(7)

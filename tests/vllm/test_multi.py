@@ -526,7 +526,7 @@ def test_what_a_rank_declined_of_the_disk_has_not_come_to_memory(monkeypatch):
     declined.declined.update([unit.fill.number])
     engine.half.update_connector_output(declined)
     assert engine.step().jobs == [Forget(key, False)]
-    assert engine.half._tier.whence(key) == "disk"
+    assert engine.half._tier.source_of(key) == "disk"
 
 
 def test_engines_below_in_trees_multi_connector_are_told_by_their_workers(monkeypatch):

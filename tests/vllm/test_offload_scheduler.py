@@ -392,7 +392,7 @@ def test_what_some_ranks_found_on_disk_is_forgotten_there(make):
     a, b = b"a" * 32, b"b" * 32
     named(engine, Found(8, 8, [], [a, b]), Found(8, 8, [], [a]))
     assert engine.step().jobs == [Forget(b, True)]
-    assert engine.half._tier.whence(a) == "disk"
+    assert engine.half._tier.source_of(a) == "disk"
 
 
 def test_with_write_back_the_disk_gets_what_memory_evicts(make):
@@ -478,8 +478,8 @@ def test_a_spare_from_disk_makes_room_in_memory(make):
     engine.stored(request(), ([1, 2, 3],))
     first, second, _ = engine.half._requests["r"].keys()[0]
     named(engine, Found(1, 8, [first], [second]))
-    ((fill, whence),) = engine.half.spares(request(), [Wanted(0, 1, (11,))])
-    assert (fill.blocks, whence) == ((11,), "disk")
+    ((fill, source_of),) = engine.half.spares(request(), [Wanted(0, 1, (11,))])
+    assert (fill.blocks, source_of) == ((11,), "disk")
     assert engine.step().jobs == [Forget(first, False)]
 
 

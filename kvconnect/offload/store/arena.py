@@ -62,16 +62,16 @@ class Scan(NamedTuple):
 class Arena:
     """See the module's contract; made by `make`, `attach` or `look`."""
 
-    def __init__(self, spec: Spec, place: backing.Backing, identity: bytes) -> None:
+    def __init__(self, spec: Spec, opened: backing.Backing, identity: bytes) -> None:
         self.spec = spec
         self.identity = identity
-        self.place = place
-        self.new = place.new
+        self.backing = opened
+        self.new = opened.new
         """Whether it was made just now, empty."""
         self._seed = header.seed_of(spec.fingerprint)
-        if isinstance(place, backing.Filed):
-            place.extend(spec.payload_offset)
-        table = place.bytes[HEAD_BYTES : HEAD_BYTES + spec.slots * SLOT.itemsize]
+        if isinstance(opened, backing.Filed):
+            opened.extend(spec.payload_offset)
+        table = opened.bytes[HEAD_BYTES : HEAD_BYTES + spec.slots * SLOT.itemsize]
         self._table: np.ndarray = table.view(SLOT)
         self._readers = 0
         self._closing = False
@@ -123,7 +123,7 @@ class Arena:
 
     def entry(self, slot: int) -> SlotEntry | None:
         """What the slot holds now; None if that is nothing valid."""
-        self.place.reload(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
+        self.backing.reload(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
         row = self._table[slot : slot + 1].copy()  # once: another process may write to it
         if not header.are_held(row, np.array([slot]), self._seed, self.spec.slot_bytes)[0]:
             return None
@@ -141,7 +141,7 @@ class Arena:
         return Scan(_entries(rows[found], found), np.flatnonzero(~held & ~empty).tolist())
 
     def _flush(self, slot: int) -> None:
-        self.place.flush(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
+        self.backing.flush(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
 
     def _snapshot(self) -> tuple[np.ndarray, np.ndarray]:
         """All headers at about this moment, and which of them are held."""
@@ -152,7 +152,7 @@ class Arena:
 
     def refresh(self) -> None:
         """See what other processes wrote."""
-        self.place.reload(HEAD_BYTES, self.spec.slots * SLOT.itemsize)
+        self.backing.reload(HEAD_BYTES, self.spec.slots * SLOT.itemsize)
 
     def generations(self) -> np.ndarray:
         """A number per slot that changes whenever its content does, as last seen."""
@@ -162,7 +162,7 @@ class Arena:
 
     def address(self, slot: int) -> int:
         """Where the slot's payload is in memory; only of an arena that is in memory."""
-        return int(self.place.bytes.ctypes.data) + self.offset(slot)
+        return int(self.backing.bytes.ctypes.data) + self.offset(slot)
 
     def offset(self, slot: int) -> int:
         """Where the slot's payload is in the arena."""
@@ -171,17 +171,17 @@ class Arena:
     def payload(self, slot: int) -> np.ndarray:
         """Bytes of the slot's payload in memory, all of its pages; not to be kept."""
         start = self.offset(slot)
-        return self.place.bytes[start : start + self.spec.stride]
+        return self.backing.bytes[start : start + self.spec.stride]
 
     @property
     def path(self) -> Path:
         """Where other processes of ours find it while we live; not of `make` unless followed."""
-        return Path(f"/proc/{os.getpid()}/fd/{self.place.fd}")
+        return Path(f"/proc/{os.getpid()}/fd/{self.backing.fd}")
 
     def is_at(self, path: Path) -> bool:
         """Whether the file at ``path`` is still this arena, and has not been replaced."""
         try:
-            return path.stat().st_ino == self.place.inode
+            return path.stat().st_ino == self.backing.inode
         except OSError:
             return False
 
@@ -200,7 +200,7 @@ class Arena:
         self._closing = True
         if not self._readers:
             self._table = np.empty(0, SLOT)
-            self.place.close()
+            self.backing.close()
 
 
 def make(spec: Spec, followed: bool = False, nodes: Nodes = ()) -> Arena:
@@ -208,10 +208,10 @@ def make(spec: Spec, followed: bool = False, nodes: Nodes = ()) -> Arena:
 
     ``nodes``: where it had better lie. Raises StoreError.
     """
-    place = (backing.nameless if followed else backing.anonymous)(spec.nbytes, nodes)
+    opened = (backing.nameless if followed else backing.anonymous)(spec.nbytes, nodes)
     identity = secrets.token_bytes(16)
-    place.bytes[:HEAD_BYTES] = np.frombuffer(header.arena_head(spec, identity), np.uint8)
-    return Arena(spec, place, identity)
+    opened.bytes[:HEAD_BYTES] = np.frombuffer(header.arena_head(spec, identity), np.uint8)
+    return Arena(spec, opened, identity)
 
 
 def attach(spec: Spec, path: Path, wrap: backing.Wrap = backing.mapped) -> Arena:
@@ -221,43 +221,43 @@ def attach(spec: Spec, path: Path, wrap: backing.Wrap = backing.mapped) -> Arena
     arena is left alone. Raises StoreError.
     """
     for _ in range(ATTEMPTS):
-        place = backing.open_to_write(path, wrap)
-        if place is not None:
-            raw = place.bytes[:HEAD_BYTES].tobytes()
+        opened = backing.open_to_write(path, wrap)
+        if opened is not None:
+            raw = opened.bytes[:HEAD_BYTES].tobytes()
             head = header.read_head(raw)
-            if not isinstance(head, str) and head[0] == spec and place.nbytes == spec.nbytes:
-                return Arena(spec, place, head[1])
+            if not isinstance(head, str) and head[0] == spec and opened.nbytes == spec.nbytes:
+                return Arena(spec, opened, head[1])
             start = raw[: len(ARENA_MAGIC)].rstrip(b"\0")  # cut short, it is ours still
             if not ARENA_MAGIC.startswith(start):
-                place.close()
+                opened.close()
                 raise StoreError(Reason.FOREIGN, f"{path} is no arena of kvconnect; move it away")
             with contextlib.suppress(OSError):
                 path.unlink()
-            place.close()
+            opened.close()
         identity = secrets.token_bytes(16)
         try:
-            place = backing.create(path, spec, header.arena_head(spec, identity), wrap)
+            opened = backing.create(path, spec, header.arena_head(spec, identity), wrap)
         except StoreError as e:
             if e.reason is Reason.TAKEN:  # another was faster: it is theirs, or left by now
                 continue
             raise
-        return Arena(spec, place, identity)
+        return Arena(spec, opened, identity)
     raise StoreError(Reason.TAKEN, f"{path} is used by another process")
 
 
 def look(path: Path, fingerprint: bytes, wrap: backing.Wrap = backing.mapped) -> Arena:
     """The arena in the file at ``path``, to read; its writer may be at work. Raises StoreError."""
-    place = backing.open_to_read(path, wrap)
-    head = header.read_head(place.bytes[:HEAD_BYTES].tobytes())
+    opened = backing.open_to_read(path, wrap)
+    head = header.read_head(opened.bytes[:HEAD_BYTES].tobytes())
     if isinstance(head, str):
         problem = head
     elif head[0].fingerprint != fingerprint:
         problem = "is of another model, shard or format"
-    elif place.nbytes != head[0].nbytes:
-        problem = f"is {place.nbytes} bytes long, expected {head[0].nbytes}"
+    elif opened.nbytes != head[0].nbytes:
+        problem = f"is {opened.nbytes} bytes long, expected {head[0].nbytes}"
     else:
-        return Arena(head[0], place, head[1])
-    place.close()
+        return Arena(head[0], opened, head[1])
+    opened.close()
     raise StoreError(Reason.FOREIGN, f"{path} {problem}")
 
 

@@ -52,7 +52,7 @@ class Backing(Protocol):
 
 
 Wrap = Callable[[int, bool, bool], Backing]
-"""(descriptor, to write?, new?) → the place, which owns the descriptor from then on."""
+"""(descriptor, to write?, new?) → the backing, which owns the descriptor from then on."""
 
 
 class Mapped:
@@ -178,15 +178,15 @@ def create(path: Path, spec: Spec, head: bytes, wrap: Wrap) -> Backing:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, spec.nbytes)
         os.pwrite(fd, head, 0)
-        place = wrap(fd, True, True)  # before it has pages: it may say where they shall lie
+        backing = wrap(fd, True, True)  # before it has pages: it may say where they shall lie
         try:
             os.posix_fallocate(fd, 0, spec.nbytes)
             os.link(draft, path)  # unlike rename, fails if another was faster
         except OSError:
             fd = -1
-            place.close()
+            backing.close()
             raise
-        return place
+        return backing
     except OSError as e:
         if fd >= 0:
             os.close(fd)

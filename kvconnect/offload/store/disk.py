@@ -32,8 +32,8 @@ Open = Callable[[Arena], File]
 
 def system_file(arena: Arena) -> File:
     """The file that an arena lies in."""
-    assert isinstance(arena.place, Filed)
-    return SystemFile(arena.place.fd, arena.place.to_write)
+    assert isinstance(arena.backing, Filed)
+    return SystemFile(arena.backing.fd, arena.backing.to_write)
 
 
 @dataclass
@@ -52,21 +52,21 @@ class _Read:
 
 
 class DiskStore:
-    """See the module's contract. ``shelf`` is of an arena in a file that is not mapped."""
+    """See the module's contract. ``index`` is of an arena in a file that is not mapped."""
 
     def __init__(
         self,
-        shelf: SlotIndex,
+        index: SlotIndex,
         threads: IoThreads,
         neighbours: Neighbours | None = None,
         open_file: Open = system_file,
     ) -> None:
-        self.shelf = shelf
-        self.counts: Counter[str] = Counter(disk_half_written_discarded=shelf.discarded)
+        self.index = index
+        self.counts: Counter[str] = Counter(disk_half_written_discarded=index.discarded)
         self._threads = threads
         self.neighbours = neighbours
         self._open_file = open_file
-        self._files: dict[bytes, File] = {shelf.arena.identity: open_file(shelf.arena)}
+        self._files: dict[bytes, File] = {index.arena.identity: open_file(index.arena)}
         self._jobs: dict[int, _Write | _Read] = {}
         self._failures = 0  # of writes, in a row
         self._lost: list[bytes] = []
@@ -85,14 +85,14 @@ class DiskStore:
             self.counts["disk_writes_dropped_queue_full"] += 1
             return False
         try:
-            slot = self.shelf.fill()
+            slot = self.index.fill()
         except OSError as e:
             self._failed(str(e))
             return False
         if slot is None:
             self.counts["disk_writes_without_slot"] += 1
             return False
-        arena = self.shelf.arena
+        arena = self.index.arena
         content = payload.data[: pages(entry.nbytes)]
         number = self._threads.write(self._files[arena.identity], content, arena.offset(slot))
         self._jobs[number] = _Write(job, slot, entry)
@@ -105,19 +105,19 @@ class DiskStore:
 
     def has(self, key: bytes) -> bool:
         """Whether a key can be read, as far as is known."""
-        found = key in self.shelf or (self.neighbours and self.neighbours.find(key))
+        found = key in self.index or (self.neighbours and self.neighbours.find(key))
         self.counts["disk_reads_missed"] += not found
         return bool(found)
 
     def read(self, job: int, key: bytes, into: np.ndarray) -> SlotEntry | None:
         """Start to read a payload; returns what it will be. None: a miss."""
-        entry, arena, own = self.shelf.use(key), self.shelf.arena, True
+        entry, arena, own = self.index.use(key), self.index.arena, True
         if entry is None and self.neighbours and (found := self.neighbours.find(key)):
             arena, entry, own = *found, False
         if entry is None or not self._threads.room:
             self.counts["disk_reads_missed" if entry is None else "disk_reads_refused"] += 1
             if entry is not None and own:
-                self.shelf.done(entry)
+                self.index.done(entry)
             return None
         try:
             file = self._file_of(arena)
@@ -149,12 +149,12 @@ class DiskStore:
 
     def drop(self, key: bytes) -> None:
         """Forget a key; its slot is free once nothing reads it."""
-        self.shelf.drop(key)
+        self.index.drop(key)
 
     def damaged(self, entry: SlotEntry) -> None:
         """What was read of it turned out not to be what was written."""
         self.counts["disk_digest_mismatches"] += 1
-        if self.shelf.drop_entry(entry):
+        if self.index.drop_entry(entry):
             self._lost.append(entry.key)
 
     def take_lost(self) -> list[bytes]:
@@ -166,7 +166,7 @@ class DiskStore:
         """Close the files of neighbours that are gone, or were replaced by new ones."""
         used = {job.arena.identity for job in self._jobs.values() if isinstance(job, _Read)}
         used |= self.neighbours.identities() if self.neighbours else set()
-        for identity in self._files.keys() - used - {self.shelf.arena.identity}:
+        for identity in self._files.keys() - used - {self.index.arena.identity}:
             self._files.pop(identity).close()
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ class DiskStore:
         self.poll()
         for file in self._files.values():
             file.close()
-        self.shelf.arena.close()
+        self.index.arena.close()
         if self.neighbours:
             self.neighbours.close()
 
@@ -183,14 +183,14 @@ class DiskStore:
         memory = job.entry
         if not error:
             try:
-                self.shelf.commit(
+                self.index.commit(
                     job.slot,
                     *(memory.key, memory.group, memory.tokens, memory.nbytes, memory.digest),
                 )
             except OSError as e:
                 error = str(e)
         if error:
-            self.shelf.abandon(job.slot)
+            self.index.abandon(job.slot)
             self._failed(error)
             return f"not written: {error}", 0
         self._failures = 0
@@ -200,7 +200,7 @@ class DiskStore:
     def _end_read(self, job: _Read, error: str) -> tuple[str, int]:
         entry = job.entry
         if job.own:
-            self.shelf.done(entry)
+            self.index.done(entry)
         if not error and not job.own and not job.arena.still(entry):
             self.counts["disk_neighbour_reads_spoilt"] += 1
             return "its writer overwrote it", 0
@@ -208,7 +208,7 @@ class DiskStore:
             self.counts["disk_reads_failed"] += 1
             if not job.own:
                 self._spoilt(job.arena, error)
-            elif self.shelf.drop_entry(entry):
+            elif self.index.drop_entry(entry):
                 self._lost.append(entry.key)
             return f"not read: {error}", 0
         self.counts["disk_read"] += 1

@@ -67,23 +67,23 @@ class _Batch:
 
 
 class HostStore:
-    """See the module's contract. ``packings``: of each KV cache group."""
+    """See the module's contract. ``slot_layouts``: of each KV cache group."""
 
     def __init__(
         self,
-        shelf: SlotIndex,
-        packings: Sequence[SlotLayout],
+        index: SlotIndex,
+        slot_layouts: Sequence[SlotLayout],
         neighbours: Neighbours | None = None,
     ) -> None:
-        self.shelf = shelf
+        self.index = index
         self.counts: Counter[str] = Counter()
-        self._packings = packings
+        self._slot_layouts = slot_layouts
         self.neighbours = neighbours
         self._lost: list[bytes] = []
         self._waiting: list[_Job] = []  # for the next launch
         self._batches: list[_Batch] = []
         self._ended: list[JobDone] = []
-        self.counts["host_half_written_discarded"] += shelf.discarded
+        self.counts["host_half_written_discarded"] += index.discarded
 
     def store(
         self,
@@ -93,11 +93,11 @@ class HostStore:
         blocks: Sequence[int],
     ) -> bool:
         """Start to copy ``blocks`` into a slot for ``key``; False: skipped."""
-        slot = self.shelf.fill()
+        slot = self.index.fill()
         if slot is None:
             self.counts["host_stores_without_slot"] += 1
             return False
-        address = self.shelf.arena.address(slot)
+        address = self.index.arena.address(slot)
         self._waiting.append(_StoreJob(job, key, group, blocks, slot, address))
         return True
 
@@ -109,20 +109,20 @@ class HostStore:
         blocks: Sequence[int],
     ) -> bool:
         """Start to fill those of ``blocks`` that are not NO_BLOCK; False: a miss."""
-        packing = self._packings[group]
-        entry, arena, own = self.shelf.use(key), self.shelf.arena, True
+        layout = self._slot_layouts[group]
+        entry, arena, own = self.index.use(key), self.index.arena, True
         if entry is None and self.neighbours and (found := self.neighbours.find(key)):
             arena, entry, own = *found, False
         if entry is None:
             self.counts["host_loads_missed"] += 1
             return False
         sums = None
-        if (entry.group, entry.tokens, entry.nbytes) == (group, packing.tokens, packing.nbytes):
-            sums = packing.sums(arena.payload(entry.slot), entry.digest)
+        if (entry.group, entry.tokens, entry.nbytes) == (group, layout.tokens, layout.nbytes):
+            sums = layout.sums(arena.payload(entry.slot), entry.digest)
         if sums is None:
             self._damaged(entry, own)
             if own:
-                self.shelf.done(entry)
+                self.index.done(entry)
             return False
         address = arena.address(entry.slot)
         self._waiting.append(_LoadJob(job, entry, group, blocks, address, arena, own, sums))
@@ -141,7 +141,7 @@ class HostStore:
 
     def drop(self, key: bytes) -> None:
         """Forget a key; its slot is free once nothing reads it."""
-        self.shelf.drop(key)
+        self.index.drop(key)
 
     def take_lost(self) -> list[bytes]:
         """Keys that turned out to be damaged since the last call, and are gone."""
@@ -160,10 +160,10 @@ class HostStore:
         for job in waiting:
             batches.setdefault((type(job), job.group), []).append(job)
         for (kind, group), jobs in batches.items():
-            packing = self._packings[group]
+            slot_layout = self._slot_layouts[group]
             verb: Verb = "gather" if kind is _StoreJob else "scatter"
             try:
-                packed = packing.move(verb, [(job.blocks, job.address) for job in jobs])
+                packed = slot_layout.move(verb, [(job.blocks, job.address) for job in jobs])
             except AssertionError:
                 raise
             except Exception as e:
@@ -204,17 +204,17 @@ class HostStore:
 
     def _end_store(self, store: _StoreJob, error: str, sums: np.ndarray) -> None:
         if error:
-            self.shelf.abandon(store.slot)
+            self.index.abandon(store.slot)
             self.counts["host_stores_failed"] += 1
             self._ended.append(JobDone(store.job, error))
             return
-        packing = self._packings[store.group]
-        digest = packing.put_sums(self.shelf.arena.payload(store.slot), sums)
-        self.shelf.commit(
-            store.slot, store.key, store.group, packing.tokens, packing.nbytes, digest
+        slot_layout = self._slot_layouts[store.group]
+        digest = slot_layout.put_sums(self.index.arena.payload(store.slot), sums)
+        self.index.commit(
+            store.slot, store.key, store.group, slot_layout.tokens, slot_layout.nbytes, digest
         )
         self.counts["host_stored"] += 1
-        self._ended.append(JobDone(store.job, "", len(store.blocks) * packing.block_bytes))
+        self._ended.append(JobDone(store.job, "", len(store.blocks) * slot_layout.block_bytes))
 
     def _end_load(self, load: _LoadJob, error: str, right: bool, blocks: int) -> None:
         if error:
@@ -223,17 +223,17 @@ class HostStore:
             error = "its sums are not those of what was stored"
             self._damaged(load.entry, load.own)
         if load.own:
-            self.shelf.done(load.entry)
+            self.index.done(load.entry)
         else:
             load.arena.end_read()
         self.counts["host_loaded"] += not error
-        nbytes = 0 if error else blocks * self._packings[load.group].block_bytes
+        nbytes = 0 if error else blocks * self._slot_layouts[load.group].block_bytes
         self._ended.append(JobDone(load.job, error, nbytes))
 
     def _damaged(self, entry: SlotEntry, own: bool) -> None:
         if own:
             self.counts["host_digest_mismatches"] += 1
-            if self.shelf.drop_entry(entry):
+            if self.index.drop_entry(entry):
                 self._lost.append(entry.key)
         else:  # as often as not, its writer was faster than we
             self.counts["host_neighbour_reads_spoilt"] += 1

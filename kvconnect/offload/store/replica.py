@@ -43,7 +43,7 @@ class ReplicaReader:
     def __init__(
         self,
         leader: Neighbours,
-        packings: Sequence[SlotLayout],
+        slot_layouts: Sequence[SlotLayout],
         found: tuple[list[bytes], list[bytes]],
         clock: Callable[[], float] = time.monotonic,
         ready: Callable[[], int] | None = None,
@@ -51,13 +51,13 @@ class ReplicaReader:
         """``found``: what the leader held in memory and on disk when it started; ``ready``: how
         many of its slots our device can read by now, by default all."""
         none = make(Spec(1, 1, bytes(32)))  # a store wants one of its own; nothing is put there
-        self.host = HostStore(SlotIndex(none), packings, leader)
+        self.host = HostStore(SlotIndex(none), slot_layouts, leader)
         self._leader = leader
         self._found = found
         self._clock = clock
         self._ready = ready
         self._looked_at = float("-inf")
-        self._beside: set[bytes] = set()
+        self._other_engines: set[bytes] = set()
         self._waiting: list[_WaitingLoad] = []
         self._ended: list[JobDone] = []
         self._lost: list[Loss] = []
@@ -77,8 +77,8 @@ class ReplicaReader:
     def look_around(self) -> tuple[set[bytes], set[bytes]]:
         """Keys that came and went since the last call, the leader's own among them."""
         self._leader.refresh()
-        before, self._beside = self._beside, set(self._leader.found())
-        return self._beside - before, before - self._beside
+        before, self._other_engines = self._other_engines, set(self._leader.found())
+        return self._other_engines - before, before - self._other_engines
 
     def take_lost(self) -> list[Loss]:
         """What was waited for in vain."""
@@ -121,7 +121,7 @@ class ReplicaReader:
     def close(self) -> None:
         """Let go of all memory. Idempotent."""
         self._leader.close()
-        self.host.shelf.arena.close()
+        self.host.index.arena.close()
 
     def _is_there(self, key: bytes) -> bool:
         found = self._leader.find(key)

@@ -135,9 +135,9 @@ class SlotMove:
         return total
 
 
-def slot_bytes(packings: Sequence[SlotLayout]) -> int:
-    """What a slot must have for any of ``packings``."""
-    return max(packing.nbytes for packing in packings)
+def slot_bytes(slot_layouts: Sequence[SlotLayout]) -> int:
+    """What a slot must have for any of ``slot_layouts``."""
+    return max(slot_layout.nbytes for slot_layout in slot_layouts)
 
 
 def _copy(view: BlockView, part: Part) -> Copy:

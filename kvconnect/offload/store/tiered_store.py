@@ -67,7 +67,7 @@ class TieredStore:
         self._queued: deque[tuple[_Wanted, float]] = deque()  # since then
         self._promoted_at = clock()
         self._ended: list[JobDone] = []
-        self._beside: set[bytes] = set()
+        self._other_engines: set[bytes] = set()
 
     @property
     def busy(self) -> bool:
@@ -82,14 +82,14 @@ class TieredStore:
     def keys(self, on_disk: bool) -> list[bytes]:
         """What the disk, or memory, holds, oldest first."""
         if on_disk:
-            return self.disk.shelf.keys() if self.disk else []
-        return self.host.shelf.keys()
+            return self.disk.index.keys() if self.disk else []
+        return self.host.index.keys()
 
     def holds(self, key: bytes, on_disk: bool) -> bool:
         """Whether the disk, or memory, holds a key."""
         if on_disk:
-            return self.disk is not None and key in self.disk.shelf
-        return key in self.host.shelf
+            return self.disk is not None and key in self.disk.index
+        return key in self.host.index
 
     def look_around(self) -> tuple[set[bytes], set[bytes]]:
         """See what other engines hold: keys that can be had now and could not, and the reverse.
@@ -102,7 +102,7 @@ class TieredStore:
         if self.disk is not None:
             self.disk.close_files()
         now = {key for one in neighbours for key in one.found()}
-        before, self._beside = self._beside, now
+        before, self._other_engines = self._other_engines, now
         return now - before, before - now
 
     def take_lost(self) -> list[Loss]:
@@ -139,14 +139,14 @@ class TieredStore:
 
         False: dropped, or not needed.
         """
-        if self.disk is None or key in self.disk.shelf:
+        if self.disk is None or key in self.disk.index:
             return False
-        entry = self.host.shelf.use(key)
+        entry = self.host.index.use(key)
         if entry is None:
             return False
         number = next(self._numbers)
-        if not self.disk.write(number, entry, self.host.shelf.arena.payload(entry.slot)):
-            self.host.shelf.done(entry)
+        if not self.disk.write(number, entry, self.host.index.arena.payload(entry.slot)):
+            self.host.index.done(entry)
             return False
         self._spills[number] = job, entry
         return True
@@ -165,7 +165,7 @@ class TieredStore:
         for done in self.disk.poll() if self.disk else ():
             if done.id in self._spills:
                 job, entry = self._spills.pop(done.id)
-                self.host.shelf.done(entry)
+                self.host.index.done(entry)
                 self._ended.append(done._replace(id=job))
             else:
                 self._fetched(self._fetches.pop(done.id), done)
@@ -198,7 +198,7 @@ class TieredStore:
             wanted, since_s = self._queued.popleft()
             if fetch := self._fetching.get(wanted.key):
                 fetch.waiting.append(wanted)
-            elif self.disk.room and (slot := self.host.shelf.fill()) is not None:
+            elif self.disk.room and (slot := self.host.index.fill()) is not None:
                 self._read(wanted, slot)
             elif self._moving and self._clock() < max(since_s, self._promoted_at) + PATIENCE_S:
                 self._queued.appendleft((wanted, since_s))
@@ -210,11 +210,11 @@ class TieredStore:
     def _read(self, wanted: _Wanted, slot: int) -> None:
         """Promote it to ``slot``."""
         assert self.disk is not None
-        number, shelf = next(self._numbers), self.host.shelf
+        number, index = next(self._numbers), self.host.index
         passing = not self.holds(wanted.key, on_disk=True)
-        entry = self.disk.read(number, wanted.key, shelf.arena.payload(slot))
+        entry = self.disk.read(number, wanted.key, index.arena.payload(slot))
         if entry is None:
-            shelf.abandon(slot)
+            index.abandon(slot)
             self._ended.append(JobDone(wanted.job, "not read"))
             return
         self._promoted_at = self._clock()
@@ -224,17 +224,17 @@ class TieredStore:
     def _fetched(self, fetch: _Promotion, done: JobDone) -> None:
         del self._fetching[fetch.key]
         self._promoted_at = self._clock()
-        shelf, entry = self.host.shelf, fetch.entry
+        index, entry = self.host.index, fetch.entry
         if done.error:
-            shelf.abandon(fetch.slot)
+            index.abandon(fetch.slot)
             for wanted in fetch.waiting:
                 self._ended.append(done._replace(id=wanted.job))
             return
-        saved = fetch.key in shelf  # meanwhile
+        saved = fetch.key in index  # meanwhile
         if saved:
-            shelf.abandon(fetch.slot)
+            index.abandon(fetch.slot)
         else:
-            shelf.commit(
+            index.commit(
                 fetch.slot, *(entry.key, entry.group, entry.tokens, entry.nbytes, entry.digest)
             )
             self.host.counts["host_promoted"] += 1

@@ -1,4 +1,4 @@
-"""Which ranks hold the same KV, and one place for all of those: the first one stores, all load.
+"""Which ranks hold the same KV, and one store for all of those: the first one stores, all load.
 
 KV is the same where the formats of all groups are: the same layers, heads and dtypes (MLA, or
 more tensor-parallel ranks than KV heads). What ranks of other hosts or containers cannot map,
@@ -16,7 +16,7 @@ from kvconnect.errors import StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.store.numa import Nodes
 from kvconnect.offload.store.slot_layout import SlotLayout
-from kvconnect.vllm.offload.opening import Lead, OpenStore, Pin, follow, open_place
+from kvconnect.vllm.offload.opening import Lead, OpenStore, Pin, open_replica, open_store
 
 if TYPE_CHECKING:
     from kvconnect.vllm.engine import Rank
@@ -31,28 +31,28 @@ def open_copy(
     config: OffloadConfig,
     rank: "Rank",
     fingerprint_of: Callable[[int], bytes],
-    packings: Sequence[SlotLayout],
+    slot_layouts: Sequence[SlotLayout],
     pin: Pin,
     gather: Gather,
     nodes: Nodes = (),
 ) -> OpenStore:
-    """This rank's place, or its leader's; raises StoreError, on this rank at least.
+    """This rank's store, or its leader's; raises StoreError, on this rank at least.
 
     ``fingerprint_of``: of the KV that the rank of this number stores; ``nodes``: near to this one.
     """
-    formats = tuple(packing.format for packing in packings)
+    formats = tuple(slot_layout.format for slot_layout in slot_layouts)
     leaders: dict[tuple[str, ...], int] = {}
     for index, theirs in gather((rank.index, formats)):
         leaders.setdefault(theirs, index)
     leader = leaders[formats]
     copies = len(leaders) * rank.pp_size
     if copies < rank.count:
-        place = _together(
-            config, rank.index, leader, copies, fingerprint_of, packings, pin, gather, nodes
+        store = _together(
+            config, rank.index, leader, copies, fingerprint_of, slot_layouts, pin, gather, nodes
         )
-        if place is not None:
-            return place
-    return open_place(config, rank.count, fingerprint_of(rank.index), packings, pin, nodes)
+        if store is not None:
+            return store
+    return open_store(config, rank.count, fingerprint_of(rank.index), slot_layouts, pin, nodes)
 
 
 def _together(
@@ -61,31 +61,31 @@ def _together(
     leader: int,
     copies: int,
     fingerprint_of: Callable[[int], bytes],
-    packings: Sequence[SlotLayout],
+    slot_layouts: Sequence[SlotLayout],
     pin: Pin,
     gather: Gather,
     nodes: Nodes,
 ) -> OpenStore | None:
-    """A place that some ranks share; None on all of them if one of them cannot."""
+    """A store that some ranks share; None on all of them if one of them cannot."""
     fingerprint = fingerprint_of(leader)
-    place, problem = None, ""
+    store, problem = None, ""
     if index == leader:
         try:
-            place = open_place(config, copies, fingerprint, packings, pin, nodes, followed=True)
+            store = open_store(config, copies, fingerprint, slot_layouts, pin, nodes, followed=True)
         except StoreError as e:
             problem = str(e)
-    leads: dict[int, Lead | None] = dict(gather((index, place and place.lead)))
+    leads: dict[int, Lead | None] = dict(gather((index, store and store.lead)))
     lead = leads[leader]
     if index != leader and lead is not None:
         try:
-            place = follow(config, lead, fingerprint, packings, pin)
+            store = open_replica(config, lead, fingerprint, slot_layouts, pin)
         except StoreError as e:
             problem = str(e)
     problems = [one for one in gather(problem) if one]
     if not problems:
-        return place
-    if place is not None:
-        place.close()
+        return store
+    if store is not None:
+        store.close()
     logger.warning(
         "kvconnect: ranks hold the same KV, and yet each stores its own copy: %s", problems[0]
     )

@@ -1,4 +1,4 @@
-"""Opens a rank's place for stored KV: arenas, vault, and the thread that works on them."""
+"""Opens a rank's store for stored KV: arenas, vault, and the thread that works on them."""
 
 import functools
 import logging
@@ -57,7 +57,7 @@ class Lead(NamedTuple):
 
 
 class OpenStore(NamedTuple):
-    """A rank's place, ready to serve."""
+    """A rank's store, ready to serve."""
 
     runner: Runner
     memory: Arena
@@ -83,11 +83,11 @@ class OpenStore(NamedTuple):
                 part.close()
 
 
-def open_place(
+def open_store(
     config: OffloadConfig,
     copies: int,
     fingerprint: bytes,
-    packings: Sequence[SlotLayout],
+    slot_layouts: Sequence[SlotLayout],
     pin: Pin = no_device,
     nodes: Nodes = (),
     followed: bool = False,
@@ -97,15 +97,15 @@ def open_place(
     ``copies``: how many ranks have one each; ``nodes``: near to this one; ``followed``: whether
     others read this one's. Raises StoreError if there is no memory.
     """
-    nbytes = slot_bytes(packings)
+    nbytes = slot_bytes(slot_layouts)
     spec = _spec(config.cpu_bytes_to_use // copies, nbytes, fingerprint, "cpu_bytes_to_use")
     if config.memory_path is None:
         _check_memory(spec.nbytes)
-    beside = None
+    neighbours = None
     if config.persist or config.share:
         folder = _memory_folder(config)
         arena, path = claim(folder, spec, functools.partial(mapped, nodes=nodes))
-        beside = _beside(config, folder, fingerprint, path, mapped)
+        neighbours = _neighbours(config, folder, fingerprint, path, mapped)
     else:
         arena = make(spec, followed, nodes)
     try:
@@ -113,13 +113,13 @@ def open_place(
     except StoreError:
         arena.close()
         raise
-    host = HostStore(SlotIndex(arena, _ready(arena, pinning)), packings, beside)
+    host = HostStore(SlotIndex(arena, _ready(arena, pinning)), slot_layouts, neighbours)
     disk = None
     try:
         disk = _open_disk(config, copies, fingerprint, nbytes)
     except StoreError as e:
         if e.reason is not Reason.FULL:  # a folder that cannot be used is the operator's error
-            host.shelf.arena.close()
+            host.index.arena.close()
             raise
         logger.error("kvconnect: KV is kept in memory only, not on disk: %s", e)
     vault = TieredStore(host, disk)
@@ -136,42 +136,42 @@ def open_place(
         seen = [store.neighbours for store in stores if store.neighbours]
         return sum((one.counts for one in [*stores, *seen]), Counter())
 
-    runner = Runner(vault, [packing.block_bytes for packing in packings], counts)
-    disk_slots = disk.shelf.arena.spec.slots if disk else 0
+    runner = Runner(vault, [slot_layout.block_bytes for slot_layout in slot_layouts], counts)
+    disk_slots = disk.index.arena.spec.slots if disk else 0
     passing = min(PASSING_SLOTS, spec.slots // 2) if config.share and disk else 0
     lead = Lead(str(arena.path), arena.identity, spec.slots - passing, disk_slots, keys)
-    parts = [part for part in (disk, beside, pinning, arena) if part is not None]
+    parts = [part for part in (disk, neighbours, pinning, arena) if part is not None]
     return OpenStore(runner, arena, True, lead, tuple(parts), pinning)
 
 
-def follow(
+def open_replica(
     config: OffloadConfig,
     lead: Lead,
     fingerprint: bytes,
-    packings: Sequence[SlotLayout],
+    slot_layouts: Sequence[SlotLayout],
     pin: Pin = no_device,
 ) -> OpenStore:
-    """A place that loads what another rank of this host stores; raises StoreError."""
+    """A store that loads what another rank of this host stores; raises StoreError."""
     paths = [Path(lead.path)]
     if config.share:  # the leader's own file is among them
         paths = other_paths(_memory_folder(config), fingerprint, None)
-    beside = Neighbours(paths, fingerprint)
-    beside.refresh()
-    memory = beside.arena_of(lead.identity)
+    neighbours = Neighbours(paths, fingerprint)
+    neighbours.refresh()
+    memory = neighbours.arena_of(lead.identity)
     if memory is None:
-        beside.close()
+        neighbours.close()
         raise StoreError(Reason.FOREIGN, f"{lead.path} is not there, or another arena")
     try:
         pinning = pin(memory, False)
     except StoreError:
-        beside.close()
+        neighbours.close()
         raise
-    follower = ReplicaReader(beside, packings, lead.keys, ready=_ready(memory, pinning))
+    follower = ReplicaReader(neighbours, slot_layouts, lead.keys, ready=_ready(memory, pinning))
 
     def counts() -> Counter[str]:
-        return follower.host.counts + beside.counts
+        return follower.host.counts + neighbours.counts
 
-    each = [packing.block_bytes for packing in packings]
+    each = [slot_layout.block_bytes for slot_layout in slot_layouts]
     runner = Runner(follower, each, counts)
     parts = (follower,) if pinning is None else (pinning, follower)
     return OpenStore(runner, memory, False, lead, parts, pinning)
@@ -193,11 +193,11 @@ def _open_disk(
     spec = _spec(config.disk_bytes // copies, nbytes, fingerprint, "disk_bytes")
     arena, path = claim(folder, spec, wrap)
     return DiskStore(
-        SlotIndex(arena), IoThreads(), _beside(config, folder, fingerprint, path, wrap)
+        SlotIndex(arena), IoThreads(), _neighbours(config, folder, fingerprint, path, wrap)
     )
 
 
-def _beside(
+def _neighbours(
     config: OffloadConfig, folder: Path, fingerprint: bytes, own: Path, wrap: Wrap
 ) -> Neighbours | None:
     if not config.share:

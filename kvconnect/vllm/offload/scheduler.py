@@ -141,13 +141,13 @@ class OffloadScheduler:
             for at, one in enumerate(chunks)
             if one.number < len(keys[one.group]) and self._tier.has(keys[one.group][one.number])
         }
-        whence = {at: self._tier.whence(chunk.key) for at, chunk in here.items()}
+        sources = {at: self._tier.source_of(chunk.key) for at, chunk in here.items()}
         result = self._tier.load(request.request_id, list(here.values()))
         fills = {job.key: job for job in result.jobs if isinstance(job, Fill)}
         result.jobs = [job for job in result.jobs if not isinstance(job, Fill)]
         self._absorb(result)
         for at, chunk in here.items():
-            found[at] = fills.get(chunk.key), whence[at]
+            found[at] = fills.get(chunk.key), sources[at]
         return found
 
     def take_work(self, output: Any) -> StepJobs:
@@ -185,7 +185,7 @@ class OffloadScheduler:
                 self._absorb(self._tier.answered(number, not failures))
         for loss in done.lost:
             self._absorb(self._tier.lost(*loss))
-        self._tier.beside(done.gained.elements(), done.gone.elements())
+        self._tier.other_engines(done.gained.elements(), done.gone.elements())
 
     def request_finished(self, request_id: str) -> None:
         """The request ended; what is under way for it goes on."""
@@ -260,7 +260,7 @@ class OffloadScheduler:
         for chunk in chunks:
             if chunk.group == 0:
                 wanted = sum(block != NO_BLOCK for block in chunk.blocks)
-                source = self._tier.whence(chunk.key) or "beside"
+                source = self._tier.source_of(chunk.key) or "beside"
                 counts[TOKENS_FROM[source]] += wanted * self.cuts[0].block_tokens
         return counts
 

@@ -63,11 +63,11 @@ class OffloadWorker:
         self._device = next(iter(kv_caches.values())).device
         check_share(self._config, self._device)
         kernels = self._kernels = kernels_for(self._device)
-        packings = [
+        slot_layouts = [
             SlotLayout(shard, index, cut.chunk_blocks, kernels)
             for index, cut in enumerate(self._cuts)
         ]
-        formats = {f"format {index}": one.format for index, one in enumerate(packings)}
+        formats = {f"format {index}": one.format for index, one in enumerate(slot_layouts)}
 
         def fingerprint_of(index: int) -> bytes:
             told = {"rank": f"{index} of {rank.count}"} | formats
@@ -75,7 +75,7 @@ class OffloadWorker:
 
         try:
             store = open_copy(
-                *(self._config, rank, fingerprint_of, packings, self._pin, gather_over_tp),
+                *(self._config, rank, fingerprint_of, slot_layouts, self._pin, gather_over_tp),
                 nodes=wanted(_pci_address(self._device)),
             )
         except StoreError as e:
@@ -178,7 +178,7 @@ class OffloadWorker:
         kernels = self._kernels
         if not isinstance(kernels, CudaKernels):
             return None
-        content = memory.place.bytes
+        content = memory.backing.bytes
         register = functools.partial(kernels.register, read_only=not to_write)
         pinning = Pinning(content.ctypes.data, content.nbytes, register, kernels.unregister)
         pinning.start()
