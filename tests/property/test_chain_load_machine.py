@@ -135,7 +135,7 @@ class Machine(RuleBasedStateMachine):
             for group in range(groups):
                 blocks[n, group] = (self.next_block, self.next_block + 1)
                 self.next_block += 2
-        stores = {n: self.tier.whence(KEYS[n]) for n in here}
+        stores = {n: self.tier.source_of(KEYS[n]) for n in here}
         result = self.tier.load(name, [KeyedChunk(KEYS[n], 0, blocks[n, 0]) for n in here])
         fills = {job.key: job for job in result.jobs if isinstance(job, Fill)}
         self.answers |= {fill.number: [] for fill in fills.values()}
