@@ -48,7 +48,7 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     store_threshold: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     """How many requests must have had a chunk before it is stored; 0 and 1: the first one."""
     disk_path: str | None = None
-    """Folder for a disk tier behind host memory."""
+    """Folder for a disk tier: it takes what host memory stored or evicted."""
     disk_bytes: Bytes | None = None
     """Room on disk, over all ranks together; reserved at the start."""
     write_policy: Literal["write-through", "write-back"] = "write-through"

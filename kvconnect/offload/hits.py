@@ -3,6 +3,15 @@
 Groups of full attention need every chunk up to where the request goes on; those of a sliding
 window only what the window still sees from there. A hit ends where chunks of all groups end.
 
+An example: chunks of 4 tokens, one group of full attention and one with a window of 5 tokens. Of
+the first, chunks 0, 1, 2 are stored; of the second only chunk 2 (x: stored):
+
+    tokens       0    4    8    12          to go on at 12 the window needs tokens [7, 12):
+    full         [x   x   x ]               chunks 1 and 2, and chunk 1 is not there;
+    window       [-   -   x ]               at 8: [3, 8), chunks 0 and 1; at 4: chunk 0: no hit.
+
+Had the window's chunk 1 been stored as well, the hit would be 12 tokens.
+
 * Pure: asks ``has`` about keys, each at most once, and remembers nothing.
 """
 
@@ -49,7 +58,7 @@ def hit_tokens(
     local_tokens: int,
     most_tokens: int,
 ) -> int:
-    """The most tokens, at least ``local_tokens``, that a request can go on behind.
+    """Length of the longest prefix after which a request can go on; at least ``local_tokens``.
 
     ``keys[g]`` are those of group ``g``'s chunks from the request's start on. What is between
     ``local_tokens`` and the result has to be loaded, as `needed` says.
@@ -71,7 +80,7 @@ def hit_tokens(
     for group, own in zip(groups, keys, strict=True):
         if group.window_tokens is not None:
             first, last = local_tokens // group.chunk_tokens, end // group.chunk_tokens
-            run = [0] * (last + 1)  # chunks in sequence that end before this one
+            run = [0] * (last + 1)  # run[i]: chunks [i - run[i], i) are all there
             for chunk in range(first, last):
                 run[chunk + 1] = run[chunk] + 1 if has(own[chunk]) else 0
             runs.append((group, run))

@@ -1,7 +1,7 @@
-"""Host memory and a disk behind it as one tier: what to load from where, and what to keep.
+"""Host memory and a disk as one tier: what to load from where, and what to keep.
 
 * `has` says whether a chunk can be loaded, from memory, disk or another engine. No effect.
-* `load` and `store` return jobs for every rank; `answered` is told when all ranks have answered
+* `load` and `store` return jobs for every rank; `answered` is called when all ranks have answered
   one, and returns jobs that follow from it, and what ended by it.
 * What is on disk only passes through memory and stays there. Where memory has no room that could
   be freed, the chunk is failed at once: nobody waits.
@@ -202,7 +202,7 @@ class OffloadTier:
         self._other_engines.update(gained)
         for key in lost:
             self._other_engines[key] -= 1
-            if self._other_engines[key] <= 0:  # it may have come before there was a tier to be told
+            if self._other_engines[key] <= 0:  # it may have come before this tier was made
                 del self._other_engines[key]
 
     def clear(self) -> Effects:
@@ -224,7 +224,7 @@ class OffloadTier:
         return self.host.standing(key) is not KeyState.ABSENT
 
     def _make_room(self, key: Key, result: Effects) -> bool:
-        """A place in memory for what comes from disk."""
+        """Make room in memory for what comes from disk; says whether there is."""
         admission = self.host.admit([key])
         self._leave(admission.evicted, result)
         return bool(admission.admitted)
@@ -271,7 +271,7 @@ class OffloadTier:
 
 
 def common(found: Sequence[Sequence[Key]]) -> tuple[list[Key], list[set[Key]]]:
-    """Keys that every rank found, in the first one's order, and what each found besides."""
+    """Keys that every rank found, in the first one's order, and which others each found."""
     if not found:
         return [], []
     everywhere = set(found[0]).intersection(*found[1:])

@@ -1,7 +1,7 @@
 """Eviction: which key has to go when a new one comes.
 
 `make` gives a policy by name. `kvconnect.offload.eviction.base` says what every policy promises;
-`kvconnect_bench.traces` measures their hit rates beside the best possible.
+`kvconnect_bench.traces` compares their hit rates with the best possible.
 """
 
 from collections.abc import Callable

@@ -10,6 +10,18 @@
 * Headers are in memory or, of a file that is not mapped, written through; `begin` and `commit`
   raise OSError if that fails, and then the slot is still being filled, or was not begun.
 * Not thread-safe. Knows no policy: who calls `begin` says which slot.
+
+Why it is so, and what was rejected:
+
+* Headers lie in one table and not before each payload: 100,000 of them are found again by one read
+  of 12.8 MB, where a header in each slot would be as many page faults, or reads of a disk.
+* A header is invalid while its payload changes, and no journal or checksum of the whole payload is
+  written: a crash costs the slots that were being filled. A journal would double the writes, and
+  a checksum at the commit a pass over the bytes that the kernels have already summed.
+* One writer and no locks between processes: engines that share have an arena each. A lock in
+  shared memory would be held for ever by an engine that is killed while it holds it.
+* Readers compare the header before and after (`still`) instead of pinning a slot: a pin by another
+  process could not be taken back when that process dies.
 """
 
 import contextlib

@@ -5,7 +5,8 @@
   disk fails; after `MOST_FAILURES` in a row nothing is written any more. A read that fails, or
   ends early, is a miss. Nothing raises.
 * What was read is verified by whoever scatters it: sums and digest travel with the payload.
-* Not thread-safe: the mover's thread owns it.
+* A neighbour's file that cannot be opened or read switches that neighbour off for a while.
+* Not thread-safe: the runner's thread owns it.
 """
 
 import logging

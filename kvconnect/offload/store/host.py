@@ -1,14 +1,14 @@
 """KV in host memory, as one rank moves it: paged blocks ↔ slots.
 
 * Nothing blocks. `store` and `load` start something and say whether they did; how it ended comes
-  out of `poll`, once per ticket. What was started between two polls is moved together: on a device
-  a launch of its own for each chunk, or block, would cost more than small ones take.
+  out of `poll`, once for each job. What was started between two polls is moved together: on a
+  device a launch of its own for each chunk, or block, would cost more than small ones take.
 * A store that finds no free slot is skipped; a load of what is not there, or is damaged, is a
   miss. Both are counted, neither raises.
 * A load that fails may have written to its blocks: they hold nothing then.
 * Our own arena first, then those of neighbours, whose slots may change while they are read:
   sums are of what was read, so that never counts as a hit.
-* Not thread-safe: the mover's thread owns it. On CPU the kernels run within `poll`.
+* Not thread-safe: the runner's thread owns it. On a CPU the kernels run within `poll`.
 """
 
 import logging

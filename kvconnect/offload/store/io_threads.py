@@ -165,5 +165,5 @@ def _work(shared: _Shared) -> None:
             logger.exception("kvconnect: a thread for files failed")
             error = f"{type(e).__name__}: {e}"
         seconds = time.perf_counter() - start
-        number, job = job.number, None  # the memory is its owner's again before they are told
+        number, job = job.number, None  # the memory is its owner's again before `poll` says so
         shared.finished.put(JobDone(number, error, done, seconds))

@@ -1,7 +1,7 @@
-"""KV that another rank holds as well and stores for both: a vault that only loads.
+"""KV that another rank holds as well and stores for both: a store that only loads.
 
 Ranks whose KV is the same (MLA, or more tensor-parallel ranks than KV heads) store one copy: the
-*leader* keeps it, in memory that its followers map and read.
+*leader* keeps it, in memory that the other ranks map and read.
 
 * Saves, spills and what is forgotten are the leader's; here they end at once, and well.
 * What the leader has not yet, for it is still reading it from disk, is waited for, but not longer

@@ -89,7 +89,7 @@ class SlotLayout:
         return SlotMove([bundle.move(verb, *found) for bundle in self._bundles], len(found[0]))
 
     def put_sums(self, payload: np.ndarray, sums: np.ndarray) -> int:
-        """Write the sums of all blocks behind them; returns the digest."""
+        """Write the sums of all blocks after the blocks; returns the digest."""
         raw = sums.astype("<u8").tobytes()
         payload[self._sums_at : self.nbytes] = np.frombuffer(raw, np.uint8)
         return _digest(raw)

@@ -1,4 +1,4 @@
-"""Host memory with a disk behind it, as one rank moves KV between them and its paged cache.
+"""Host memory and a disk, as one rank moves KV between them and its paged cache.
 
 * `save` and `load` are between paged blocks and memory, `spill` from memory to disk. What is on
   disk only is promoted on its way: read into a slot in memory, which then holds it as any other;
@@ -8,7 +8,7 @@
 * A load falls back within itself: what is damaged in memory is taken from disk if it is there.
 * Decides nothing about who stays: slots must have been freed by `forget`. Where there is none,
   the save is skipped, or the load fails.
-* Each ticket that was started ends once in `poll`. Not thread-safe: the mover's thread owns it.
+* Each job that was started ends once in `poll`. Not thread-safe: the runner's thread owns it.
 """
 
 import itertools
@@ -58,7 +58,7 @@ class TieredStore:
         self.host = host
         self.disk = disk
         self._clock = clock
-        self._numbers = itertools.count(1)  # tickets of our own
+        self._numbers = itertools.count(1)  # of jobs, as this store counts for host and disk
         self._saves: dict[int, int] = {}
         self._loads: dict[int, tuple[_Wanted, SlotEntry | None]] = {}  # → what on disk it came from
         self._spills: dict[int, tuple[int, SlotEntry]] = {}

@@ -1,4 +1,4 @@
-"""``KVConnectOffloading``: vLLM's interface over host memory with a disk behind it.
+"""``KVConnectOffloading``: vLLM's interface over host memory and a disk.
 
 Saves start when a step has been computed and are finished in steps that follow; nothing waits for
 them, and no free is delayed for them.

@@ -1,7 +1,8 @@
 """KV events of what is stored, for routers that follow them: BlockStored, BlockRemoved by medium.
 
-A stored chunk is told by the hashes of its blocks, as vLLM's own events tell those on the device.
-What was found at the start is told only once it has been stored again: its tokens are not known.
+An event names a stored chunk by the hashes of its blocks, as vLLM's own events name those on the
+device. What was found at the start has no event until it is stored again: its tokens are not known.
+Work and memory grow with the chunks that are saved, not with the length of their prompts.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ MEDIA = {"host": MEDIUM_CPU, "disk": MEDIUM_STORAGE}
 
 
 @dataclass
-class _Told:
+class _SavedChunk:
     hashes: list[Any]
     parent: Any
     tokens: list[int]
@@ -36,11 +37,11 @@ class Events:
         self._enabled = config is not None and config.enable_kv_cache_events
         self._cuts = cuts
         self._hash_tokens = hash_tokens
-        self._told: dict[Key, _Told] = {}
+        self._saved: dict[Key, _SavedChunk] = {}
 
     def __len__(self) -> int:
-        """Of how many chunks it knows what to tell."""
-        return len(self._told)
+        """Of how many chunks the tokens are kept."""
+        return len(self._saved)
 
     def saving(self, request: Any, key: Key, group: int, end_token: int) -> None:
         """The chunk of ``request`` that ends there is being saved as ``key``."""
@@ -49,8 +50,8 @@ class Events:
         cut = self._cuts[group]
         first = end_token - cut.group.chunk_tokens
         start, end = first // self._hash_tokens, end_token // self._hash_tokens
-        before = self._told.get(key)
-        self._told[key] = _Told(
+        before = self._saved.get(key)
+        self._saved[key] = _SavedChunk(
             [maybe_convert_block_hash(one) for one in request.block_hashes[start:end]],
             maybe_convert_block_hash(request.block_hashes[start - 1]) if start else None,
             list(request.all_token_ids[first:end_token]),
@@ -61,37 +62,37 @@ class Events:
 
     def not_saved(self, key: Key) -> None:
         """Nothing came of a save: what it was of is kept only if another medium holds it."""
-        if key in self._told and not self._told[key].media:
-            del self._told[key]
+        if key in self._saved and not self._saved[key].media:
+            del self._saved[key]
 
     def take(self, tiers: Iterable[CacheTier | None]) -> list[Any]:
         """What has changed since the last call."""
         found: list[Any] = []
         for tier in tiers:
             for key, held in tier.take_changes() if tier else ():
-                told = self._told.get(key)
-                if told is None:
+                chunk = self._saved.get(key)
+                if chunk is None:
                     continue
                 medium = MEDIA[tier.name]  # type: ignore[union-attr]
-                found.append(self._stored(told, medium) if held else _removed(told, medium))
-                (told.media.add if held else told.media.discard)(medium)
-                if not told.media:
-                    del self._told[key]
+                found.append(self._stored(chunk, medium) if held else _removed(chunk, medium))
+                (chunk.media.add if held else chunk.media.discard)(medium)
+                if not chunk.media:
+                    del self._saved[key]
         return found
 
-    def _stored(self, told: _Told, medium: str) -> BlockStored:
-        lora = told.lora
+    def _stored(self, chunk: _SavedChunk, medium: str) -> BlockStored:
+        lora = chunk.lora
         return BlockStored(
-            block_hashes=told.hashes,
-            parent_block_hash=told.parent,
-            token_ids=told.tokens,
+            block_hashes=chunk.hashes,
+            parent_block_hash=chunk.parent,
+            token_ids=chunk.tokens,
             block_size=self._hash_tokens,
             lora_id=lora.adapter_id if lora else None,
             medium=medium,
             lora_name=lora.name if lora else None,
-            group_idx=told.group_id,
+            group_idx=chunk.group_id,
         )
 
 
-def _removed(told: _Told, medium: str) -> BlockRemoved:
-    return BlockRemoved(block_hashes=told.hashes, medium=medium, group_idx=told.group_id)
+def _removed(chunk: _SavedChunk, medium: str) -> BlockRemoved:
+    return BlockRemoved(block_hashes=chunk.hashes, medium=medium, group_idx=chunk.group_id)

@@ -2,7 +2,7 @@
 
 * A load ends once, when all its fills have ended; it failed if one of them did.
 * Why it failed is logged with the request's id, in the form that loads from peers have. Of many
-  reasons the first is told.
+  reasons the first is logged.
 """
 
 import logging

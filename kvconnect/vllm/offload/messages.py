@@ -25,7 +25,7 @@ class Found(KVConnectorHandshakeMetadata):
 
 
 class Wanted(NamedTuple):
-    """A chunk that a chain asks for, by its place in a group; ``blocks`` as of `Chunk`."""
+    """A chunk that a chain asks for, by its number in a group; ``blocks`` as of `KeyedChunk`."""
 
     group: int
     number: int
@@ -62,7 +62,7 @@ class WorkerResults(KVConnectorWorkerMetadata):
     declined: Counter[int] = field(default_factory=Counter)
     """Of those ranks, how many were not to carry it out: another source gave the chunk."""
     found: dict[int, Found] = field(default_factory=dict)
-    """By rank, once: for a scheduler that was not told at the start."""
+    """By rank, once: for a scheduler that did not hear of it at the start."""
     lost: list[Loss] = field(default_factory=list)
     gained: Counter[bytes] = field(default_factory=Counter)
     gone: Counter[bytes] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""Opens a rank's store for stored KV: arenas, vault, and the thread that works on them."""
+"""Opens a rank's store: its arenas, the stores over them, and the thread that works on them."""
 
 import functools
 import logging
@@ -47,7 +47,7 @@ class Closes(Protocol):
 
 
 class Lead(NamedTuple):
-    """What followers must know of the rank that stores for them."""
+    """What replicas must know of the rank that stores for them."""
 
     path: str
     identity: bytes
@@ -122,13 +122,13 @@ def open_store(
             host.index.arena.close()
             raise
         logger.error("kvconnect: KV is kept in memory only, not on disk: %s", e)
-    vault = TieredStore(host, disk)
-    keys = vault.keys(on_disk=False), vault.keys(on_disk=True)
+    tiers = TieredStore(host, disk)
+    keys = tiers.keys(on_disk=False), tiers.keys(on_disk=True)
     if not config.persist:
         for key in keys[0]:
-            vault.forget(key)
+            tiers.forget(key)
         for key in keys[1]:
-            vault.forget_on_disk(key)
+            tiers.forget_on_disk(key)
         keys = [], []
 
     def counts() -> Counter[str]:
@@ -136,7 +136,7 @@ def open_store(
         seen = [store.neighbours for store in stores if store.neighbours]
         return sum((one.counts for one in [*stores, *seen]), Counter())
 
-    runner = Runner(vault, [slot_layout.block_bytes for slot_layout in slot_layouts], counts)
+    runner = Runner(tiers, [slot_layout.block_bytes for slot_layout in slot_layouts], counts)
     disk_slots = disk.index.arena.spec.slots if disk else 0
     passing = min(PASSING_SLOTS, spec.slots // 2) if config.share and disk else 0
     lead = Lead(str(arena.path), arena.identity, spec.slots - passing, disk_slots, keys)
@@ -166,14 +166,14 @@ def open_replica(
     except StoreError:
         neighbours.close()
         raise
-    follower = ReplicaReader(neighbours, slot_layouts, lead.keys, ready=_ready(memory, pinning))
+    replica = ReplicaReader(neighbours, slot_layouts, lead.keys, ready=_ready(memory, pinning))
 
     def counts() -> Counter[str]:
-        return follower.host.counts + neighbours.counts
+        return replica.host.counts + neighbours.counts
 
     each = [slot_layout.block_bytes for slot_layout in slot_layouts]
-    runner = Runner(follower, each, counts)
-    parts = (follower,) if pinning is None else (pinning, follower)
+    runner = Runner(replica, each, counts)
+    parts = (replica,) if pinning is None else (pinning, replica)
     return OpenStore(runner, memory, False, lead, parts, pinning)
 
 

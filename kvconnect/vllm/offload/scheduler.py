@@ -130,7 +130,7 @@ class OffloadScheduler:
     def spares(self, request: Any, chunks: Sequence[Wanted]) -> list[tuple[Fill | None, str]]:
         """Of each chunk a fill, to be carried out or declined by every rank, and from where.
 
-        None where it is not here. For a chain: this scheduler's own workers are told nothing.
+        None where it is not here. For a chain: this scheduler's own workers hear nothing of it.
         """
         found: list[tuple[Fill | None, str]] = [(None, "")] * len(chunks)
         if self._tier is None or (tracked := self._track(request)).no_loads:
@@ -163,7 +163,7 @@ class OffloadScheduler:
         return work
 
     def update_connector_output(self, done: WorkerResults) -> None:
-        """Ranks have answered, lost something, or seen what engines beside hold."""
+        """Ranks have answered, lost something, or seen what other engines hold."""
         if self.waits_for_workers:
             self._found |= done.found
             if len(self._found) == self._vllm_config.parallel_config.world_size:

@@ -22,7 +22,7 @@ class Tracked:
         self.no_loads = False
         """A load has failed; another would too, and the request must get on."""
         self.looked = False
-        """Whether the workers were given a step to say what engines beside hold."""
+        """Whether the workers were given a step to say what other engines hold."""
         self.offered = [0] * len(cuts)
         """Per group, chunks from the first on that were offered to be stored."""
         self.most_tokens = _limit(request, "max_offload_tokens")

@@ -70,8 +70,8 @@ class OffloadWorker:
         formats = {f"format {index}": one.format for index, one in enumerate(slot_layouts)}
 
         def fingerprint_of(index: int) -> bytes:
-            told = {"rank": f"{index} of {rank.count}"} | formats
-            return arena_fingerprint(identity(self._vllm_config, self._cuts), told)
+            parts = {"rank": f"{index} of {rank.count}"} | formats
+            return arena_fingerprint(identity(self._vllm_config, self._cuts), parts)
 
         try:
             store = open_copy(
