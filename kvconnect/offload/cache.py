@@ -72,6 +72,11 @@ class CacheTier:
         """How many keys are held or FILLING."""
         return len(self._known)
 
+    @property
+    def waiting(self) -> int:
+        """How many keys have to be settled or unpinned before requests that ended count as such."""
+        return len(self._waiting)
+
     def standing(self, key: Key) -> KeyState:
         """How a key stands now; no effect."""
         known = self._known.get(key)

@@ -186,7 +186,7 @@ class OffloadMachine(RuleBasedStateMachine):
         elif kind == 10:
             self.rest()
             self.follow(self.tier.clear())
-            assert not self.tier.host._waiting, "something is waited for that nobody holds"
+            assert not self.tier.host.waiting, "something is waited for that nobody holds"
             assert self.tier.host.size == 0, "something is pinned by nobody"
             assert self.tier.disk is None or self.tier.disk.size == 0
         elif kind == 11:
@@ -234,7 +234,7 @@ class OffloadMachine(RuleBasedStateMachine):
                 held = {key for key in KEYS if cache and cache.holds(key)}
                 assert set(store.keys(on_disk)) <= held, "a slot is lost for good"
                 assert self.unnoticed or set(store.keys(on_disk)) == held
-                assert store.free(on_disk) + len(store.keys(on_disk)) == store._slots[on_disk]
+                assert store.free(on_disk) + len(store.keys(on_disk)) == store.capacity(on_disk)
 
     @precondition(lambda self: hasattr(self, "tier"))
     @invariant()

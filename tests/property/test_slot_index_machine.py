@@ -61,7 +61,7 @@ class ShelfMachine(RuleBasedStateMachine):
         busy = {e.slot for e, _ in self.reading} | set(self.filling)
         slot = self.index.fill()
         if slot is None:
-            held = {self.index._held[k].slot for k in self.held}
+            held = {self.index.slot_of(k) for k in self.held}
             assert len(busy | held) == self.spec.slots, "a free slot was withheld"
             return
         assert slot not in busy
@@ -127,7 +127,7 @@ class ShelfMachine(RuleBasedStateMachine):
             assert self.content(entry.slot) == entry.digest == content
             self.index.done(entry)
         slots = {e.slot for e, _ in self.reading} | set(self.filling)
-        slots |= {self.index._held[k].slot for k in self.held}
+        slots |= {self.index.slot_of(k) for k in self.held}
         assert self.index.free == self.spec.slots - len(slots)
 
 

@@ -65,7 +65,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         seed = self.pick(number)
         self.bench.file.plan(fault)
         wanted = seed in self.memory and seed not in self.disk
-        able = wanted and self.bench.disk.index.free > 0 and self.bench.disk._failures < 8
+        able = wanted and self.bench.disk.index.free > 0 and not self.bench.disk.is_off
         assert self.bench.spill(seed) == (able and fault not in FAILS)
         if able and fault not in FAILS:
             self.disk[seed] = self.memory[seed] or fault in WRITES_BADLY

@@ -61,6 +61,10 @@ class FakeStore:
         """Decide about the next operations."""
         self._plans.extend(faults)
 
+    def capacity(self, on_disk: bool = False) -> int:
+        """How many slots there are."""
+        return self._slots[on_disk]
+
     def free(self, on_disk: bool = False) -> int:
         """How many slots can be filled."""
         self._others[on_disk] = [slot for slot in self._others[on_disk] if slot.users]

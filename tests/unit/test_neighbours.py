@@ -178,7 +178,7 @@ def test_a_slot_that_changes_while_it_is_read_is_a_miss(pair, monkeypatch):
     assert other.save(1)
     refresh(mine)
     payload = other.host.index.arena.payload
-    slot = other.host.index._held[key_of(1)].slot
+    slot = other.host.index.slot_of(key_of(1))
     started = mine.slot_layout.move
 
     def overwritten(*arguments):

@@ -43,8 +43,8 @@ def test_the_first_piece_is_there_at_once_and_the_rest_in_time():
     pinning.go_on(threads=2)
     assert pinning.ready == 10
     device.gate.set()
-    for thread in list(pinning._threads):
-        thread.join(10)
+    while pinning.running:
+        pass
     assert pinning.ready == 25
     assert sorted(device.seen) == [(1000, 10), (1010, 10), (1020, 5)]
     pinning.close()
@@ -83,22 +83,23 @@ def test_no_thread_pins_before_the_engine_runs():
 
 def test_a_gap_is_not_passed_over():
     """What is behind it is pinned, and yet no slot may lie across it."""
-    done = threading.Event()
+    done, behind = threading.Event(), threading.Event()
 
     def register(address, _nbytes):
         if address == 10:
             done.wait(10)
+        if address == 20:
+            behind.set()
         return 0
 
     pinning = Pinning(0, 30, register, Device().unregister, piece_bytes=10)
     pinning.start()
     pinning.go_on(threads=2)
-    while len(pinning._pinned) < 2:
-        pass
+    assert behind.wait(10)
     assert pinning.ready == 10
     done.set()
-    for thread in list(pinning._threads):
-        thread.join(10)
+    while pinning.running:
+        pass
     assert pinning.ready == 30
     pinning.close()
     assert pinning.ready == 0
@@ -115,11 +116,11 @@ def test_if_a_later_one_cannot_the_rest_stays_unused(caplog):
     pinning = Pinning(1000, 400, device.register, device.unregister, piece_bytes=10)
     pinning.start()
     pinning.go_on(threads=2)
-    while sum(thread.is_alive() for thread in pinning._threads) > 1:
+    while pinning.running > 1:
         pass  # one fails at once, the other is held at the gate
     device.gate.set()
-    for thread in list(pinning._threads):
-        thread.join(10)
+    while pinning.running:
+        pass
     assert pinning.ready == 10
     assert len(device.seen) <= 3, "it went on behind the gap"
     assert "stays unused" in caplog.text

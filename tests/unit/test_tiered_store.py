@@ -276,7 +276,7 @@ def test_a_whole_payload_of_another_slot_is_not_taken_for_this_one(make):
     assert bench.save(1)
     assert bench.save(2)
     arena = bench.host.index.arena
-    one, two = (arena.payload(bench.host.index._held[key_of(seed)].slot) for seed in (1, 2))
+    one, two = (arena.payload(bench.host.index.slot_of(key_of(seed))) for seed in (1, 2))
     one[:] = two
     assert not bench.load(1)
     assert bench.load(2)
@@ -550,7 +550,7 @@ def test_a_file_cut_short_under_a_running_engine_is_misses_and_failed_writes(ben
     for seed in range(3):
         on_disk_only(bench, seed)
     (path,) = (tmp_path / "disk").iterdir()
-    first = bench.disk.index._held[key_of(0)].slot
+    first = bench.disk.index.slot_of(key_of(0))
     os.truncate(path, bench.disk.index.arena.offset(first) + 100)
     assert [bench.load(seed) for seed in range(3)].count(True) <= 1
     assert bench.disk.counts["disk_reads_failed"] >= 2

@@ -389,10 +389,11 @@ def test_the_rank_with_the_least_room_decides(make):
 
 def test_what_some_ranks_found_on_disk_is_forgotten_there(make):
     engine = make()
-    a, b = b"a" * 32, b"b" * 32
+    engine.half.get_num_new_matched_tokens(request(), 0)
+    a, b, _ = engine.half.keys_of("r")[0]
     named(engine, Found(8, 8, [], [a, b]), Found(8, 8, [], [a]))
     assert engine.step().jobs == [Forget(b, True)]
-    assert engine.half._tier.source_of(a) == "disk"
+    assert engine.half.get_num_new_matched_tokens(request("other"), 0) == BLOCK
 
 
 def test_with_write_back_the_disk_gets_what_memory_evicts(make):
@@ -416,7 +417,7 @@ def test_what_is_beside_is_loaded_once_every_rank_has_said_so(make):
     one = request(blocks=2)
     assert engine.half.get_num_new_matched_tokens(one, 0) is None
     assert engine.half.get_num_new_matched_tokens(one, 0) == 0
-    keys = engine.half._requests["r"].keys()[0]
+    keys = engine.half.keys_of("r")[0]
     engine.half.update_connector_output(WorkerResults(gained=Counter(keys)))
     assert engine.half.get_num_new_matched_tokens(one, 0) == 0
     engine.half.update_connector_output(WorkerResults(gained=Counter(keys)))
@@ -431,7 +432,7 @@ def test_what_is_cached_here_need_not_be_stored(make):
     engine = make()
     engine.stored(request(), ([1, 2, 3],))
     engine.half.update_connector_output(
-        WorkerResults(lost=[Loss(engine.half._requests["r"].keys()[0][0], False)])
+        WorkerResults(lost=[Loss(engine.half.keys_of("r")[0][0], False)])
     )
     assert engine.half.get_num_new_matched_tokens(request("other"), 0) == 0
     assert engine.half.get_num_new_matched_tokens(request("other"), BLOCK) == 2 * BLOCK
@@ -447,7 +448,7 @@ def test_where_nothing_is_loaded_workers_are_told_of_no_load(make):
 def test_a_load_from_disk_that_has_no_room_fails_and_is_not_tried_again(make):
     engine = make(slots=1)
     engine.stored(request(), ([1],))
-    keys = engine.half._requests["r"].keys()[0]
+    keys = engine.half.keys_of("r")[0]
     named(engine, Found(1, 8, [], keys))
     other = request("other")
     assert engine.half.get_num_new_matched_tokens(other, 0) == 12
@@ -476,7 +477,7 @@ def test_tokens_are_counted_by_where_they_come_from_and_told_once(make):
 def test_a_spare_from_disk_makes_room_in_memory(make):
     engine = make()
     engine.stored(request(), ([1, 2, 3],))
-    first, second, _ = engine.half._requests["r"].keys()[0]
+    first, second, _ = engine.half.keys_of("r")[0]
     named(engine, Found(1, 8, [first], [second]))
     ((fill, source_of),) = engine.half.spares(request(), [Wanted(0, 1, (11,))])
     assert (fill.blocks, source_of) == ((11,), "disk")
@@ -573,7 +574,7 @@ def test_of_a_request_that_ended_the_last_chunk_makes_room_and_nothing_is_kept(m
     engine.answer(work)
     engine.half.request_finished("r")
     half = engine.half
-    assert not any((half._requests, half._held, half._answers, half._declined))
+    assert {name: n for name, n in half.held().items() if n} == {"events": 3}
     half.get_num_new_matched_tokens(other := request("other", blocks=1, seed=1), 0)
     engine.answer(engine.step(other, ([4],), 5), ranks=2)
     assert half.get_num_new_matched_tokens(request("again"), 0) == 2 * BLOCK
@@ -679,7 +680,7 @@ def test_nothing_is_kept_of_saves_that_came_to_nothing(make):
     engine.half.get_num_new_matched_tokens(one, 0)
     engine.answer(engine.step(one, ([1, 2, 3],), one.num_tokens), failures=1)
     assert engine.half.take_events() == []
-    assert engine.half.events_held == 0
+    assert engine.half.held()["events"] == 0
     other = request("other", seed=7)
     engine.stored(other, ([4, 5, 6],))
-    assert engine.half.events_held == 3
+    assert engine.half.held()["events"] == 3

@@ -77,9 +77,14 @@ class DiskStore:
         """Whether `poll` has something to wait for."""
         return bool(self._jobs)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is written any more, for too many writes have failed in a row."""
+        return self._failures >= MOST_FAILURES
+
     def write(self, job: int, entry: SlotEntry, payload: np.ndarray) -> bool:
         """Start to write what ``entry`` says is in ``payload``, which must stay; False: dropped."""
-        if self._failures >= MOST_FAILURES:
+        if self.is_off:
             self.counts["disk_writes_dropped_disk_off"] += 1
             return False
         if not self._threads.room:

@@ -61,6 +61,11 @@ class Pinning:
                 self._ready += 1
         return sum(nbytes for _, nbytes in self._pieces[: self._ready])
 
+    @property
+    def running(self) -> int:
+        """How many threads pin at this moment."""
+        return sum(thread.is_alive() for thread in self._threads)
+
     def start(self) -> None:
         """Pin the first piece, in the caller's thread; raises StoreError."""
         if code := self._pin_next():

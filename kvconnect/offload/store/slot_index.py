@@ -55,6 +55,11 @@ class SlotIndex:
         """Held keys, oldest first."""
         return list(self._held)
 
+    def slot_of(self, key: bytes) -> int | None:
+        """The slot that holds ``key``; no effect. None: none does."""
+        entry = self._held.get(key)
+        return None if entry is None else entry.slot
+
     def fill(self) -> int | None:
         """A slot whose payload may be written from now on; None if there is none.
 

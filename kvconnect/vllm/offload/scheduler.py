@@ -208,10 +208,19 @@ class OffloadScheduler:
         """KV events since the last call."""
         return self._events.take((self._tier.host, self._tier.disk)) if self._tier else []
 
-    @property
-    def events_held(self) -> int:
-        """Of how many chunks the tokens are kept, for events to come."""
-        return len(self._events)
+    def keys_of(self, request_id: str) -> list[list[Key]]:
+        """Per group, keys of the chunks of a request that is followed."""
+        return self._requests[request_id].keys()
+
+    def held(self) -> dict[str, int]:
+        """How much of everything is in use, by name; all 0 when nothing is under way."""
+        return {
+            "requests": len(self._requests),
+            "saves": len(self._held),
+            "answers": len(self._answers),
+            "declined": len(self._declined),
+            "events": len(self._events),
+        }
 
     def take_stats(self) -> dict[str, int] | None:
         """What was counted here since the last call; None if nothing."""
