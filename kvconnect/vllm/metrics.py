@@ -341,7 +341,7 @@ OFFLOAD = (
     ),
     Metric(
         "vllm:kvconnect_offload_job_faults",
-        ("job_faults", "host_job_faults"),
+        ("job_faults", "host_job_faults", "disk_job_faults"),
         "Jobs that ended by an exception nobody foresaw; the log has its traceback.",
     ),
 )

@@ -9,6 +9,7 @@ from store_bench import FINGERPRINT, Bench, key_of
 
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import neighbours as module
+from kvconnect.offload.store.arena import Arena
 from kvconnect.offload.store.backing import Filed, mapped
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.neighbours import OFF_S, Neighbours, claim, other_paths
@@ -286,6 +287,21 @@ def test_a_neighbours_file_that_cannot_be_opened_or_read_is_a_miss(pair):
     assert not mine.load(2), "it is off"
     assert mine.disk.counts["disk_reads_failed"] == 1
     assert mine.save(5) and mine.spill(5)
+
+
+def test_what_nobody_foresaw_at_the_end_of_a_read_costs_that_load_alone(pair, monkeypatch):
+    mine, other = pair
+    ticket, file = reading_from_disk(mine, other)
+
+    def odd(_arena, _entry):
+        raise ZeroDivisionError("odd")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arena, "still", odd)
+        file.let_go()
+        assert mine.settle()[ticket] == "ZeroDivisionError: odd"
+    assert mine.disk.counts["disk_job_faults"] == 1
+    assert mine.load(1)
 
 
 def test_neighbours_do_not_stand_in_the_way_of_stores(pair):

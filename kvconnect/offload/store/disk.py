@@ -144,12 +144,19 @@ class DiskStore:
         ended = []
         for done in self._threads.poll():
             job = self._jobs.pop(done.id)
-            if isinstance(job, _Write):
-                error, nbytes = self._end_write(job, done.error)
-            else:
-                error, nbytes = self._end_read(job, done.error)
-                if not job.own:
-                    job.arena.end_read()
+            try:
+                if isinstance(job, _Write):
+                    error, nbytes = self._end_write(job, done.error)
+                else:
+                    error, nbytes = self._end_read(job, done.error)
+            except AssertionError:
+                raise
+            except Exception as e:  # it costs this job alone
+                logger.exception("kvconnect: a job of the disk failed")
+                self.counts["disk_job_faults"] += 1
+                error, nbytes = f"{type(e).__name__}: {e}", 0
+            if isinstance(job, _Read) and not job.own:
+                job.arena.end_read()
             ended.append(JobDone(job.job, error, nbytes, done.seconds))
         return ended
 
