@@ -378,8 +378,11 @@ class ChunkSender:
         reader = self._readers.get(link)
         # the blocks were leased all the while they were read, or their content means nothing
         stood = self._lender.opened(want.lease_id, (link, want.reader)) is not None
-        if reader is None or not stood:
+        if not stood:
             self._drop(filling, "gone", "the lease was over before the chunk was gathered")
+            return
+        if reader is None:
+            self._drop(filling, "unusable", "you were forgotten before the chunk was gathered")
             return
         gathered_s = time.perf_counter() - filling.started_at
         self._measured(link, "gather", gathered_s / max(want.nbytes, 1))

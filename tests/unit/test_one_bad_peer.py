@@ -411,3 +411,19 @@ def test_a_broken_invariant_of_ours_stops_the_mover():
     Load(p, d, "stops")
     with pytest.raises(AssertionError, match="so it cannot be"):
         world.go_on(30)
+
+
+def test_a_write_that_fails_late_does_not_forget_who_has_staged_anew_since():
+    """Chunks that were gathered for the new stage were refused as if their lease were over."""
+    world = World()
+    kernels = LateKernels(load("cpu"))
+    p, d = make(world, kernels=kernels), make(world)
+    Load(p, d, "warm").seconds()
+    kernels.asked = 4
+    staged = p.transports[0].submitted[-1].peer
+    p.transports[0].plan(Fault.LOST)
+    p.transports[0].plan(Fault.LOST, done_polls=12)
+    p.transports[0].plan(Fault.LOST, done_polls=20)
+    assert Load(p, d, "load").seconds() < 2.0
+    # one of the three went to the new stage, and failed it
+    assert len({work.peer for work in p.transports[0].submitted} - {staged}) == 2
