@@ -101,7 +101,7 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     auth_secret_file: str | None = None
     """Path of a file with a secret shared by all engines; signs tickets, proves peers."""
     model_id: str | None = None
-    """Name of the weights when the model's path differs between prefill and decode."""
+    """Name of the weights, compared instead of their content: for both sides, or neither."""
     transfer_mode: Mode = "auto"
     """``direct``: decode reads prefill's blocks. ``staged``: prefill gathers, writes large chunks
     into staging memory, decode scatters; works between any two geometries, and a peer can never

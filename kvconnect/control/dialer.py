@@ -21,7 +21,15 @@ from collections.abc import Callable, Mapping
 
 from kvconnect.control import wire
 from kvconnect.control.channel import Channel, Frame, Link
-from kvconnect.control.session import DIALER, NONCE_BYTES, PLAIN, SEALED, Session, why_not_proved
+from kvconnect.control.session import (
+    DIALER,
+    NONCE_BYTES,
+    PLAIN,
+    SEALED,
+    Session,
+    why_not_proved,
+    why_unlike,
+)
 from kvconnect.control.wire import Address
 from kvconnect.errors import GeometryError, WireError
 from kvconnect.geometry.blocks import check_views
@@ -346,14 +354,9 @@ class Dialer:
     def _welcomed(self, peer: Peer, welcome: wire.Welcome) -> None:
         peer.fingerprint = theirs = welcome.fingerprint
         ours = theirs if self._fingerprint is None else self._fingerprint
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
-                self.fail(
-                    peer,
-                    f"{key} is {theirs.get(key)!r}, ours is {ours.get(key)!r}; both engines must "
-                    "serve the same model with the same settings",
-                )
-                return
+        if why_not := why_unlike(ours, theirs):
+            self.fail(peer, why_not)
+            return
         try:
             body = wire.decode_body(welcome.body)
             check_views(body.views, body.regions)

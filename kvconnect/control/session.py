@@ -10,6 +10,7 @@ Authenticates, does not encrypt: block ids and addresses are readable on the wir
 import hashlib
 import hmac
 import itertools
+from collections.abc import Mapping
 
 from kvconnect.errors import WireError
 
@@ -75,3 +76,16 @@ def why_not_proved(ours: bool, theirs: bool) -> str:
     if theirs:
         return "has an auth_secret_file and we have none; set the same one here"
     return "has no auth_secret_file and we have one; set the same one there"
+
+
+def why_unlike(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """The first field in which two fingerprints differ, and what to do; "" if they are equal."""
+    for field in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(field), theirs.get(field)
+        if mine is None or other is None:
+            remedy = "say it, or neither: give both the same options, and the same kvconnect"
+        else:
+            remedy = "serve the same model with the same settings"
+        if mine != other:
+            return f"{field} is {other!r}, ours is {mine!r}; both engines must {remedy}"
+    return ""

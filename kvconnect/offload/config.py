@@ -57,6 +57,8 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Find KV again after a restart, or a crash; host memory is a file in ``memory_path`` then."""
     share: bool = False
     """Read what other engines of the same model and shape have stored in the same folders."""
+    model_id: str | None = None
+    """Name of the weights, where they cannot be known by their files: KV of one name is one's."""
     memory_path: str | None = None
     """Folder for host memory that persists or is shared; by default one in /dev/shm."""
 

@@ -2,7 +2,7 @@
 
 Two chunks of KV have one key only if everything that their numbers depend on is equal:
 
-* of the engine, an `Identity`: model, revision, configuration, rope, dtypes, quantization, …;
+* of the engine, an `Identity`: weights, configuration, rope, dtypes, quantization, …;
 * of the request, a `Context`: cache salt, LoRA adapter, multimodal items, and whatever else;
 * of the chunk: vLLM's hash of its last block, which chains all tokens before it, its KV cache
   group, and where it ends.
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 KEY_BYTES = 32
 NO_KEY = bytes(KEY_BYTES)
 
@@ -31,8 +31,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine's KV depends on, the same for all requests and ranks. Texts are opaque."""
 
     model: str
-    """Name of the weights; two models with one name and one configuration are taken for one."""
-    revision: str | None
+    """Which weights: a digest of them, or the name that the user gave them; never a path's."""
     config: str
     """Digest of the model's configuration."""
     rope: str

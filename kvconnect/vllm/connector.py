@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class Orders(KVConnectorMetadata):
-    """A step's orders, scheduler → workers; a worker takes them once."""
+    """A step's orders, scheduler → workers; a worker takes them once. ``step``: its number."""
 
-    def __init__(self, orders: list[Order]) -> None:
+    def __init__(self, orders: list[Order], step: int = 0) -> None:
         self._orders = orders
+        self.step = step
 
     def take(self) -> list[Order]:
         """The orders, the first time."""
@@ -93,12 +94,13 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         return _compat.transfer_group_ids(self._kv_cache_config)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        return Orders(self.scheduler.take_orders())
+        return Orders(self.scheduler.take_orders(), self.scheduler.adapters.next_step())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         introduction = connector_output.kv_connector_worker_meta
         if isinstance(introduction, Introduction):
             self.scheduler.addresses_known(introduction.ranks)
+            self.scheduler.adapters.received(introduction.adapters)
         self.scheduler.update_connector_output(connector_output.finished_recving or ())
 
     def request_finished_all_groups(
@@ -114,6 +116,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if isinstance(connector_metadata, Orders):
+            self.worker.adapters.bound(connector_metadata.step)
             self.worker.put(connector_metadata.take())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:

@@ -1,44 +1,76 @@
 """What must be equal on both sides before any KV is handed over: the model's identity.
 
-Only what KV depends on and geometry does not show: which weights, and how positions enter. vLLM
-and transformers may be of other versions on the two sides, so a model's config is never hashed
-whole: versions add fields to it. Geometry (block size, layout, dtype, heads, head size, layer
-names) is compared layer by layer in `kvconnect.geometry.intersect`, which can say more about a
-difference than a hash; adapters, salts and multimodal inputs are a request's own and in its digest.
+Only what KV depends on and geometry does not show: which weights, by their content, and how
+positions enter. vLLM and transformers may be of other versions on the two sides, so a model's
+config is never hashed whole: versions add fields to it. Geometry (block size, layout, dtype, heads,
+head size, layer names) is compared layer by layer in `kvconnect.geometry.intersect`, which can say
+more about a difference than a hash; adapters, salts and multimodal inputs are a request's own and
+in its digest.
+
+Names and paths are not compared: one model may be at two, and two models at one.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Any
 
-# Of the text model's config. The size of a hidden state is no geometry of KV, but tells two
-# models of one name apart.
+from kvconnect.vllm.weights import Weights, unlike_any, weights_of
+
+# Of the text model's config. The size of a hidden state is no geometry of KV, but says how a model
+# differs where its weights only say that it does.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 POSITIONS = ("rope_parameters", "rope_scaling", "rope_theta", "sliding_window")
+DRAFT_LAYERS = ("n_predict", "num_nextn_predict_layers")
 LONGEST = 400  # characters of a field; wire.Name allows 512
+NO_KV = {"ngram", "[ngram]", "ngram_gpu", "suffix", "medusa", "mlp_speculator"}
+"""Methods of speculation that keep no KV, and change none of the model's."""
 
 
 def fingerprint(vllm_config: Any, model_id: str | None) -> dict[str, str]:
     """Named fields, compared one by one so that a difference can be named.
 
-    The model's name is the last part of its path, since paths differ between machines; the
-    option ``model_id`` says otherwise.
+    With the option ``model_id`` the user says which weights these are: it is compared instead.
     """
     model = vllm_config.model_config
     text = model.hf_text_config
     rope = getattr(text, "rope_parameters", None)  # since transformers 5 holds the other two
-    speculative = vllm_config.speculative_config
-    return {
-        "model": model_id or PurePath(str(model.model).rstrip("/")).name,
-        "revision": str(model.revision),
+    fields = {
         "architectures": ", ".join(model.hf_config.architectures or ()),
         "sizes": _told(text, SIZES),
         "positions": _told(text, [p for p in POSITIONS if not (rope and p in POSITIONS[1:3])]),
         "quantization": str(model.quantization),
-        "speculative method": str(speculative.method if speculative else None),
+        "speculation": _speculation(vllm_config),
     }
+    if model_id:
+        return fields | {"model_id": model_id}
+    found = all_weights(vllm_config)
+    return fields | {k: w.digest if w.known else unlike_any(w) for k, w in found.items()}
+
+
+def all_weights(vllm_config: Any) -> dict[str, Weights]:
+    """By field, of the model and of a draft model that is another and keeps KV of its own."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    found = {"weights": weights_of(model, load)}
+    draft = getattr(_drafting(vllm_config), "draft_model_config", None)
+    if draft is not None and draft.model != model.model:
+        own = getattr(vllm_config.speculative_config, "draft_load_config", None)
+        found["weights of the draft model"] = weights_of(draft, own or load)
+    return found
+
+
+def _drafting(vllm_config: Any) -> Any:
+    """The config of speculation whose layers are among the KV; None where there is none."""
+    speculative = vllm_config.speculative_config
+    return None if speculative is None or speculative.method in NO_KV else speculative
+
+
+def _speculation(vllm_config: Any) -> str:
+    if (speculative := _drafting(vllm_config)) is None:
+        return "none that keeps KV"
+    draft = speculative.draft_model_config
+    sizes = _told(draft.hf_text_config, (*SIZES, *DRAFT_LAYERS)) if draft is not None else ""
+    return f"{speculative.method} {sizes}".strip()
 
 
 def _told(config: Any, names: Sequence[str]) -> str:

@@ -77,11 +77,14 @@ def open_ticket(text: Any, secret: bytes | None) -> Ticket:
 class Prompt:
     """What KV depends on: tokens, embeddings, multimodal inputs, adapter and cache salt.
 
-    ``backoff`` trailing tokens are not handed over; at least one token always is.
+    ``adapter``: what the adapter is made of, never its name; None without one. ``backoff`` trailing
+    tokens are not handed over; at least one token always is.
     """
 
-    def __init__(self, request: Any, backoff: int = 0) -> None:
+    def __init__(self, request: Any, adapter: str | None = None, backoff: int = 0) -> None:
+        assert bool(adapter) == (request.lora_request is not None), "an adapter that is not known"
         self._request = request
+        self._adapter = adapter
         tokens: int = request.num_prompt_tokens
         self.num_tokens = tokens - backoff if tokens > backoff else tokens
 
@@ -93,13 +96,12 @@ class Prompt:
             h.update(msgspec.msgpack.encode(list(ids[:tokens])))
         if (embeds := request.prompt_embeds) is not None:
             h.update(b"embeds" + embeds[:tokens].float().numpy().tobytes())
-        lora = request.lora_request.lora_name if request.lora_request else None
         media = [
             (f.mm_hash or f.identifier, f.mm_position.offset, f.mm_position.length)
             for f in request.mm_features or ()
             if f.mm_position.offset < tokens
         ]
-        h.update(msgspec.msgpack.encode((tokens, lora, request.cache_salt, media)))
+        h.update(msgspec.msgpack.encode((tokens, self._adapter, request.cache_salt, media)))
         return h.digest()
 
 

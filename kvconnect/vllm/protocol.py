@@ -57,13 +57,12 @@ class RouterProtocol:
         """Whether the client says that another engine will decode this prompt."""
         return wants_remote_decode(request.kv_transfer_params)
 
-    def offer(self, request: Any, backoff: int) -> Offer | None:
+    def offer(self, request: Any, prompt: Prompt) -> Offer | None:
         """What can be had for a request that `loads`; raises OfferError with the reason.
 
-        ``backoff`` trailing tokens of the prompt are not handed over. None: it is being found
-        out; ask again at the next step.
+        None: it is being found out; ask again at the next step.
         """
-        return parse_offer(request.kv_transfer_params, Prompt(request, backoff), *self.us[:3])
+        return parse_offer(request.kv_transfer_params, prompt, *self.us[:3])
 
     def asks_about(self, request: Any) -> Hashable:  # noqa: ARG002 - of other contracts
         """What an `offer` of None waits for: requests with the same are answered together."""

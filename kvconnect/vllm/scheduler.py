@@ -20,6 +20,7 @@ from kvconnect.orders import Blocks, Offer, Order
 from kvconnect.planner import Planner
 from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat
+from kvconnect.vllm.adapters import Adapters
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 from kvconnect.vllm.undecided import Undecided
@@ -65,6 +66,7 @@ class Scheduler:
         self._windows = Windows(kv_cache_config, self._groups)
         self._backoff = _backoff(vllm_config, kv_cache_config)
         self._planner = Planner(self._us.ttl_s)
+        self.adapters = Adapters(vllm_config)
         self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
         self._world_size = parallel.world_size
         self.waits_for_workers = False
@@ -97,6 +99,7 @@ class Scheduler:
 
     def on_new_request(self, request: Any) -> None:
         """A new request: note its offer, promise its KV."""
+        self.adapters.arrived(request)
         if self._protocol.loads(request):
             self._note(request)
         elif self._protocol.lends(request):
@@ -110,7 +113,17 @@ class Scheduler:
             return None
         if self._planner.waits(request_id):
             return None
-        return self._planner.match(request_id, local_tokens)
+        if self._protocol.lends(request):
+            if self.adapters.undecided(request):
+                return None
+            self.adapters.begin(request)
+        self.cached(request, local_tokens)
+        tokens = self._planner.match(request_id, local_tokens)
+        return 0 if tokens and self.adapters.digest(request) == "" else tokens
+
+    def cached(self, request: Any, local_tokens: int) -> None:
+        """Tokens that vLLM's own prefix cache has; vLLM asks with them, but a chain does not."""
+        self.adapters.cached(request, local_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
@@ -141,6 +154,10 @@ class Scheduler:
         self._planner.end(request.request_id)
         self._windows.done(request.request_id)
         self._release_own(request.request_id)
+        adapter = self.adapters.digest(request)
+        if adapter is not None and self.adapters.mixed(request):
+            adapter = ""
+        self.adapters.ended(request.request_id)
         if not self._protocol.lends(request):
             return False, None
         tables = [block_ids[g] for g in self._groups]
@@ -149,10 +166,10 @@ class Scheduler:
             RequestStatus.FINISHED_LENGTH_CAPPED,
             RequestStatus.FINISHED_STOPPED,
         )
-        if not computed or tokens <= 0 or not any(tables):
+        if not computed or tokens <= 0 or not any(tables) or adapter == "":
             self._planner.withdraw(request.request_id)
             return False, None
-        return True, self._lend(request, tables, tokens)
+        return True, self._lend(request, tables, Prompt(request, adapter), tokens)
 
     def take_orders(self) -> list[Order]:
         """Orders for every worker, since the last call: once per step."""
@@ -229,14 +246,20 @@ class Scheduler:
     def _offer(self, request: Any) -> Offer | None:
         if getattr(request, "abort_immediately", False):  # never runs; its prompt is a dummy
             return self._protocol.unused(request)
-        return self._protocol.offer(request, self._backoff)
+        if self.adapters.undecided(request):
+            return None
+        if (adapter := self.adapters.begin(request)) == "":
+            raise OfferError("which weights its adapter has is not known here")
+        return self._protocol.offer(request, Prompt(request, adapter, self._backoff))
 
-    def _lend(self, request: Any, tables: list[list[int]], tokens: int) -> dict[str, Any] | None:
+    def _lend(
+        self, request: Any, tables: list[list[int]], prompt: Prompt, tokens: int
+    ) -> dict[str, Any] | None:
         kept = tuple(
             tuple(b if b != NULL_BLOCK else NO_BLOCK for b in table[: -(-tokens // size)])
             for table, size in zip(tables, self._group_sizes, strict=True)
         )
-        digest = Prompt(request).digest(tokens)
+        digest = prompt.digest(tokens)
         name = self._protocol.name(request)
         lease_id = self._planner.grant(request.request_id, kept, tokens, digest, name)
         ticket = Ticket(

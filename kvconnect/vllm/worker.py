@@ -26,6 +26,7 @@ from kvconnect.orders import Fetch, Grant, Order, Outcome
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.stats import StatsData
 from kvconnect.transport.registry import make_transport
+from kvconnect.vllm.adapters import AdapterReport, Noted, merged
 from kvconnect.vllm.engine import Rank, kernels_for, this_rank, use_device
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import TpRank, describe
@@ -52,10 +53,13 @@ class Introduction(KVConnectorWorkerMetadata):
     """
 
     ranks: dict[int, RankMetadata]
+    adapters: AdapterReport | None = None
+    """With every step's results, where adapters are served."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "Introduction":
         assert isinstance(other, Introduction)
-        return Introduction(self.ranks | other.ranks)
+        adapters = merged(self.adapters, other.adapters)
+        return Introduction(self.ranks | other.ranks, adapters)
 
 
 class Worker:
@@ -73,6 +77,7 @@ class Worker:
         # what waits for the device: drafted tokens have KV, too, written after the last sampling
         self._fenced = (Fetch, Grant) if vllm_config.speculative_config else (Fetch,)
         self._introduced = False
+        self.adapters = Noted(vllm_config)
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -150,11 +155,13 @@ class Worker:
         return RankMetadata(address.host, address.port, self._mover.incarnation)
 
     def build_connector_worker_meta(self) -> Introduction | None:
-        """The same for a step's results, the first time."""
-        if self._introduced or (metadata := self.get_handshake_metadata()) is None:
-            return None
-        self._introduced = True
-        return Introduction({self._index: metadata})
+        """The same for a step's results, the first time, and which adapters were loaded."""
+        ranks = {}
+        if not self._introduced and (metadata := self.get_handshake_metadata()) is not None:
+            self._introduced = True
+            ranks = {self._index: metadata}
+        adapters = self.adapters.take(self._index)
+        return Introduction(ranks, adapters) if ranks or adapters else None
 
     def put(self, orders: Sequence[Order]) -> None:
         """Give the mover the scheduler's orders, for after the device's current work."""

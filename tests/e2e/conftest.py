@@ -3,6 +3,7 @@
 Tests are grouped by the pair they ask for, so each is started once.
 """
 
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import multi
 import pytest
+from identities import copy_of, write_adapter
 from pair import SPOIL_FILE, Pair, Setup
 from solo import SharersSetup, Solo, SoloSetup
 from xpyd import XpydSetup
@@ -58,6 +60,27 @@ def crowded_pair(folder: Path) -> Setup:
         prefill=["--tensor-parallel-size", "2"],
         both=["--num-gpu-blocks-override", "40", "--max-model-len", "2048"],
         policy="recompute",
+    )
+
+
+def identity_pair(folder: Path) -> Setup:
+    """One model at two paths, with two adapters: one at two paths as well, and one that has other
+    weights on the other side. Decode alone speculates, by n-grams."""
+    ours = model("KVCONNECT_TP_MODEL")  # adapters are slow on a CPU
+    adapters = {}
+    for role, clash in {"prefill": 2, "decode": 3}.items():
+        seeds = {"shared": 1, "clash": clash}
+        paths = {n: write_adapter(folder / role / n, ours, seed) for n, seed in seeds.items()}
+        adapters[role] = ["--lora-modules", *(f"{name}={path}" for name, path in paths.items())]
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    return Setup(
+        ours,
+        prefill_model=copy_of(ours, folder / "elsewhere"),
+        prefill=adapters["prefill"],
+        decode=[*adapters["decode"], "--speculative-config", json.dumps(ngram)],
+        both=["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", *SHORT],
+        policy="recompute",
+        env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     )
 
 
@@ -265,6 +288,7 @@ SETUPS = (
     pair,
     secret_pair,
     crowded_pair,
+    identity_pair,
     hybrid_pair,
     hybrid_blocks_pair,
     pipeline_pair,
@@ -331,6 +355,7 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     pair_fixture,
     secret_fixture,
     crowded_fixture,
+    identity_fixture,
     hybrid_fixture,
     hybrid_blocks_fixture,
     pipeline_fixture,

@@ -46,6 +46,8 @@ class Setup:
     """Overrides of kv_connector and kv_connector_module_path."""
     prefill_names: Mapping[str, str] = field(default_factory=dict)
     """The same, of the prefill engine alone."""
+    prefill_model: Path | None = None
+    """Of the prefill engine, where it is another or elsewhere; of one name."""
     prefill_extra: Mapping[str, Any] = field(default_factory=dict)
     """More of ``extra``, of the prefill engine alone."""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -117,9 +119,11 @@ class Pair:
         fleet.wait_up(servers, START_TIMEOUT_S)
         self.prefill, self.decode = (Client(s, setup.model.name) for s in servers)
 
-    def start(self, role: str) -> Server:
-        """Another engine of a role; not waited for."""
+    def start(self, role: str, model: Path | None = None) -> Server:
+        """Another engine of a role, of another ``model`` than the setup's; not waited for."""
         setup = self.setup
+        if model is None:
+            model = (setup.prefill_model or setup.model) if role == "prefill" else setup.model
         config = transfer_config(setup.connector, role) | dict(setup.names)
         extra = {**config.get("kv_connector_extra_config", {}), **setup.extra}
         if role == "prefill":
@@ -129,13 +133,15 @@ class Pair:
         config["kv_load_failure_policy"] = setup.policy
         options = [*setup.both, *(setup.prefill if role == "prefill" else setup.decode)]
         name = f"{role} {len(self.fleet.servers)}"
-        command = VllmServe(setup.model, config, options).command
+        command = VllmServe(model, config, options).command
         return self.fleet.start(name, command, engine_env(**setup.env))
 
-    def prefilled(self, prompt: Any, **options: Any) -> dict[str, Any]:
+    def prefilled(
+        self, prompt: Any, prefill: Client | None = None, **options: Any
+    ) -> dict[str, Any]:
         """Params that hand the prompt over."""
         params = {"kv_transfer_params": PREFILL}
-        status, answer = self.prefill.post(prompt, max_tokens=1, **params, **options)
+        status, answer = (prefill or self.prefill).post(prompt, max_tokens=1, **params, **options)
         assert status == 200, answer
         return answer["kv_transfer_params"]
 

@@ -74,8 +74,9 @@ class Pair:
     def offer(self, params, unused=False, backoff=0):
         """As vLLM's scheduler asks: again and again."""
         ask = request(params)
+        prompt = Prompt(ask, backoff=backoff)
         until = time.monotonic() + 10
-        while (found := self.d.unused(ask) if unused else self.d.offer(ask, backoff)) is None:
+        while (found := self.d.unused(ask) if unused else self.d.offer(ask, prompt)) is None:
             assert time.monotonic() < until
             time.sleep(0.002)
         return found
@@ -109,6 +110,11 @@ def request(params, ids=tuple(range(40))):
 def ticket():
     shards = tuple((address, "i") for address in RANKS)
     return Ticket(1, "P", "g", "cmpl-1", 40, Prompt(request({})).digest(40), 30_000, shards)
+
+
+def offered(contract, params):
+    asked = request(params)
+    return contract.offer(asked, Prompt(asked))
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])
@@ -147,10 +153,10 @@ def test_params_of_the_nixl_form_are_understood_and_answered(make):
     assert pair.p.name(plain) == ""
     answer = pair.p.answer(plain, ticket(), [[1]], SIZES)
     assert answer["remote_request_id"] == "cmpl-1"
-    assert pair.d.offer(request(answer), 0).source.lease_id == "g"
+    assert offered(pair.d, answer).source.lease_id == "g"
     assert pair.d.unused(request(answer)).source.request_id == "cmpl-1"
     both = {**answer, "transfer_id": "xfer-1", "remote_bootstrap_addr": "http://nobody:1"}
-    assert pair.d.offer(request(both), 0).source.lease_id == "g", "the ticket wins"
+    assert offered(pair.d, both).source.lease_id == "g", "the ticket wins"
 
 
 def test_a_lease_is_not_found_by_an_id_that_is_a_transfers(make):
@@ -226,7 +232,7 @@ def test_hostile_params_raise_nothing_but_offer_errors(alone, params):
         ask = request({**params, leg: True})
         for look in (alone.loads, alone.lends, alone.name, alone.unusable):
             look(ask)
-        for find in (lambda one: alone.offer(one, 0), alone.unused):
+        for find in (lambda one: alone.offer(one, Prompt(one)), alone.unused):
             try:
                 offer = find(ask)
             except OfferError:

@@ -19,6 +19,7 @@ from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.ids import parse_pairing
 from kvconnect.vllm.p2p.pings import Pings
 from kvconnect.vllm.p2p.protocol import P2pProtocol
+from kvconnect.vllm.params import Prompt
 from kvconnect.vllm.protocol import EngineInfo
 
 P, D = Address("10.0.0.1", 21001), Address("10.0.1.1", 22001)
@@ -234,13 +235,13 @@ def test_prefill_lends_under_the_name_that_decode_asks_for():
     prefill, decode = contract("kv_producer"), contract("kv_consumer")
     assert (prefill.lends(AT_P), prefill.loads(AT_P)) == (True, False)
     assert (decode.lends(AT_D), decode.loads(AT_D)) == (False, True)
-    offer = decode.offer(AT_D, backoff=0)
+    offer = decode.offer(AT_D, Prompt(AT_D))
     assert offer.source == Source((RankAddress(P, None),), prefill.name(AT_P), None, 30.0)
     assert offer.tokens == 40
 
 
 def test_a_prompt_whose_end_is_computed_at_decode_is_offered_without_it():
-    assert contract("kv_consumer").offer(AT_D, backoff=1).tokens == 39
+    assert contract("kv_consumer").offer(AT_D, Prompt(AT_D, backoff=1)).tokens == 39
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_an_engine_that_is_both_of_a_pair_asks_nobody(role):
     assert not us.lends(same)
     if us.loads(same):
         with pytest.raises(OfferError, match="this very engine"):
-            us.offer(same, backoff=0)
+            us.offer(same, Prompt(same))
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": False}])
@@ -284,7 +285,7 @@ def test_params_go_before_ids():
     }
     at_decode = request(AT_D.request_id, params)
     assert decode.loads(at_decode)
-    assert decode.offer(at_decode, 0).source.shards == (
+    assert decode.offer(at_decode, Prompt(at_decode)).source.shards == (
         RankAddress(Address("10.0.0.7", 5600), None),
     )
     assert decode.unused(at_decode).source.request_id == "cmpl-1"
@@ -294,7 +295,7 @@ def test_with_a_secret_ids_neither_hand_over_nor_fetch():
     decode = contract("kv_consumer", secret=SECRET)
     assert not contract("kv_producer", secret=SECRET).lends(AT_P)
     assert decode.loads(AT_D)
-    for ask in (lambda: decode.offer(AT_D, 0), lambda: decode.unused(AT_D)):
+    for ask in (lambda: decode.offer(AT_D, Prompt(AT_D)), lambda: decode.unused(AT_D)):
         with pytest.raises(OfferError, match="not signed for, which auth_secret_file requires"):
             ask()
     assert decode.unusable(AT_D) is None
@@ -314,7 +315,7 @@ def test_a_hostile_id_is_prefilled_locally(role, request_id):
     assert us.name(asked) == ""
     assert us.loads(asked) == (role == "kv_consumer" and request_id != "cmpl-1")
     with pytest.raises(OfferError):
-        us.offer(asked, backoff=0)
+        us.offer(asked, Prompt(asked))
     assert us.unusable(asked) is None
 
 

@@ -53,7 +53,8 @@ def request(ids=tuple(range(40)), **changed):
 
 
 def prompt(ids=tuple(range(40)), **changed):
-    return Prompt(request(ids, **changed))
+    adapter = "digest of its weights" if "lora_request" in changed else None
+    return Prompt(request(ids, **changed), adapter)
 
 
 def ticket(tokens=39, **changed):
@@ -390,6 +391,19 @@ def test_digests_differ_among_those_too():
     assert len(digests) == len(OTHERS) + 5
 
 
+def test_an_adapter_is_its_weights_whatever_its_name():
+    """Two adapters of one name used to be taken for one, and one of two names for two."""
+    asked = [request(lora_request=SimpleNamespace(lora_name=name)) for name in ("a", "b")]
+    a1, a2, b1 = Prompt(asked[0], "1"), Prompt(asked[0], "2"), Prompt(asked[1], "1")
+    assert a1.digest(40) == b1.digest(40) != a2.digest(40)
+
+
+@pytest.mark.parametrize("adapter", ["", None])
+def test_an_adapter_that_is_not_known_has_no_digest(adapter):
+    with pytest.raises(AssertionError):
+        Prompt(request(lora_request=LORA), adapter)
+
+
 def test_the_digest_is_of_the_first_tokens_only():
     assert prompt((*range(39), 99)).digest(39) == prompt().digest(39)
     later = [image("h", offset=39)]
@@ -399,4 +413,4 @@ def test_the_digest_is_of_the_first_tokens_only():
 
 @pytest.mark.parametrize(("tokens", "backoff", "handed"), [(40, 1, 39), (1, 1, 1), (2, 1, 1)])
 def test_at_least_one_token_is_handed_over(tokens, backoff, handed):
-    assert Prompt(request(range(tokens)), backoff).num_tokens == handed
+    assert Prompt(request(range(tokens)), backoff=backoff).num_tokens == handed

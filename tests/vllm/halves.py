@@ -41,7 +41,16 @@ class Block:
 class Engine:
     """The scheduler's half of an engine, with one connector's options and contract."""
 
-    def __init__(self, engine_id, role, config, contract, mamba=False, address=("127.0.0.1", 7000)):
+    def __init__(
+        self,
+        engine_id,
+        role,
+        config,
+        contract,
+        mamba=False,
+        address=("127.0.0.1", 7000),
+        lora=False,
+    ):
         parallel = SimpleNamespace(
             local_engines_only=False,
             data_parallel_index=0,
@@ -58,6 +67,7 @@ class Engine:
             SimpleNamespace(
                 kv_transfer_config=SimpleNamespace(engine_id=engine_id, kv_role=role),
                 parallel_config=parallel,
+                lora_config=object() if lora else None,
             ),
             SimpleNamespace(
                 kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)],

@@ -2,16 +2,21 @@
 
 from types import SimpleNamespace
 
+import checkpoints
 import msgspec
 import pytest
 
 from kvconnect.control import wire
+from kvconnect.vllm import weights
 from kvconnect.vllm.fingerprint import fingerprint
 
 ROPE = {"rope_theta": 10_000.0, "rope_type": "default"}
+DUMMY = SimpleNamespace(load_format="dummy")  # the same weights everywhere
 
 
-def config(model="/models/a", text=None, architectures=("LlamaForCausalLM",), **changes):
+def config(
+    model="/models/a", text=None, architectures=("LlamaForCausalLM",), load=DUMMY, **changes
+):
     fields = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -22,6 +27,7 @@ def config(model="/models/a", text=None, architectures=("LlamaForCausalLM",), **
     }
     model_config = SimpleNamespace(
         model=model,
+        model_weights="",
         revision=None,
         quantization=None,
         hf_config=SimpleNamespace(architectures=list(architectures)),
@@ -29,13 +35,14 @@ def config(model="/models/a", text=None, architectures=("LlamaForCausalLM",), **
     )
     for name, value in changes.items():
         setattr(model_config, name, value)
-    return SimpleNamespace(model_config=model_config, speculative_config=None)
+    return SimpleNamespace(model_config=model_config, load_config=load, speculative_config=None)
 
 
 REFERENCE = fingerprint(config(), None)
 
 SAME = {
-    "the model at another path": config(model="/elsewhere/a/"),
+    "another name": config(model="/elsewhere/b/"),
+    "a revision, which a name has": config(revision="main"),
     "a field that another transformers adds": config(text={"new_in_6": True, "use_cache": False}),
     "rope told twice": config(text={"rope_theta": 10_000.0}),
     "rope in another order": config(text={"rope_parameters": dict(reversed(ROPE.items()))}),
@@ -48,8 +55,6 @@ def test_what_kv_does_not_depend_on_may_differ(other):
 
 
 OTHER = {
-    "model": config(model="/models/b"),
-    "revision": config(revision="abc"),
     "architectures": config(architectures=["MistralForCausalLM"]),
     "sizes": config(text={"num_hidden_layers": 3}),
     "positions": config(text={"rope_parameters": {**ROPE, "rope_theta": 5e5}}),
@@ -89,9 +94,103 @@ def test_rope_as_older_configs_have_it_tells_models_apart():
     assert old(1e4) != old(1e4, {"factor": 8.0})
 
 
-def test_model_id_names_a_model_whose_paths_differ():
-    ours, theirs = (fingerprint(config(model=p), "llama") for p in ("/a/snapshot1", "/b/other"))
+# -- weights ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def engine_starts_later(monkeypatch):
+    """Than the files of these tests are written."""
+    monkeypatch.setattr(weights, "started_s", lambda: float("inf"))
+
+
+def served(path, draft=None, **changes):
+    """An engine that loads the files at ``path``, and of a draft model."""
+    found = config(model=str(path), load=checkpoints.load_config(), **changes)
+    if draft is not None:
+        found.speculative_config = SimpleNamespace(
+            method="eagle",
+            draft_model_config=config(model=str(draft)).model_config,
+            draft_load_config=None,
+        )
+    return found
+
+
+def test_two_fine_tunes_in_folders_of_one_name_are_told_apart(tmp_path):
+    """Only the last part of the path used to be compared: KV of the one served for the other."""
+    one, other = tmp_path / "1" / "hf", tmp_path / "2" / "hf"
+    checkpoints.write(one, {"q": 1, "k": 2})
+    checkpoints.write(other, {"q": 1, "k": 3})
+    ours, theirs = (fingerprint(served(path), None) for path in (one, other))
+    assert {name for name in ours if ours[name] != theirs[name]} == {"weights"}
+
+
+def test_one_model_at_two_paths_is_one(tmp_path):
+    for name in ("a", "b"):
+        checkpoints.write(tmp_path / name, {"q": 1})
+    ours, theirs = (fingerprint(served(tmp_path / name), None) for name in ("a", "b"))
     assert ours == theirs
+
+
+def test_model_id_stands_for_weights_of_both_sides_or_is_refused(tmp_path):
+    for seed, name in enumerate("ab"):
+        checkpoints.write(tmp_path / name, {"q": seed})
+    a, b = (served(tmp_path / name, draft=tmp_path / name) for name in "ab")
+    assert fingerprint(a, "llama") == fingerprint(b, "llama") != fingerprint(a, "other")
+    assert fingerprint(a, "llama").keys() != fingerprint(a, None).keys()
+    assert "weights" not in fingerprint(a, "llama")
+
+
+def test_weights_that_are_not_known_are_like_no_others_and_say_what_to_do(tmp_path):
+    far = config(
+        model=str(tmp_path), model_weights="s3://bucket/latest", load=checkpoints.load_config()
+    )
+    one, again = fingerprint(far, None), fingerprint(far, None)
+    assert one["weights"] != again["weights"]
+    assert "set model_id on both engines (they are at s3://bucket/latest" in one["weights"]
+    assert fingerprint(far, "llama") == fingerprint(far, "llama")
+
+
+def test_a_long_reason_fits_the_wire():
+    far = config(model_weights="s3://" + "x" * 900, load=checkpoints.load_config())
+    assert len(fingerprint(far, None)["weights"]) <= 512
+
+
+# -- speculation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"])
+def test_speculation_without_kv_is_no_difference(method):
+    """n-gram speculation on decode alone used to have every transfer refused."""
+    speculating = config()
+    speculating.speculative_config = SimpleNamespace(method=method, draft_model_config=None)
+    assert fingerprint(speculating, None) == REFERENCE
+
+
+def test_a_draft_model_with_kv_is_a_difference_and_so_are_its_weights(tmp_path):
+    for name, seed in {"model": 0, "draft": 1, "other": 2, "copy": 1}.items():
+        checkpoints.write(tmp_path / name, {"q": seed})
+    plain, draft, other, copy = (
+        fingerprint(served(tmp_path / "model", draft=name and tmp_path / name), None)
+        for name in (None, "draft", "other", "copy")
+    )
+    assert plain["speculation"] != draft["speculation"]
+    differing = {name for name in draft if draft[name] != other[name]}
+    assert differing == {"weights of the draft model"}
+    assert draft == copy
+
+
+def test_mtp_layers_are_in_the_model_s_own_files_and_count():
+    plain, with_mtp = config(), config()
+    text = SimpleNamespace(num_nextn_predict_layers=1)
+    draft = SimpleNamespace(model="/models/a", hf_text_config=text)
+    with_mtp.speculative_config = SimpleNamespace(method="mtp", draft_model_config=draft)
+    ours, theirs = fingerprint(plain, None), fingerprint(with_mtp, None)
+    assert {name for name in ours.keys() | theirs if ours.get(name) != theirs.get(name)} == {
+        "speculation"
+    }
+
+
+# -- the wire -----------------------------------------------------------------------------------
 
 
 def test_a_long_field_fits_the_wire_and_still_differs():

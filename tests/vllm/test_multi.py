@@ -356,7 +356,10 @@ class Peer:
 
     def __init__(self, tokens):
         self.tokens = tokens
-        self.released = 0
+        self.released = self.cached_tokens = 0
+
+    def cached(self, request, local_tokens):
+        self.cached_tokens = local_tokens
 
     def get_num_new_matched_tokens(self, request, local_tokens):
         return None if self.tokens is None else max(0, self.tokens - local_tokens)
@@ -392,6 +395,13 @@ def table(store, ids, hashed=()):
         for n in ids
     ]
     return SimpleNamespace(blocks=[blocks])
+
+
+def test_peers_are_told_what_the_prefix_cache_has(store):
+    """They are asked about the whole prompt, and KV of an adapter's former weights may be in it."""
+    peer = Peer(8)
+    assert chain(None, peer).get_num_new_matched_tokens(request(), 4) == 4
+    assert peer.cached_tokens == 4
 
 
 def test_the_peers_head_and_the_stores_tail_are_one_load(store):

@@ -1,9 +1,9 @@
 """What names stored KV, as taken from vLLM's configuration and requests."""
 
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import checkpoints
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, UniformTypeKVCacheSpecs
@@ -12,7 +12,8 @@ from kvconnect.config import parse
 from kvconnect.errors import ConfigError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.keys import Names
-from kvconnect.vllm.offload.identity import cuts, identity
+from kvconnect.vllm import weights
+from kvconnect.vllm.offload.identity import cuts, identity, kept_apart
 from kvconnect.vllm.offload.tracked import NO_LIMIT, Tracked
 
 BLOCK = 16
@@ -41,30 +42,35 @@ class HfConfig:
         return self.fields
 
 
-def engine(method=None, cache=None, text=None, **changes):
+def engine(method=None, cache=None, text=None, load=None, **changes):
     """A VllmConfig, with changes to its ModelConfig."""
+    draft = SimpleNamespace(model="somebody/a", hf_text_config=SimpleNamespace())
     text = {"hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}} | (text or {})
     model = {
         "model": "somebody/a",
+        "model_weights": "",
         "revision": None,
         "quantization": None,
         "dtype": torch.bfloat16,
-        "hf_config": HfConfig(),
+        "hf_config": HfConfig("c0"),
         "hf_text_config": SimpleNamespace(**text),
     }
     cache = {"cache_dtype": "auto", "prefix_caching_hash_algo": "sha256"} | (cache or {})
     return SimpleNamespace(
         model_config=SimpleNamespace(**model | changes),
         cache_config=SimpleNamespace(**cache),
-        speculative_config=SimpleNamespace(method=method) if method else None,
+        load_config=load or checkpoints.load_config(),
+        speculative_config=SimpleNamespace(
+            method=method, draft_model_config=draft, draft_load_config=None
+        )
+        if method
+        else None,
     )
 
 
 OTHERS = {
-    "name": engine(model="somebody/b"),
-    "revision": engine(revision="abc"),
     "commit": engine(hf_config=HfConfig("abc")),
-    "anything in its config": engine(hf_config=HfConfig(attention_bias=True)),
+    "anything in its config": engine(hf_config=HfConfig("c0", attention_bias=True)),
     "rope": engine(text={"rope_parameters": {"rope_theta": 5e5}}),
     "size": engine(text={"hidden_size": 128}),
     "dtype": engine(dtype=torch.float16),
@@ -91,23 +97,73 @@ def test_another_cut_or_seed_has_another_name(monkeypatch):
     assert len(set(map(repr, found))) == len(found)
 
 
-def test_weights_that_were_written_anew_have_another_name(tmp_path):
-    """A model that was trained on, in the same folder, used to be taken for what it was."""
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"0123")
-    os.utime(weights, ns=(1, 1))
-    before = identity(engine(model=str(tmp_path)), cut())
-    (tmp_path / "README.md").write_text("no weights")
-    assert identity(engine(model=str(tmp_path)), cut()) == before
-    os.utime(weights, ns=(1, 2))
-    later = identity(engine(model=str(tmp_path)), cut())
-    weights.write_bytes(b"01234")
-    os.utime(weights, ns=(1, 2))
-    longer = identity(engine(model=str(tmp_path)), cut())
-    alone = identity(engine(model=str(weights)), cut())
-    weights.rename(tmp_path / "other.safetensors")
-    renamed = identity(engine(model=str(tmp_path)), cut())
-    assert len({repr(one) for one in (before, later, longer, alone, renamed)}) == 5
+def test_names_revisions_paths_and_speculation_without_kv_do_not_matter():
+    others = [
+        engine(model="somebody/b", revision="main"),
+        engine(hf_config=HfConfig("c0", _name_or_path="/models/a")),
+        engine("ngram"),
+    ]
+    for other in others:
+        assert identity(other, cut()) == identity(engine(), cut())
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started_later(monkeypatch):
+    """An engine is started after the files of a test are written."""
+    monkeypatch.setattr(weights, "started_s", lambda: float("inf"))
+
+
+def test_weights_that_were_written_anew_have_another_name(tmp_path, started_later):
+    """Even of equal size and time, as ``rsync -t`` and layers of images leave them."""
+    path = checkpoints.write(tmp_path / "a", {"q": 1})
+    before, stat = identity(engine(model=str(tmp_path / "a")), cut()), path.stat()
+    checkpoints.write(tmp_path / "b", {"q": 1})
+    assert identity(engine(model=str(tmp_path / "b")), cut()) == before, "another path"
+    checkpoints.write(tmp_path / "a", {"q": 2})
+    weights.os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert identity(engine(model=str(tmp_path / "a")), cut()).model != before.model
+
+
+def test_weights_may_be_named(tmp_path):
+    here, there = engine(model=str(tmp_path)), engine(model="/elsewhere")
+    named = identity(here, cut(), "llama")
+    assert named == identity(there, cut(), "llama") != identity(here, cut(), "other")
+    named_as_a_digest = identity(here, cut(), identity(engine(), cut()).model)
+    assert named_as_a_digest != identity(engine(), cut())
+
+
+FAR = engine(model_weights="s3://bucket/latest")
+BOTH = {"persist": True, "share": True, "memory_path": "/dev/shm/x"}
+
+
+def options(**changes):
+    return parse({"cpu_bytes_to_use": 1 << 20} | changes, OffloadConfig, "test")
+
+
+def test_weights_that_are_not_known_are_neither_kept_nor_shared():
+    """Two models at one address, one after the other, used to be one."""
+    config, why_not = kept_apart(options(**BOTH), FAR)
+    assert (config.persist, config.share, config.memory_path) == (False, False, None)
+    assert "s3://bucket/latest" in why_not
+    assert config.cpu_bytes_to_use == 1 << 20
+
+
+def test_nothing_else_is_refused():
+    for given, model in [
+        (options(**BOTH), engine()),
+        (options(**BOTH, model_id="llama"), FAR),
+        (options(), FAR),
+    ]:
+        assert kept_apart(given, model) == (given, "")
+
+
+def test_keys_of_weights_that_are_not_known_are_unlike_any_others():
+    one, other = (identity(FAR, cut(), unknown=name) for name in "ab")
+    assert one.model == "a" and other.model == "b"
+    assert identity(FAR, cut()) == identity(FAR, cut()), "ranks of an engine have one arena"
 
 
 def test_layers_of_one_kind_are_cut_as_their_group_says():
@@ -146,25 +202,19 @@ def request(**changes):
     return SimpleNamespace(**fields | changes)
 
 
-def tracked(chunk=BLOCK, **changes):
-    return Tracked(
-        request(**changes), Names(identity(engine(), cut())), cut(block_size=chunk), BLOCK
-    )
+def tracked(chunk=BLOCK, adapter=None, **changes):
+    names = Names(identity(engine(), cut()))
+    return Tracked(request(**changes), names, cut(block_size=chunk), BLOCK, adapter)
 
 
 def picture(name, offset=0):
     return SimpleNamespace(identifier=name, mm_position=SimpleNamespace(offset=offset))
 
 
-def adapter(name="n", path="p"):
-    return SimpleNamespace(lora_name=name, lora_path=path)
-
-
 REQUESTS = {
     "salt": {"cache_salt": "s"},
-    "adapter": {"lora_request": adapter()},
-    "adapter's name": {"lora_request": adapter(name="m")},
-    "adapter's weights": {"lora_request": adapter(path="q")},
+    "adapter": {"adapter": "its digest"},
+    "another adapter": {"adapter": "another digest"},
     "picture": {"mm_features": [picture("a")]},
     "another picture": {"mm_features": [picture("b")]},
     "elsewhere": {"mm_features": [picture("b", 3)]},
@@ -177,14 +227,9 @@ def test_requests_that_differ_share_nothing():
     assert len(frozenset().union(*found)) == sum(map(len, found))
 
 
-def test_an_adapter_that_was_written_anew_has_another_name(tmp_path):
-    weights = tmp_path / "adapter_model.safetensors"
-    keys = []
-    for time_ns in (1, 2):
-        weights.write_bytes(b"0123")
-        os.utime(weights, ns=(1, time_ns))
-        keys.append(tracked(lora_request=adapter(path=str(tmp_path))).keys())
-    assert keys[0] != keys[1]
+def test_requests_with_an_adapter_that_is_not_known_have_no_keys():
+    one = tracked(adapter="")
+    assert one.keys() == [[]] and one.in_order() == []
 
 
 def test_a_chunk_is_named_once_all_its_blocks_are_known_by_the_last():

@@ -15,6 +15,7 @@ from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.jobs import Forget, Loss, Spill
 from kvconnect.offload.keys import Identity
+from kvconnect.vllm.adapters import AdapterReport, Loaded
 from kvconnect.vllm.offload import scheduler as module
 from kvconnect.vllm.offload.identity import cuts
 from kvconnect.vllm.offload.messages import Found, Wanted, WorkerResults
@@ -23,7 +24,6 @@ from kvconnect.vllm.offload.scheduler import OffloadScheduler
 BLOCK = 4
 IDENTITY = Identity(
     model="m",
-    revision=None,
     config="",
     rope="",
     dtype="",
@@ -81,10 +81,11 @@ class Engine:
         events=True,
         draft=0,
         transferred=None,
+        lora=False,
         **options,
     ):
         speculative = SimpleNamespace(num_speculative_tokens=draft) if draft else None
-        seeded = lambda config, cuts, seed: replace(IDENTITY, hashing=seed)  # noqa: E731
+        seeded = lambda config, cuts, model_id, seed, unknown: replace(IDENTITY, hashing=seed)  # noqa: E731
         monkeypatch.setattr(module, "identity", seeded)
         monkeypatch.setattr(module, "hash_tokens", lambda *_: BLOCK)
         groups = [SimpleNamespace(kv_cache_spec=spec(window)) for window in windows]
@@ -92,6 +93,8 @@ class Engine:
         self.half = OffloadScheduler(
             SimpleNamespace(
                 speculative_config=speculative,
+                lora_config=object() if lora else None,
+                parallel_config=SimpleNamespace(world_size=ranks),
                 kv_events_config=SimpleNamespace(enable_kv_cache_events=events),
             ),
             SimpleNamespace(
@@ -123,6 +126,11 @@ class Engine:
         self.half.update_connector_output(
             WorkerResults({job.number: (ranks, failures) for job in jobs})
         )
+
+    def loaded(self, digest, changes=0):
+        """A step in which it was found that adapter 1 has been loaded."""
+        report = AdapterReport(self.step().step, {1: {0: Loaded(digest, changes)}})
+        self.half.update_connector_output(WorkerResults(adapters=report))
 
     def stored(self, request, tables):
         """The whole request was computed and stored."""
@@ -684,3 +692,62 @@ def test_nothing_is_kept_of_saves_that_came_to_nothing(make):
     other = request("other", seed=7)
     engine.stored(other, ([4, 5, 6],))
     assert engine.half.held()["events"] == 3
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+def adapted(name="r", path="/a"):
+    asked = request(name)
+    asked.lora_request = SimpleNamespace(
+        lora_name="a", lora_int_id=1, lora_path=path, load_inplace=False
+    )
+    return asked
+
+
+def test_kv_of_an_adapter_is_found_by_its_weights_wherever_they_are(make):
+    engine = make(lora=True)
+    engine.loaded("x")
+    engine.stored(adapted(), ([1, 2, 3],))
+    assert engine.half.get_num_new_matched_tokens(adapted("again", path="/b"), 0) == 12
+    assert engine.half.get_num_new_matched_tokens(request("without"), 0) == 0
+    engine.loaded("y", 1)
+    assert engine.half.get_num_new_matched_tokens(adapted("other"), 0) == 0
+
+
+def test_an_adapter_is_not_guessed_at(make):
+    engine = make(lora=True)
+    asked = adapted()
+    assert engine.half.get_num_new_matched_tokens(asked, 0) is None
+    engine.loaded("")
+    assert engine.half.get_num_new_matched_tokens(asked, 0) == 0
+    assert engine.step(asked, ([1, 2, 3],), 13).saves == []
+    engine.half.request_finished("r")
+
+
+def test_what_an_adapter_becomes_while_a_request_runs_is_not_stored_under_what_it_was(make):
+    engine = make(lora=True)
+    engine.loaded("x")
+    asked = adapted()
+    engine.half.get_num_new_matched_tokens(asked, 0)
+    work = engine.step(asked, ([1, 2, 3],), 4)
+    assert len(work.saves) == 1
+    engine.answer(work)
+    engine.loaded("y", 1)
+    assert engine.step(asked, ([1, 2, 3],), 9).saves == []
+    assert engine.half.get_num_new_matched_tokens(asked, 0) == 0, (
+        "preempted: it goes on as it is now"
+    )
+
+
+def test_what_the_prefix_cache_has_of_an_adapter_s_former_weights_is_not_stored(make):
+    engine = make(lora=True)
+    engine.loaded("x")
+    engine.half.get_num_new_matched_tokens(adapted(), 0)
+    engine.loaded("y", 1)
+    hit = adapted("hit")
+    engine.half.get_num_new_matched_tokens(hit, 4)
+    assert engine.step(hit, ([1, 2, 3],), 13).saves == []
+    clean = adapted("clean")
+    engine.half.get_num_new_matched_tokens(clean, 0)
+    assert len(engine.step(clean, ([4, 5, 6],), 13).saves) == 3

@@ -76,12 +76,11 @@ class MooncakeProtocol(RouterProtocol):
         if self._thread is not None:
             self._thread.close()
 
-    def offer(self, request: Any, backoff: int) -> Offer | None:
+    def offer(self, request: Any, prompt: Prompt) -> Offer | None:
         if not _names_transfer(request):
-            return super().offer(request, backoff)
+            return super().offer(request, prompt)
         if (source := self._source(request)) is None:
             return None
-        prompt = Prompt(request, backoff)
         return Offer(source, prompt.num_tokens, prompt.digest(prompt.num_tokens))
 
     def asks_about(self, request: Any) -> Hashable:

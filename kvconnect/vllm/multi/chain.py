@@ -44,6 +44,7 @@ class ChainScheduler:
         """Tokens to load beyond those cached here, from all together; None: ask again later."""
         offered = stored = 0
         for peer in self._peers.values():
+            peer.cached(request, local_tokens)
             if (tokens := peer.get_num_new_matched_tokens(request, 0)) is None:
                 return None
             offered = max(offered, tokens)

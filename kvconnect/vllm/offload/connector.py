@@ -14,6 +14,7 @@ from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm import _compat
 from kvconnect.vllm.base import HalvesConnector
 from kvconnect.vllm.metrics import OffloadStats
+from kvconnect.vllm.offload.identity import kept_apart
 from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 from kvconnect.vllm.offload.worker import OffloadWorker
@@ -41,12 +42,19 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
         self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", config: OffloadConfig
     ) -> OffloadScheduler:
         recompute_failed_loads(self._kv_transfer_config)
+        config, why_not = kept_apart(config, vllm_config)
+        if why_not:
+            logger.error(
+                "kvconnect: persist and share are off: which weights these are is not known "
+                "(%s); set model_id to a name that is theirs alone",
+                why_not,
+            )
         return OffloadScheduler(vllm_config, kv_cache_config, config)
 
     def _make_worker(
         self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", config: OffloadConfig
     ) -> OffloadWorker:
-        return OffloadWorker(vllm_config, kv_cache_config, config)
+        return OffloadWorker(vllm_config, kv_cache_config, kept_apart(config, vllm_config)[0])
 
     # -- scheduler -----------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvconnect.errors import ConfigError
@@ -13,9 +13,9 @@ from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.hits import Group
 from kvconnect.offload.keys import Identity
 from kvconnect.vllm import _compat
-from kvconnect.vllm.fingerprint import fingerprint
+from kvconnect.vllm.fingerprint import all_weights, fingerprint
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+UNNAMED = "compared apart"
 
 
 class Cut(NamedTuple):
@@ -54,43 +54,59 @@ def cuts(kv_cache_config: Any, config: OffloadConfig) -> list[Cut]:
     return found
 
 
-def identity(vllm_config: Any, cut: list[Cut], seed: str | None = None) -> Identity:
-    """``seed``: of vLLM's block hashes; by default what every process of an engine knows of it."""
+def identity(
+    vllm_config: Any,
+    cut: list[Cut],
+    model_id: str | None = None,
+    seed: str | None = None,
+    unknown: str = "not known",
+) -> Identity:
+    """``seed``: of vLLM's block hashes; by default what every process of an engine knows of it.
+
+    ``unknown``: what weights are called that are not known. An arena of them is not read by another
+    engine, see `kept_apart`; keys, which say what is in it, are to be unlike any other's.
+    """
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    fields = fingerprint(vllm_config, None)
-    text = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
-    commit = str(getattr(model.hf_config, "_commit_hash", None))  # of a hub's model
+    fields = fingerprint(vllm_config, model_id or UNNAMED)
     if seed is None:
         seed = os.getenv("PYTHONHASHSEED", "")
+    weights = {"weights": model_id} if model_id else _told_weights(vllm_config, unknown)
     return Identity(
-        model=fields["model"],
-        revision=model.revision,
-        config=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        model=weights.pop("weights"),
+        config=hashlib.blake2b(_config(model.hf_config).encode(), digest_size=16).hexdigest(),
         rope=fields["positions"],
         dtype=str(model.dtype),
         kv_dtype=str(cache.cache_dtype),
         quantization=model.quantization,
-        speculative=fields["speculative method"],
+        speculative=fields["speculation"],
         block_tokens=cut[0].block_tokens,
         chunk_blocks=cut[0].chunk_blocks,
         hashing=f"{cache.prefix_caching_hash_algo} {seed}",
         more=(
             ("groups", repr([tuple(one) for one in cut])),
+            ("model", "named" if model_id else "by content"),
             ("sizes", fields["sizes"]),
-            ("weights", weights_at(str(model.model)) or commit),
+            *weights.items(),
         ),
     )
 
 
-def weights_at(place: str) -> str | None:
-    """What tells weights from others that had the same name: a folder can be written anew.
+def kept_apart(config: OffloadConfig, vllm_config: Any) -> tuple[OffloadConfig, str]:
+    """``config`` without persist and share where weights are not known; why they are not."""
+    if config.model_id or not (config.persist or config.share):
+        return config, ""
+    for weights in all_weights(vllm_config).values():
+        if not weights.known:
+            alone = replace(config, persist=False, share=False, memory_path=None)
+            return alone, weights.why_not
+    return config, ""
 
-    Of a folder or file, what is in it, by name, size and time; None if ``place`` is neither.
-    """
-    path = Path(place)
-    try:
-        files = [p for p in path.iterdir() if p.suffix in WEIGHTS] if path.is_dir() else [path]
-        found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
-    except OSError:
-        return None
-    return hashlib.blake2b(repr(found).encode(), digest_size=16).hexdigest()
+
+def _told_weights(vllm_config: Any, unknown: str) -> dict[str, str]:
+    return {name: one.digest or unknown for name, one in all_weights(vllm_config).items()}
+
+
+def _config(hf_config: Any) -> str:
+    """All of a model's config but where it is."""
+    fields = {k: v for k, v in hf_config.to_dict().items() if k != "_name_or_path"}
+    return json.dumps(fields, sort_keys=True, default=str)

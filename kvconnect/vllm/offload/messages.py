@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect.offload.jobs import Job, Loss, Save
+from kvconnect.vllm.adapters import AdapterReport, merged
 
 
 @dataclass
@@ -47,6 +48,7 @@ class StepJobs(KVConnectorMetadata):
     saves: list[Save] = field(default_factory=list)
     """Of KV that is there once the step has run."""
     loads: dict[str, Loading] = field(default_factory=dict)
+    step: int = 0
 
     @property
     def empty(self) -> bool:
@@ -66,6 +68,8 @@ class WorkerResults(KVConnectorWorkerMetadata):
     lost: list[Loss] = field(default_factory=list)
     gained: Counter[bytes] = field(default_factory=Counter)
     gone: Counter[bytes] = field(default_factory=Counter)
+    adapters: AdapterReport | None = None
+    """With every step's results, where adapters are served."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerResults":
         assert isinstance(other, WorkerResults)
@@ -80,4 +84,5 @@ class WorkerResults(KVConnectorWorkerMetadata):
             self.lost + other.lost,
             self.gained + other.gained,
             self.gone + other.gone,
+            merged(self.adapters, other.adapters),
         )

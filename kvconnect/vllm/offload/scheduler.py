@@ -7,6 +7,7 @@
 """
 
 import logging
+import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from kvconnect.offload.hits import hit_tokens, needed
 from kvconnect.offload.jobs import Fill, Forget, Save
 from kvconnect.offload.keys import Names
 from kvconnect.offload.tiers import Effects, KeyedChunk, OffloadTier, Writes, common
+from kvconnect.vllm.adapters import Adapters
 from kvconnect.vllm.offload.events import Events
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
 from kvconnect.vllm.offload.identity import cuts, identity
@@ -49,6 +51,7 @@ class OffloadScheduler:
         self._tier: OffloadTier | None = None
         self._ranks = 1
         self._pool: Any = None
+        self._adapters = Adapters(vllm_config)
         self._requests: dict[str, Tracked] = {}
         self._held: dict[int, tuple[Key, list[Any]]] = {}  # number of a save → blocks of the pool
         self._answers: dict[int, tuple[int, int]] = {}  # so far: ranks, failures
@@ -93,8 +96,12 @@ class OffloadScheduler:
             return None
         if self._tier is None or request.skip_reading_prefix_cache:
             return 0
+        self._adapters.arrived(request)
+        if self._adapters.undecided(request):
+            return None
+        self._adapters.cached(request, local_tokens)
         tracked = self._track(request)
-        if tracked.no_loads:
+        if tracked.no_loads or self._adapters.digest(request) == "":
             return 0
         if self._config.share and not tracked.looked:
             tracked.looked = True  # an idle engine has not heard from its workers for long
@@ -160,10 +167,12 @@ class OffloadScheduler:
                 if tracked and tables:
                     self._store(tracked, tables, scheduled)
         work, self._work = self._work, StepJobs()
+        work.step = self._adapters.next_step()
         return work
 
     def update_connector_output(self, done: WorkerResults) -> None:
         """Ranks have answered, lost something, or seen what other engines hold."""
+        self._adapters.received(done.adapters)
         if self.waits_for_workers:
             self._found |= done.found
             if len(self._found) == self._vllm_config.parallel_config.world_size:
@@ -190,6 +199,7 @@ class OffloadScheduler:
     def request_finished(self, request_id: str) -> None:
         """The request ended; what is under way for it goes on."""
         tracked = self._requests.pop(request_id, None)
+        self._adapters.ended(request_id)
         if tracked is not None and self._tier is not None:
             self._tier.ended(tracked.in_order())
 
@@ -239,8 +249,10 @@ class OffloadScheduler:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
             if self._names is None:  # late: vLLM draws its hash seed after we are made
-                self._names = Names(identity(self._vllm_config, self.cuts, hash_seed()))
-            tracked = Tracked(request, self._names, self.cuts, self._hash_tokens)
+                told = self._config.model_id, hash_seed(), secrets.token_hex(16)
+                self._names = Names(identity(self._vllm_config, self.cuts, *told))
+            adapter = self._adapters.begin(request)
+            tracked = Tracked(request, self._names, self.cuts, self._hash_tokens, adapter)
             self._requests[request.request_id] = tracked
         return tracked
 
@@ -277,6 +289,8 @@ class OffloadScheduler:
         """Offer chunks that this step completes."""
         assert self._tier is not None
         request = tracked.request
+        if self._adapters.digest(request) == "" or self._adapters.mixed(request):
+            return
         computed = request.num_computed_tokens - request.num_output_placeholders + scheduled
         most = min(computed - self._volatile, tracked.most_tokens)
         if self._config.offload_prompt_only:

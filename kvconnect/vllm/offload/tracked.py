@@ -5,7 +5,7 @@ from typing import Any
 
 from kvconnect.offload.eviction import Key
 from kvconnect.offload.keys import Context, Item, Names
-from kvconnect.vllm.offload.identity import Cut, weights_at
+from kvconnect.vllm.offload.identity import Cut
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -13,9 +13,17 @@ NO_LIMIT = 1 << 62
 
 
 class Tracked:
-    """See above. ``hash_tokens``: of a block hash of the request."""
+    """See above. ``hash_tokens``: of a block hash of the request; ``adapter``: what it is made of,
+    "" if that is not known, when nothing is stored, nor loaded."""
 
-    def __init__(self, request: Any, names: Names, cuts: list[Cut], hash_tokens: int) -> None:
+    def __init__(
+        self,
+        request: Any,
+        names: Names,
+        cuts: list[Cut],
+        hash_tokens: int,
+        adapter: str | None = None,
+    ) -> None:
         self.request = request
         self.local_tokens = 0
         """Cached by the engine itself, as it said when it last asked."""
@@ -29,7 +37,8 @@ class Tracked:
         """Of the request's tokens, how many may be stored, as its client says."""
         self.most_loaded = _limit(request, "max_load_tokens")
         """The same of tokens that may be loaded, beyond those that the engine itself has."""
-        self._names = names.of(_context(request))
+        self._names = names.of(_context(request, adapter))
+        self._known_adapter = adapter != ""
         self._cuts = cuts
         self._hash_tokens = hash_tokens
         self._keys: list[list[Key]] = [[] for _ in cuts]
@@ -38,6 +47,8 @@ class Tracked:
 
     def keys(self) -> list[list[Key]]:
         """Per group, of all chunks whose tokens are known."""
+        if not self._known_adapter:
+            return self._keys
         hashes = self.request.block_hashes
         known = self._known
         if known and (len(hashes) < known or hashes[known - 1] != self._last):
@@ -63,21 +74,12 @@ class Tracked:
         return [key for _, _, key in sorted(found)]
 
 
-def _context(request: Any) -> Context:
-    lora = request.lora_request
+def _context(request: Any, adapter: str | None) -> Context:
     items = tuple(
         Item(str(feature.identifier), feature.mm_position.offset)
         for feature in request.mm_features or ()
     )
-    return Context(
-        cache_salt=request.cache_salt,
-        lora=_adapter(lora) if lora else None,
-        items=items,
-    )
-
-
-def _adapter(lora: Any) -> str:
-    return f"{lora.lora_name} {lora.lora_path} {weights_at(lora.lora_path)}"
+    return Context(cache_salt=request.cache_salt, lora=adapter, items=items)
 
 
 def _limit(request: Any, name: str) -> int:

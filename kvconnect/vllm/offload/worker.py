@@ -23,6 +23,7 @@ from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.ops import Kernels
 from kvconnect.ops.cuda import CudaKernels
+from kvconnect.vllm.adapters import Noted
 from kvconnect.vllm.engine import kernels_for, this_rank, use_device
 from kvconnect.vllm.layout import TpRank, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
@@ -50,6 +51,8 @@ class OffloadWorker:
         self._saves: list[Save] = []  # of the step that runs
         self._loads = RunningLoads()
         self._done = WorkerResults()
+        self._rank = 0
+        self._adapters = Noted(vllm_config)
         self._counts: Counter[str] = Counter()
         self.answered: list[tuple[JobDone, float]] = []
         """Of any job, with its time; since the last but one `collect`."""
@@ -57,6 +60,7 @@ class OffloadWorker:
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe the caches, open memory and disk, start the thread."""
         rank = this_rank()
+        self._rank = rank.index
         shard = describe(
             kv_caches, self._kv_cache_config, self._vllm_config, TpRank(rank.tp_rank, rank.tp_size)
         )
@@ -71,7 +75,8 @@ class OffloadWorker:
 
         def fingerprint_of(index: int) -> bytes:
             parts = {"rank": f"{index} of {rank.count}"} | formats
-            return arena_fingerprint(identity(self._vllm_config, self._cuts), parts)
+            found = identity(self._vllm_config, self._cuts, self._config.model_id)
+            return arena_fingerprint(found, parts)
 
         try:
             store = open_copy(
@@ -107,6 +112,7 @@ class OffloadWorker:
         if work is self._begun:
             return
         self._begun = work
+        self._adapters.bound(work.step)
         assert self._store is not None, "a step before the caches were registered"
         self._store.engine_runs()
         self.forward_is_done()  # of the step before, where vLLM did not say so
@@ -147,6 +153,7 @@ class OffloadWorker:
     def take_done(self) -> WorkerResults | None:
         """For the scheduler: what was done since the last call; None if nothing."""
         done, self._done = self._done, WorkerResults()
+        done.adapters = self._adapters.take(self._rank)
         return done if done != WorkerResults() else None
 
     def take_stats(self) -> dict[str, int] | None:

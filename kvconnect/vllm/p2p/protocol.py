@@ -37,10 +37,10 @@ class P2pProtocol(RouterProtocol):
     def lends(self, request: Any) -> bool:
         return super().lends(request) or self._part(request) is _Part.PREFILL
 
-    def offer(self, request: Any, backoff: int) -> Offer | None:
+    def offer(self, request: Any, prompt: Prompt) -> Offer | None:
         if super().loads(request):
-            return super().offer(request, backoff)
-        source, prompt = self._source(request), Prompt(request, backoff)
+            return super().offer(request, prompt)
+        source = self._source(request)
         return Offer(source, prompt.num_tokens, prompt.digest(prompt.num_tokens))
 
     def unused(self, request: Any) -> Offer | None:
