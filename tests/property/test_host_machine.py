@@ -168,10 +168,10 @@ class HostMachine(RuleBasedStateMachine):
         for ended in self.store.poll():
             verb, seed, group, blocks, damaged = self.busy.pop(ended.id)
             fails = self.launched.pop(ended.id)
-            assert ended.key == key_of(seed, group)
             if verb == "store" and not ended.error:
-                self.held.pop(ended.key, None)
-                self.held[ended.key] = False
+                key = key_of(seed, group)
+                self.held.pop(key, None)
+                self.held[key] = False
             elif not ended.error:
                 self.check_loaded(seed, group, blocks)
             assert bool(ended.error) <= (fails or damaged)
