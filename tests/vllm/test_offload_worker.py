@@ -47,7 +47,7 @@ class Store:
 
 def worker(store):
     made = OffloadWorker(
-        SimpleNamespace(),
+        SimpleNamespace(lora_config=None),
         SimpleNamespace(kv_cache_groups=[], transfer_group_ids=()),
         config(),
     )
