@@ -26,7 +26,7 @@ from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.offload.store.tiered_store import TieredStore
 from kvconnect.ops import load
-from kvconnect.testing.geometry import Cache, Model
+from kvconnect_bench.caches import Cache, Model
 
 HEADERS = 100_000
 # of a block of 16 tokens: 64 KiB a layer and 2 MiB in all, as of Llama-3.1-8B in bf16

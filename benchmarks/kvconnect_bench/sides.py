@@ -28,9 +28,9 @@ from kvconnect.ops import load
 from kvconnect.ops.pages import use_huge_pages
 from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
 from kvconnect.staging import Staging, staging_slot_bytes
-from kvconnect.testing.geometry import Cache, Model
 from kvconnect.transport.base import Op, Transport, Work
 from kvconnect.transport.registry import make_transport
+from kvconnect_bench.caches import Cache, Model
 
 HOST = "127.0.0.1"
 LAYERS, BLOCK_TOKENS, ITEM_BYTES = 32, 16, 2

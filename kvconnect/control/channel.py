@@ -10,7 +10,7 @@ opaque frames; who may say what is decided above it (`listener.py`, `dialer.py`)
 * A dialled link whose connection broke is told by a Frame without data. ZMQ connects again by
   itself, but whoever answers then may be another process.
 * `dial` raises WireError for an address that cannot be one: it may come from a client.
-* `ZmqChannel` is the real one; `kvconnect.testing.Network` is the in-memory one.
+* `ZmqChannel` is the real one; tests have one in memory (`tests/kit/network.py`).
 """
 
 import ipaddress

@@ -30,10 +30,10 @@ from kvconnect.mover import Mover
 from kvconnect.ops import load
 from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
 from kvconnect.staging import GRANULE_BYTES, Staging
-from kvconnect.testing.geometry import GUARD_BYTES, Cache, Model
 from kvconnect.transport import nixl
 from kvconnect.transport.mooncake import transport as mooncake
 from kvconnect.transport.registry import make_transport
+from kvconnect_bench.caches import GUARD_BYTES, Cache, Model
 
 HOST = "127.0.0.1"
 LIBRARY = {"nixl": "nixl", "mooncake": "mooncake.engine", "ucx": "ucxx"}

@@ -5,12 +5,12 @@ import socket
 import time
 
 import pytest
+from kit.channels import CHECKS, check_channel
+from kit.network import Network
 
 from kvconnect.control.channel import FILES, ZmqChannel
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
-from kvconnect.testing import Network, check_channel
-from kvconnect.testing.channels import CHECKS
 
 every_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 

@@ -4,13 +4,13 @@ import time
 from dataclasses import replace
 
 import pytest
+from kit.engines import Engine, World
 from passive_rank import make
 from test_transports import real
 
 from kvconnect.lease import Terms
 from kvconnect.orders import Fetch, Grant
-from kvconnect.testing.engines import Engine, World
-from kvconnect.testing.geometry import Model
+from kvconnect_bench.caches import Model
 
 MODEL = Model(layers=3, heads=4, block_tokens=4, content=512, itemsize=2)
 TABLE = (7, 8, 9)

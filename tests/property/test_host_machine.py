@@ -21,7 +21,7 @@ from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.ops import load
-from kvconnect.testing.geometry import Cache, Model
+from kvconnect_bench.caches import Cache, Model
 
 picks = st.integers(0, 1 << 16)
 GROUPS, CHUNK, BLOCKS = 2, 2, 14

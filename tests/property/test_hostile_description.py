@@ -12,13 +12,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from kit.engines import Engine, World
 
 from kvconnect.control import wire
 from kvconnect.geometry.blocks import BlockView, Part, Shard, Tile
 from kvconnect.lease import Terms
 from kvconnect.orders import Fetch, Grant
-from kvconnect.testing.engines import Engine, World
-from kvconnect.testing.geometry import Model
+from kvconnect_bench.caches import Model
 
 pytestmark = pytest.mark.slow
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.engines import Engine, World
 
 from kvconnect.control import wire
 from kvconnect.lease import Terms
 from kvconnect.orders import Fetch, Grant
-from kvconnect.testing.engines import Engine, World
-from kvconnect.testing.geometry import Model
+from kvconnect_bench.caches import Model
 
 pytestmark = pytest.mark.slow
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from kit import engines
 
 from kvconnect.lease import Terms
 from kvconnect.orders import (
@@ -26,7 +27,7 @@ from kvconnect.orders import (
     Source,
     Withdraw,
 )
-from kvconnect.testing import Fault, engines
+from kvconnect.testing import Fault
 from kvconnect.testing.faulty import Plan
 
 MODEL = engines.TINY

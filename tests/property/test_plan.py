@@ -17,9 +17,9 @@ from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import UNTILED, BlockView, Heads, Part, Tile
 from kvconnect.geometry.intersect import NO_BLOCK, Rect, assign, check_mappable, why_not_direct
 from kvconnect.geometry.rows import Memory, Route, rows_of
-from kvconnect.testing.geometry import ITEM_BYTES, LAYOUTS, Cache, Model, engine
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
+from kvconnect_bench.caches import ITEM_BYTES, LAYOUTS, Cache, Model, engine
 
 DRAM = Memory("DRAM", 0)
 TP_SIZES = (1, 2, 3, 4, 6, 8)

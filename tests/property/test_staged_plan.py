@@ -26,9 +26,9 @@ from kvconnect.geometry.intersect import NO_BLOCK, assign, why_not_direct
 from kvconnect.geometry.rows import Memory, Route
 from kvconnect.ops import NUMBERS
 from kvconnect.ops.plain import PlainKernels
-from kvconnect.testing.geometry import LAYOUTS, Cache, Model
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
+from kvconnect_bench.caches import LAYOUTS, Cache, Model
 
 # HYPOTHESIS_PROFILE says how many: ci 2,100, dev 280
 EXAMPLES = 7 * settings.default.max_examples

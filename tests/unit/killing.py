@@ -24,7 +24,7 @@ from pathlib import Path
 
 from store_bench import BLOCKS, CHUNK, Bench, key_of
 
-from kvconnect.testing.geometry import Cache, Model
+from kvconnect_bench.caches import Cache, Model
 
 MODEL = Model(layers=4, heads=2, block_tokens=16, content=256)  # 128 KiB a chunk
 SEEDS = BLOCKS // CHUNK - 1  # each has its blocks in the cache; the last two are to load into

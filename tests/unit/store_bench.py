@@ -15,7 +15,7 @@ from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.offload.store.tiered_store import TieredStore
 from kvconnect.ops import load
-from kvconnect.testing.geometry import Cache, Model
+from kvconnect_bench.caches import Cache, Model
 
 FINGERPRINT = b"\x05" * 32
 MODEL = Model(layers=2, heads=2, block_tokens=4, content=32)

@@ -19,7 +19,7 @@ from kvconnect.geometry.blocks import (
     held_heads,
     part_extent,
 )
-from kvconnect.testing.geometry import LAYOUTS, Cache, Model
+from kvconnect_bench.caches import LAYOUTS, Cache, Model
 
 PART = Part(0x1000, (64, 32, 8, 2), (2, 4, 4), 2)
 VIEW = BlockView("a", 0, 4, 4, Heads(0, 2, 2), "bfloat16", DENSE, (PART,))

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from kit.engines import Engine, World
 
 from kvconnect.chain.load import CancelLoad, ChainedLoad, ChainLoader, LoadDone, LoadUnit
 from kvconnect.chain.plan import Rates
@@ -12,7 +13,6 @@ from kvconnect.offload.jobs import Fill, Forget
 from kvconnect.offload.tiers import KeyedChunk, OffloadTier
 from kvconnect.orders import Cancel, Fetch, Offer, RenewLease, Source
 from kvconnect.planner import Planner
-from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault
 
 SEED, SPARE = 7, 15

@@ -21,9 +21,9 @@ from kvconnect.offload.store import replica as replica_module
 from kvconnect.offload.store import runner as runner_module
 from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.ops import load
-from kvconnect.testing.geometry import Cache
 from kvconnect.vllm.offload.copies import open_copy
 from kvconnect.vllm.offload.opening import OpenStore, no_device
+from kvconnect_bench.caches import Cache
 
 
 class Rank(NamedTuple):

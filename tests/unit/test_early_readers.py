@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from kit.engines import Engine, World
 
 from kvconnect.control import wire
 from kvconnect.control.channel import Link
@@ -11,7 +12,6 @@ from kvconnect.orders import Cancel, Fetch, Grant, Promise, Release, RenewLease,
 from kvconnect.producer import leases
 from kvconnect.producer.leases import MAX_WAIT_S, SILENT_S, EarlyReaders, LeaseServer
 from kvconnect.testing import FakeClock, Fault
-from kvconnect.testing.engines import Engine, World
 
 NEAR, FAR = Link(False, b"engine 1"), Link(False, b"engine 2")
 TERMS = Terms("r", "g", ((4, 2),), 30, b"digest", 10.0, "transfer")

@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from kit.engines import TINY, Engine, World
 
 from kvconnect.consumer.release import SAMPLES_S
 from kvconnect.control import wire
@@ -19,7 +20,6 @@ from kvconnect.orders import (
     Withdraw,
 )
 from kvconnect.testing import Fault
-from kvconnect.testing.engines import TINY, Engine, World
 
 PLACES = ((0, 5), (1, 2))  # (place in the prompt, our block)
 

@@ -5,6 +5,7 @@ import secrets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.network import Network
 
 from kvconnect.control import dialer as dialer_module
 from kvconnect.control import listener as listener_module
@@ -13,8 +14,8 @@ from kvconnect.control.channel import Frame, Link
 from kvconnect.control.dialer import RESEND_S, Dialer, PeerState
 from kvconnect.control.listener import Listener
 from kvconnect.control.session import DIALER, LISTENER, PLAIN, SEALED, Session
-from kvconnect.testing import FakeClock, Network
-from kvconnect.testing.geometry import Cache, Model
+from kvconnect.testing import FakeClock
+from kvconnect_bench.caches import Cache, Model
 
 SECRET = b"a secret of 16 b"
 MEMORY = Cache(Model(), 2).shard

@@ -19,8 +19,8 @@ from kvconnect.mover import Mover
 from kvconnect.ops import load
 from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
 from kvconnect.staging import GRANULE_BYTES, Staging
-from kvconnect.testing.geometry import Model, engine
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
+from kvconnect_bench.caches import Model, engine
 
 HOST = "127.0.0.1"
 MODEL = Model(layers=3, heads=4, block_tokens=4, content=8, itemsize=2)

@@ -4,14 +4,15 @@ import threading
 from collections import Counter
 
 import pytest
+from kit.engines import Engine, World
+from kit.network import Network
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.mover import IDLE_WAIT_S, THREAD_NAME, Mover
 from kvconnect.orders import Cancel, Fetch, Grant, Promise, Release, RenewLease, Withdraw
-from kvconnect.testing import Faulty, Network
-from kvconnect.testing.engines import Engine, World
-from kvconnect.testing.geometry import Cache
+from kvconnect.testing import Faulty
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
+from kvconnect_bench.caches import Cache
 
 PATIENCE_S = 20.0
 

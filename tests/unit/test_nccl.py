@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 from fake_gpu import as_device, options
+from kit.engines import Engine, World
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.errors import ConfigError, TransportError
@@ -15,7 +16,6 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.rows import RowTable
 from kvconnect.orders import Fetch
 from kvconnect.testing.clock import FakeClock
-from kvconnect.testing.engines import Engine, World
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.nccl import line as nccl_line
 from kvconnect.transport.nccl import transport as nccl

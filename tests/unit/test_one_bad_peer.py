@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from kit.engines import Engine, World
 from late import LateKernels
 
 from kvconnect.errors import TransportError
@@ -10,9 +11,8 @@ from kvconnect.lease import Terms
 from kvconnect.ops import load
 from kvconnect.orders import Fetch, Grant
 from kvconnect.producer.stage import STALLED_S
-from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault, Plan
-from kvconnect.testing.geometry import Model
+from kvconnect_bench.caches import Model
 
 # a token of a layer takes 16 KiB, and a slot 64: a fetch of 32 tokens takes 24 chunks
 MODEL = Model(layers=3, heads=4, block_tokens=4, content=2048, itemsize=2)

@@ -12,9 +12,9 @@ from kvconnect.offload.jobs import Fill, Save, Spill
 from kvconnect.offload.store import numa
 from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.ops import load
-from kvconnect.testing.geometry import Cache
 from kvconnect.vllm.offload import opening as module
 from kvconnect.vllm.offload.opening import open_replica, open_store
+from kvconnect_bench.caches import Cache
 
 MEMORY = 1 << 20
 UNHAD = 1 << 49  # more than a file can be long

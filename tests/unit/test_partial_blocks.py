@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.engines import Engine, World
 
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.lease import Terms
 from kvconnect.orders import Fetch, Grant
-from kvconnect.testing.engines import Engine, World
-from kvconnect.testing.geometry import Model
+from kvconnect_bench.caches import Model
 
 MODEL = Model(layers=2, heads=2, block_tokens=4, content=8, itemsize=2)
 NAN = 0x7FC0  # as bfloat16

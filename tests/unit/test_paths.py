@@ -3,15 +3,15 @@
 from dataclasses import replace
 
 import pytest
+from kit.engines import Engine, World
 from late import LateKernels
 
 from kvconnect.lease import Terms
 from kvconnect.ops import load
 from kvconnect.orders import Fetch, Grant
 from kvconnect.stats import AVERAGES
-from kvconnect.testing.engines import Engine, World
 from kvconnect.testing.faulty import Fault, Plan
-from kvconnect.testing.geometry import Model
+from kvconnect_bench.caches import Model
 
 # 12 blocks of it are 1.5 MiB, which is enough to learn from
 MODEL = Model(layers=2, heads=4, block_tokens=16, content=512, itemsize=2)

@@ -13,7 +13,7 @@ from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.ops import load
-from kvconnect.testing.geometry import Cache
+from kvconnect_bench.caches import Cache
 
 
 class Device:

@@ -1,11 +1,11 @@
 """Remote engines: how many are kept, and what a step costs for those that are."""
 
 import pytest
+from kit.engines import Engine, World
 
 from kvconnect.consumer import remote as remote_module
 from kvconnect.consumer.remote import IDLE_S
 from kvconnect.orders import Fetch, RankAddress, Release, RenewLease, Source
-from kvconnect.testing.engines import Engine, World
 
 
 @pytest.fixture

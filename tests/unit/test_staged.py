@@ -5,6 +5,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+from kit.engines import Engine, World
 from late import LateKernels
 
 from kvconnect.control import wire
@@ -12,8 +13,7 @@ from kvconnect.lease import Terms
 from kvconnect.ops import load
 from kvconnect.orders import Cancel, Fetch, Grant
 from kvconnect.staging import ENDED_S, GRANULE_BYTES, QUARANTINE_S
-from kvconnect.testing.engines import Engine, World
-from kvconnect.testing.geometry import Model
+from kvconnect_bench.caches import Model
 
 MODEL = Model(layers=3, heads=4, block_tokens=4, content=8, itemsize=2)
 STAGING = (8, 1)

@@ -20,7 +20,7 @@ from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.offload.store.tiered_store import PATIENCE_S
 from kvconnect.ops import load
-from kvconnect.testing.geometry import LAYOUTS, Cache, Model
+from kvconnect_bench.caches import LAYOUTS, Cache, Model
 
 
 @pytest.fixture

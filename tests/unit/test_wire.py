@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvconnect.control import wire
 from kvconnect.errors import WireError
-from kvconnect.testing.geometry import Cache, Model
+from kvconnect_bench.caches import Cache, Model
 
 pytestmark = pytest.mark.slow  # hypothesis; a few seconds together
 

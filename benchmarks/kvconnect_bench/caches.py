@@ -29,7 +29,7 @@ from kvconnect.geometry.blocks import (
     held_heads,
 )
 from kvconnect.ops import NUMBERS
-from kvconnect.testing.numbers import bits_at
+from kvconnect_bench.numbers import bits_at
 
 ORDERS = ("LBHNC", "LBNHC", "BLHNC", "LHBNC", "BLNHC", "BHLNC")
 LAYOUTS = (*ORDERS, "pieces", "vec", "amx")

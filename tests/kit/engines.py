@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kit.network import Network
 from kvconnect.config import Mode, Settings
 from kvconnect.control.wire import Address
 from kvconnect.geometry.blocks import Region
@@ -23,10 +24,9 @@ from kvconnect.orders import EngineAddresses, Grant, Order, Outcome, RankAddress
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Faulty
-from kvconnect.testing.geometry import Cache, Model, engine
-from kvconnect.testing.network import Network
 from kvconnect.transport.base import Transport
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
+from kvconnect_bench.caches import Cache, Model, engine
 
 MakeTransport = Callable[[Sequence[Region]], Transport]
 TINY = Model(layers=2, heads=2, block_tokens=1, content=2, itemsize=1)
