@@ -72,6 +72,17 @@ class Launch(Protocol):
         """uint64 ``[units]``; valid once done."""
 
 
+class DoneLaunch:
+    """A `Launch` that had ended when it was returned, as on a CPU."""
+
+    def __init__(self, sums: np.ndarray) -> None:
+        self.sums = sums
+
+    def done(self) -> bool:
+        """Always true."""
+        return True
+
+
 class Prepared(Protocol):
     """Copies made ready."""
 
@@ -159,7 +170,7 @@ def shape(copy: Copy) -> tuple[int, ...]:
 
 
 def span(copy: Copy) -> int:
-    """Bytes from ``base`` to behind the last cell."""
+    """Bytes from ``base`` to the end of the last cell."""
     last = sum((n - 1) * s for n, s in zip(shape(copy), strides(copy), strict=True))
     return last + copy.kv_type.itemsize
 

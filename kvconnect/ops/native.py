@@ -13,6 +13,7 @@ import numpy as np
 from kvconnect.errors import GeometryError
 from kvconnect.ops.copies import (
     Copy,
+    DoneLaunch,
     Kernels,
     Verb,
     Wires,
@@ -21,7 +22,6 @@ from kvconnect.ops.copies import (
     check_segments,
     checked,
 )
-from kvconnect.ops.plain import PlainKernels, PlainLaunch
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -60,6 +60,8 @@ def load(device: Literal["cpu", "cuda"] = "cpu", *, index: int = 0, max_ctas: in
     try:
         return CpuKernels()
     except OSError as error:
+        from kvconnect.ops.plain import PlainKernels
+
         say_fallback(str(error))
         return PlainKernels()
 
@@ -101,7 +103,7 @@ class CpuPrepared:
 
     def move(
         self, verb: Verb, segments: np.ndarray, wires: Wires, wire_bytes: int, units: int
-    ) -> PlainLaunch:
+    ) -> DoneLaunch:
         """See `kvconnect.ops.Prepared`."""
         found, at = as_segments(segments), as_wires(wires)
         sums = np.empty(units, dtype=np.uint64)
@@ -116,7 +118,7 @@ class CpuPrepared:
             # says what was wrong
             check_segments(self._copies, found, len(at), wire_bytes, units)
             raise GeometryError(self._kernels.explain(error))
-        return PlainLaunch(sums)
+        return DoneLaunch(sums)
 
 
 class CpuKernels:

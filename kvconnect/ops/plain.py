@@ -13,6 +13,7 @@ import numpy as np
 
 from kvconnect.ops.copies import (
     Copy,
+    DoneLaunch,
     Verb,
     Wires,
     as_segments,
@@ -32,17 +33,6 @@ KEY_STEP = np.uint64(0x9E3779B97F4A7C15)
 KEY_START = np.uint64(0xD1B54A32D192ED03)
 
 
-class PlainLaunch:
-    """A call that has ended."""
-
-    def __init__(self, sums: np.ndarray) -> None:
-        self.sums = sums
-
-    def done(self) -> bool:
-        """True."""
-        return True
-
-
 class PlainPrepared:
     """Copies with their views; see `kvconnect.ops.Prepared`."""
 
@@ -52,14 +42,14 @@ class PlainPrepared:
 
     def move(
         self, verb: Verb, segments: np.ndarray, wires: Wires, wire_bytes: int, units: int
-    ) -> PlainLaunch:
+    ) -> DoneLaunch:
         """See `kvconnect.ops.Prepared`."""
         segments, at = as_segments(segments), as_wires(wires)
         check_segments(self._copies, segments, len(at), wire_bytes, units)
         sums = np.zeros(units, dtype=np.uint64)
         for mine, wire in split(segments, at):
             self._move_chunk(verb, mine, wire, sums)
-        return PlainLaunch(sums)
+        return DoneLaunch(sums)
 
     def _move_chunk(self, verb: Verb, segments: np.ndarray, wire: int, sums: np.ndarray) -> None:
         block, first, count, unit = segments.T.astype(np.int64)
