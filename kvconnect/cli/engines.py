@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kvconnect.cli.processes import HOST
 from kvconnect.errors import ConfigError
@@ -109,6 +109,7 @@ class VllmServe:
     transfer: Mapping[str, Any] | None = None
     options: Sequence[str] = ()
     """More arguments of ``vllm serve``; they win."""
+    PROGRAM: ClassVar = (*_PYTHON, "vllm.entrypoints.cli.main")
 
     @property
     def model_name(self) -> str:
@@ -125,8 +126,7 @@ class VllmServe:
             arguments += ["--kv-transfer-config", json.dumps(self.transfer)]
         # for developers: what all engines of the demo, benchmarks and tests get too
         more = os.environ.get("KVCONNECT_ENGINE_OPTIONS", "").split()
-        serve = ("vllm.entrypoints.cli.main", "serve")
-        return [*_PYTHON, *serve, *arguments, *self.options, *more]
+        return [*self.PROGRAM, "serve", *arguments, *self.options, *more]
 
 
 def engine_env(**more: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from kvconnect.errors import KvConnectError
 
@@ -38,6 +38,35 @@ class ServerError(KvConnectError):
     """A server did not come up, or ended by itself."""
 
 
+class Process(Protocol):
+    """Leads a session of its own; a ``subprocess.Popen`` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The status it ended with; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The status, once it has ended; raises subprocess.TimeoutExpired before that."""
+
+
+def launch(command: Sequence[str], env: Mapping[str, str] | None, log: Path) -> Process:
+    """Starts ``command`` in a session of its own; ``env`` as for Server."""
+    with log.open("wb") as out:
+        return subprocess.Popen(  # noqa: S603 - the caller's own command, no shell
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+Launch = Callable[[Sequence[str], Mapping[str, str] | None, Path], Process]
+"""`launch`, or something that does the same in its own way."""
+
+
 class Server:
     """One process group that answers ``/health`` on ``url``."""
 
@@ -49,6 +78,7 @@ class Server:
         port: int,
         log: Path,
         env: Mapping[str, str] | None = None,
+        launch: Launch = launch,
     ) -> None:
         """``env`` is the whole environment; None is this process's."""
         self.name = name
@@ -56,15 +86,7 @@ class Server:
         self.log = log
         self._port = port
         self._gone = False
-        with log.open("wb") as out:
-            self._process = subprocess.Popen(  # noqa: S603 - the caller's own command, no shell
-                command,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._process = launch(command, env, log)
         self._watchdog = subprocess.Popen(  # noqa: S603 - a constant and a number
             ["/bin/sh", "-c", _WATCHDOG, "sh", str(self.pid)],
             stdin=subprocess.PIPE,
@@ -146,9 +168,11 @@ class Server:
 class Fleet:
     """Servers that live as long as this context; their logs are in ``logs``."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, launch: Launch = launch) -> None:
+        """``launch`` starts the processes of all its servers."""
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = logs
+        self._launch = launch
         self.servers: list[Server] = []
         self._ports: set[int] = set()
         self._handlers: dict[signal.Signals, object] = {}
@@ -186,6 +210,7 @@ class Fleet:
             port=port,
             log=self.logs / f"{name.replace(' ', '-')}.log",
             env=env,
+            launch=self._launch,
         )
         self.servers.append(server)
         return server

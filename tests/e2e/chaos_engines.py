@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from conftest import model
-from nursery import Nursery
+from nursery import Nursery, kill
 from pair import Client, words
 
 from kvconnect.cli.engines import CONNECTORS, VllmServe, engine_env, proxy_command, transfer_config
@@ -84,18 +84,22 @@ def is_free(port):
 class Killable:
     """One engine, always at the same address."""
 
-    def __init__(self, nursery, role, number, connector, path, folder):
+    def __init__(self, nursery, role, number, connector, path, folder, *, more=None, env=None):
+        """``more``: overrides of the transfer config; ``env``: more of the environment."""
         self.nursery, self.role, self.name = nursery, role, f"{role}-{number}"
         self.port = lasting_port()
         self.url = f"http://{HOST}:{self.port}"
         config = transfer_config(connector, role) | {"kv_load_failure_policy": "recompute"}
+        more = dict(more or {})
         config["kv_connector_extra_config"] = {
             **config.get("kv_connector_extra_config", {}),
             **EXTRA,
+            **more.pop("kv_connector_extra_config", {}),
         }
+        config |= more
         engine = VllmServe(path, config, OPTIONS)
-        self.arguments = engine.command(self.port)[4:]  # beyond python -P -m vllm…
-        self.log = folder / f"{self.name}.log"
+        self.command = engine.command(self.port)
+        self.env, self.log = engine_env(**(env or {})), folder / f"{self.name}.log"
         self.client = Client(self, engine.model_name)
         self.start()
 
@@ -103,7 +107,7 @@ class Killable:
         self.started = time.monotonic()
         while not is_free(self.port) and time.monotonic() < self.started + RECOVER_S:
             time.sleep(0.05)  # the last thread of who was killed has not closed it yet
-        self.pid = self.nursery.start(self.arguments, self.log)
+        self.process = self.nursery.launch(self.command, self.env, self.log)
 
     def is_up(self):
         connection = http.client.HTTPConnection(HOST, self.port, timeout=2)
@@ -122,7 +126,8 @@ class Killable:
             time.sleep(0.1)
 
     def kill(self):
-        self.nursery.kill(self.pid)
+        kill(self.process.pid)
+        self.process.wait()
 
 
 class Run:
