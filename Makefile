@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit crash chaos test-gpu gpu-first check bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-deploy test-ray crash chaos test-gpu gpu-first check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -34,6 +34,12 @@ test: setup ## all tests, those with real engines included
 test-unit: setup ## the tests that start no engine, and what of the package they run
 	@$(RUN) python -m coverage run -m pytest -q --timeout=120 tests/unit tests/property tests/contract $(ARGS) && \
 	    python -m coverage report
+
+test-deploy: setup ## deploy/: charts rendered, objects and arguments valid (or CHARTS=none; see tests/render_deploy.py)
+	@$(RUN) python tests/render_deploy.py
+
+test-ray: setup ## our backends in the real Ray Serve LLM, no engines; the first time installs Ray's needs
+	@$(RUN) tests/ray.sh tests/unit/test_ray_serve.py $(ARGS)
 
 crash: setup ## kill -9 during stores
 	@$(RUN) python tests/unit/killing.py --times 200 && \
