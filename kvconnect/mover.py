@@ -206,11 +206,17 @@ class Mover:
         self._lease_server.tick()
         if self._chunk_sender:
             self._chunk_sender.tick()
-        self._fetcher.tick()
-        self._releaser.tick()
-        self._renewer.tick()
+        self._tick_consumer()
         self._publish()
         return active
+
+    def _tick_consumer(self) -> None:
+        self._remotes.tick()
+        changed, ended = self._remotes.take_changed(), self.dialer.take_ended()
+        for part in (self._fetcher, self._releaser, self._renewer):
+            part.agenda.changed(changed)
+            part.agenda.wake(*ended)
+            part.tick()
 
     def _receive(self, frame: Frame) -> None:
         if incoming := self.listener.receive(frame):

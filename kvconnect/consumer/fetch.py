@@ -34,6 +34,7 @@ import enum
 import logging
 from dataclasses import dataclass, field
 
+from kvconnect.consumer.agenda import Agenda
 from kvconnect.consumer.release import Releaser
 from kvconnect.consumer.remote import ConsumerContext, PeerPath, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
@@ -43,6 +44,7 @@ from kvconnect.control.dialer import Call, PeerState
 from kvconnect.errors import GeometryError, contained
 from kvconnect.lease import Clock
 from kvconnect.orders import Cancel, Fetch, Release
+from kvconnect.staging import Slots
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Work
 
@@ -111,14 +113,19 @@ class Fetcher:
         self._clock = clock
         self._stats = stats
         self._load_timeout_s = load_timeout_s
+        self.agenda = Agenda(clock)
         self._fetches: dict[str, _Fetch] = {}
+        self._reads: dict[TransferId, _Fetch] = {}
+        self._pulling: set[str] = set()  # those with chunks to come
+        # address of a peer → fetches that are to get a slot for its next chunk
+        self._waiting: dict[wire.Address, dict[str, None]] = {}
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
 
     @property
     def reading(self) -> bool:
         """Whether the transport has work of ours."""
-        return any(f.tickets or f.pulls for f in self._fetches.values())
+        return bool(self._reads or self._pulling)
 
     def held(self) -> dict[str, int]:
         """See `Mover.held`."""
@@ -135,21 +142,23 @@ class Fetcher:
         deadline = self._clock() + order.source.wait_s + self._load_timeout_s
         remote.fetches += 1
         self._fetches[order.request_id] = _Fetch(order, remote, deadline)
+        self.agenda.add(order.request_id, remote)
+        self.agenda.at(deadline, order.request_id)
 
     def cancel(self, order: Cancel) -> None:
         """The request ended; its fetch ends as failed once its reads have drained."""
         if fetch := self._fetches.get(order.request_id):
             fetch.aborted = True
             self._fail(fetch, "the request was aborted")
+            self.agenda.wake(order.request_id)
 
     def done(self, done: Done) -> None:
         """Take in a ticket that ended."""
-        for fetch in self._fetches.values():
-            if (index := fetch.tickets.pop(done.transfer_id, None)) is None:
-                continue
-            with self._contained(fetch):
-                self._done(fetch, index, done)
+        if (fetch := self._reads.pop(done.transfer_id, None)) is None:
             return
+        self.agenda.wake(fetch.order.request_id)
+        with self._contained(fetch):
+            self._done(fetch, fetch.tickets.pop(done.transfer_id), done)
 
     def _done(self, fetch: _Fetch, index: int, done: Done) -> None:
         path = fetch.remote.paths[index]
@@ -162,21 +171,52 @@ class Fetcher:
             self._not_read(fetch, index, path, done.error)
 
     def tick(self) -> None:
-        """Move every fetch on as far as it goes."""
-        self._remotes.tick()
+        """Move on, as far as they go, the fetches of which something has changed."""
         if self._slots is not None:
             self._slots.tick()
-        for request_id, fetch in list(self._fetches.items()):
+            self._wake_for_slots(self._slots)
+        for request_id in self.agenda.take():
+            if (fetch := self._fetches.get(request_id)) is None:
+                continue
             if self._is_done(fetch):
                 del self._fetches[request_id]
+                self._pulling.discard(request_id)
+                self.agenda.remove(request_id, fetch.remote)
                 fetch.remote.fetches -= 1
                 self._renewer.forget(request_id)
                 self._releaser.done(fetch.order.source)
                 self._report(request_id, fetch)
+            elif self._goes_on(request_id, fetch):
+                self.agenda.wake(request_id)
+
+    def _goes_on(self, request_id: str, fetch: _Fetch) -> bool:
+        """Whether to look at it in every step; if not, it waits for what wakes it."""
+        if not fetch.pulls:
+            self._pulling.discard(request_id)
+            return fetch.phase is Phase.FAILING and not fetch.tickets
+        if fetch.phase is not Phase.READING or not all(
+            pull.waits_for_slot for pull in fetch.pulls.values()
+        ):
+            return True
+        for index in fetch.pulls:
+            address = fetch.remote.peers[index].address
+            self._waiting.setdefault(address, {})[request_id] = None
+        return False
+
+    def _wake_for_slots(self, slots: Slots) -> None:
+        """Of each peer that may have another slot, the fetch that has waited longest for one."""
+        for address, waiting in list(self._waiting.items()):
+            if not slots.may_take(address):
+                continue
+            request_id = next(iter(waiting))
+            self.agenda.wake(request_id)
+            del waiting[request_id]
+            if not waiting:
+                del self._waiting[address]
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        return min((f.deadline for f in self._fetches.values()), default=None)
+        return self.agenda.next_deadline()
 
     def take(self) -> tuple[set[str], dict[str, str]]:
         """Requests whose fetch ended, and of those the failed ones; each is reported once."""
@@ -291,6 +331,7 @@ class Fetcher:
                     ),
                     (wire.Opened, wire.Refused),
                     fetch.deadline,
+                    order.request_id,
                 )
         fetch.phase = Phase.OPENING
 
@@ -327,7 +368,8 @@ class Fetcher:
             remote_index=chosen.src,
             nbytes=chosen.nbytes,
         )
-        fetch.tickets[self._transport.submit(work)] = index
+        transfer_id = self._transport.submit(work)
+        fetch.tickets[transfer_id], self._reads[transfer_id] = index, fetch
 
     def _not_read(self, fetch: _Fetch, index: int, path: PeerPath, error: str) -> None:
         """A direct read failed: stage instead."""
@@ -385,6 +427,7 @@ class Fetcher:
         )
         if not pull.done:
             fetch.pulls[index], fetch.began[index] = pull, self._clock()
+            self._pulling.add(fetch.order.request_id)
 
     def _pull(self, fetch: _Fetch) -> None:
         """Move the staged transfers of a fetch on."""

@@ -10,9 +10,11 @@
   knows that it is the last. The lease is released `SAMPLES_S` after the last that is known.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from kvconnect.consumer.agenda import Agenda
 from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.control import wire
@@ -55,8 +57,10 @@ class Releaser:
         self._clock = clock
         self._ranks = ranks
         self._timeout_s = timeout_s
+        self.agenda = Agenda(clock)
         self._releasing: dict[str, _Releasing] = {}
-        self._shared: dict[LeaseKey, tuple[float, Source]] = {}  # by samples: release it when
+        # by samples: release it when; in the order of these times
+        self._shared: dict[LeaseKey, tuple[float, Source]] = {}
 
     def __len__(self) -> int:
         return len(self._releasing) + len(self._shared)
@@ -70,6 +74,8 @@ class Releaser:
         remote = self._remotes.of(order.source)
         deadline = self._clock() + order.source.wait_s + self._timeout_s
         self._releasing[order.request_id] = _Releasing(order.source, remote, deadline)
+        self.agenda.add(order.request_id, remote)
+        self.agenda.at(deadline, order.request_id)
 
     def close(
         self,
@@ -97,38 +103,46 @@ class Releaser:
 
         deadline = self._clock() + CLOSE_TIMEOUT_S
         return {
-            index: self._dialer.call(peer, close_of(lease_id_at(index)), (wire.Closed,), deadline)
+            index: self._dialer.call(
+                peer, close_of(lease_id_at(index)), (wire.Closed,), deadline, request_id
+            )
             for index, peer in enumerate(remote.peers)
         }
 
     def done(self, source: Source) -> None:
         """A request is done with the lease; of samples, it may have been the last one."""
         if source.samples and not self._renewer.waits_for(source):
+            self._shared.pop(source.lease, None)
             self._shared[source.lease] = self._clock() + SAMPLES_S, source
 
     def tick(self) -> None:
         """Move every release on as far as it goes."""
-        for lease, (at, source) in list(self._shared.items()):
+        while self._shared:
+            lease, (at, source) = next(iter(self._shared.items()))
             if self._clock() < at:
-                continue
+                break
             del self._shared[lease]
             if not self._renewer.waits_for(source):  # else another has come, and ends it
                 name = f"samples of {source.request_id}"
                 self.release(Release(name, replace(source, samples=False)))
-        for request_id, releasing in list(self._releasing.items()):
-            if self._can_close(releasing):
+        for request_id in self.agenda.take():
+            releasing = self._releasing.get(request_id)
+            if releasing is not None and self._can_close(request_id, releasing):
                 for peer, call in releasing.opens or ():
                     self._dialer.cancel(peer, call)
                 self.close(request_id, releasing.source, releasing.remote, releasing.lease_id_at)
                 del self._releasing[request_id]
+                self.agenda.remove(request_id, releasing.remote)
                 self._renewer.forget(request_id)
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = [r.deadline for r in self._releasing.values()]
-        return min([*times, *(at for at, _ in self._shared.values())], default=None)
+        times = [at for at, _ in itertools.islice(self._shared.values(), 1)]
+        if (at := self.agenda.next_deadline()) is not None:
+            times.append(at)
+        return min(times, default=None)
 
-    def _can_close(self, releasing: _Releasing) -> bool:
+    def _can_close(self, request_id: str, releasing: _Releasing) -> bool:
         """Whether to wait no longer: for the greeting, or for the source to know the lease."""
         remote, source = releasing.remote, releasing.source
         remote.advance()
@@ -140,14 +154,14 @@ class Releaser:
             return True
         if releasing.opens is None:
             releasing.opens = [
-                (peer, self._open(peer, releasing))
+                (peer, self._open(peer, request_id, releasing))
                 for peer, path in zip(remote.peers, remote.paths, strict=True)
                 if path is not None
             ]
         calls = [call for _, call in releasing.opens]
         return not calls or any(call.reply or call.error for call in calls)
 
-    def _open(self, peer: Peer, releasing: _Releasing) -> Call:
+    def _open(self, peer: Peer, request_id: str, releasing: _Releasing) -> Call:
         source = releasing.source
         return self._dialer.call(
             peer,
@@ -162,4 +176,5 @@ class Releaser:
             ),
             (wire.Opened, wire.Refused),
             releasing.deadline,
+            request_id,
         )

@@ -52,6 +52,8 @@ class ConsumerContext:
     slots: Slots | None = None
     """To be written to; without them nothing is staged."""
     names: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    changed: "list[Remote]" = field(default_factory=list)
+    """Remotes that have become READY or FAILED, until `Remotes.take_changed`."""
 
 
 class Choice(NamedTuple):
@@ -122,6 +124,7 @@ class Remote:
         if self.state is PeerState.FAILED:
             return
         self.state, self.error = PeerState.FAILED, error
+        self._means.changed.append(self)
         for name in self._added.values():
             self._transport.drop_peer(name)
 
@@ -169,6 +172,7 @@ class Remote:
                 self._dialer.fail(self.peers[0], str(e))
         else:
             self.state = PeerState.READY
+            self._means.changed.append(self)
 
     def _connect(self) -> None:
         bodies = [p.body for p in self.peers if p.body]
@@ -283,6 +287,12 @@ class Remotes:
             for key, remote in list(self._by_addresses.items()):
                 if not remote.fetches and now >= remote.used_at + IDLE_S:
                     self._drop(key)
+
+    def take_changed(self) -> list[Remote]:
+        """Those that have become READY or FAILED since the last call."""
+        taken = list(self.means.changed)
+        self.means.changed.clear()
+        return taken
 
     def look_again(self) -> None:
         """A remote is to be greeted anew."""

@@ -7,6 +7,7 @@ fetches and releases: whatever ends one calls `forget`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvconnect.consumer.agenda import Agenda
 from kvconnect.consumer.remote import Remote, Remotes
 from kvconnect.control import wire
 from kvconnect.control.dialer import Dialer, PeerState
@@ -33,6 +34,7 @@ class LeaseRenewer:
         self._dialer = dialer
         self._remotes = remotes
         self._clock = clock
+        self.agenda = Agenda(clock)
         self._renewals: dict[str, _Renewal] = {}
         self._sharing: dict[LeaseKey, set[str]] = {}  # lease → the requests that wait for it
 
@@ -41,7 +43,9 @@ class LeaseRenewer:
 
     def renew(self, order: RenewLease) -> None:
         """Greet early and keep the lease alive while the request waits."""
+        self.forget(order.request_id)
         remote = self._remotes.of(order.source)
+        self.agenda.add(order.request_id, remote)
         self._renewals[order.request_id] = _Renewal(order.source, remote, self._clock())
         self._sharing.setdefault(order.source.lease, set()).add(order.request_id)
 
@@ -53,6 +57,7 @@ class LeaseRenewer:
     def forget(self, request_id: str) -> None:
         """Its fetch or release has ended."""
         if watch := self._renewals.pop(request_id, None):
+            self.agenda.remove(request_id, watch.remote)
             sharing = self._sharing[watch.source.lease]
             sharing.discard(request_id)
             if not sharing:
@@ -65,25 +70,27 @@ class LeaseRenewer:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        waiting = (w for w in self._renewals.values() if w.remote.state is not PeerState.GREETING)
-        return min((w.renew_at for w in waiting), default=None)
+        return self.agenda.next_deadline()
 
     def tick(self) -> None:
         """Renew what is due, many leases of one source in one message."""
         now = self._clock()
         due: dict[int, tuple[Remote, list[Source]]] = {}
-        for watch in self._renewals.values():
-            if now < watch.renew_at:
+        for request_id in self.agenda.take():
+            watch = self._renewals.get(request_id)
+            if watch is None or now < watch.renew_at:
                 continue
             watch.remote.advance()
             watch.remote.used_at = now
             if watch.remote.state is PeerState.GREETING:
-                continue
+                continue  # it is looked at again when that has ended
             watch.renew_at = now + max(watch.source.ttl_s / RENEWALS_PER_TTL, MIN_RENEWAL_S)
-            if (
-                watch.remote.state is PeerState.FAILED
-            ):  # it may be back before the request is loaded
+            self.agenda.at(watch.renew_at, request_id)
+            if watch.remote.state is PeerState.FAILED:
+                # it may be back before the request is loaded
+                self.agenda.remove(request_id, watch.remote)
                 watch.remote = self._remotes.of(watch.source)
+                self.agenda.add(request_id, watch.remote)
             elif not watch.remote.was_restarted(watch.source):
                 due.setdefault(id(watch.remote), (watch.remote, []))[1].append(watch.source)
         for remote, sources in due.values():

@@ -254,7 +254,14 @@ class ChunkReceiver:
             self.chunks += 1
             self._next = next(self._chunks, None)
 
+    @property
+    def waits_for_slot(self) -> bool:
+        """Whether there is nothing to go on with but a slot of our own."""
+        return self._next is not None and not self._asked and not self.error
+
     def _ask(self, chunk: Chunk, slot: int, lease_id: str, reader: int) -> None:
+        if not self._asked:
+            self._since = self._staged.clock()
         call = self._want(chunk, slot, lease_id, reader)
         self._asked.append(_Asked(chunk, slot, call, self._staged.times_staged))
 

@@ -68,6 +68,7 @@ class Call:
         accepts: tuple[type[wire.Message], ...],
         deadline: float,
         resend_at: float,
+        asker: str = "",
     ) -> None:
         self.seq = seq
         self.message = message
@@ -75,6 +76,7 @@ class Call:
         self.deadline = deadline
         self.resend_at = resend_at
         self.resend_s = RESEND_S
+        self.asker = asker
         self.reply: wire.Message | None = None
         self.error = ""
 
@@ -132,6 +134,7 @@ class Dialer:
         self._backoffs: OrderedDict[Address, tuple[float, float, str]] = OrderedDict()
         self._seq = itertools.count(1)
         self.changes = 0
+        self._ended: dict[str, None] = {}  # askers of calls that are over
         self._greeting = 0  # peers that are being greeted now
         self._in_line: OrderedDict[Address, Peer] = OrderedDict()  # GREETING, not dialled yet
         # (when to look, order, whom, of its calls which one; None: its greeting)
@@ -214,6 +217,7 @@ class Dialer:
         self.changes += 1
         for call in peer.calls.values():
             call.error = f"peer {peer}: {error}"
+            self._ended[call.asker] = None
         peer.calls.clear()
         del self._peers[peer.address]
         if not in_line:
@@ -228,17 +232,27 @@ class Dialer:
         make: Callable[[int], wire.Message],
         accepts: tuple[type[wire.Message], ...],
         deadline: float,
+        asker: str = "",
     ) -> Call:
-        """Send the request ``make(seq)``, repeated until one of ``accepts`` answers it."""
+        """Send the request ``make(seq)``, repeated until one of ``accepts`` answers it.
+
+        ``asker``: whom `take_ended` is to name when it is over.
+        """
         seq = next(self._seq)
-        call = Call(seq, make(seq), accepts, deadline, self._clock() + RESEND_S)
+        call = Call(seq, make(seq), accepts, deadline, self._clock() + RESEND_S, asker)
         if peer.state is PeerState.READY:
             peer.calls[seq] = call
             self.tell(peer, call.message)
             self._look_at(peer, call)
         else:
             call.error = f"peer {peer}: {peer.error or 'not greeted yet'}"
+            self._ended[asker] = None
         return call
+
+    def take_ended(self) -> list[str]:
+        """The askers of calls that were answered or failed since this was last called."""
+        taken, self._ended = list(self._ended), {}
+        return taken
 
     def cancel(self, peer: Peer, call: Call) -> None:
         """No answer is wanted any more: stop repeating."""
@@ -261,6 +275,7 @@ class Dialer:
             elif now >= call.deadline:
                 del peer.calls[call.seq]
                 call.error = f"peer {peer} did not answer in time"
+                self._ended[call.asker] = None
             elif now >= call.resend_at:
                 call.resend_s = min(2 * call.resend_s, MAX_RESEND_S)
                 call.resend_at = now + call.resend_s
@@ -333,6 +348,7 @@ class Dialer:
             if call is not None and isinstance(message, call.accepts):
                 del peer.calls[message.seq]
                 call.reply = message
+                self._ended[call.asker] = None
         elif isinstance(message, wire.Gone):
             peer.gone |= dict.fromkeys(message.lease_ids)
             for oldest in list(peer.gone)[:-MAX_GONE]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from kvconnect.transport.base import Done, TransferId, Transport, Work
 
+KEPT = 1024
+
 
 class Fault(enum.Enum):
     """What becomes of a transfer's bytes."""
@@ -56,9 +58,10 @@ class Faulty:
         self._transport = transport
         self._plans: deque[Plan] = deque()
         self._numbers = itertools.count(1)
+        self._count = 0
         self._transfers: dict[TransferId, _FaultyTransfer] = {}
         self._dropped: set[str] = set()  # while transfers to them drain
-        self._submitted: list[Work] = []
+        self._submitted: deque[Work] = deque(maxlen=KEPT)
 
     def plan(self, fault: Fault = Fault.NONE, late_polls: int = 0, done_polls: int = 0) -> None:
         """Decide about the next transfer that nothing was planned for."""
@@ -76,8 +79,13 @@ class Faulty:
 
     @property
     def submitted(self) -> list[Work]:
-        """All work so far."""
+        """The work so far, the last `KEPT` of it."""
         return list(self._submitted)
+
+    @property
+    def submitted_ever(self) -> int:
+        """How many transfers there were."""
+        return self._count
 
     def lose_peer(self, name: str) -> None:
         """The peer dies: its transfers fail at the next poll and so do later ones."""
@@ -102,7 +110,7 @@ class Faulty:
         self._forget_dropped()
 
     def submit(self, work: Work) -> TransferId:
-        number = next(self._numbers)
+        self._count = number = next(self._numbers)
         plan = self._plans.popleft() if self._plans else self.usual
         if work.peer in self._dropped:
             plan = Plan(Fault.LOST)

@@ -125,8 +125,8 @@ class TcpFaults:
                     await asyncio.sleep(self.delay_s)
                 while way in self.blocked and not writer.is_closing():
                     await asyncio.sleep(LOOK_S)
-                writer.write(self._flipped(data, rng) if self.flip_every else data)
                 self.carried[way] += len(data)
+                writer.write(self._flipped(data, rng) if self.flip_every else data)
                 await writer.drain()
 
     def _flipped(self, data: bytes, rng: random.Random) -> bytes:

@@ -1,18 +1,23 @@
-"""Two prefill and two decode engines behind a proxy, killed -9 at random moments under load.
+"""Two prefill and two decode engines behind `kvconnect proxy`, and what can happen to them.
 
-    python tests/e2e/chaos_engines.py ucx --times 20
+    python tests/e2e/chaos_engines.py ucx --seconds 480
 
-Clients ask without pause. What they are answered must be what an engine that computes everything
-itself answers; a request may fail while engines are gone. A killed engine is restarted at once, at
-its old address. Prints one line of JSON; exits with 1 if anything was wrong. Without vLLM, and in
-the test suite: tests/contract/chaos_movers.py.
+Clients ask without pause. Engines are killed -9 and restarted at once at their old address, or
+stopped and let go on; a TCP proxy before each prefill engine's control channel cuts, delays, blocks
+one way and flips bits. One such blow after the other, in an order that the seed decides. Whatever
+is answered must be what an engine answers that computes everything itself; a request may fail, but
+ends by its deadline; an engine that nobody killed lives on; what is held at the end is free within
+one lease. Prints one line of JSON; exits with 1 if anything was wrong. Without vLLM:
+tests/contract/chaos_movers.py.
 """
 
 import argparse
 import contextlib
 import http.client
 import json
+import os
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -22,17 +27,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from conftest import model
-from nursery import Nursery, kill
+from nursery import ADVERTISED, Nursery, kill, send
 from pair import Client, words
 
-from kvconnect.cli.engines import CONNECTORS, VllmServe, engine_env, proxy_command, transfer_config
+from kvconnect.cli.engines import (
+    CONNECTORS,
+    VllmServe,
+    engine_env,
+    multi_config,
+    proxy_command,
+    transfer_config,
+)
 from kvconnect.cli.processes import HOST, Fleet
+from kvconnect.testing import TcpFaults
 
 CLIENTS, PROMPTS, ANSWER = 4, 16, 8  # ANSWER: tokens
 LOAD_TIMEOUT_S, LEASE_S = 8, 10
 PATIENCE_S = 20.0  # beyond the load timeout: computing again, on two busy cores
 START_S, RECOVER_S = 90.0, 60.0
-BETWEEN = 4  # right answers between two kills
+BETWEEN = 4  # right answers between two blows
+HELD_S = 6.0  # the longest blow: beyond the handshake's timeout and a silent peer's, not the lease
+DEADLINE_S = LOAD_TIMEOUT_S + HELD_S + PATIENCE_S
+LATE_S = 3.0  # beyond a lease: metrics are looked at, on two busy cores
 EXTRA = {
     "load_timeout": LOAD_TIMEOUT_S,
     "handshake_timeout": 4,
@@ -41,14 +57,25 @@ EXTRA = {
 }
 OPTIONS = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--num-gpu-blocks-override=64"]
 HELD, RUNNING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running"
+FAULTS = {
+    "delay": {"delay_s": 0.2},
+    "block there": {"blocked": frozenset({"there"})},
+    "block back": {"blocked": frozenset({"back"})},
+    "flips": {"flip_every": 1000},
+    "cut": {},
+    "no way": {"refuses": True},
+}
+"""What befalls one side channel; of "cut" and "no way", connections are broken, too."""
+BLOWS = ("kill prefill", "kill decode", "stop prefill", "stop decode", *FAULTS)
 
 
 @dataclass
 class Report:
-    """What was seen, over all kills."""
+    """What was seen, over all blows."""
 
     connector: str
-    kills: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
+    blows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BLOWS, 0))
+    requests: int = 0
     answers: int = 0
     transferred_tokens: float = 0
     """Of prompts, as the decode engines that lived to tell counted them."""
@@ -56,10 +83,14 @@ class Report:
     """Likewise; their requests were computed again."""
     errors: int = 0
     """Requests that got none: their engine was killed, or no decode engine was left."""
+    bits_flipped: int = 0
+    side_channel_bytes: int = 0
     wrong: int = 0
     longest_s: float = 0.0
     held: dict[str, float] = field(default_factory=dict)
-    """Part of each engine's blocks, and its requests, some seconds after the load."""
+    """Part of each engine's blocks, and its requests, one lease after the load."""
+    free_after_s: float = 0.0
+    """After the load, until nothing was held."""
     proxy: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -81,25 +112,50 @@ def is_free(port):
     return False
 
 
-class Killable:
-    """One engine, always at the same address."""
+def config_of(connector, role, kv_port, more):
+    """``--kv-transfer-config``, with short leases; ``more`` overrides it."""
+    if connector == "multi":
+        config = multi_config(cpu_bytes_to_use=32 << 20)
+        config["kv_connector_extra_config"]["connectors"][0]["kv_connector_extra_config"] = EXTRA
+        return config
+    config = transfer_config(connector, role) | {"kv_load_failure_policy": "recompute"}
+    if kv_port and "kv_port" in config:
+        config["kv_port"] = kv_port
+    extra = config.get("kv_connector_extra_config", {}) | EXTRA
+    extra |= more.get("kv_connector_extra_config", {})
+    return config | more | {"kv_connector_extra_config": extra}
 
-    def __init__(self, nursery, role, number, connector, path, folder, *, more=None, env=None):
-        """``more``: overrides of the transfer config; ``env``: more of the environment."""
+
+class Killable:
+    """One engine, always at the same address; peers reach a spoiled one through ``faults``."""
+
+    def __init__(
+        self,
+        nursery,
+        role,
+        number,
+        connector,
+        path,
+        folder,
+        *,
+        more=None,
+        env=None,
+        spoiled_by=None,
+    ):
+        """``more``: overrides of the transfer config; ``env``: more of the environment;
+        ``spoiled_by``: seed of what a proxy before its control channel does."""
         self.nursery, self.role, self.name = nursery, role, f"{role}-{number}"
         self.port = lasting_port()
         self.url = f"http://{HOST}:{self.port}"
-        config = transfer_config(connector, role) | {"kv_load_failure_policy": "recompute"}
-        more = dict(more or {})
-        config["kv_connector_extra_config"] = {
-            **config.get("kv_connector_extra_config", {}),
-            **EXTRA,
-            **more.pop("kv_connector_extra_config", {}),
-        }
-        config |= more
-        engine = VllmServe(path, config, OPTIONS)
+        self.faults, env, side_port = None, dict(env or {}), 0
+        if spoiled_by is not None:
+            side_port, proxy_port = lasting_port(), lasting_port()
+            env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_port)
+            env[ADVERTISED] = str(proxy_port)
+            self.faults = TcpFaults((HOST, side_port), spoiled_by, port=proxy_port)
+        engine = VllmServe(path, config_of(connector, role, side_port, more or {}), OPTIONS)
         self.command = engine.command(self.port)
-        self.env, self.log = engine_env(**(env or {})), folder / f"{self.name}.log"
+        self.env, self.log = engine_env(**env), folder / f"{self.name}.log"
         self.client = Client(self, engine.model_name)
         self.start()
 
@@ -108,6 +164,11 @@ class Killable:
         while not is_free(self.port) and time.monotonic() < self.started + RECOVER_S:
             time.sleep(0.05)  # the last thread of who was killed has not closed it yet
         self.process = self.nursery.launch(self.command, self.env, self.log)
+
+    def check_alive(self):
+        """Raise if it ended without being killed."""
+        status = self.process.poll()
+        assert status is None, f"{self.name} ended by itself ({status}); its log: {self.log}"
 
     def is_up(self):
         connection = http.client.HTTPConnection(HOST, self.port, timeout=2)
@@ -131,7 +192,7 @@ class Killable:
 
 
 class Run:
-    """Clients, kills, and what comes of them."""
+    """Clients, blows, and what comes of them."""
 
     def __init__(self, connector, engines, proxy, rng):
         self.engines, self.proxy, self.rng = engines, proxy, rng
@@ -141,7 +202,7 @@ class Run:
         lengths = [rng.randrange(100, 1200) for _ in range(PROMPTS)]
         self.prompts = [words(n, seed=n) for n in lengths]
 
-    def go(self, times, seconds):
+    def go(self, seconds):
         for engine in self.engines:
             engine.wait_up()
         decode = next(e for e in self.engines if e.role == "decode").client
@@ -150,14 +211,11 @@ class Run:
         for client in clients:
             client.start()
         try:
-            victims = ["prefill", "decode"] * times
-            self.rng.shuffle(victims)
-            for role in victims:
+            self.begun, blows = time.monotonic(), []
+            while time.monotonic() < self.begun + seconds:
+                blows = blows or self.rng.sample(BLOWS, len(BLOWS))
+                self.strike(blows.pop())
                 self.recover()
-                if time.monotonic() > self.begun + seconds:
-                    break
-                self.kill(role)
-            self.recover()
         finally:
             self.stop.set()
             for client in clients:
@@ -165,9 +223,11 @@ class Run:
         self.settle()
 
     def recover(self):
-        """Until all is up but one, and there were right answers since."""
+        """Until all is up, and there were right answers since."""
         deadline = time.monotonic() + START_S + RECOVER_S
-        while sum(not engine.is_up() for engine in self.engines) > 1:
+        while not all(engine.is_up() for engine in self.engines):
+            for engine in self.engines:
+                engine.check_alive()
             if time.monotonic() > deadline:
                 raise TimeoutError("killed engines did not come up")
             time.sleep(0.2)
@@ -177,13 +237,32 @@ class Run:
                 raise TimeoutError(f"no {BETWEEN} answers in {RECOVER_S:g} s")
             time.sleep(0.05)
 
-    def kill(self, role):
+    def strike(self, blow):
+        """One blow, and its end."""
         time.sleep(self.rng.random())
-        victim = self.rng.choice([e for e in self.engines if e.role == role and e.is_up()])
-        self.count(victim)
-        victim.kill()
-        self.report.kills[role] += 1
-        victim.start()
+        what, _, role = blow.partition(" ")
+        victims = [
+            e for e in self.engines if e.role == (role if what in ("kill", "stop") else "prefill")
+        ]
+        victim, seconds = self.rng.choice(victims), self.rng.uniform(1.0, HELD_S)
+        self.report.blows[blow] += 1
+        if what == "kill":
+            self.count(victim)
+            victim.kill()
+            victim.start()
+        elif what == "stop":
+            send(victim.process.pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            send(victim.process.pid, signal.SIGCONT)
+        else:
+            for name, value in FAULTS[blow].items():
+                setattr(victim.faults, name, value)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                if blow in ("cut", "no way"):
+                    victim.faults.cut()
+                time.sleep(self.rng.random())
+            victim.faults.heal()
 
     def count(self, engine):
         """What an engine has counted, which is lost when it is killed."""
@@ -211,8 +290,9 @@ class Run:
 
     def took(self, at, status, answer, seconds):
         report = self.report
+        report.requests += 1
         report.longest_s = max(report.longest_s, round(seconds, 2))
-        if seconds > LOAD_TIMEOUT_S + PATIENCE_S:
+        if seconds > DEADLINE_S:
             report.problems.append(f"a request took {seconds:.1f} s")
         if status != 200:
             report.errors += 1
@@ -224,38 +304,43 @@ class Run:
 
     def settle(self):
         """What is held once nobody asks any more."""
-        for engine in self.engines:
-            engine.wait_up()
-        deadline = time.monotonic() + LEASE_S + PATIENCE_S
-        while time.monotonic() < deadline:
+        began = time.monotonic()
+        while time.monotonic() < began + LEASE_S + LATE_S:
             self.report.held = {
                 f"{engine.name} {metric.removeprefix('vllm:')}": engine.client.metric(metric)
                 for engine in self.engines
                 for metric in (HELD, RUNNING)
             }
+            self.report.free_after_s = round(time.monotonic() - began, 1)
             if not any(self.report.held.values()):
                 break
-            time.sleep(0.5)
+            time.sleep(0.2)
         for engine in self.engines:
+            engine.check_alive()
             self.count(engine)
+            if engine.faults:
+                self.report.bits_flipped += engine.faults.flipped
+                self.report.side_channel_bytes += sum(engine.faults.carried.values())
         _, health = self.proxy.request("GET", "/health")
         self.report.proxy = health["counters"]
 
 
-def run(connector, times, seconds, seed, folder):
+def run(connector, seconds, seed, folder):
     """A Report."""
     rng, path = random.Random(seed), model("KVCONNECT_TP_MODEL")
-    with Nursery() as nursery, Fleet(folder) as fleet:
+    with Nursery() as nursery, Fleet(folder) as fleet, contextlib.ExitStack() as proxies:
         engines = [
-            Killable(nursery, role, number, connector, path, folder)
-            for role in ("prefill", "decode")
+            Killable(nursery, role, number, connector, path, folder, spoiled_by=spoiled_by)
+            for role, spoiled_by in (("prefill", seed), ("decode", None))
             for number in (0, 1)
         ]
+        for engine in engines[:2]:
+            proxies.enter_context(engine.faults)
         urls = {role: [e.url for e in engines if e.role == role] for role in ("prefill", "decode")}
         server = fleet.start("proxy", proxy_command(urls["prefill"], urls["decode"]), engine_env())
         chaos = Run(connector, engines, Client(server, path.name), rng)
         try:
-            chaos.go(times, seconds)
+            chaos.go(seconds)
         except (TimeoutError, AssertionError, OSError) as e:
             chaos.report.problems.append(f"{type(e).__name__}: {e}")
     chaos.report.seconds = round(time.monotonic() - chaos.begun)
@@ -264,12 +349,11 @@ def run(connector, times, seconds, seed, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("connector", choices=CONNECTORS)
-    parser.add_argument("--times", type=int, default=20, help="kills of either side")
-    parser.add_argument("--seconds", type=float, default=3600, help="no more kills after these")
+    parser.add_argument("connector", choices=[*CONNECTORS, "multi"])
+    parser.add_argument("--seconds", type=float, default=480, help="of blows")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     given = parser.parse_args()
     logs = Path(tempfile.mkdtemp(prefix="kvconnect-chaos-"))
-    shown = run(given.connector, given.times, given.seconds, given.seed, logs)
+    shown = run(given.connector, given.seconds, given.seed, logs)
     print(json.dumps({"seed": given.seed, **asdict(shown), "logs": str(logs)}), flush=True)
     sys.exit(bool(shown.wrong or shown.problems or any(shown.held.values())))

@@ -23,6 +23,8 @@ from kvconnect.cli.engines import VllmServe, engine_env
 from kvconnect.cli.processes import _kill, _members, launch
 
 PR_SET_PDEATHSIG = 1
+ADVERTISED = "KVCONNECT_TEST_ADVERTISED_PORT"
+"""Variable: the port that peers are told of an engine's control channel, where a proxy listens."""
 VLLM = VllmServe.PROGRAM
 IMPORTED = (
     "vllm.entrypoints.cli.serve",
@@ -118,6 +120,12 @@ class Forked:
         return self._status
 
 
+def send(pid, number):
+    """A signal to all of an engine's processes."""
+    for member in _members(pid):
+        os.kill(member, number)
+
+
 def kill(pid):
     """End all of an engine's processes at once."""
     while members := _members(pid):
@@ -144,6 +152,18 @@ def main():
         os.write(spare, f"{answer}\n".encode())
 
 
+def _advertise(port):
+    from kvconnect.control.wire import Address
+    from kvconnect.vllm import worker
+
+    class Advertised(worker.ZmqChannel):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.address = Address(self.address.host, port)
+
+    worker.ZmqChannel = Advertised
+
+
 def _serve(arguments, env, log):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
@@ -155,6 +175,8 @@ def _serve(arguments, env, log):
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     resource_tracker.ensure_running()  # one for all of the engine's processes, as with spawn
+    if ADVERTISED in env:
+        _advertise(int(env[ADVERTISED]))
     from vllm.entrypoints.cli.main import main as vllm
 
     sys.argv = ["vllm", *arguments]

@@ -507,13 +507,13 @@ def test_a_hostile_want_is_refused(staged, change, why):
     dialer = d.movers[0].dialer
     call = dialer.call
 
-    def altered(peer, make, accepts, deadline):
+    def altered(peer, make, *others):
         def make_altered(seq):
             made = make(seq)
             wants = isinstance(made, wire.Want)
             return msgspec.structs.replace(made, **change) if wants else made
 
-        return call(peer, make_altered, accepts, deadline)
+        return call(peer, make_altered, *others)
 
     dialer.call = altered
     world.go_on(30)

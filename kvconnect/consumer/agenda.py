@@ -1,0 +1,61 @@
+"""Which requests are to be looked at in a step, so that a step costs nothing for those that wait.
+
+* A request is looked at once it is woken: by its owner, by the end of a call that was made for it,
+  by a change of the remote engine that it needs, or by the time that was set for it.
+* Names of requests that have ended may still come up; owners pass over them.
+"""
+
+import heapq
+from collections.abc import Iterable
+
+from kvconnect.consumer.remote import Remote
+from kvconnect.lease import Clock
+
+
+class Agenda:
+    """Of one part of a mover: its fetches, its releases, or its renewals."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._woken: dict[str, None] = {}  # in the order in which they were
+        self._times: list[tuple[float, str]] = []
+        self._by_remote: dict[Remote, dict[str, None]] = {}
+
+    def add(self, name: str, remote: Remote) -> None:
+        """Look at a request now, and whenever its remote engine changes."""
+        self._by_remote.setdefault(remote, {})[name] = None
+        self.wake(name)
+
+    def remove(self, name: str, remote: Remote) -> None:
+        """The request has ended, or needs another remote engine from now on."""
+        names = self._by_remote.get(remote, {})
+        names.pop(name, None)
+        if not names:
+            self._by_remote.pop(remote, None)
+
+    def wake(self, *names: str) -> None:
+        """Look at these in the next turn."""
+        self._woken |= dict.fromkeys(names)
+
+    def changed(self, remotes: Iterable[Remote]) -> None:
+        """Look at the requests of these, whose state is another one."""
+        for remote in remotes:
+            self._woken |= self._by_remote.get(remote, {})
+
+    def at(self, when: float, name: str) -> None:
+        """Look at a request then, if not before."""
+        heapq.heappush(self._times, (when, name))
+
+    def take(self) -> list[str]:
+        """Whom to look at now."""
+        now = self._clock()
+        while self._times and self._times[0][0] <= now:
+            self._woken[heapq.heappop(self._times)[1]] = None
+        taken, self._woken = list(self._woken), {}
+        return taken
+
+    def next_deadline(self) -> float | None:
+        """When `take` is worth calling next."""
+        if self._woken:
+            return self._clock()
+        return self._times[0][0] if self._times else None
