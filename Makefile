@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit test-deploy test-ray crash chaos test-gpu gpu-first check bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-deploy test-ray crash chaos soak fuzz test-gpu gpu-first check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -45,10 +45,13 @@ crash: setup ## kill -9 during stores
 	@$(RUN) python tests/unit/killing.py --times 200 && \
 	    python tests/unit/killing.py --times 50 --share
 
-chaos: setup ## kill -9 of ranks and of engines, 20 times each side, over every transport (an hour)
-	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one $(ARGS); done
-	@$(RUN) UCX_TLS=tcp python tests/contract/chaos_movers.py nixl $(ARGS)
-	@$(RUN) for one in nixl mooncake ucx p2p; do python tests/e2e/chaos_engines.py $$one $(ARGS); done
+chaos: setup ## ranks and engines killed and stopped, side channels spoiled, over every transport (an hour)
+	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one; done
+	@$(RUN) UCX_TLS=tcp python tests/contract/chaos_movers.py nixl
+	@$(RUN) for one in nixl mooncake p2p multi; do python tests/e2e/chaos_engines.py $$one $(ARGS); done
+
+soak: setup ## a million transfers between engines in one process, with faults (half an hour)
+	@$(RUN) python tests/contract/soak.py $(ARGS)
 
 test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, no setup
 	@$(GPU_RUN) pytest -q --timeout=600 tests/gpu $(ARGS)

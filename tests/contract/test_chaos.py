@@ -11,7 +11,7 @@ from chaos_movers import LIBRARY
 from test_transports import real
 
 SCRIPT = Path(__file__).with_name("chaos_movers.py")
-TIMES = 4
+TIMES = 3
 
 
 @pytest.mark.parametrize(

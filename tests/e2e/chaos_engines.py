@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import http.client
 import json
-import os
 import random
 import signal
 import socket
