@@ -51,7 +51,10 @@ chaos: setup ## ranks and engines killed and stopped, side channels spoiled, ove
 	@$(RUN) for one in nixl mooncake p2p multi; do python tests/e2e/chaos_engines.py $$one $(ARGS); done
 
 soak: setup ## a million transfers between engines in one process, with faults (half an hour)
-	@$(RUN) python tests/contract/soak.py $(ARGS)
+	@$(RUN) python tests/soak.py $(ARGS)
+
+fuzz: setup ## a million mutated frames and descriptions, and ten thousand params at real engines
+	@$(RUN) python tests/fuzz.py && python tests/e2e/fuzz_params.py $(ARGS)
 
 test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, no setup
 	@$(GPU_RUN) pytest -q --timeout=600 tests/gpu $(ARGS)

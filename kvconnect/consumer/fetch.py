@@ -338,6 +338,7 @@ class Fetcher:
     def _read(self, fetch: _Fetch) -> None:
         fetch.phase = Phase.READING
         fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
+        self.agenda.at(fetch.deadline, fetch.order.request_id)
         for index, call in fetch.opens.items():
             path = fetch.remote.paths[index]
             assert path is not None and isinstance(call.reply, wire.Opened)

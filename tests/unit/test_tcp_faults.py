@@ -7,11 +7,11 @@ import threading
 import time
 
 import pytest
+from kit.engines import Engine, World
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.control.wire import Address
 from kvconnect.orders import Fetch
-from kit.engines import Engine, World
 from kvconnect.testing.tcp import TcpFaults
 
 SENT = random.Random(1).randbytes(200_000)

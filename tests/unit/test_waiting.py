@@ -1,10 +1,10 @@
 """What waits costs a mover's step nothing, and is looked at when there is something to do."""
 
 import pytest
+from kit.engines import Engine, World
 
 from kvconnect.orders import Cancel, Fetch, Grant, Promise, Release, RenewLease
 from kvconnect.testing import FakeClock, Fault
-from kvconnect.testing.engines import Engine, World
 
 MANY = 400
 BLOCKS = ((0, 5), (1, 2))

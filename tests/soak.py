@@ -1,6 +1,6 @@
 """A million transfers between engines in one process, with faults: none wrong, nothing left.
 
-    python tests/contract/soak.py --transfers 1000000
+    python tests/soak.py --transfers 1000000
 
 Two engines lend and three fetch (directly, staged, and by what is faster), by steps, with a clock
 that a round moves on. Frames are lost, repeated and held up; the transports' transfers are lost,
@@ -23,13 +23,13 @@ from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
+from kit.engines import Engine, World
 
 from kvconnect.consumer.remote import IDLE_S
 from kvconnect.lease import Terms
 from kvconnect.orders import Cancel, Fetch, Grant, Release, RenewLease
 from kvconnect.testing import Fault
-from kvconnect.testing.engines import Engine, World
-from kvconnect.testing.geometry import GUARD_BYTES, Model
+from kvconnect_bench.caches import GUARD_BYTES, Model
 
 MODEL = Model(layers=2, heads=2, block_tokens=4, content=8, itemsize=2)
 ROW = 2 * 4 * 8 * 2  # bytes of a block in a layer
