@@ -10,7 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 import kvconnect
 from kvconnect.costs import Costs
 from kvconnect.stats import OBSERVED, Stats
-from kvconnect.vllm.metrics import CHAIN, OFFLOAD, PEER, Metrics, OffloadStats, PeerStats
+from kvconnect.vllm.metrics import PEER, Metrics, PeerStats
+from kvconnect.vllm.multi.metrics import CHAIN
+from kvconnect.vllm.offload.metrics import OFFLOAD, OffloadStats
 
 MIB = 1 << 20
 ROOT = Path(kvconnect.__file__).parent

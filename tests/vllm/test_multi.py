@@ -23,11 +23,10 @@ from kvconnect.chain.load import CancelLoad, ChainedLoad, LoadUnit
 from kvconnect.errors import ConfigError
 from kvconnect.offload.jobs import Fill, Forget
 from kvconnect.orders import Fetch, Offer, Outcome, Release, Source
-from kvconnect.vllm.metrics import ChainStats
 from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents
-from kvconnect.vllm.multi.metrics import MultiPromMetrics, rebuild
+from kvconnect.vllm.multi.metrics import ChainStats, MultiPromMetrics, rebuild
 from kvconnect.vllm.multi.params import BESIDE, labels, merged, split
 from kvconnect.vllm.offload.messages import Found, WorkerResults
 

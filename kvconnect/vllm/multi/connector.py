@@ -22,12 +22,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvconnect.errors import ConfigError
 from kvconnect.vllm import _compat
 from kvconnect.vllm.connector import PeerConnector
-from kvconnect.vllm.metrics import ChainStats
 from kvconnect.vllm.multi import params
 from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.children import checked, labels
 from kvconnect.vllm.multi.messages import Handshakes, MultiEvents, MultiMetadata
-from kvconnect.vllm.multi.metrics import CHAIN, MultiPromMetrics, MultiStats, rebuild
+from kvconnect.vllm.multi.metrics import (
+    CHAIN_LABEL,
+    ChainStats,
+    MultiPromMetrics,
+    MultiStats,
+    rebuild,
+)
 from kvconnect.vllm.offload.connector import KVConnectOffloading, recompute_failed_loads
 
 
@@ -261,7 +266,7 @@ class KVConnectMulti(in_tree.MultiConnector):
             if (stats := child.get_kv_connector_stats()) is not None:
                 found.put(label, type(child), stats)
         if self._chain_worker and (counts := self._chain_worker.take_counts()):
-            found.put(CHAIN, ChainStats, ChainStats(data=counts))
+            found.put(CHAIN_LABEL, ChainStats, ChainStats(data=counts))
         return found if found.data else None
 
     @property

@@ -12,10 +12,57 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvconnect.vllm.metrics import ChainStats, Metrics
+from kvconnect.vllm.metrics import Metric, Metrics, SummedStats
 
-CHAIN = "chain"  # the label of what loads together
+CHAIN_LABEL = "chain"  # the label of what loads together
 CLASS, DATA = "class", "data"
+
+CHAIN = (
+    Metric(
+        "vllm:kvconnect_chain_tokens_from_peers",
+        ("tokens_from_peers",),
+        "Prompt tokens of chained loads that other engines gave.",
+    ),
+    Metric(
+        "vllm:kvconnect_chain_tokens_from_host",
+        ("tokens_from_host",),
+        "Prompt tokens of chained loads out of host memory.",
+    ),
+    Metric(
+        "vllm:kvconnect_chain_tokens_from_disk",
+        ("tokens_from_disk",),
+        "Prompt tokens of chained loads out of the disk tier.",
+    ),
+    Metric(
+        "vllm:kvconnect_chain_tokens_from_beside",
+        ("tokens_from_beside",),
+        "Prompt tokens of chained loads out of what engines beside stored.",
+    ),
+    Metric(
+        "vllm:kvconnect_chain_tokens_lost",
+        ("tokens_lost",),
+        "Prompt tokens of chained loads that no source could give, and that were computed again.",
+    ),
+    Metric(
+        "vllm:kvconnect_chain_fallbacks",
+        ("fallbacks",),
+        "Times that another source took over within a load, per rank.",
+    ),
+    Metric(
+        "vllm:kvconnect_chain_failed_pieces",
+        ("pieces_failed",),
+        "Chunks that no source could give, per rank.",
+    ),
+)
+
+
+class ChainStats(SummedStats):
+    """Of what loads together."""
+
+    metrics = CHAIN
+
+    def reduce(self) -> dict[str, int | float]:
+        return {metric.keys[0]: self.total(*metric.keys) for metric in self.metrics}
 
 
 class MultiStats(KVConnectorStats):
@@ -103,5 +150,5 @@ class MultiPromMetrics(KVConnectorPromMetrics):
             metrics = self._children.get(label)
             if metrics is not None:
                 metrics.observe(one[DATA], engine_idx)
-        if CHAIN in transfer_stats_data:
-            self._chain.observe(transfer_stats_data[CHAIN][DATA], engine_idx)
+        if CHAIN_LABEL in transfer_stats_data:
+            self._chain.observe(transfer_stats_data[CHAIN_LABEL][DATA], engine_idx)

@@ -13,9 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm import _compat
 from kvconnect.vllm.base import HalvesConnector
-from kvconnect.vllm.metrics import OffloadStats
 from kvconnect.vllm.offload.identity import kept_apart
 from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
+from kvconnect.vllm.offload.metrics import OffloadStats
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 from kvconnect.vllm.offload.worker import OffloadWorker
 
