@@ -19,10 +19,12 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from kvconnect.vllm.adapter_reports import AdapterReport, Loaded
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -30,34 +32,6 @@ MARK = "_kvconnect_digest"  # attribute of vLLM's LoRAModel
 WHOLE = 1 << 20  # bytes of a tensor; of a larger one, pages
 PAGE, PAGES = 16 << 10, 64
 SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-
-
-class Loaded(NamedTuple):
-    """What an adapter's number stands for on one rank."""
-
-    digest: str
-    """"": not known."""
-    changes: int
-    """How often it was something else before."""
-
-
-@dataclass
-class AdapterReport:
-    """What ranks have loaded, as of a step's results."""
-
-    step: int
-    """Of its metadata: all that was loaded before it ran is in this report or one before."""
-    loaded: dict[int, dict[int, Loaded]] = field(default_factory=dict)
-    """By adapter's number and rank."""
-
-
-def merged(one: AdapterReport | None, other: AdapterReport | None) -> AdapterReport | None:
-    """Of the ranks of both."""
-    if one is None or other is None:
-        return one or other
-    numbers = one.loaded.keys() | other.loaded.keys()
-    both = {n: one.loaded.get(n, {}) | other.loaded.get(n, {}) for n in numbers}
-    return AdapterReport(min(one.step, other.step), both)
 
 
 # -- in a worker's process -------------------------------------------------------------------
@@ -160,21 +134,17 @@ def digest_of(tensors: Mapping[str, torch.Tensor], peft_helper: Any) -> str:
 class Noted:
     """What this process has loaded that one scheduler's half has not been told yet."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        self._serves_adapters = vllm_config.lora_config is not None
+    def __init__(self) -> None:
         self._told = 0  # notes
         self._step = 0
-        if self._serves_adapters:
-            watch()
+        watch()
 
     def bound(self, step: int) -> None:
         """The metadata of this step is here; its forward comes."""
         self._step = step
 
-    def take(self, rank: int) -> AdapterReport | None:
-        """With a step's results; None where no adapters are served."""
-        if not self._serves_adapters:
-            return None
+    def take(self, rank: int) -> AdapterReport:
+        """With a step's results."""
         report = AdapterReport(self._step)
         if self._told < _notes:
             report.loaded = {
@@ -204,9 +174,9 @@ class _AdapterUse:
 class Adapters:
     """What requests' adapters stand for. Not thread-safe: vLLM's scheduler calls it."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        self._serves_adapters = vllm_config.lora_config is not None
-        self._ranks = vllm_config.parallel_config.world_size
+    def __init__(self, ranks: int) -> None:
+        """``ranks``: how many must have said what they loaded."""
+        self._ranks = ranks
         self._loaded: dict[int, dict[int, Loaded]] = {}
         self._digests: dict[int, set[str]] = {}  # number → the first two that it stood for
         self._numbers: dict[tuple[str, str], set[int]] = {}  # name and path → numbers
@@ -250,7 +220,7 @@ class Adapters:
     def undecided(self, request: Any) -> bool:
         """Whether a step's results may still say what the request's adapter is."""
         asked = self._asked.get(request.request_id)
-        if asked is None or not self._serves_adapters or self._reported > asked.step:
+        if asked is None or self._reported > asked.step:
             return False
         lora = request.lora_request
         return lora.load_inplace or not self._now(lora.lora_int_id)[0]

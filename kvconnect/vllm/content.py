@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from kvconnect.geometry.blocks import DENSE, UNTILED, Part, Tile
 from kvconnect.ops import NUMBERS, Type
 from kvconnect.vllm import _compat
-from kvconnect.vllm.probe import Axis, CellLayout, Kernel, cell_layouts
+from kvconnect.vllm.cells import Axis, CellLayout, Cells
 
 # vLLM stores fp8 as bytes; of which format, the layer's kv_cache_dtype tells ("fp8" is e4m3 on
 # CUDA and CPU). Other names are of packings or, fp8_inc, of Gaudi's own format.
@@ -31,36 +31,12 @@ MOST_ROW_BYTES = 1 << 16
 _PartName = Literal["k", "v", "kv"]
 
 
-class Cells(NamedTuple):
-    """A layer's cache, strides in elements. A block is ``pieces`` kernel blocks of equal stride."""
-
-    base: int
-    item: int
-    pieces: int
-    heads: int
-    tokens: int
-    """Of a piece."""
-    content: int
-    piece_stride: int
-    head_stride: int
-    token_stride: int
-    element_stride: int
-
-
 class Dtype(NamedTuple):
     """Of KV, by our name, or vLLM's where an element is no number by itself."""
 
     name: str
     numbers: bool
     scaled: bool = False
-
-
-def cells_of(cache: torch.Tensor, num_blocks: int) -> Cells:
-    """Of a layer's cache ``[B, H, N, C]``."""
-    _, heads, tokens, content = cache.shape
-    pieces = cache.shape[0] // num_blocks
-    item = cache.element_size()
-    return Cells(cache.data_ptr(), item, pieces, heads, tokens, content, *cache.stride())
 
 
 def has_slots(spec: Any) -> bool:
@@ -103,9 +79,13 @@ def content_of(
     )
     backend = _backend(module)
     if backend == "CPU_ATTN":
-        kernel = _kernel(cells, spec, module, dtype, vllm_config)
+        from kvconnect.vllm import probe  # for CPU engines alone
+
+        kernel = probe.kernel_of(
+            cells, spec, module, STORED.get(dtype.name, spec.dtype), vllm_config
+        )
         layout = f"cpu:{kernel.isa}"
-        found = cell_layouts(kernel, cells.tokens, k) if explained and k == v else None
+        found = probe.cell_layouts(kernel, cells.tokens, k) if explained and k == v else None
     else:
         layout = f"packed by {backend}"
         row = Axis(cells.token_stride, UNTILED), Axis(cells.element_stride, UNTILED)
@@ -195,13 +175,3 @@ def _scale(module: Any, name: _PartName) -> float:
 
 def _backend(module: Any) -> str:
     return str(module.get_attn_backend().get_name()) if hasattr(module, "get_attn_backend") else ""
-
-
-def _kernel(cells: Cells, spec: Any, module: Any, dtype: Dtype, vllm_config: Any) -> Kernel:
-    """How the CPU backend was told to store this layer."""
-    model_dtype = vllm_config.model_config.dtype
-    cache_dtype = module.kv_cache_dtype
-    isa = _compat.cpu_attention_isa(
-        module, model_dtype, cells.tokens, spec.head_size, vllm_config.cache_config.cache_dtype
-    )
-    return Kernel(isa, model_dtype, cache_dtype, STORED.get(dtype.name, spec.dtype))

@@ -18,9 +18,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 from kvconnect.errors import ConfigError
 from kvconnect.geometry.blocks import DENSE, BlockView, Heads, Region, Shard, held_heads
 from kvconnect.vllm import _compat
+from kvconnect.vllm.cells import Cells, cells_of
 from kvconnect.vllm.content import (
-    Cells,
-    cells_of,
     content_of,
     dtype_of,
     has_slots,

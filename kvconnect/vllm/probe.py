@@ -5,33 +5,20 @@ So the backend's own op writes the number of each cell into one scratch block, d
 values that every KV dtype holds exactly; what is found there is fitted to strides and tiles.
 
 * A layout that does not fit, or an op that refuses, gives None: never a guess.
-* Units are elements. Knows no caches, layers or peers.
+* Units are elements. Knows no caches and no peers.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from kvconnect.geometry.blocks import UNTILED, Tile
+from kvconnect.vllm import _compat
+from kvconnect.vllm.cells import Axis, CellLayout, Cells
 
 BASE = 8  # digits are written as 1 … 8, exact in fp8 e5m2 (two bits of mantissa) and all others
-
-
-class Axis(NamedTuple):
-    """Cell ``i`` is ``(i // cells) * tile.stride + (i % cells) * stride`` from the first."""
-
-    stride: int
-    tile: Tile
-
-
-class CellLayout(NamedTuple):
-    """K or V of one head in one block; ``start`` counts from the head's first element."""
-
-    start: int
-    token: Axis
-    content: Axis
 
 
 class Kernel(NamedTuple):
@@ -41,6 +28,16 @@ class Kernel(NamedTuple):
     dtype: torch.dtype
     cache_dtype: str
     stored: torch.dtype
+
+
+def kernel_of(
+    cells: Cells, spec: Any, module: Any, stored: torch.dtype, vllm_config: Any
+) -> Kernel:
+    """How the CPU backend was told to store a layer."""
+    model_dtype = vllm_config.model_config.dtype
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    isa = _compat.cpu_attention_isa(module, model_dtype, cells.tokens, spec.head_size, cache_dtype)
+    return Kernel(isa, model_dtype, module.kv_cache_dtype, stored)
 
 
 @functools.cache

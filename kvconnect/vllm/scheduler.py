@@ -20,7 +20,7 @@ from kvconnect.orders import Blocks, Offer, Order
 from kvconnect.planner import Planner
 from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat
-from kvconnect.vllm.adapters import Adapters
+from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 from kvconnect.vllm.undecided import Undecided
@@ -66,7 +66,7 @@ class Scheduler:
         self._windows = Windows(kv_cache_config, self._groups)
         self._backoff = _backoff(vllm_config, kv_cache_config)
         self._planner = Planner(self._us.ttl_s)
-        self.adapters = Adapters(vllm_config)
+        self.adapters = scheduler_adapters(vllm_config)
         self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
         self._world_size = parallel.world_size
         self.waits_for_workers = False

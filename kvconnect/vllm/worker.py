@@ -26,7 +26,7 @@ from kvconnect.orders import Fetch, Grant, Order, Outcome
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.stats import StatsData
 from kvconnect.transport.registry import make_transport
-from kvconnect.vllm.adapters import AdapterReport, Noted, merged
+from kvconnect.vllm.adapter_reports import AdapterReport, merged, worker_adapters
 from kvconnect.vllm.engine import Rank, kernels_for, this_rank, use_device
 from kvconnect.vllm.fingerprint import fingerprint
 from kvconnect.vllm.layout import TpRank, describe
@@ -77,7 +77,7 @@ class Worker:
         # what waits for the device: drafted tokens have KV, too, written after the last sampling
         self._fenced = (Fetch, Grant) if vllm_config.speculative_config else (Fetch,)
         self._introduced = False
-        self.adapters = Noted(vllm_config)
+        self.adapters = worker_adapters(vllm_config)
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:

@@ -147,6 +147,37 @@ def test_offloading_loads_nothing_of_peers_and_transports():
     assert {name for name in loaded if name.startswith(peers)} <= {"transport/base.py"}
 
 
+OPTIONAL = {
+    "kvconnect.vllm.nixl": {
+        "ops/plain.py": "where no kernels were compiled",
+        "ops/cuda.py": "where the caches are on a GPU",
+        "vllm/probe.py": "where they are of vLLM's CPU backend",
+        "vllm/adapters.py": "where vLLM serves adapters",
+        "vllm/offload/metrics.py": "of offloading",
+        "vllm/multi/metrics.py": "of chains",
+    },
+    "kvconnect.vllm.offload.connector": {
+        "offload/eviction/arc.py": "eviction_policy arc",
+        "offload/store/disk.py": "disk_path",
+        "offload/store/io_threads.py": "disk_path",
+        "offload/store/pinning.py": "where the caches are on a GPU",
+        "offload/store/replica.py": "ranks that hold the same KV",
+        "ops/cuda.py": "where the caches are on a GPU",
+        "vllm/adapters.py": "where vLLM serves adapters",
+        "vllm/offload/events.py": "--kv-events-config",
+    },
+}
+
+
+@pytest.mark.parametrize("connector", OPTIONAL)
+def test_what_only_an_option_turns_on_is_loaded_when_it_does(connector):
+    loaded = {name_of(path) for path in loaded_by(connector)}
+    assert len(loaded) > 30, "the connector's own modules were not found"
+    assert not loaded & OPTIONAL[connector].keys()
+    for name in OPTIONAL[connector]:
+        assert (ROOT / name).exists(), name
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_module_logs_below_the_logger_that_vllm_configures(path):
     """Under vLLM, what is logged elsewhere has no time or pid, and its notices are not shown."""
@@ -228,6 +259,13 @@ def test_sizes_counts_what_is_there(tmp_path):
     assert files == [package / "b/two.py", package / "one.py"]
     assert sizes.lines(files) == 3
     assert sizes.classes(files) == {"A": files, "B": files[:1]}
+
+
+def test_the_core_can_be_read_in_an_afternoon():
+    """The files that docs/structure.md lists for one, and the sum that it promises."""
+    core = sizes.core(ROOT.parent)
+    assert len(core) >= 10 and all(path.exists() for path in core)
+    assert sizes.lines(core) <= sizes.LIMITS["core, by the reading path"]
 
 
 def test_the_names_of_an_event_on_its_way_exist():

@@ -16,10 +16,15 @@ from vllm.lora.request import LoRARequest
 from kvconnect.config import NixlConfig
 from kvconnect.orders import Fetch, Release, RenewLease
 from kvconnect.vllm import adapters as module
-from kvconnect.vllm.adapters import AdapterReport, Adapters, Loaded, Noted, digest_of, merged, note
+from kvconnect.vllm.adapter_reports import (
+    AdapterReport,
+    Loaded,
+    merged,
+    scheduler_adapters,
+    worker_adapters,
+)
+from kvconnect.vllm.adapters import Adapters, Noted, digest_of, note
 from kvconnect.vllm.protocol import RouterProtocol
-
-LORA = SimpleNamespace(lora_config=object(), parallel_config=SimpleNamespace(world_size=1))
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +78,7 @@ class Worker:
     """What vLLM's worker does to load an adapter, and what it tells us."""
 
     def __init__(self, rank=0):
-        self.noted = Noted(LORA)
+        self.noted = Noted()
         self.manager = Manager()
         self.rank = rank
 
@@ -161,7 +166,23 @@ def test_each_half_of_a_process_is_told(tmp_path):
 
 
 def test_engines_without_adapters_are_left_alone():
-    assert Noted(SimpleNamespace(lora_config=None)).take(0) is None
+    none = SimpleNamespace(lora_config=None)
+    asked, noted = scheduler_adapters(none), worker_adapters(none)
+    noted.bound(asked.next_step())
+    assert noted.take(0) is None
+    asked.received(None)
+    asked.arrived(request(0))
+    asked.cached(request(0), 16)
+    assert not asked.undecided(request(0)) and not asked.mixed(request(0))
+    assert asked.begin(request(0)) is asked.digest(request(0)) is None
+    assert asked.digest(request(1)) == ""  # nobody looked which weights it has
+    asked.ended("r")
+
+
+def test_engines_with_adapters_are_not():
+    some = SimpleNamespace(lora_config=object(), parallel_config=SimpleNamespace(world_size=2))
+    assert isinstance(scheduler_adapters(some), Adapters)
+    assert isinstance(worker_adapters(some), Noted)
 
 
 def test_pages_of_a_large_tensor_are_read_to_its_end():
@@ -188,8 +209,7 @@ class Half:
     """A scheduler's half, and the ranks that report to it."""
 
     def __init__(self, ranks=1):
-        parallel = SimpleNamespace(world_size=ranks)
-        self.adapters = Adapters(SimpleNamespace(lora_config=object(), parallel_config=parallel))
+        self.adapters = Adapters(ranks)
         self.ranks = ranks
 
     def step(self, *loaded):
@@ -436,7 +456,7 @@ def test_a_request_that_ends_before_its_adapter_is_known_lets_its_lease_go(pair)
 def test_notes_of_one_digest_are_no_change():
     note(1, "x")
     note(1, "x")
-    assert Noted(LORA).take(0).loaded == {1: {0: Loaded("x", 0)}}
+    assert Noted().take(0).loaded == {1: {0: Loaded("x", 0)}}
     note(1, "")
     note(1, "")
-    assert Noted(LORA).take(0).loaded == {1: {0: Loaded("", 2)}}
+    assert Noted().take(0).loaded == {1: {0: Loaded("", 2)}}

@@ -15,7 +15,7 @@ from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.jobs import Forget, Loss, Spill
 from kvconnect.offload.keys import Identity
-from kvconnect.vllm.adapters import AdapterReport, Loaded
+from kvconnect.vllm.adapter_reports import AdapterReport, Loaded
 from kvconnect.vllm.offload import scheduler as module
 from kvconnect.vllm.offload.identity import cuts
 from kvconnect.vllm.offload.messages import Found, Wanted, WorkerResults

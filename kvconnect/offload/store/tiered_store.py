@@ -16,12 +16,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvconnect.offload.jobs import JobDone, Loss
 from kvconnect.offload.store.arena import SlotEntry
-from kvconnect.offload.store.disk import DiskStore
 from kvconnect.offload.store.host import HostStore
+
+if TYPE_CHECKING:
+    from kvconnect.offload.store.disk import DiskStore
 
 PATIENCE_S = 5.0
 
@@ -52,7 +54,7 @@ class TieredStore:
     def __init__(
         self,
         host: HostStore,
-        disk: DiskStore | None = None,
+        disk: "DiskStore | None" = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.host = host

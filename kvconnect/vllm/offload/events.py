@@ -5,14 +5,14 @@ device. What was found at the start has no event until it is stored again: its t
 Work and memory grow with the chunks that are saved, not with the length of their prompts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvconnect.offload.cache import CacheTier
+from kvconnect.offload.cache import Change
 from kvconnect.offload.eviction import Key
 from kvconnect.vllm.offload.identity import Cut
 
@@ -30,11 +30,9 @@ class _SavedChunk:
 
 
 class Events:
-    """``enabled`` by ``--kv-events-config``; else changes are only taken, and thrown away."""
+    """Made where ``--kv-events-config`` asks for events."""
 
-    def __init__(self, vllm_config: Any, cuts: list[Cut], hash_tokens: int) -> None:
-        config = vllm_config.kv_events_config
-        self._enabled = config is not None and config.enable_kv_cache_events
+    def __init__(self, cuts: list[Cut], hash_tokens: int) -> None:
         self._cuts = cuts
         self._hash_tokens = hash_tokens
         self._saved: dict[Key, _SavedChunk] = {}
@@ -45,8 +43,6 @@ class Events:
 
     def saving(self, request: Any, key: Key, group: int, end_token: int) -> None:
         """The chunk of ``request`` that ends there is being saved as ``key``."""
-        if not self._enabled:
-            return
         cut = self._cuts[group]
         first = end_token - cut.group.chunk_tokens
         start, end = first // self._hash_tokens, end_token // self._hash_tokens
@@ -65,15 +61,15 @@ class Events:
         if key in self._saved and not self._saved[key].media:
             del self._saved[key]
 
-    def take(self, tiers: Iterable[CacheTier | None]) -> list[Any]:
-        """What has changed since the last call."""
+    def take(self, changes: Mapping[str, Sequence[Change]]) -> list[Any]:
+        """Events of what has changed in each tier, by its name."""
         found: list[Any] = []
-        for tier in tiers:
-            for key, held in tier.take_changes() if tier else ():
+        for tier, of_tier in changes.items():
+            for key, held in of_tier:
                 chunk = self._saved.get(key)
                 if chunk is None:
                     continue
-                medium = MEDIA[tier.name]  # type: ignore[union-attr]
+                medium = MEDIA[tier]
                 found.append(self._stored(chunk, medium) if held else _removed(chunk, medium))
                 (chunk.media.add if held else chunk.media.discard)(medium)
                 if not chunk.media:

@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect.offload.jobs import Job, Loss, Save
-from kvconnect.vllm.adapters import AdapterReport, merged
+from kvconnect.vllm.adapter_reports import AdapterReport, merged
 
 
 @dataclass

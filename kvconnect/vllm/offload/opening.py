@@ -6,24 +6,24 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Union
 
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.store.arena import Arena, make
 from kvconnect.offload.store.backing import Filed, Wrap, mapped
-from kvconnect.offload.store.disk import DiskStore
 from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
 from kvconnect.offload.store.host import HostStore
-from kvconnect.offload.store.io_threads import IoThreads
 from kvconnect.offload.store.neighbours import Neighbours, claim, other_paths
 from kvconnect.offload.store.numa import Nodes
-from kvconnect.offload.store.pinning import Pinning
-from kvconnect.offload.store.replica import ReplicaReader
 from kvconnect.offload.store.runner import Runner
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.offload.store.tiered_store import TieredStore
+
+if TYPE_CHECKING:  # each is loaded where an option, or the device, asks for it
+    from kvconnect.offload.store.disk import DiskStore
+    from kvconnect.offload.store.pinning import Pinning
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -31,7 +31,7 @@ PASSING_SLOTS = 8  # for what is on neighbours' disks alone; the scheduler has t
 SHARED_MEMORY = "/dev/shm/kvconnect-{}"  # noqa: S108 - ours alone: `_own_folder` looks
 
 
-Pin = Callable[[Arena, bool], Pinning | None]
+Pin = Callable[[Arena, bool], Union["Pinning", None]]
 """(memory, ours to write?) → what pins it, which was started; raises StoreError."""
 
 
@@ -68,7 +68,7 @@ class OpenStore(NamedTuple):
     """What it can hold, and held from before."""
     parts: tuple[Closes, ...]
     """To be closed in this order, after the thread has stopped."""
-    pinning: Pinning | None = None
+    pinning: "Pinning | None" = None
     """What makes its memory known to the device, piece by piece."""
 
     def engine_runs(self) -> None:
@@ -152,6 +152,8 @@ def open_replica(
     pin: Pin = no_device,
 ) -> OpenStore:
     """A store that loads what another rank of this host stores; raises StoreError."""
+    from kvconnect.offload.store.replica import ReplicaReader
+
     paths = [Path(lead.path)]
     if config.share:  # the leader's own file is among them
         paths = other_paths(_memory_folder(config), fingerprint, None)
@@ -177,7 +179,7 @@ def open_replica(
     return OpenStore(runner, memory, False, lead, parts, pinning)
 
 
-def _ready(arena: Arena, pinning: Pinning | None) -> Callable[[], int] | None:
+def _ready(arena: Arena, pinning: "Pinning | None") -> Callable[[], int] | None:
     """How many of its slots the device can use by now; None: all."""
     if pinning is None:
         return None
@@ -186,9 +188,12 @@ def _ready(arena: Arena, pinning: Pinning | None) -> Callable[[], int] | None:
 
 def _open_disk(
     config: OffloadConfig, copies: int, fingerprint: bytes, nbytes: int
-) -> DiskStore | None:
+) -> "DiskStore | None":
     if config.disk_path is None or config.disk_bytes is None:
         return None
+    from kvconnect.offload.store.disk import DiskStore
+    from kvconnect.offload.store.io_threads import IoThreads
+
     folder, wrap = Path(config.disk_path), _filed
     spec = _spec(config.disk_bytes // copies, nbytes, fingerprint, "disk_bytes")
     arena, path = claim(folder, spec, wrap)

@@ -10,7 +10,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.cache import CacheTier
@@ -20,12 +20,14 @@ from kvconnect.offload.hits import hit_tokens, needed
 from kvconnect.offload.jobs import Fill, Forget, Save
 from kvconnect.offload.keys import Names
 from kvconnect.offload.tiers import Effects, KeyedChunk, OffloadTier, Writes, common
-from kvconnect.vllm.adapters import Adapters
-from kvconnect.vllm.offload.events import Events
+from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
-from kvconnect.vllm.offload.identity import cuts, identity
+from kvconnect.vllm.offload.identity import Cut, cuts, identity
 from kvconnect.vllm.offload.messages import Found, Loading, StepJobs, Wanted, WorkerResults
 from kvconnect.vllm.offload.tracked import Tracked
+
+if TYPE_CHECKING:
+    from kvconnect.vllm.offload.events import Events
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -46,12 +48,12 @@ class OffloadScheduler:
         self._groups = [cut.group for cut in self.cuts]
         self._hash_tokens = hash_tokens(vllm_config, kv_cache_config)
         self._volatile = volatile_tokens(vllm_config)
-        self._events = Events(vllm_config, self.cuts, self._hash_tokens)
+        self._events = _events(vllm_config, self.cuts, self._hash_tokens)
         self._names: Names | None = None
         self._tier: OffloadTier | None = None
         self._ranks = 1
         self._pool: Any = None
-        self._adapters = Adapters(vllm_config)
+        self._adapters = scheduler_adapters(vllm_config)
         self._requests: dict[str, Tracked] = {}
         self._held: dict[int, tuple[Key, list[Any]]] = {}  # number of a save → blocks of the pool
         self._answers: dict[int, tuple[int, int]] = {}  # so far: ranks, failures
@@ -216,7 +218,9 @@ class OffloadScheduler:
 
     def take_events(self) -> list[Any]:
         """KV events since the last call."""
-        return self._events.take((self._tier.host, self._tier.disk)) if self._tier else []
+        tiers = (self._tier.host, self._tier.disk) if self._tier else ()
+        changes = {tier.name: tier.take_changes() for tier in tiers if tier}
+        return [] if self._events is None else self._events.take(changes)
 
     def keys_of(self, request_id: str) -> list[list[Key]]:
         """Per group, keys of the chunks of a request that is followed."""
@@ -229,7 +233,7 @@ class OffloadScheduler:
             "saves": len(self._held),
             "answers": len(self._answers),
             "declined": len(self._declined),
-            "events": len(self._events),
+            "events": 0 if self._events is None else len(self._events),
         }
 
     def take_stats(self) -> dict[str, int] | None:
@@ -309,7 +313,7 @@ class OffloadScheduler:
             result = self._tier.store([chunk for _, chunk in chunks])
             saved = {job.key for job in result.jobs if isinstance(job, Save)}
             for end_token, chunk in chunks:
-                if chunk.key in saved:
+                if self._events is not None and chunk.key in saved:
                     self._events.saving(request, chunk.key, chunk.group, end_token)
             self._absorb(result)
 
@@ -325,11 +329,21 @@ class OffloadScheduler:
         for number in result.saved:
             key, blocks = self._held.pop(number)
             self._pool.free_blocks(reversed(blocks))
-            if self._tier is not None and not self._tier.host.holds(key):
+            if self._events is not None and self._tier and not self._tier.host.holds(key):
                 self._events.not_saved(key)
         for request_id, failed in result.loaded.items():
             if failed and (tracked := self._requests.get(request_id)):
                 tracked.no_loads = True
+
+
+def _events(vllm_config: Any, cuts: list[Cut], hash_tokens: int) -> "Events | None":
+    """KV events, where they are asked for."""
+    config = vllm_config.kv_events_config
+    if config is None or not config.enable_kv_cache_events:
+        return None
+    from kvconnect.vllm.offload.events import Events
+
+    return Events(cuts, hash_tokens)
 
 
 def _is_empty(block: Any) -> bool:

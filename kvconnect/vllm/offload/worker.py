@@ -8,7 +8,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,11 +19,9 @@ from kvconnect.offload.jobs import Fill, JobDone, Save
 from kvconnect.offload.keys import arena_fingerprint
 from kvconnect.offload.store.arena import Arena
 from kvconnect.offload.store.numa import wanted
-from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.ops import Kernels
-from kvconnect.ops.cuda import CudaKernels
-from kvconnect.vllm.adapters import Noted
+from kvconnect.vllm.adapter_reports import worker_adapters
 from kvconnect.vllm.engine import kernels_for, this_rank, use_device
 from kvconnect.vllm.layout import TpRank, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
@@ -31,6 +29,9 @@ from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.loads import RunningLoads
 from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
 from kvconnect.vllm.offload.opening import OpenStore
+
+if TYPE_CHECKING:
+    from kvconnect.offload.store.pinning import Pinning
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -52,7 +53,7 @@ class OffloadWorker:
         self._loads = RunningLoads()
         self._done = WorkerResults()
         self._rank = 0
-        self._adapters = Noted(vllm_config)
+        self._adapters = worker_adapters(vllm_config)
         self._counts: Counter[str] = Counter()
         self.answered: list[tuple[JobDone, float]] = []
         """Of any job, with its time; since the last but one `collect`."""
@@ -180,11 +181,15 @@ class OffloadWorker:
         self._found = found
         self._done.found[rank] = found
 
-    def _pin(self, memory: Arena, to_write: bool) -> Pinning | None:
+    def _pin(self, memory: Arena, to_write: bool) -> "Pinning | None":
         """Make host memory one that the device's kernels can use; raises StoreError."""
-        kernels = self._kernels
-        if not isinstance(kernels, CudaKernels):
+        if self._device is None or self._device.type != "cuda":
             return None
+        from kvconnect.offload.store.pinning import Pinning
+        from kvconnect.ops.cuda import CudaKernels
+
+        kernels = self._kernels
+        assert isinstance(kernels, CudaKernels)
         content = memory.backing.bytes
         register = functools.partial(kernels.register, read_only=not to_write)
         pinning = Pinning(content.ctypes.data, content.nbytes, register, kernels.unregister)
