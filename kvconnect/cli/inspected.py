@@ -259,7 +259,7 @@ class _InspectedLink:
             plan = ChunkPlan(self.rects, MOST_SLOT_BYTES, join=join)
         except GeometryError as e:
             return PairPath(False, str(e))
-        return PairPath(True, "", f"{len(plan.pieces)} pieces a token")
+        return PairPath(True, "", f"{len(plan.slices)} head slices a token")
 
 
 def _all(paths: Sequence[PairPath]) -> PairPath:

@@ -73,8 +73,8 @@ class _Fetch:
     aborted: bool = False
     opens: dict[int, Call] = field(default_factory=dict)  # index of the rank → call
     closes: dict[int, Call] = field(default_factory=dict)
-    tickets: dict[TransferId, int] = field(default_factory=dict)  # running → index of the rank
-    pulls: dict[int, ChunkReceiver] = field(default_factory=dict)  # index of the rank → running
+    transfers: dict[TransferId, int] = field(default_factory=dict)  # running → index of the rank
+    receivers: dict[int, ChunkReceiver] = field(default_factory=dict)  # index of the rank → running
     began: dict[int, float] = field(default_factory=dict)  # index of the rank → when, by its path
     fell_back: set[int] = field(default_factory=set)  # ranks whose first path has failed
     expected: dict[int, int] = field(default_factory=dict)  # index of the rank → descriptors
@@ -116,7 +116,7 @@ class Fetcher:
         self.agenda = Agenda(clock)
         self._fetches: dict[str, _Fetch] = {}
         self._reads: dict[TransferId, _Fetch] = {}
-        self._pulling: set[str] = set()  # those with chunks to come
+        self._receiving: set[str] = set()  # those with chunks to come
         # address of a peer → fetches that are to get a slot for its next chunk
         self._waiting: dict[wire.Address, dict[str, None]] = {}
         self._received: set[str] = set()
@@ -125,15 +125,15 @@ class Fetcher:
     @property
     def reading(self) -> bool:
         """Whether the transport has work of ours."""
-        return bool(self._reads or self._pulling)
+        return bool(self._reads or self._receiving)
 
     def held(self) -> dict[str, int]:
         """See `Mover.held`."""
         fetches = list(self._fetches.values())
         return {
             "fetches": len(fetches),
-            "direct_reads": sum(len(fetch.tickets) for fetch in fetches),
-            "staged_reads": sum(len(fetch.pulls) for fetch in fetches),
+            "direct_reads": sum(len(fetch.transfers) for fetch in fetches),
+            "staged_reads": sum(len(fetch.receivers) for fetch in fetches),
         }
 
     def fetch(self, order: Fetch) -> None:
@@ -153,12 +153,12 @@ class Fetcher:
             self.agenda.wake(order.request_id)
 
     def done(self, done: Done) -> None:
-        """Take in a ticket that ended."""
+        """Take in a transfer that ended."""
         if (fetch := self._reads.pop(done.transfer_id, None)) is None:
             return
         self.agenda.wake(fetch.order.request_id)
         with self._contained(fetch):
-            self._done(fetch, fetch.tickets.pop(done.transfer_id), done)
+            self._done(fetch, fetch.transfers.pop(done.transfer_id), done)
 
     def _done(self, fetch: _Fetch, index: int, done: Done) -> None:
         path = fetch.remote.paths[index]
@@ -180,7 +180,7 @@ class Fetcher:
                 continue
             if self._is_done(fetch):
                 del self._fetches[request_id]
-                self._pulling.discard(request_id)
+                self._receiving.discard(request_id)
                 self.agenda.remove(request_id, fetch.remote)
                 fetch.remote.fetches -= 1
                 self._renewer.forget(request_id)
@@ -191,14 +191,14 @@ class Fetcher:
 
     def _goes_on(self, request_id: str, fetch: _Fetch) -> bool:
         """Whether to look at it in every step; if not, it waits for what wakes it."""
-        if not fetch.pulls:
-            self._pulling.discard(request_id)
-            return fetch.phase is Phase.FAILING and not fetch.tickets
+        if not fetch.receivers:
+            self._receiving.discard(request_id)
+            return fetch.phase is Phase.FAILING and not fetch.transfers
         if fetch.phase is not Phase.READING or not all(
-            pull.waits_for_slot for pull in fetch.pulls.values()
+            receiver.waits_for_slot for receiver in fetch.receivers.values()
         ):
             return True
-        for index in fetch.pulls:
+        for index in fetch.receivers:
             address = fetch.remote.peers[index].address
             self._waiting.setdefault(address, {})[request_id] = None
         return False
@@ -259,18 +259,18 @@ class Fetcher:
         if fetch.phase is Phase.OPENING and all(c.reply for c in fetch.opens.values()):
             self._read(fetch)
         if fetch.phase is Phase.READING:
-            self._pull(fetch)
-        if fetch.phase is Phase.READING and not fetch.tickets and not fetch.pulls:
+            self._receive(fetch)
+        if fetch.phase is Phase.READING and not fetch.transfers and not fetch.receivers:
             self._close(fetch)
             fetch.phase = Phase.CLOSING
         if fetch.phase is Phase.CLOSING:
             return all(c.reply for i, c in fetch.closes.items() if i in fetch.opens)
-        if fetch.phase is Phase.FAILING and not fetch.tickets:
-            if any(pull.touches_blocks for pull in fetch.pulls.values()):
+        if fetch.phase is Phase.FAILING and not fetch.transfers:
+            if any(receiver.touches_blocks for receiver in fetch.receivers.values()):
                 return False
-            for pull in fetch.pulls.values():
-                pull.abandon()
-            fetch.pulls.clear()
+            for receiver in fetch.receivers.values():
+                receiver.abandon()
+            fetch.receivers.clear()
             if fetch.aborted and fetch.remote.state is PeerState.GREETING:
                 self._releaser.release(Release(fetch.order.request_id, fetch.order.source))
             elif not fetch.closes:  # else it failed while closing
@@ -304,7 +304,7 @@ class Fetcher:
         opened = fetch.phase in (Phase.READING, Phase.CLOSING)
         waited = 0.0 if opened else fetch.order.source.wait_s
         self._fail(fetch, f"not loaded within {self._load_timeout_s + waited:g} s")
-        if fetch.tickets and fetch.remote.state is not PeerState.FAILED:
+        if fetch.transfers and fetch.remote.state is not PeerState.FAILED:
             # the fence: without it a read could still land in blocks that get a new owner
             fetch.remote.fail("a read did not end in time")
 
@@ -346,7 +346,7 @@ class Fetcher:
                 found = path.choose_staged(call.reply.tables, fetch.order.blocks)
                 fetch.expected[index] = found.descriptors
                 if found.staged:
-                    self._start_pull(fetch, index, path)
+                    self._start_receiver(fetch, index, path)
                 else:
                     self._submit(fetch, index, path, call.reply)
             except (GeometryError, IndexError) as e:
@@ -370,7 +370,7 @@ class Fetcher:
             nbytes=chosen.nbytes,
         )
         transfer_id = self._transport.submit(work)
-        fetch.tickets[transfer_id], self._reads[transfer_id] = index, fetch
+        fetch.transfers[transfer_id], self._reads[transfer_id] = index, fetch
 
     def _not_read(self, fetch: _Fetch, index: int, path: PeerPath, error: str) -> None:
         """A direct read failed: stage instead."""
@@ -389,20 +389,20 @@ class Fetcher:
             self._remotes.look_again()
         self._fall_back(fetch, index, error)
         try:
-            self._start_pull(fetch, index, path)
+            self._start_receiver(fetch, index, path)
         except (GeometryError, IndexError) as e:
             self._fail(fetch, f"peer {peer}: {e}")
 
-    def _not_staged(self, fetch: _Fetch, index: int, pull: ChunkReceiver) -> None:
+    def _not_staged(self, fetch: _Fetch, index: int, receiver: ChunkReceiver) -> None:
         """A staged transfer failed, and touches our blocks no more: read directly instead."""
         path, opened = fetch.remote.paths[index], fetch.opens[index].reply
         assert path is not None and isinstance(opened, wire.Opened)
-        if pull.only_this_path:
+        if receiver.only_this_path:
             path.costs.failed(True, self._clock() - fetch.began[index])
-        if not pull.only_this_path or path.route is None or index in fetch.fell_back:
-            self._fail(fetch, pull.error)
+        if not receiver.only_this_path or path.route is None or index in fetch.fell_back:
+            self._fail(fetch, receiver.error)
             return
-        self._fall_back(fetch, index, pull.error)
+        self._fall_back(fetch, index, receiver.error)
         try:
             self._submit(fetch, index, path, opened)
         except (GeometryError, IndexError) as e:
@@ -418,33 +418,33 @@ class Fetcher:
             error,
         )
 
-    def _start_pull(self, fetch: _Fetch, index: int, path: PeerPath) -> None:
+    def _start_receiver(self, fetch: _Fetch, index: int, path: PeerPath) -> None:
         assert path.staged is not None
-        pull = ChunkReceiver(
+        receiver = ChunkReceiver(
             path.staged,
             fetch.order,
             self._transport.hello(),
             fetch.deadline,
         )
-        if not pull.done:
-            fetch.pulls[index], fetch.began[index] = pull, self._clock()
-            self._pulling.add(fetch.order.request_id)
+        if not receiver.done:
+            fetch.receivers[index], fetch.began[index] = receiver, self._clock()
+            self._receiving.add(fetch.order.request_id)
 
-    def _pull(self, fetch: _Fetch) -> None:
+    def _receive(self, fetch: _Fetch) -> None:
         """Move the staged transfers of a fetch on."""
-        for index, pull in list(fetch.pulls.items()):
+        for index, receiver in list(fetch.receivers.items()):
             lease_id = fetch.lease_id_at(index)
             assert lease_id is not None
-            pull.advance(lease_id, self._rank)
-            if pull.error and not pull.touches_blocks:
-                pull.abandon()
-                del fetch.pulls[index]
-                self._not_staged(fetch, index, pull)
-            elif pull.done:
-                del fetch.pulls[index]
+            receiver.advance(lease_id, self._rank)
+            if receiver.error and not receiver.touches_blocks:
+                receiver.abandon()
+                del fetch.receivers[index]
+                self._not_staged(fetch, index, receiver)
+            elif receiver.done:
+                del fetch.receivers[index]
                 seconds = self._clock() - fetch.began[index]
-                self._stats.transfer(Done(0, None, pull.nbytes, pull.chunks, 0.0, seconds))
-                self._measured(fetch, index, True, pull.nbytes, seconds)
+                self._stats.transfer(Done(0, None, receiver.nbytes, receiver.chunks, 0.0, seconds))
+                self._measured(fetch, index, True, receiver.nbytes, seconds)
             if fetch.phase is not Phase.READING:
                 return
 
@@ -469,5 +469,5 @@ class Fetcher:
             self._stats.count(counted_as)
         for index, call in fetch.opens.items():
             self._dialer.cancel(fetch.remote.peers[index], call)
-        for ticket in fetch.tickets:
-            self._transport.cancel(ticket)
+        for transfer_id in fetch.transfers:
+            self._transport.cancel(transfer_id)

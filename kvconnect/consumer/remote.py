@@ -89,20 +89,20 @@ class PeerPath:
 class Remote:
     """One remote engine. FAILED is final; `Remotes.of` then makes a new one."""
 
-    def __init__(self, addresses: Sequence[Address], means: ConsumerContext) -> None:
+    def __init__(self, addresses: Sequence[Address], context: ConsumerContext) -> None:
         self.state = PeerState.GREETING
         self.error = ""
-        self.peers: list[Peer] = [means.dialer.greet(a) for a in dict.fromkeys(addresses)]
+        self.peers: list[Peer] = [context.dialer.greet(a) for a in dict.fromkeys(addresses)]
         self.paths: list[PeerPath | None] = []
         """Of each peer; None where we read nothing from it."""
-        self._means = means
-        self._dialer = means.dialer
-        self._transport = means.transport
+        self._context = context
+        self._dialer = context.dialer
+        self._transport = context.transport
         self.fetches = 0
         """How many use it now."""
         self._outdated = ""  # why it is to be greeted anew
         self._added: dict[int, str] = {}  # index of a peer → the transport's name of it
-        self.used_at = means.clock()
+        self.used_at = context.clock()
         """When a request last needed it."""
         if len(set(addresses)) < len(addresses):
             self.state, self.error = PeerState.FAILED, "the source names one address twice"
@@ -124,7 +124,7 @@ class Remote:
         if self.state is PeerState.FAILED:
             return
         self.state, self.error = PeerState.FAILED, error
-        self._means.changed.append(self)
+        self._context.changed.append(self)
         for name in self._added.values():
             self._transport.drop_peer(name)
 
@@ -172,14 +172,14 @@ class Remote:
                 self._dialer.fail(self.peers[0], str(e))
         else:
             self.state = PeerState.READY
-            self._means.changed.append(self)
+            self._context.changed.append(self)
 
     def _connect(self) -> None:
         bodies = [p.body for p in self.peers if p.body]
         self.paths = [None] * len(bodies)
-        means = self._means
+        context = self._context
         rects = assign(
-            means.mine.views, [body.views for body in bodies], means.rank, means.allow_lossy
+            context.mine.views, [body.views for body in bodies], context.rank, context.allow_lossy
         )
         for index, (peer, body, wanted) in enumerate(zip(self.peers, bodies, rects, strict=True)):
             if not wanted:
@@ -192,39 +192,41 @@ class Remote:
                     f"({not_staged})"
                 )
             if route is not None:
-                name = f"{peer}#{body.incarnation}#{next(means.names)}"
+                name = f"{peer}#{body.incarnation}#{next(context.names)}"
                 self._transport.add_peer(name, body.hello)
                 self._added[index] = name
             self.paths[index] = PeerPath(route, staged)
 
     def _route(self, body: Body, wanted: list[Rect]) -> tuple[Route | None, str]:
         """The direct path, or why there is none."""
-        if self._means.mode == "staged":
+        if self._context.mode == "staged":
             return None, "our transfer_mode is staged"
         if not body.direct:
             return None, "its transfer_mode is staged"
         if differs := next(filter(None, map(why_not_direct, wanted)), ""):
             return None, differs
         try:
-            return Route(wanted, _kind(body.regions), _kind(self._means.mine.regions)), ""
+            return Route(wanted, _kind(body.regions), _kind(self._context.mine.regions)), ""
         except GeometryError as e:
             return None, str(e)
 
     def _staged(self, peer: Peer, body: Body, wanted: list[Rect]) -> tuple[StagedPath | None, str]:
         """The staged path, or why there is none."""
-        means = self._means
-        if means.mode == "direct":
+        context = self._context
+        if context.mode == "direct":
             return None, "our transfer_mode is direct"
-        if means.kernels is None or means.slots is None:
+        if context.kernels is None or context.slots is None:
             return None, "we have no staging memory or no kernels for this device"
         if not body.staged:
             return None, "it does not stage: its transfer_mode is direct, or it is older"
         try:
-            slot_bytes = min(means.slots.slot_bytes, body.slot_bytes or means.slots.slot_bytes)
-            course = ChunkPlan(wanted, slot_bytes, join=body.joins)
+            slot_bytes = min(context.slots.slot_bytes, body.slot_bytes or context.slots.slot_bytes)
+            chunk_plan = ChunkPlan(wanted, slot_bytes, join=body.joins)
         except GeometryError as e:
             return None, str(e)
-        return StagedPath(means.dialer, peer, course, means.kernels, means.slots, means.clock), ""
+        return StagedPath(
+            context.dialer, peer, chunk_plan, context.kernels, context.slots, context.clock
+        ), ""
 
 
 def _kind(regions: Sequence[Region]) -> MemoryKind:
@@ -242,11 +244,11 @@ class Remotes:
     * A step costs nothing for the remotes of which nothing has changed.
     """
 
-    def __init__(self, means: ConsumerContext) -> None:
-        self.means = means
+    def __init__(self, context: ConsumerContext) -> None:
+        self.context = context
         self._by_addresses: OrderedDict[tuple[Address, ...], Remote] = OrderedDict()  # by last use
         self._seen = -1  # of the dialer's changes
-        self._idle_at = means.clock() + IDLE_S
+        self._idle_at = context.clock() + IDLE_S
 
     def __len__(self) -> int:
         return len(self._by_addresses)
@@ -258,10 +260,10 @@ class Remotes:
         if remote is not None:
             remote.tick()
         if remote is None or remote.state is PeerState.FAILED:
-            remote = self._by_addresses[key] = Remote(key, self.means)
+            remote = self._by_addresses[key] = Remote(key, self.context)
             self._seen = -1
         self._by_addresses.move_to_end(key)
-        remote.used_at = self.means.clock()
+        remote.used_at = self.context.clock()
         if len(self._by_addresses) > MAX_REMOTES:
             self._drop_oldest()
         return remote
@@ -272,8 +274,8 @@ class Remotes:
 
     def tick(self) -> None:
         """Advance those whose ranks may stand otherwise; forget the failed ones."""
-        if self._seen != self.means.dialer.changes:
-            self._seen = self.means.dialer.changes
+        if self._seen != self.context.dialer.changes:
+            self._seen = self.context.dialer.changes
             for key, remote in list(self._by_addresses.items()):
                 with contained(f"remote engine at {remote.peers[0]}", remote.fail):
                     remote.tick()
@@ -281,7 +283,7 @@ class Remotes:
                     del self._by_addresses[key]
                 elif remote.is_outdated:
                     self._seen = -1  # until nothing uses it
-        now = self.means.clock()
+        now = self.context.clock()
         if now >= self._idle_at:
             self._idle_at = now + IDLE_S / 10
             for key, remote in list(self._by_addresses.items()):
@@ -290,8 +292,8 @@ class Remotes:
 
     def take_changed(self) -> list[Remote]:
         """Those that have become READY or FAILED since the last call."""
-        taken = list(self.means.changed)
-        self.means.changed.clear()
+        taken = list(self.context.changed)
+        self.context.changed.clear()
         return taken
 
     def look_again(self) -> None:
@@ -311,4 +313,4 @@ class Remotes:
         dropped.fail("it was not needed for a while")
         for peer in dropped.peers:
             if id(peer) not in kept:
-                self.means.dialer.hang_up(peer)
+                self.context.dialer.hang_up(peer)

@@ -41,7 +41,7 @@ class StagedPath:
         self,
         dialer: Dialer,
         peer: Peer,
-        course: ChunkPlan,
+        chunk_plan: ChunkPlan,
         kernels: Kernels,
         slots: Slots,
         clock: Clock,
@@ -54,7 +54,7 @@ class StagedPath:
         self._probe: Call | None = None
         self.dialer = dialer
         self.peer = peer
-        self.course = course
+        self.chunk_plan = chunk_plan
         self.slots = slots
         self._kernels = kernels
         self._prepared: dict[tuple[int, int], Prepared] = {}
@@ -81,7 +81,7 @@ class StagedPath:
                         region.kind,
                         region.device,
                     ),
-                    pieces=tuple(self.course.pieces),
+                    pieces=tuple(self.chunk_plan.slices),
                 ),
                 (wire.Staged, wire.Refused),
                 deadline,
@@ -122,9 +122,9 @@ class StagedPath:
 
     def prepared(self, chunk: Chunk) -> Prepared:
         """Our kernels for a chunk's pieces."""
-        first, count = chunk.bundle.first, chunk.bundle.num_pieces
+        first, count = chunk.slices.first, chunk.slices.num_slices
         if (first, count) not in self._prepared:
-            copies = self.course.copies[first : first + count]
+            copies = self.chunk_plan.copies[first : first + count]
             self._prepared[first, count] = self._kernels.prepare(copies)
         return self._prepared[first, count]
 
@@ -160,7 +160,7 @@ class ChunkReceiver:
         """Raises GeometryError."""
         self._staged = staged
         # made one by one while others are under way, of which the next is known
-        self._chunks = staged.course.chunks(order.blocks, order.tokens, order.needed_from)
+        self._chunks = staged.chunk_plan.chunks(order.blocks, order.tokens, order.needed_from)
         self._next = next(self._chunks, None)
         self._hello = hello
         self._deadline = deadline
@@ -280,9 +280,9 @@ class ChunkReceiver:
                 seq=seq,
                 lease_id=lease_id,
                 reader=reader,
-                group=chunk.bundle.kind.src_group,
-                first=chunk.bundle.first,
-                count=chunk.bundle.num_pieces,
+                group=chunk.slices.kind.src_group,
+                first=chunk.slices.first,
+                count=chunk.slices.num_slices,
                 runs=chunk.runs,
                 granule=granule,
                 nbytes=chunk.nbytes,

@@ -1,11 +1,11 @@
-"""The staged path: rectangles → pieces of a canonical wire order → chunks.
+"""The staged path: rectangles → head slices of a canonical wire order → chunks.
 
-What crosses is neutral to both sides' layout: a chunk holds some pieces (one part of some heads
-of a layer each) in sequence, each dense ``[head][token][content]``, of the tokens of some runs.
-Both sides map the same runs onto their own blocks (`segments`), so block sizes, layouts, tiles
-and dtypes of the two never meet.
+What crosses is neutral to both sides' layout: a chunk holds some head slices (one part of some
+heads of a layer each) in sequence, each dense ``[head][token][content]``, of the tokens of some
+runs. Both sides map the same runs onto their own blocks (`segments`), so block sizes, layouts,
+tiles and dtypes of the two never meet.
 
-* A piece crosses in the smaller of the two dtypes; whichever side has the other converts.
+* A head slice crosses in the smaller of the two dtypes; whichever side has the other converts.
 * A packed layout, recurrent state among them, moves whole blocks between equals: its runs count
   the rows that its parts have, not tokens.
 * Knows no peers, slots or transports. `kvconnect.ops` moves the bytes.
@@ -46,16 +46,16 @@ Runs = tuple[tuple[int, int], ...]
 
 
 class SliceGroup(NamedTuple):
-    """Pieces ``[first, first + num_pieces)`` that cross together, ``tokens`` at most at a time."""
+    """Head slices from ``first`` on that cross together, ``tokens`` at most at a time."""
 
     first: int
-    num_pieces: int
+    num_slices: int
     kind: "Kind"
     tokens: int
 
 
 class Kind(NamedTuple):
-    """What pieces must share to cross together."""
+    """What head slices must share to cross together."""
 
     src_group: int
     dst_group: int
@@ -66,7 +66,7 @@ class Kind(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A piece as the source has it; see `Kind`."""
+    """A head slice as the source has it; see `Kind`."""
 
     copy: Copy
     group: int
@@ -74,9 +74,9 @@ class Held(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one slot takes: a bundle, the runs, and where they go; see `segments`."""
+    """What one slot takes: a group of slices, the runs, and where they go; see `segments`."""
 
-    bundle: SliceGroup
+    slices: SliceGroup
     runs: Runs
     segments: np.ndarray
     nbytes: int
@@ -86,19 +86,19 @@ class ChunkPlan:
     """How the rectangles from one source shard to our shard cross, in slots of ``slot_bytes``."""
 
     def __init__(self, rects: Sequence[Rect], slot_bytes: int, *, join: bool = True) -> None:
-        """``join``: K and V cross as one piece where both sides have them side by side."""
-        self.pieces: list[HeadSlice] = []
+        """``join``: K and V cross as one head slice where both sides have them side by side."""
+        self.slices: list[HeadSlice] = []
         self.copies: list[Copy] = []  # of our side
         kinds: list[Kind] = []
         for rect in sorted(rects, key=lambda r: (r.src.group, r.dst.group)):
             for src, dst in _pairs(rect, slot_bytes if join else 0):
-                piece, factor = _piece(rect, src, dst)
-                self.pieces.append(piece)
-                copy = copy_of(rect.dst, dst, piece, factor)
+                head_slice, factor = _head_slice(rect, src, dst)
+                self.slices.append(head_slice)
+                copy = copy_of(rect.dst, dst, head_slice, factor)
                 self.copies.append(copy)
                 whole = rect.dst.layout != DENSE
                 kinds.append(Kind(rect.src.group, rect.dst.group, copy.block_tokens, whole))
-        self.bundles = list(_bundles(self.copies, kinds, slot_bytes))
+        self.slice_groups = list(_slice_groups(self.copies, kinds, slot_bytes))
 
     def chunks(
         self,
@@ -111,23 +111,23 @@ class ChunkPlan:
         Of group ``g`` nothing before token ``needed_from[g]`` is asked for, where that is given.
         """
         packed: dict[tuple[Kind, int], list[tuple[Runs, np.ndarray]]] = {}
-        for bundle in self.bundles:
-            copies = self.copies[bundle.first : bundle.first + bundle.num_pieces]
+        for slices in self.slice_groups:
+            copies = self.copies[slices.first : slices.first + slices.num_slices]
             sizes: dict[int, int] = {}  # tokens → bytes: nearly all chunks have as many
-            known = packed.get((bundle.kind, bundle.tokens))
-            kept = packed.setdefault((bundle.kind, bundle.tokens), [])
-            group = bundle.kind.dst_group
+            known = packed.get((slices.kind, slices.tokens))
+            kept = packed.setdefault((slices.kind, slices.tokens), [])
+            group = slices.kind.dst_group
             start = needed_from[group] if group < len(needed_from) else 0
-            for runs, found in known or self._runs(bundle, blocks[group], start, tokens):
+            for runs, found in known or self._runs(slices, blocks[group], start, tokens):
                 if known is None:
                     kept.append((runs, found))
                 total = sum(count for _, count in runs)
                 if total not in sizes:
                     sizes[total] = chunk_bytes(copies, total)
-                yield Chunk(bundle, runs, found, sizes[total])
+                yield Chunk(slices, runs, found, sizes[total])
 
     def _runs(
-        self, bundle: SliceGroup, blocks: Sequence[tuple[int, int]], start: int, tokens: int
+        self, slices: SliceGroup, blocks: Sequence[tuple[int, int]], start: int, tokens: int
     ) -> Iterator[tuple[Runs, np.ndarray]]:
         """What to ask for, chunk by chunk, and where in our blocks it goes.
 
@@ -138,7 +138,7 @@ class ChunkPlan:
         Cells 0 and 1 of block 7, and 1 to 3 of block 9, belong to no token that is wanted: they
         are filled with those of their block that are, over and over (see `_filled`).
         """
-        _, _, block_tokens, whole = bundle.kind
+        _, _, block_tokens, whole = slices.kind
         table = np.full(max((p for p, _ in blocks), default=-1) + 1, NO_BLOCK)
         for place, block in blocks:
             table[place] = block
@@ -149,7 +149,7 @@ class ChunkPlan:
             for place, _ in blocks
             for span in _filled(place * block_tokens, block_tokens, start, tokens)
         )
-        for spans in _packed(wanted, bundle.tokens):
+        for spans in _packed(wanted, slices.tokens):
             runs = tuple((first, count) for first, _, count in spans)
             cells = tuple((at, count) for _, at, count in spans)
             yield runs, segments(cells, table, block_tokens)
@@ -205,23 +205,23 @@ def segments(runs: Runs, table: Sequence[int] | np.ndarray, block_tokens: int) -
     return found.astype(np.int32)
 
 
-def copy_of(view: BlockView, part: Part, piece: HeadSlice, factor: float) -> Copy:
-    """One side's half of a piece: the part's cells of its heads."""
+def copy_of(view: BlockView, part: Part, head_slice: HeadSlice, factor: float) -> Copy:
+    """One side's half of a head slice: the part's cells of its heads."""
     token, content = part.tiles
     numbers = view.layout == DENSE and view.dtype in NUMBERS
     raw = None if numbers else Type.raw(part.itemsize)
     return Copy(
-        base=part.base + (piece.first - view.heads.first) * part.strides[1],
+        base=part.base + (head_slice.first - view.heads.first) * part.strides[1],
         block_stride=part.strides[0],
         head_stride=part.strides[1],
         token_stride=part.strides[2],
         content_stride=part.strides[3],
-        heads=piece.count,
+        heads=head_slice.count,
         content=part.shape[2],
         block_tokens=part.shape[1],
         num_blocks=view.num_blocks,
         kv_type=raw or NUMBERS[view.dtype],
-        wire_type=raw or NUMBERS[piece.dtype],
+        wire_type=raw or NUMBERS[head_slice.dtype],
         factor=1.0 if raw else factor,
         token_tile=token.cells,
         token_outer=token.stride,
@@ -230,37 +230,37 @@ def copy_of(view: BlockView, part: Part, piece: HeadSlice, factor: float) -> Cop
     )
 
 
-def source_copy(views: dict[str, BlockView], piece: HeadSlice) -> Held:
-    """The source's half of a piece that a reader asked for.
+def source_copy(views: dict[str, BlockView], asked: HeadSlice) -> Held:
+    """The source's half of a head slice that a reader asked for.
 
     Raises GeometryError if our caches do not hold it, or not so.
     """
-    view = views.get(piece.layer)
-    part = _part(view, piece.part) if view else None
+    view = views.get(asked.layer)
+    part = _part(view, asked.part) if view else None
     if view is None or part is None:
-        raise GeometryError(f"layer {piece.layer} part {piece.part} is not held here")
+        raise GeometryError(f"layer {asked.layer} part {asked.part} is not held here")
     held = view.heads
-    if piece.first < held.first or piece.first + piece.count > held.first + held.count:
+    if asked.first < held.first or asked.first + asked.count > held.first + held.count:
         raise GeometryError(
-            f"layer {piece.layer}: heads [{piece.first}, {piece.first + piece.count}) are wanted, "
+            f"layer {asked.layer}: heads [{asked.first}, {asked.first + asked.count}) are wanted, "
             f"[{held.first}, {held.first + held.count}) are held here"
         )
-    if piece.content != part.shape[2]:
+    if asked.content != part.shape[2]:
         raise GeometryError(
-            f"layer {piece.layer}: {piece.content} elements a token are wanted of "
-            f"{piece.part}, {part.shape[2]} are held here"
+            f"layer {asked.layer}: {asked.content} elements a token are wanted of "
+            f"{asked.part}, {part.shape[2]} are held here"
         )
     whole = view.layout != DENSE
-    convertible = not whole and {piece.dtype, view.dtype} <= NUMBERS.keys()
-    if piece.dtype != view.dtype and not convertible:
+    convertible = not whole and {asked.dtype, view.dtype} <= NUMBERS.keys()
+    if asked.dtype != view.dtype and not convertible:
         raise GeometryError(
-            f"layer {piece.layer}: {view.dtype} cannot be converted to {piece.dtype}"
+            f"layer {asked.layer}: {view.dtype} cannot be converted to {asked.dtype}"
         )
-    return Held(copy_of(view, part, piece, piece.factor), view.group, whole)
+    return Held(copy_of(view, part, asked, asked.factor), view.group, whole)
 
 
 def _pairs(rect: Rect, most_bytes: int) -> list[tuple[Part, Part]]:
-    """Parts that cross as a piece each: one, if a token of K and V has at most ``most_bytes``."""
+    """Parts that cross as a head slice each: one if a token has at most ``most_bytes``."""
     src, dst = joined(rect.src), joined(rect.dst)
     if src is None or dst is None:
         return part_pairs(rect)
@@ -274,11 +274,11 @@ def _part(view: BlockView, name: str) -> Part | None:
     )
 
 
-def _piece(rect: Rect, src: Part, dst: Part) -> tuple[HeadSlice, float]:
+def _head_slice(rect: Rect, src: Part, dst: Part) -> tuple[HeadSlice, float]:
     """How a part crosses, and the factor of our side."""
     scale = src.scale / dst.scale
     at_source = dst.itemsize <= src.itemsize  # the source converts, to our dtype
-    piece = HeadSlice(
+    head_slice = HeadSlice(
         layer=rect.dst.layer,
         part=dst.name,
         first=rect.first,
@@ -287,13 +287,13 @@ def _piece(rect: Rect, src: Part, dst: Part) -> tuple[HeadSlice, float]:
         dtype=rect.dst.dtype if at_source else rect.src.dtype,
         factor=scale if at_source else 1.0,
     )
-    return piece, 1.0 if at_source else scale
+    return head_slice, 1.0 if at_source else scale
 
 
-def _bundles(
+def _slice_groups(
     copies: Sequence[Copy], kinds: Sequence[Kind], slot_bytes: int
 ) -> Iterator[SliceGroup]:
-    """Neighbouring pieces of one kind, as many as fit with a whole block of ours."""
+    """Neighbouring head slices of one kind, as many as fit with a whole block of ours."""
     first = 0
     while first < len(copies):
         count = 1

@@ -62,13 +62,13 @@ class PreparedSlices:
 
 @dataclass
 class Reader:
-    """``name`` is the transport's of it, ``table`` its arena; ``held`` are its pieces."""
+    """``name`` is the transport's of it, ``table`` its arena; ``held`` are its head slices."""
 
     name: str
     arena: wire.Granules
     table: RowTable
     held: list[Held]
-    bundles: dict[tuple[int, int], PreparedSlices] = field(default_factory=dict)
+    prepared: dict[tuple[int, int], PreparedSlices] = field(default_factory=dict)
     heard_at: float = 0.0
     """When it staged, or a chunk was last gathered for it or written to it."""
     wrote_at: float = 0.0
@@ -76,27 +76,27 @@ class Reader:
     gathered: Average = field(default_factory=Average)  # seconds per byte
     written: Average = field(default_factory=Average)
 
-    def bundle(self, want: wire.Want, kernels: Kernels) -> PreparedSlices:
-        """The pieces that a chunk is of; raises GeometryError."""
+    def prepared_slices(self, want: wire.Want, kernels: Kernels) -> PreparedSlices:
+        """The head slices that a chunk is of; raises GeometryError."""
         key = first, count = want.first, want.count
-        if key not in self.bundles:
+        if key not in self.prepared:
             end = first + count
             if end > len(self.held):
-                raise GeometryError(f"pieces up to {end} are wanted, {len(self.held)} are staged")
+                raise GeometryError(f"slices up to {end} are wanted, {len(self.held)} are staged")
             chosen = self.held[first:end]
             kinds = {(held.group, held.whole, held.copy.block_tokens) for held in chosen}
             if len(kinds) > 1:
                 raise GeometryError(
-                    f"pieces {first}..{end} are not all of one group and block size"
+                    f"slices {first}..{end} are not all of one group and block size"
                 )
-            if len(self.bundles) >= wire.MAX_PIECES:  # no honest reader has as many
-                self.bundles.clear()
+            if len(self.prepared) >= wire.MAX_PIECES:  # no honest reader has as many
+                self.prepared.clear()
             copies = [held.copy for held in chosen]
             made = PreparedSlices(copies, chosen[0].group, chosen[0].whole, kernels.prepare(copies))
-            self.bundles[key] = made
-        if self.bundles[key].group != want.group:
-            raise GeometryError(f"pieces {first}..{first + count} are not of group {want.group}")
-        return self.bundles[key]
+            self.prepared[key] = made
+        if self.prepared[key].group != want.group:
+            raise GeometryError(f"slices {first}..{first + count} are not of group {want.group}")
+        return self.prepared[key]
 
 
 @dataclass
@@ -109,7 +109,7 @@ class _Sending:
     """When its gather began, by the mover's clock; then when its write did."""
     started_at: float
     """When its gather began, by the clock that measures."""
-    ticket: TransferId | None = None
+    transfer_id: TransferId | None = None
     written_to: Reader | None = None
     """The reader as it had staged when the write began."""
     refused: bool = False
@@ -122,7 +122,7 @@ class ChunkSender:
     def __init__(
         self,
         listener: Listener,
-        lender: LeaseServer,
+        lease_server: LeaseServer,
         transport: Transport,
         clock: Clock,
         kernels: Kernels,
@@ -133,7 +133,7 @@ class ChunkSender:
         self._stats = stats
         self._clock = clock
         self._listener = listener
-        self._lender = lender
+        self._lease_server = lease_server
         self._transport = transport
         self._kernels = kernels
         self._views = {view.layer: view for view in memory.views}
@@ -187,9 +187,9 @@ class ChunkSender:
             self._refuse(link, message, "busy", detail)
 
     def done(self, done: Done) -> None:
-        """Take in a ticket that ended, if it is one of ours."""
+        """Take in a transfer that ended, if it is one of ours."""
         for filling in self._filling:
-            if filling.ticket != done.transfer_id:
+            if filling.transfer_id != done.transfer_id:
                 continue
             self._filling.remove(filling)
             self._slots.give(filling.slot)
@@ -241,7 +241,7 @@ class ChunkSender:
 
         with contained("a reader", end):
             try:
-                if filling.ticket is None and filling.launch.done():
+                if filling.transfer_id is None and filling.launch.done():
                     self._write(filling)
             except TransportError as e:
                 self._drop(filling, "device", str(e))
@@ -280,7 +280,7 @@ class ChunkSender:
             if filling.refused or now - filling.began < STALLED_S:
                 continue
             reader = self._readers.get(filling.link)
-            if filling.ticket is None:
+            if filling.transfer_id is None:
                 filling.refused = True
                 detail = f"the device did not gather it within {STALLED_S:g} s"
                 self._refuse(filling.link, filling.want, "device", detail)
@@ -336,20 +336,20 @@ class ChunkSender:
             raise GeometryError("no Stage came before this Want, or it was forgotten since")
         self._readers.move_to_end(link)
         reader.heard_at = self._clock()
-        bundle = reader.bundle(want, self._kernels)
-        terms = self._lender.opened(want.lease_id, (link, want.reader))
+        slices = reader.prepared_slices(want, self._kernels)
+        terms = self._lease_server.opened(want.lease_id, (link, want.reader))
         if terms is None:
             self._refuse(link, want, "gone", "no such lease that you opened, or it is over")
             return
-        table, block_tokens = self._table(terms, want.group), bundle.copies[0].block_tokens
-        leased = len(table) * block_tokens if bundle.whole else terms.tokens
-        _check(want, bundle, leased, reader.arena, self._slots.slot_bytes)
+        table, block_tokens = self._table(terms, want.group), slices.copies[0].block_tokens
+        leased = len(table) * block_tokens if slices.whole else terms.tokens
+        _check(want, slices, leased, reader.arena, self._slots.slot_bytes)
         found = segments(want.runs, table, block_tokens)
         slot = self._slots.take(link)
         assert slot is not None
         started_at = time.perf_counter()
         try:
-            launch = bundle.prepared.move(
+            launch = slices.prepared.move(
                 "gather",
                 found,
                 self._slots.address(slot),
@@ -377,7 +377,7 @@ class ChunkSender:
             return
         reader = self._readers.get(link)
         # the blocks were leased all the while they were read, or their content means nothing
-        stood = self._lender.opened(want.lease_id, (link, want.reader)) is not None
+        stood = self._lease_server.opened(want.lease_id, (link, want.reader)) is not None
         if not stood:
             self._drop(filling, "gone", "the lease was over before the chunk was gathered")
             return
@@ -387,7 +387,7 @@ class ChunkSender:
         gathered_s = time.perf_counter() - filling.started_at
         self._measured(link, "gather", gathered_s / max(want.nbytes, 1))
         filling.began, filling.written_to = self._clock(), reader
-        filling.ticket = self._transport.submit(
+        filling.transfer_id = self._transport.submit(
             Work(
                 op=Op.WRITE,
                 peer=reader.name,
@@ -425,7 +425,7 @@ class ChunkSender:
 
 def _check(
     want: wire.Want,
-    bundle: PreparedSlices,
+    slices: PreparedSlices,
     leased_tokens: int,
     arena: wire.Granules,
     slot_bytes: int,
@@ -442,9 +442,9 @@ def _check(
     if end > leased_tokens or min(count for _, count in want.runs) < 1:
         raise GeometryError(f"runs up to token {end} are wanted, {leased_tokens} are leased")
     tokens = sum(count for _, count in want.runs)
-    if bundle.sized[0] != tokens:
-        bundle.sized = tokens, chunk_bytes(bundle.copies, tokens)
-    nbytes = bundle.sized[1]
+    if slices.sized[0] != tokens:
+        slices.sized = tokens, chunk_bytes(slices.copies, tokens)
+    nbytes = slices.sized[1]
     if nbytes != want.nbytes:
         raise GeometryError(f"a chunk of {want.nbytes} bytes is wanted, its runs have {nbytes}")
     end = want.granule + -(-nbytes // GRANULE_BYTES)

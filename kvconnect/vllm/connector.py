@@ -11,7 +11,7 @@ from kvconnect.vllm.base import HalvesConnector
 from kvconnect.vllm.metrics import PeerStats
 from kvconnect.vllm.protocol import RouterProtocol
 from kvconnect.vllm.scheduler import Scheduler
-from kvconnect.vllm.worker import Introduction, RankMetadata, Worker
+from kvconnect.vllm.worker import RankMetadata, Worker, WorkerMetadata
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -86,7 +86,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         if self.scheduler.waits_for_workers:
-            return None, False  # after a step, which brings the workers' introductions
+            return None, False  # after a step, which brings the workers' metadatas
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request: "Request") -> tuple[int, ...]:
@@ -97,10 +97,10 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         return Orders(self.scheduler.take_orders(), self.scheduler.adapters.next_step())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        introduction = connector_output.kv_connector_worker_meta
-        if isinstance(introduction, Introduction):
-            self.scheduler.addresses_known(introduction.ranks)
-            self.scheduler.adapters.received(introduction.adapters)
+        metadata = connector_output.kv_connector_worker_meta
+        if isinstance(metadata, WorkerMetadata):
+            self.scheduler.addresses_known(metadata.ranks)
+            self.scheduler.adapters.received(metadata.adapters)
         self.scheduler.update_connector_output(connector_output.finished_recving or ())
 
     def request_finished_all_groups(
@@ -110,7 +110,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
 
     # -- worker --------------------------------------------------------------------------
 
-    def build_connector_worker_meta(self) -> Introduction | None:
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
         return self.worker.build_connector_worker_meta()
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:

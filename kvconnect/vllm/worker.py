@@ -46,7 +46,7 @@ class RankMetadata(KVConnectorHandshakeMetadata):
 
 
 @dataclass
-class Introduction(KVConnectorWorkerMetadata):
+class WorkerMetadata(KVConnectorWorkerMetadata):
     """Ranks and where they are, with the first step's results.
 
     Beside the handshake, of which in-tree MultiConnector forwards one child's to all.
@@ -56,10 +56,10 @@ class Introduction(KVConnectorWorkerMetadata):
     adapters: AdapterReport | None = None
     """With every step's results, where adapters are served."""
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> "Introduction":
-        assert isinstance(other, Introduction)
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerMetadata":
+        assert isinstance(other, WorkerMetadata)
         adapters = merged(self.adapters, other.adapters)
-        return Introduction(self.ranks | other.ranks, adapters)
+        return WorkerMetadata(self.ranks | other.ranks, adapters)
 
 
 class Worker:
@@ -76,7 +76,7 @@ class Worker:
         self._index = 0  # of the rank
         # what waits for the device: drafted tokens have KV, too, written after the last sampling
         self._fenced = (Fetch, Grant) if vllm_config.speculative_config else (Fetch,)
-        self._introduced = False
+        self._address_sent = False
         self.adapters = worker_adapters(vllm_config)
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
@@ -154,14 +154,14 @@ class Worker:
         address = self._mover.address
         return RankMetadata(address.host, address.port, self._mover.incarnation)
 
-    def build_connector_worker_meta(self) -> Introduction | None:
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
         """The same for a step's results, the first time, and which adapters were loaded."""
         ranks = {}
-        if not self._introduced and (metadata := self.get_handshake_metadata()) is not None:
-            self._introduced = True
+        if not self._address_sent and (metadata := self.get_handshake_metadata()) is not None:
+            self._address_sent = True
             ranks = {self._index: metadata}
         adapters = self.adapters.take(self._index)
-        return Introduction(ranks, adapters) if ranks or adapters else None
+        return WorkerMetadata(ranks, adapters) if ranks or adapters else None
 
     def put(self, orders: Sequence[Order]) -> None:
         """Give the mover the scheduler's orders, for after the device's current work."""

@@ -10,7 +10,7 @@ from typing import Any
 from multi import BLOCK, MultiPair, forget, stored
 from pair import in_parallel, words
 
-from kvconnect.vllm.multi.params import BESIDE
+from kvconnect.vllm.multi.params import APART
 from kvconnect.vllm.params import TICKET_KEY
 
 PEERS = "KVConnectNixl", "KVConnectMooncake"
@@ -98,11 +98,11 @@ def with_dead_peer(params: dict[str, Any], label: str) -> dict[str, Any]:
     """``params`` of two children, that say of one's engine that it is where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as gone:
         dead = {"remote_port": gone.getsockname()[1], TICKET_KEY: None}
-    beside = params[BESIDE]
-    if beside["first"] == label:
+    apart = params[APART]
+    if apart["first"] == label:
         return params | dead
-    others = beside["others"] | {label: beside["others"][label] | dead}
-    return params | {BESIDE: beside | {"others": others}}
+    others = apart["others"] | {label: apart["others"][label] | dead}
+    return params | {APART: apart | {"others": others}}
 
 
 def test_two_prefill_decode_children_hand_over_by_params_of_their_own(coexisting_pair: MultiPair):
@@ -112,8 +112,8 @@ def test_two_prefill_decode_children_hand_over_by_params_of_their_own(coexisting
         prompt = words(5 * BLOCK + 9, seed=seed + 80)
         before = coexisting_pair.seen()
         params = coexisting_pair.prefilled(prompt)
-        assert params[BESIDE]["first"] == "KVConnectNixl"
-        assert params[BESIDE]["others"].keys() == {"KVConnectMooncake"}
+        assert params[APART]["first"] == "KVConnectNixl"
+        assert params[APART]["others"].keys() == {"KVConnectMooncake"}
         answer = coexisting_pair.decode.tokens(prompt, kv_transfer_params=params)
         assert answer == coexisting_pair.prefill.tokens(prompt)
         assert coexisting_pair.since(before) == {"tokens_from_peers": len(prompt)}
@@ -148,8 +148,8 @@ def test_params_of_one_child_alone_are_seen_by_both_and_only_its_like_can_use_th
         coexisting_pair.prefer(preferred)
         prompt = words(3 * BLOCK + 9, seed=seed + 120)
         params = coexisting_pair.prefilled(prompt)
-        beside = params.pop(BESIDE)
-        own = beside["others"].get(label, params)
+        apart = params.pop(APART)
+        own = apart["others"].get(label, params)
         before = coexisting_pair.seen()
         answer = coexisting_pair.decode.tokens(prompt, kv_transfer_params=own)
         assert answer == coexisting_pair.prefill.tokens(prompt)

@@ -5,7 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvconnect.offload.eviction import Arc, Lru
+from kvconnect.offload.eviction import Lru
+from kvconnect.offload.eviction.arc import Arc
 
 picks = st.integers(0, 1 << 16)
 

@@ -1,6 +1,6 @@
 """Any two geometries at all: every wanted cell equals its source, converted; nothing else changes.
 
-What movers of one transfer do, without their messages: a course is planned, each chunk gathered
+What movers of one transfer do, without their messages: chunks are planned, each chunk gathered
 at the source rank, its bytes copied, and scattered at the destination. Where the direct path is
 legal too, it has to give the same.
 """
@@ -310,22 +310,22 @@ class Move(NamedTuple):
 def moves(transfer, cache, kernels):
     """All chunks for one destination rank."""
     for owner, rects in planned(transfer, cache):
-        course = ChunkPlan(rects, transfer.slot_bytes, join=transfer.seed % 4 > 0)
+        plan = ChunkPlan(rects, transfer.slot_bytes, join=transfer.seed % 4 > 0)
         views = {view.layer: view for view in owner.shard.views}
-        asked = msgspec.msgpack.decode(msgspec.msgpack.encode(course.pieces), type=list[HeadSlice])
-        copies = [source_copy(views, piece).copy for piece in asked]
+        asked = msgspec.msgpack.decode(msgspec.msgpack.encode(plan.slices), type=list[HeadSlice])
+        copies = [source_copy(views, head_slice).copy for head_slice in asked]
         prepared = {}
-        for chunk in course.chunks(transfer.blocks, transfer.tokens, transfer.needed_from or ()):
-            bundle, runs = chunk.bundle, chunk.runs
-            pieces = slice(bundle.first, bundle.first + bundle.num_pieces)
-            if bundle not in prepared:
-                prepared[bundle] = [kernels.prepare(x[pieces]) for x in (copies, course.copies)]
-            theirs, ours = prepared[bundle]
-            table = transfer.tables[bundle.kind.src_group]
+        for chunk in plan.chunks(transfer.blocks, transfer.tokens, transfer.needed_from or ()):
+            group, runs = chunk.slices, chunk.runs
+            slices = slice(group.first, group.first + group.num_slices)
+            if group not in prepared:
+                prepared[group] = [kernels.prepare(x[slices]) for x in (copies, plan.copies)]
+            theirs, ours = prepared[group]
+            table = transfer.tables[group.kind.src_group]
             held = segments(runs, table, transfer.source.model.block_tokens)
             assert chunk.nbytes <= transfer.slot_bytes
-            assert sum(count for _, count in runs) <= bundle.tokens
-            mine = course.copies[pieces]
+            assert sum(count for _, count in runs) <= group.tokens
+            mine = plan.copies[slices]
             yield Move(theirs, held, ours, chunk.segments, runs, chunk.nbytes, mine)
 
 
@@ -516,7 +516,7 @@ def test_a_token_that_the_source_does_not_hold_is_refused(transfer, data):
 
 
 def both(ours, theirs, slot_bytes=1 << 16):
-    """The course from one whole engine to another."""
+    """The chunk plan from one whole engine to another."""
     mine, peer = Cache(ours, 2), Cache(theirs, 2)
     (rects,) = assign(mine.shard.views, [peer.shard.views], 0)
     return ChunkPlan(rects, slot_bytes), {view.layer: view for view in peer.shard.views}
@@ -524,7 +524,7 @@ def both(ours, theirs, slot_bytes=1 << 16):
 
 def test_a_slot_that_holds_no_token_is_refused():
     model = Model(heads=4, content=64, dtype="float32")
-    assert both(model, model, slot_bytes=4 * 32 * 4)[0].bundles
+    assert both(model, model, slot_bytes=4 * 32 * 4)[0].slice_groups
     with pytest.raises(
         GeometryError, match=r"one token .* 512 bytes, .* slot 511; .*staging_bytes"
     ):
@@ -533,12 +533,15 @@ def test_a_slot_that_holds_no_token_is_refused():
 
 def test_pieces_cross_in_the_smaller_dtype():
     wide, narrow = Model(dtype="bfloat16"), Model(dtype="fp8_e4m3", scales=(0.5, 2.0))
-    course, _ = both(narrow, wide)
-    assert [(p.dtype, p.factor) for p in course.pieces[:2]] == [("fp8_e4m3", 2), ("fp8_e4m3", 0.5)]
-    assert {copy.factor for copy in course.copies} == {1.0}
-    course, _ = both(wide, narrow)
-    assert {(p.dtype, p.factor) for p in course.pieces} == {("fp8_e4m3", 1.0)}
-    assert [copy.factor for copy in course.copies[:2]] == [0.5, 2.0]
+    plan, _ = both(narrow, wide)
+    assert [(p.dtype, p.factor) for p in plan.slices[:2]] == [
+        ("fp8_e4m3", 2),
+        ("fp8_e4m3", 0.5),
+    ]
+    assert {copy.factor for copy in plan.copies} == {1.0}
+    plan, _ = both(wide, narrow)
+    assert {(p.dtype, p.factor) for p in plan.slices} == {("fp8_e4m3", 1.0)}
+    assert [copy.factor for copy in plan.copies[:2]] == [0.5, 2.0]
 
 
 HOSTILE = {
@@ -553,10 +556,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE)
 def test_a_piece_that_is_not_held_is_refused(change, message):
-    course, views = both(Model(), Model())
-    assert source_copy(views, course.pieces[0])
+    plan, views = both(Model(), Model())
+    assert source_copy(views, plan.slices[0])
     with pytest.raises(GeometryError, match=message):
-        source_copy(views, msgspec.structs.replace(course.pieces[0], **change))
+        source_copy(views, msgspec.structs.replace(plan.slices[0], **change))
 
 
 @pytest.mark.parametrize(
@@ -574,8 +577,8 @@ def test_k_and_v_cross_as_one_piece_where_they_lie_side_by_side(layout, scales, 
     mine, peer = Cache(model, 2, "BLHNC"), Cache(model, 2, layout)
     for here, there in ((mine, peer), (peer, mine)):
         (rects,) = assign(here.shard.views, [there.shard.views], 0)
-        course = ChunkPlan(rects, 1 << 16, join=join)
-        assert [piece.part for piece in course.pieces] == parts
+        plan = ChunkPlan(rects, 1 << 16, join=join)
+        assert [head_slice.part for head_slice in plan.slices] == parts
     apart = Cache(replace(model, scales=(2.0, 1.0)), 2).shard.views
     with pytest.raises(GeometryError, match="part kv is not held here"):
         source_copy({view.layer: view for view in apart}, PART_KV)
@@ -614,7 +617,7 @@ def test_packed_blocks_cross_whole(seed, heads, rows, nbytes, block_tokens, slot
     shape = heads, rows, nbytes, block_tokens
     theirs, ours = packed(rng, 7, *shape), packed(rng, 5, *shape)
     (rects,) = assign([ours.view], [[theirs.view]], 0)
-    course = ChunkPlan(rects, slot_bytes)
+    plan = ChunkPlan(rects, slot_bytes)
     count = 1 if block_tokens > 100 else int(rng.integers(1, 5))
     table, ids = rng.permutation(7)[:count], rng.permutation(5)[:count]
     places = [place for place in range(count) if count == 1 or rng.random() < 0.7]
@@ -622,16 +625,16 @@ def test_packed_blocks_cross_whole(seed, heads, rows, nbytes, block_tokens, slot
     for place in places:
         wanted[ids[place]] = theirs.bytes[table[place]]
     blocks = [[(place, int(ids[place])) for place in places]]
-    for chunk in course.chunks(blocks, tokens=(count - 1) * block_tokens + 1):
-        pieces = slice(chunk.bundle.first, chunk.bundle.first + chunk.bundle.num_pieces)
-        held = [source_copy({"l": theirs.view}, piece) for piece in course.pieces[pieces]]
-        assert all(h.whole for h in held) and chunk.bundle.kind.whole
+    for chunk in plan.chunks(blocks, tokens=(count - 1) * block_tokens + 1):
+        slices = slice(chunk.slices.first, chunk.slices.first + chunk.slices.num_slices)
+        held = [source_copy({"l": theirs.view}, head_slice) for head_slice in plan.slices[slices]]
+        assert all(h.whole for h in held) and chunk.slices.kind.whole
         wire = np.empty(chunk.nbytes, dtype=np.uint8)
         found = segments(chunk.runs, table, held[0].copy.block_tokens)
         sent = kernels.prepare([h.copy for h in held]).move(
             "gather", found, address(wire), chunk.nbytes, len(chunk.runs)
         )
-        arrived = kernels.prepare(course.copies[pieces]).move(
+        arrived = kernels.prepare(plan.copies[slices]).move(
             "scatter", chunk.segments, address(wire), chunk.nbytes, len(chunk.runs)
         )
         assert sent.done() and arrived.done() and np.array_equal(sent.sums, arrived.sums)
@@ -641,6 +644,6 @@ def test_packed_blocks_cross_whole(seed, heads, rows, nbytes, block_tokens, slot
 def test_packed_content_is_never_converted():
     view = packed(np.random.default_rng(0), 2, 1, 1, 64, 16).view
     (rects,) = assign([view], [[view]], 0)
-    piece = ChunkPlan(rects, 1 << 16).pieces[0]
+    head_slice = ChunkPlan(rects, 1 << 16).slices[0]
     with pytest.raises(GeometryError, match="bfloat16 cannot be converted to float32"):
-        source_copy({"l": view}, msgspec.structs.replace(piece, dtype="float32"))
+        source_copy({"l": view}, msgspec.structs.replace(head_slice, dtype="float32"))

@@ -496,7 +496,7 @@ def test_a_lease_that_ended_is_not_gathered():
         ({"runs": ((0, 0),)}, "wanted"),
         ({"runs": ((0, 9), (0, 0))}, "wanted"),
         ({"group": 3}, "group"),
-        ({"first": 5}, "pieces"),
+        ({"first": 5}, "slices"),
         ({"nbytes": 1 << 30}, "bytes"),
         ({"lease_id": "another"}, "no such lease"),
     ],

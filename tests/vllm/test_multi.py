@@ -27,7 +27,7 @@ from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents
 from kvconnect.vllm.multi.metrics import ChainStats, MultiPromMetrics, rebuild
-from kvconnect.vllm.multi.params import BESIDE, labels, merged, split
+from kvconnect.vllm.multi.params import APART, labels, merged, split
 from kvconnect.vllm.offload.messages import Found, WorkerResults
 
 HERE = Path(__file__).parent
@@ -308,7 +308,7 @@ def test_params_that_clash_travel_beside_and_come_back_to_their_like():
         "k": 1,
         "own": 2,
         "other": 4,
-        BESIDE: {"first": "A", "others": {"C": {"k": 3}}},
+        APART: {"first": "A", "others": {"C": {"k": 3}}},
     }
     seen = split(lent, ["A", "C", "X"])
     assert seen == {"A": {"k": 1, "own": 2, "other": 4}, "C": {"k": 3}, "X": None}
@@ -320,19 +320,19 @@ def test_params_that_clash_travel_beside_and_come_back_to_their_like():
 
 @pytest.mark.parametrize(
     "odd",
-    [None, 7, {}, {BESIDE: None}, {BESIDE: []}, {BESIDE: {"others": 5}}, {BESIDE: {"first": []}}],
+    [None, 7, {}, {APART: None}, {APART: []}, {APART: {"others": 5}}, {APART: {"first": []}}],
 )
 def test_params_without_a_usable_part_beside_are_seen_by_all_as_they_are(odd):
     assert split(odd, ["A", "B"]) is None
 
 
 def test_odd_parts_beside_raise_nothing():
-    assert split({"k": 1, BESIDE: {"first": ["A"], "others": {"A": 3}}}, ["A"]) == {"A": {"k": 1}}
+    assert split({"k": 1, APART: {"first": ["A"], "others": {"A": 3}}}, ["A"]) == {"A": {"k": 1}}
 
 
 def test_each_child_sees_its_params_all_the_time_and_what_it_wrote_there():
     one = multi(child(), child(name="Child"))
-    params = {"k": 1, BESIDE: {"first": "HybridChild", "others": {"Child": {"k": 2}}}}
+    params = {"k": 1, APART: {"first": "HybridChild", "others": {"Child": {"k": 2}}}}
     asks = asked(params)
     one.on_new_request(asks)
     one.get_num_new_matched_tokens(asks, 0)

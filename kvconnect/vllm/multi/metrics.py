@@ -36,7 +36,7 @@ CHAIN = (
     Metric(
         "vllm:kvconnect_chain_tokens_from_beside",
         ("tokens_from_beside",),
-        "Prompt tokens of chained loads out of what engines beside stored.",
+        "Prompt tokens of chained loads out of what other engines stored.",
     ),
     Metric(
         "vllm:kvconnect_chain_tokens_lost",

@@ -1,7 +1,7 @@
 """``kv_transfer_params`` of several connectors in one: which child said what, and hears what.
 
 The params of the first child that answers are the answer, as routers know them. Those of another
-that would overwrite one of its keys travel beside, under `BESIDE`, where its like at the other
+that would overwrite one of its keys travel apart, under `APART`, where its like at the other
 engine finds them. Children are known by label: their connector's name, numbered where it repeats.
 
 What comes back has been through the client's hands: whatever is odd is not looked at.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-BESIDE = "kvconnect_multi"
+APART = "kvconnect_multi"
 FIRST, OTHERS = "first", "others"
 
 
@@ -40,18 +40,18 @@ def merged(answers: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | Non
         else:
             whole |= params
     if whole is not None and others:
-        whole[BESIDE] = {FIRST: first, OTHERS: others}
+        whole[APART] = {FIRST: first, OTHERS: others}
     return whole
 
 
 def split(params: Any, labels: Sequence[str]) -> dict[str, Any] | None:
     """What each child is to see; None where all see the same. Undoes `merged`."""
-    beside = params.get(BESIDE) if isinstance(params, dict) else None
-    others = beside.get(OTHERS) if isinstance(beside, dict) else None
-    if not isinstance(beside, dict) or not isinstance(others, dict):
+    apart = params.get(APART) if isinstance(params, dict) else None
+    others = apart.get(OTHERS) if isinstance(apart, dict) else None
+    if not isinstance(apart, dict) or not isinstance(others, dict):
         return None
-    whole = {key: value for key, value in params.items() if key != BESIDE}
-    first = beside.get(FIRST)
+    whole = {key: value for key, value in params.items() if key != APART}
+    first = apart.get(FIRST)
     found: dict[str, Any] = {}
     for label in labels:
         if isinstance(own := others.get(label), dict):
