@@ -231,7 +231,8 @@ class Mover:
         """How long the next step may wait for a frame."""
         if self._busy:
             return 0.0
-        parts = (self.dialer, self._lease_server, self._fetcher, self._releaser, self._renewer)
+        fetches, renewals = self._fetcher.agenda, self._renewer.agenda
+        parts = (self.dialer, self._lease_server, self._releaser, fetches, renewals)
         deadlines = [d for part in parts if (d := part.next_deadline()) is not None]
         if self._fenced:
             return 0.001
@@ -310,11 +311,10 @@ class Mover:
         self._lease_server.expired = self._lease_server.late = 0
 
     def _make_consumer(self, context: ConsumerContext) -> tuple[LeaseRenewer, Releaser, Fetcher]:
-        remotes, clock, settings = self._remotes, self._clock, self._settings
-        load_timeout_s = settings.load_timeout_s
-        renewer = LeaseRenewer(self.dialer, remotes, clock)
-        releaser = Releaser(context, remotes, renewer, clock, settings.ranks, load_timeout_s)
-        fetcher = Fetcher(context, remotes, renewer, releaser, clock, self._stats, load_timeout_s)
+        remotes, timeout_s = self._remotes, self._settings.load_timeout_s
+        renewer = LeaseRenewer(context, remotes)
+        releaser = Releaser(context, remotes, renewer, self._settings.ranks, timeout_s)
+        fetcher = Fetcher(context, remotes, renewer, releaser, self._stats, timeout_s)
         return renewer, releaser, fetcher
 
     def _make_chunk_sender(

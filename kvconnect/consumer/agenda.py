@@ -6,10 +6,12 @@
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from kvconnect.consumer.remote import Remote
+from kvconnect.control.wire import Address
 from kvconnect.lease import Clock
+from kvconnect.staging import Slots
 
 
 class Agenda:
@@ -59,3 +61,24 @@ class Agenda:
         if self._woken:
             return self._clock()
         return self._times[0][0] if self._times else None
+
+
+class SlotQueue:
+    """Requests that are to get a staging slot for their next chunk, by the peer that fills it."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Address, dict[str, None]] = {}  # each in the order in which they came
+
+    def add(self, address: Address, name: str) -> None:
+        """A request waits for a slot that this peer fills."""
+        self._waiting.setdefault(address, {})[name] = None
+
+    def take(self, slots: Slots) -> Iterator[str]:
+        """Of each peer that may have another slot, the request that has waited longest for one."""
+        for address, waiting in list(self._waiting.items()):
+            if slots.may_take(address):
+                name = next(iter(waiting))
+                del waiting[name]
+                if not waiting:
+                    del self._waiting[address]
+                yield name

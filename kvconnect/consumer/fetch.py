@@ -34,7 +34,7 @@ import enum
 import logging
 from dataclasses import dataclass, field
 
-from kvconnect.consumer.agenda import Agenda
+from kvconnect.consumer.agenda import Agenda, SlotQueue
 from kvconnect.consumer.release import Releaser
 from kvconnect.consumer.remote import ConsumerContext, PeerPath, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
@@ -42,9 +42,7 @@ from kvconnect.consumer.stage import ChunkReceiver
 from kvconnect.control import wire
 from kvconnect.control.dialer import Call, PeerState
 from kvconnect.errors import GeometryError, contained
-from kvconnect.lease import Clock
 from kvconnect.orders import Cancel, Fetch, Release
-from kvconnect.staging import Slots
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Work
 
@@ -97,7 +95,6 @@ class Fetcher:
         remotes: Remotes,
         renewer: LeaseRenewer,
         releaser: Releaser,
-        clock: Clock,
         stats: Stats,
         load_timeout_s: float,
     ) -> None:
@@ -110,15 +107,14 @@ class Fetcher:
         self._remotes = remotes
         self._renewer = renewer
         self._releaser = releaser
-        self._clock = clock
+        self._clock = context.clock
         self._stats = stats
         self._load_timeout_s = load_timeout_s
-        self.agenda = Agenda(clock)
+        self.agenda = Agenda(context.clock)
         self._fetches: dict[str, _Fetch] = {}
         self._reads: dict[TransferId, _Fetch] = {}
         self._receiving: set[str] = set()  # those with chunks to come
-        # address of a peer → fetches that are to get a slot for its next chunk
-        self._waiting: dict[wire.Address, dict[str, None]] = {}
+        self._waiting = SlotQueue()
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
 
@@ -174,7 +170,7 @@ class Fetcher:
         """Move on, as far as they go, the fetches of which something has changed."""
         if self._slots is not None:
             self._slots.tick()
-            self._wake_for_slots(self._slots)
+            self.agenda.wake(*self._waiting.take(self._slots))
         for request_id in self.agenda.take():
             if (fetch := self._fetches.get(request_id)) is None:
                 continue
@@ -194,29 +190,12 @@ class Fetcher:
         if not fetch.receivers:
             self._receiving.discard(request_id)
             return fetch.phase is Phase.FAILING and not fetch.transfers
-        if fetch.phase is not Phase.READING or not all(
-            receiver.waits_for_slot for receiver in fetch.receivers.values()
-        ):
+        waits = all(receiver.waits_for_slot for receiver in fetch.receivers.values())
+        if fetch.phase is not Phase.READING or not waits:
             return True
         for index in fetch.receivers:
-            address = fetch.remote.peers[index].address
-            self._waiting.setdefault(address, {})[request_id] = None
+            self._waiting.add(fetch.remote.peers[index].address, request_id)
         return False
-
-    def _wake_for_slots(self, slots: Slots) -> None:
-        """Of each peer that may have another slot, the fetch that has waited longest for one."""
-        for address, waiting in list(self._waiting.items()):
-            if not slots.may_take(address):
-                continue
-            request_id = next(iter(waiting))
-            self.agenda.wake(request_id)
-            del waiting[request_id]
-            if not waiting:
-                del self._waiting[address]
-
-    def next_deadline(self) -> float | None:
-        """When `tick` is worth calling next."""
-        return self.agenda.next_deadline()
 
     def take(self) -> tuple[set[str], dict[str, str]]:
         """Requests whose fetch ended, and of those the failed ones; each is reported once."""
@@ -283,15 +262,12 @@ class Fetcher:
         remote = fetch.remote
         remote.advance()
         for index, call in (*fetch.opens.items(), *fetch.closes.items()):
+            late = isinstance(call.reply, wire.Closed) and not call.reply.stood
             if call.error and index in fetch.opens:
                 self._fail(fetch, call.error)
             elif isinstance(call.reply, wire.Refused):
                 self._fail(fetch, f"peer {remote.peers[index]} refused: {call.reply.detail}")
-            elif (
-                isinstance(call.reply, wire.Closed)
-                and not call.reply.stood
-                and index in fetch.opens
-            ):
+            elif late and index in fetch.opens:
                 self._stats.count("num_late_reads")
                 self._fail(fetch, "the lease was over before the read had ended")
         if remote.state is PeerState.FAILED:
@@ -318,20 +294,9 @@ class Fetcher:
             return
         for index, path in enumerate(fetch.remote.paths):
             if path is not None:
-                fetch.opens[index] = self._dialer.call(
-                    fetch.remote.peers[index],
-                    lambda seq: wire.Open(
-                        seq=seq,
-                        lease_id=source.lease_id,
-                        request_id=source.request_id,
-                        reader=self._rank,
-                        tokens=order.tokens,
-                        digest=order.digest,
-                        early_ms=round(source.wait_s * 1000),
-                    ),
-                    (wire.Opened, wire.Refused),
-                    fetch.deadline,
-                    order.request_id,
+                peer, prompt = fetch.remote.peers[index], (order.tokens, order.digest)
+                fetch.opens[index] = self._releaser.open(
+                    peer, order.request_id, source, fetch.deadline, *prompt
                 )
         fetch.phase = Phase.OPENING
 
@@ -339,19 +304,24 @@ class Fetcher:
         fetch.phase = Phase.READING
         fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
         self.agenda.at(fetch.deadline, fetch.order.request_id)
-        for index, call in fetch.opens.items():
-            path = fetch.remote.paths[index]
-            assert path is not None and isinstance(call.reply, wire.Opened)
-            try:
-                found = path.choose_staged(call.reply.tables, fetch.order.blocks)
-                fetch.expected[index] = found.descriptors
-                if found.staged:
-                    self._start_receiver(fetch, index, path)
-                else:
-                    self._submit(fetch, index, path, call.reply)
-            except (GeometryError, IndexError) as e:
-                self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
-                return
+        for index in fetch.opens:
+            if fetch.phase is Phase.READING:
+                self._start(fetch, index)
+
+    def _start(self, fetch: _Fetch, index: int, staged: bool | None = None) -> None:
+        """Begin to read a rank on this path; None: on the one that costs less."""
+        path, opened = fetch.remote.paths[index], fetch.opens[index].reply
+        assert path is not None and isinstance(opened, wire.Opened)
+        try:
+            if staged is None:
+                found = path.choose_staged(opened.tables, fetch.order.blocks)
+                staged, fetch.expected[index] = found
+            if staged:
+                self._start_receiver(fetch, index, path)
+            else:
+                self._submit(fetch, index, path, opened)
+        except (GeometryError, IndexError) as e:
+            self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
 
     def _submit(self, fetch: _Fetch, index: int, path: PeerPath, opened: wire.Opened) -> None:
         route = path.route
@@ -387,28 +357,20 @@ class Fetcher:
         if path.was_read:
             fetch.remote.greet_anew(error)
             self._remotes.look_again()
-        self._fall_back(fetch, index, error)
-        try:
-            self._start_receiver(fetch, index, path)
-        except (GeometryError, IndexError) as e:
-            self._fail(fetch, f"peer {peer}: {e}")
+        self._fall_back(fetch, index, error, staged=True)
 
     def _not_staged(self, fetch: _Fetch, index: int, receiver: ChunkReceiver) -> None:
         """A staged transfer failed, and touches our blocks no more: read directly instead."""
-        path, opened = fetch.remote.paths[index], fetch.opens[index].reply
-        assert path is not None and isinstance(opened, wire.Opened)
+        path = fetch.remote.paths[index]
+        assert path is not None
         if receiver.only_this_path:
             path.costs.failed(True, self._clock() - fetch.began[index])
         if not receiver.only_this_path or path.route is None or index in fetch.fell_back:
             self._fail(fetch, receiver.error)
-            return
-        self._fall_back(fetch, index, receiver.error)
-        try:
-            self._submit(fetch, index, path, opened)
-        except (GeometryError, IndexError) as e:
-            self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
+        else:
+            self._fall_back(fetch, index, receiver.error, staged=False)
 
-    def _fall_back(self, fetch: _Fetch, index: int, error: str) -> None:
+    def _fall_back(self, fetch: _Fetch, index: int, error: str, staged: bool) -> None:
         fetch.fell_back.add(index)
         self._stats.count("num_fallbacks")
         logger.warning(
@@ -417,15 +379,12 @@ class Fetcher:
             fetch.remote.peers[index],
             error,
         )
+        self._start(fetch, index, staged)
 
     def _start_receiver(self, fetch: _Fetch, index: int, path: PeerPath) -> None:
         assert path.staged is not None
-        receiver = ChunkReceiver(
-            path.staged,
-            fetch.order,
-            self._transport.hello(),
-            fetch.deadline,
-        )
+        hello = self._transport.hello()
+        receiver = ChunkReceiver(path.staged, fetch.order, hello, fetch.deadline)
         if not receiver.done:
             fetch.receivers[index], fetch.began[index] = receiver, self._clock()
             self._receiving.add(fetch.order.request_id)

@@ -1,4 +1,4 @@
-"""Tells a source that one of its leases is not needed any more.
+"""Opens leases at their source, and tells it that one is not needed any more.
 
 * A release is of a request that reads nothing: its prompt is cached here already, or it ended
   while it waited. It is reported to nobody.
@@ -19,7 +19,6 @@ from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.control import wire
 from kvconnect.control.dialer import Call, Peer, PeerState
-from kvconnect.lease import Clock
 from kvconnect.orders import LeaseKey, Release, Source
 
 CLOSE_TIMEOUT_S = 10.0
@@ -45,7 +44,6 @@ class Releaser:
         context: ConsumerContext,
         remotes: Remotes,
         renewer: LeaseRenewer,
-        clock: Clock,
         ranks: int,
         timeout_s: float,
     ) -> None:
@@ -54,10 +52,10 @@ class Releaser:
         self._rank = context.rank
         self._remotes = remotes
         self._renewer = renewer
-        self._clock = clock
+        self._clock = context.clock
         self._ranks = ranks
         self._timeout_s = timeout_s
-        self.agenda = Agenda(clock)
+        self.agenda = Agenda(context.clock)
         self._releasing: dict[str, _Releasing] = {}
         # by samples: release it when; in the order of these times
         self._shared: dict[LeaseKey, tuple[float, Source]] = {}
@@ -76,6 +74,32 @@ class Releaser:
         self._releasing[order.request_id] = _Releasing(order.source, remote, deadline)
         self.agenda.add(order.request_id, remote)
         self.agenda.at(deadline, order.request_id)
+
+    def open(
+        self,
+        peer: Peer,
+        request_id: str,
+        source: Source,
+        deadline: float,
+        tokens: int = 0,
+        digest: bytes = b"",
+    ) -> Call:
+        """Ask one rank of a source to open a lease; with no prompt it refuses, if it knows it."""
+        return self._dialer.call(
+            peer,
+            lambda seq: wire.Open(
+                seq=seq,
+                lease_id=source.lease_id,
+                request_id=source.request_id,
+                reader=self._rank,
+                tokens=tokens,
+                digest=digest,
+                early_ms=round(source.wait_s * 1000),
+            ),
+            (wire.Opened, wire.Refused),
+            deadline,
+            request_id,
+        )
 
     def close(
         self,
@@ -154,27 +178,9 @@ class Releaser:
             return True
         if releasing.opens is None:
             releasing.opens = [
-                (peer, self._open(peer, request_id, releasing))
+                (peer, self.open(peer, request_id, source, releasing.deadline))
                 for peer, path in zip(remote.peers, remote.paths, strict=True)
                 if path is not None
             ]
         calls = [call for _, call in releasing.opens]
         return not calls or any(call.reply or call.error for call in calls)
-
-    def _open(self, peer: Peer, request_id: str, releasing: _Releasing) -> Call:
-        source = releasing.source
-        return self._dialer.call(
-            peer,
-            lambda seq: wire.Open(
-                seq=seq,
-                lease_id=source.lease_id,
-                request_id=source.request_id,
-                reader=self._rank,
-                tokens=0,
-                digest=b"",
-                early_ms=round(source.wait_s * 1000),
-            ),
-            (wire.Opened, wire.Refused),
-            releasing.deadline,
-            request_id,
-        )

@@ -32,7 +32,6 @@ from kvconnect.transport.base import Transport
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-
 IDLE_S = 600.0
 MAX_REMOTES = 2048
 
@@ -250,9 +249,6 @@ class Remotes:
         self._seen = -1  # of the dialer's changes
         self._idle_at = context.clock() + IDLE_S
 
-    def __len__(self) -> int:
-        return len(self._by_addresses)
-
     def of(self, source: Source) -> Remote:
         """The engine at the source's addresses; greets it unless that is under way or done."""
         key = tuple(s.address for s in source.shards)
@@ -265,7 +261,9 @@ class Remotes:
         self._by_addresses.move_to_end(key)
         remote.used_at = self.context.clock()
         if len(self._by_addresses) > MAX_REMOTES:
-            self._drop_oldest()
+            unused = (key for key, one in self._by_addresses.items() if not one.fetches)
+            if (oldest := next(unused, None)) is not None:
+                self._drop(oldest)
         return remote
 
     def paths(self) -> dict[str, list[PeerPath | None]]:
@@ -299,12 +297,6 @@ class Remotes:
     def look_again(self) -> None:
         """A remote is to be greeted anew."""
         self._seen = -1
-
-    def _drop_oldest(self) -> None:
-        for key, remote in self._by_addresses.items():
-            if not remote.fetches:
-                self._drop(key)
-                return
 
     def _drop(self, key: tuple[Address, ...]) -> None:
         """Forget a remote, and hang up on those of its ranks that no other remote has."""

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvconnect.consumer.agenda import Agenda
-from kvconnect.consumer.remote import Remote, Remotes
+from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.control import wire
-from kvconnect.control.dialer import Dialer, PeerState
-from kvconnect.lease import Clock
+from kvconnect.control.dialer import PeerState
 from kvconnect.orders import LeaseKey, RenewLease, Source
 
 RENEWALS_PER_TTL = 3
@@ -30,11 +29,11 @@ class _Renewal:
 class LeaseRenewer:
     """The leases that one rank waits for."""
 
-    def __init__(self, dialer: Dialer, remotes: Remotes, clock: Clock) -> None:
-        self._dialer = dialer
+    def __init__(self, context: ConsumerContext, remotes: Remotes) -> None:
+        self._dialer = context.dialer
         self._remotes = remotes
-        self._clock = clock
-        self.agenda = Agenda(clock)
+        self._clock = context.clock
+        self.agenda = Agenda(context.clock)
         self._renewals: dict[str, _Renewal] = {}
         self._sharing: dict[LeaseKey, set[str]] = {}  # lease → the requests that wait for it
 
@@ -67,10 +66,6 @@ class LeaseRenewer:
         """Whether a request other than ``but`` waits for this lease, or reads it."""
         sharing = self._sharing.get(source.lease, set()) - {but}
         return any(not self._renewals[request_id].closing for request_id in sharing)
-
-    def next_deadline(self) -> float | None:
-        """When `tick` is worth calling next."""
-        return self.agenda.next_deadline()
 
     def tick(self) -> None:
         """Renew what is due, many leases of one source in one message."""

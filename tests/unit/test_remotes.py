@@ -33,7 +33,7 @@ def test_an_address_that_is_named_twice_is_refused(pair):
 
 
 def remotes_of(d):
-    return len(d.movers[0]._fetcher._remotes)
+    return len(d.movers[0].paths())
 
 
 def test_a_remote_that_nothing_needs_is_dropped_and_found_again(pair):
