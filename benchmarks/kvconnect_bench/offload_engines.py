@@ -98,12 +98,12 @@ def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> l
         disk_path=str(disk),
         disk_bytes=max(one * (prompts + 3), 8 << 20),
     )
-    engine = _start(fleet, f"engine for {length}", model, config)
+    engine = start_engine(fleet, f"engine for {length}", model, config)
     seconds: dict[str, list[float]] = {source: [] for source in SOURCES}
 
     def ask(prompt: list[int], source: str, counter: str) -> None:
-        _forget(engine)
-        before = _counted(engine, counter)
+        empty_prefix_cache(engine)
+        before = counted(engine, counter)
         body = {"model": model.name, "prompt": prompt, "temperature": 0, "ignore_eos": True}
         seconds[source].append(first_token_s(engine.url, body))
         _expect(engine, counter, before, length // BLOCK_TOKENS * BLOCK_TOKENS)
@@ -136,8 +136,8 @@ def cost(
         Fleet(Path(place)) as fleet,
     ):
         engines = {
-            "on": _start(fleet, "on", model, offload_config(cpu_bytes_to_use=MEMORY_BYTES)),
-            "off": _start(fleet, "off", model, None),
+            "on": start_engine(fleet, "on", model, offload_config(cpu_bytes_to_use=MEMORY_BYTES)),
+            "off": start_engine(fleet, "off", model, None),
         }
         rates: dict[str, list[float]] = {"on": [], "off": []}
         cpu_s: dict[str, list[float]] = {"on": [], "off": []}
@@ -145,7 +145,7 @@ def cost(
             order = list(engines) if turn % 2 else list(reversed(engines))
             with ThreadPoolExecutor(2 if together else 1) as pool:
                 runs = [
-                    pool.submit(_load_once, engines[name], model, requests, tokens, turn)
+                    pool.submit(load_once, engines[name], model, requests, tokens, turn)
                     for name in order
                 ]
             for name, run in zip(order, runs, strict=True):
@@ -153,10 +153,10 @@ def cost(
                 if turn:  # the first one warms up
                     rates[name].append(found[0])
                     cpu_s[name].append(found[1])
-        hit = _counted(engines["on"], "vllm:kvconnect_offload_tokens_from_host_total")
+        hit = counted(engines["on"], "vllm:kvconnect_offload_tokens_from_host_total")
         if hit:
             raise RuntimeError(f"{hit:.0f} tokens were loaded, expected none: no cost at 0 %")
-        stored = _counted(engines["on"], "vllm:kv_offload_store_bytes_total")
+        stored = counted(engines["on"], "vllm:kv_offload_store_bytes_total")
     faster = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
     used = [on / off for on, off in zip(cpu_s["on"], cpu_s["off"], strict=True)]
     spread = (max(rates["off"]) - min(rates["off"])) / statistics.median(rates["off"])
@@ -177,7 +177,7 @@ def cost(
     )
 
 
-def _load_once(
+def load_once(
     engine: Server, model: Path, requests: int, tokens: tuple[int, int], turn: int
 ) -> tuple[float, float]:
     """Tokens a second, and CPU seconds of the engine, of one run of ``vllm bench serve``."""
@@ -200,7 +200,7 @@ def _load_once(
     return float(found["total_token_throughput"]), used
 
 
-def _start(fleet: Fleet, name: str, model: Path, config: dict[str, Any] | None) -> Server:
+def start_engine(fleet: Fleet, name: str, model: Path, config: dict[str, Any] | None) -> Server:
     options = ["--dtype", DTYPE, "--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS)]
     command = VllmServe(model, config, options).command
     server = fleet.start(name, command, engine_env(VLLM_SERVER_DEV_MODE="1"))  # /reset_prefix_cache
@@ -217,7 +217,7 @@ def kv_bytes(model: Path, tokens: int) -> int:
     return int(config["num_hidden_layers"] * 2 * heads * head * 2 * whole)
 
 
-def _counted(engine: Server, name: str) -> float:
+def counted(engine: Server, name: str) -> float:
     """A counter of the engine; 0 for no name."""
     if not name:
         return 0.0
@@ -229,12 +229,12 @@ def _counted(engine: Server, name: str) -> float:
 def _expect(engine: Server, counter: str, before: float, tokens: int) -> None:
     """A counter is seen soon after the answer."""
     _wait(
-        lambda: not counter or _counted(engine, counter) - before >= tokens,
+        lambda: not counter or counted(engine, counter) - before >= tokens,
         f"{tokens} tokens more in {counter}",
     )
 
 
-def _forget(engine: Server) -> None:
+def empty_prefix_cache(engine: Server) -> None:
     """Empty the engine's own prefix cache; it refuses while blocks are being saved."""
     request = urllib.request.Request(f"{engine.url}/reset_prefix_cache", method="POST")  # noqa: S310
 

@@ -103,7 +103,7 @@ class Server:
     @property
     def pids(self) -> list[int]:
         """The ids of all its processes."""
-        return _members(self.pid)
+        return members_of(self.pid)
 
     def is_up(self) -> bool:
         """Whether ``/health`` says 200; raises ServerError once the process has ended."""
@@ -142,18 +142,18 @@ class Server:
         """
         if self._gone:
             return
-        for pid in _members(self.pid):
+        for pid in members_of(self.pid):
             if not _is_resource_tracker(pid):
-                _kill(pid)
+                kill_process(pid)
         deadline = time.monotonic() + _TRACKERS_S
-        while _members(self.pid) and time.monotonic() < deadline:
+        while members_of(self.pid) and time.monotonic() < deadline:
             self.pause(_POLL_S)  # reaps the leader
             time.sleep(0.01)
         self._signal(signal.SIGKILL)
         self._process.wait()
-        while stragglers := _members(self.pid):
+        while stragglers := members_of(self.pid):
             for pid in stragglers:  # of other groups in the session, or just about to go
-                _kill(pid)
+                kill_process(pid)
             time.sleep(0.01)
         self._gone = True
         self._watchdog.kill()
@@ -270,7 +270,7 @@ def _ending(status: int) -> str:
     return f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
 
 
-def _members(leader: int) -> list[int]:
+def members_of(leader: int) -> list[int]:
     """Who runs in the leader's session or group; nobody where there is no /proc.
 
     Zombies do not count: in a container there may be no init that reaps them.
@@ -291,6 +291,6 @@ def _is_resource_tracker(pid: int) -> bool:
         return False
 
 
-def _kill(pid: int) -> None:
+def kill_process(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

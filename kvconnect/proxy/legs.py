@@ -57,9 +57,9 @@ _UNREACHED = (502, 504)
 _ELSEWHERE = (404, 413, 429)
 _MODELS_TIMEOUT_S = 10.0
 _RELEASE_TIMEOUT_S = 10.0
-_LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 1.0
 # Its API server may be busy with tokenizing, or with a page of logs, but not for so long.
-_HEALTH_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 5.0
 # Responses whose engine is remembered, for those who go on from one of them.
 _REMEMBERED_RESPONSES = 65_536
 _RESPONSE_ID = re.compile(rb'"id":\s?"(resp_[\w-]{1,100})"')
@@ -331,7 +331,7 @@ class Legs:
 
     async def _watch_silent(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(LOOK_EVERY_S)
             asks = [
                 self._ask_whether_alive(self.prefillers, url) for url in self._doubtful_prefill()
             ]
@@ -348,7 +348,7 @@ class Legs:
         return {*(silent if others else ()), *self.decoders.hanging()}
 
     async def _ask_whether_alive(self, pool: Pool, url: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         try:
             async with self._session.get(
                 f"{url}/health", timeout=timeout, allow_redirects=False

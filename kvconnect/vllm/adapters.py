@@ -36,8 +36,8 @@ SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_p
 
 # -- in a worker's process -------------------------------------------------------------------
 
-_loaded: dict[int, tuple[int, Loaded]] = {}  # adapter's number → when it was noted, what
-_notes = 0
+loaded_here: dict[int, tuple[int, Loaded]] = {}  # adapter's number → when it was noted, what
+notes = 0
 
 
 def watch() -> bool:
@@ -104,11 +104,11 @@ def _noting(add: Any) -> Any:
 
 def note(number: int, digest: str) -> None:
     """An adapter was loaded in this process; ``digest`` "" where it is not known which."""
-    global _notes
-    before = _loaded[number][1] if number in _loaded else Loaded(digest, 0)
+    global notes
+    before = loaded_here[number][1] if number in loaded_here else Loaded(digest, 0)
     changed = digest != before.digest or not digest
-    _notes += 1
-    _loaded[number] = _notes, Loaded(digest, before.changes + changed)
+    notes += 1
+    loaded_here[number] = notes, Loaded(digest, before.changes + changed)
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor], peft_helper: Any) -> str:
@@ -146,13 +146,13 @@ class Noted:
     def take(self, rank: int) -> AdapterReport:
         """With a step's results."""
         report = AdapterReport(self._step)
-        if self._told < _notes:
+        if self._told < notes:
             report.loaded = {
                 number: {rank: loaded}
-                for number, (noted, loaded) in _loaded.items()
+                for number, (noted, loaded) in loaded_here.items()
                 if noted > self._told
             }
-            self._told = _notes
+            self._told = notes
         return report
 
 

@@ -20,7 +20,7 @@ import threading
 from multiprocessing import resource_tracker
 
 from kvconnect.cli.engines import VllmServe, engine_env
-from kvconnect.cli.processes import _kill, _members, launch
+from kvconnect.cli.processes import kill_process, launch, members_of
 
 PR_SET_PDEATHSIG = 1
 ADVERTISED = "KVCONNECT_TEST_ADVERTISED_PORT"
@@ -122,15 +122,15 @@ class Forked:
 
 def send(pid, number):
     """A signal to all of an engine's processes."""
-    for member in _members(pid):
+    for member in members_of(pid):
         os.kill(member, number)
 
 
 def kill(pid):
     """End all of an engine's processes at once."""
-    while members := _members(pid):
+    while members := members_of(pid):
         for member in members:
-            _kill(member)
+            kill_process(member)
 
 
 def main():

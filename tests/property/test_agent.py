@@ -124,7 +124,7 @@ def test_who_has_not_our_key_is_not_even_answered(op):
     assert np.array_equal(theirs.memory, before)
 
 
-HEAD = agent._HEAD
+HEAD = agent.HEAD
 SPOILT = {
     "magic": lambda head: head | {"magic": b"kvc0"},
     "an operation there is not": lambda head: head | {"op": 3},
@@ -159,7 +159,7 @@ def test_what_is_refused_is_answered_without_bytes():
     one = np.array([ours.first + SIZE // 4]), np.array([theirs.first]), np.array([8])
     request, reply = buffer(), buffer()
     size = ours.agent.request(SpanBatch(Op.READ, one, 8), theirs.agent.key, b"here", 7, request)
-    assert theirs.agent.answer(request[:size], reply).nbytes == agent._STATUS.size
+    assert theirs.agent.answer(request[:size], reply).nbytes == agent.STATUS.size
 
 
 def test_rows_of_different_sizes_are_no_work():

@@ -75,9 +75,9 @@ def test_a_hit_that_was_none_is_no_figure(tmp_path, monkeypatch, loads):
         json.dumps({"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8})
     )
     engine, counted = Engine(loads), iter(range(0, 1 << 20, 128 if loads else 1))
-    monkeypatch.setattr(offload_engines, "_start", lambda *_: engine)
-    monkeypatch.setattr(offload_engines, "_forget", lambda _: None)
-    monkeypatch.setattr(offload_engines, "_counted", lambda *_: next(counted))
+    monkeypatch.setattr(offload_engines, "start_engine", lambda *_: engine)
+    monkeypatch.setattr(offload_engines, "empty_prefix_cache", lambda _: None)
+    monkeypatch.setattr(offload_engines, "counted", lambda *_: next(counted))
     monkeypatch.setattr(offload_engines, "SETTLED_S", 0.0)
     seconds = iter([1.0] + [2.0, 0.5] * 50)
     monkeypatch.setattr(offload_engines, "first_token_s", lambda *_: next(seconds))
@@ -105,15 +105,15 @@ def test_throughput_is_compared_round_by_round(tmp_path, monkeypatch):
         rate = 100.0 / (1 + turn)
         return (rate * 0.9, 11.0) if engine.name == "on" else (rate, 10.0)
 
-    monkeypatch.setattr(offload_engines, "_start", start)
-    monkeypatch.setattr(offload_engines, "_load_once", load_once)
-    monkeypatch.setattr(offload_engines, "_counted", lambda _, name: 5e6 * ("store" in name))
+    monkeypatch.setattr(offload_engines, "start_engine", start)
+    monkeypatch.setattr(offload_engines, "load_once", load_once)
+    monkeypatch.setattr(offload_engines, "counted", lambda _, name: 5e6 * ("store" in name))
     found = offload_engines.cost(tmp_path, 3, 8, (512, 32), together=False)
     assert (found.throughput_ratio, found.cpu_ratio, found.stored_mb) == (0.9, 1.1, 5.0)
     assert (found.throughput_low, found.throughput_high) == (0.9, 0.9)
     assert found.off_spread > 0
     assert [name for _, name in runs] == ["off", "on", "on", "off"] * 2
-    monkeypatch.setattr(offload_engines, "_counted", lambda *_: 1.0)
+    monkeypatch.setattr(offload_engines, "counted", lambda *_: 1.0)
     names = iter(["on", "off"])
     with pytest.raises(RuntimeError, match="expected none"):
         offload_engines.cost(tmp_path, 1, 8, (512, 32), together=False)

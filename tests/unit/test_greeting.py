@@ -296,15 +296,13 @@ def test_greetings_under_way_are_bounded_and_others_wait_in_line():
 
 def test_a_burst_of_512_first_greetings_is_served():
     pair = Pair()
-    listeners = [
-        Listener(channel, {"model": "m"}, pair.tell_body, SECRET)
-        for channel in (pair.network.channel() for _ in range(512))
-    ]
-    peers = [pair.dialer.greet(one._channel.address) for one in listeners]
+    channels = [pair.network.channel() for _ in range(512)]
+    listeners = [Listener(one, {"model": "m"}, pair.tell_body, SECRET) for one in channels]
+    peers = [pair.dialer.greet(one.address) for one in channels]
     for _ in range(40):
-        for one in listeners:
-            for frame in one._channel.poll(0):
-                one.receive(frame)
+        for channel, listener in zip(channels, listeners, strict=True):
+            for frame in channel.poll(0):
+                listener.receive(frame)
         for frame in pair.near.poll(0):
             pair.dialer.receive(frame)
     assert {p.state for p in peers} == {PeerState.READY}

@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+import weakref
 from typing import ClassVar
 
 import msgspec
@@ -111,8 +113,9 @@ class Rig:
             self.meet()
 
     def meet(self):
-        for meeting in self.transport._meetings:
-            meeting.join(10)
+        deadline = time.monotonic() + 10
+        while self.transport.is_meeting and time.monotonic() < deadline:
+            time.sleep(1e-3)
 
     def table(self, shift=0):
         return RowTable(
@@ -367,7 +370,7 @@ def test_a_peer_added_again_ends_its_transfers(rig):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_close_gives_rows_a_while_and_ends_all_transfers(rig, clock, ends, monkeypatch):
+def test_close_gives_rows_a_while_and_ends_all_transfers(rig, fake, clock, ends, monkeypatch):
     transfer_id, began = rig.submit(), clock()
     if ends:
         monkeypatch.setattr(clock, "sleep", lambda s: (clock.advance(s), rig.engine.end()))
@@ -375,7 +378,9 @@ def test_close_gives_rows_a_while_and_ends_all_transfers(rig, clock, ends, monke
     rig.transport.close()
     assert (clock() - began < 1) is ends
     assert rig.errors() == {transfer_id: "transport closed"}
-    assert rig.transport._engine is None
+    engine = weakref.ref(rig.engine)
+    fake.made.clear()
+    assert engine() is None, "somebody has it still, and with it the memory's registration"
 
 
 def test_close_waits_for_who_uses_the_engine(rig, fake, clock, monkeypatch):

@@ -23,7 +23,7 @@ OF_ADDRESS, PAGE_S_NODE = 2, 1
 SET_MEMPOLICY = numa.GET_MEMPOLICY + (-1 if platform.machine() == "x86_64" else 1)
 GPU = "0000:dc:00.0"
 PAGE = 4096
-HERE = numa._ids(numa.SYSFS / "devices/system/node/online")
+HERE = numa.ids(numa.SYSFS / "devices/system/node/online")
 
 
 def ask(memory=None, flags=0):
@@ -68,7 +68,7 @@ def new(request, shm):
 @pytest.fixture
 def sysfs(tmp_path, monkeypatch):
     """Two sockets of eight cores, a node of memory alone, and a GPU at the second socket."""
-    monkeypatch.setattr(numa, "_told", lambda: ())
+    monkeypatch.setattr(numa, "policy_nodes", lambda: ())
     said = {
         "devices/system/node/online": "0-1,3",
         "devices/system/node/node0/cpulist": "0-3,8-11",
@@ -195,7 +195,7 @@ def test_pages_lie_where_they_are_wished_whoever_touches_them(new, far):
 
     def touch():
         toucher = numa.SYSFS / f"devices/system/node/node{other if far else near}/cpulist"
-        os.sched_setaffinity(0, numa._ids(toucher))
+        os.sched_setaffinity(0, numa.ids(toucher))
         memory = arena.backing.bytes
         memory[PAGE:] = 1
         return {ask(memory[at:], PAGE_S_NODE) for at in range(PAGE, memory.nbytes, PAGE)}

@@ -686,8 +686,8 @@ async def hangs_alive(engine: Engine, request: web.Request) -> web.StreamRespons
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(legs, "_LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(legs, "_HEALTH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(legs, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(legs, "HEALTH_TIMEOUT_S", 0.3)
 
 
 def test_an_engine_that_hangs_loses_its_requests_to_another(monkeypatch):

@@ -28,10 +28,10 @@ class UcxError(Exception):
 
 
 class Library:
-    """In the place of `ucx._Ucxx`."""
+    """In the place of `ucx.UcxxLibrary`."""
 
-    translated = ucx._Ucxx.translated
-    send = ucx._Ucxx.send
+    translated = ucx.UcxxLibrary.translated
+    send = ucx.UcxxLibrary.send
     array = staticmethod(lambda data: data)
 
     def __init__(self):
@@ -70,7 +70,7 @@ class Library:
 @pytest.fixture
 def library(monkeypatch):
     library = Library()
-    monkeypatch.setattr(ucx, "_Ucxx", lambda: library)
+    monkeypatch.setattr(ucx, "UcxxLibrary", lambda: library)
     return library
 
 
@@ -78,7 +78,7 @@ DATA = np.frombuffer(b"data", np.uint8)
 
 
 def test_replies_to_one_asker_leave_through_one_endpoint_until_it_dies(library):
-    post = ucx._Ucx()
+    post = ucx.UcxPost()
     for _ in range(2):
         post.reply(b"a", DATA, TAG)
     assert [endpoint.sent for endpoint in library.made] == [[(b"data", TAG)] * 2]
@@ -89,7 +89,7 @@ def test_replies_to_one_asker_leave_through_one_endpoint_until_it_dies(library):
 
 def test_askers_are_bounded_and_the_oldest_makes_way(library, monkeypatch):
     monkeypatch.setattr(ucx, "MAX_ASKERS", 2)
-    post = ucx._Ucx()
+    post = ucx.UcxPost()
     for address in (b"a", b"b", b"c"):
         post.reply(address, DATA, TAG)
     assert [endpoint.closed for endpoint in library.made] == [1, 0, 0]
@@ -98,7 +98,7 @@ def test_askers_are_bounded_and_the_oldest_makes_way(library, monkeypatch):
 
 
 def test_what_is_not_for_us_or_too_long_is_received_as_nothing(library):
-    post, room = ucx._Ucx(), np.zeros(16, np.uint8)
+    post, room = ucx.UcxPost(), np.zeros(16, np.uint8)
     library.arrived = [(TAG, 16), (TAG + 1, 16), (TAG, 17)]
     assert [post.arrival(room, TAG) for _ in range(4)] == [
         ("handle", 16),
@@ -110,7 +110,7 @@ def test_what_is_not_for_us_or_too_long_is_received_as_nothing(library):
 
 
 def test_a_line_that_was_closed_is_dead_whatever_ucx_says(library):
-    line = ucx._Ucx().dial(b"there")
+    line = ucx.UcxPost().dial(b"there")
     assert line.alive and line.address == b"here"
     line.close()
     line.close()
@@ -119,7 +119,7 @@ def test_a_line_that_was_closed_is_dead_whatever_ucx_says(library):
 
 
 def test_an_address_that_ucx_refuses_is_a_transport_error(library):
-    post = ucx._Ucx()
+    post = ucx.UcxPost()
     with pytest.raises(TransportError, match="UCX: no"):
         post.dial(b"bad")
     with pytest.raises(TransportError, match="UCX: no"):

@@ -30,8 +30,8 @@ from kvconnect.vllm.protocol import RouterProtocol
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch):
     """In which nothing was loaded yet."""
-    monkeypatch.setattr(module, "_loaded", {})
-    monkeypatch.setattr(module, "_notes", 0)
+    monkeypatch.setattr(module, "loaded_here", {})
+    monkeypatch.setattr(module, "notes", 0)
 
 
 # -- what a worker notes: vLLM's own loading of files ---------------------------------------------

@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvconnect.chain.load import CancelLoad, ChainedLoad, LoadUnit
 from kvconnect.errors import ConfigError
-from kvconnect.offload.jobs import Fill, Forget
+from kvconnect.offload.jobs import Fill, Forget, Loss
 from kvconnect.orders import Fetch, Offer, Outcome, Release, Source
 from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
@@ -247,11 +247,13 @@ def test_stats_are_told_apart_by_child_and_come_back_in_another_process():
 
 
 def test_children_that_share_their_metrics_are_counted_together():
-    seen = []
+    seen, made = [], 0
 
     class Counted:
         @classmethod
         def build_prom_metrics(cls, *_):
+            nonlocal made
+            made += 1
             return SimpleNamespace(observe=lambda data, engine: seen.append((data, engine)))
 
     class Named:
@@ -272,7 +274,7 @@ def test_children_that_share_their_metrics_are_counted_together():
     payload = {"a": {"data": 1}, "b": {"data": 2}, "unknown": {"data": 3}}
     metrics.observe(payload | {"chain": {"data": {"fallbacks": 4, "odd": 1}}}, 0)
     assert seen == [(1, 0), (2, 0), 4]
-    assert metrics._children["a"] is metrics._children["b"]
+    assert made == 1
 
 
 class Events:
@@ -405,8 +407,8 @@ def test_peers_are_told_what_the_prefix_cache_has(store):
 
 def test_the_peers_head_and_the_stores_tail_are_one_load(store):
     """The peer has what the request has never had here, and the store the rest."""
-    for key in store.half._requests["r"].keys()[0][:2]:
-        store.half._tier.lost(key, False)
+    lost = [Loss(key, False) for key in store.half.keys_of("r")[0][:2]]
+    store.half.update_connector_output(WorkerResults(lost=lost))
     peer = Peer(2 * BLOCK)
     both = chain(store, peer)
     asks = request("again", blocks=6, extra=2)
@@ -521,7 +523,7 @@ def test_what_a_rank_declined_of_the_disk_has_not_come_to_memory(monkeypatch):
     engine = Engine(monkeypatch, ranks=2)
     asks = request(blocks=1)
     engine.half.get_num_new_matched_tokens(asks, 0)
-    ((key,),) = engine.half._requests["r"].keys()
+    ((key,),) = engine.half.keys_of("r")
     found = Found(16, 16, [], [key])
     engine.half.set_xfer_handshake_metadata({(0, 0): found, (0, 1): found})
     both = chain(engine, Peer(BLOCK))
@@ -535,15 +537,13 @@ def test_what_a_rank_declined_of_the_disk_has_not_come_to_memory(monkeypatch):
     declined.declined.update([unit.fill.number])
     engine.half.update_connector_output(declined)
     assert engine.step().jobs == [Forget(key, False)]
-    assert engine.half._tier.source_of(key) == "disk"
+    assert engine.half.get_num_new_matched_tokens(request("new", blocks=1), 0) == BLOCK, "on disk"
 
 
 def test_engines_below_in_trees_multi_connector_are_told_by_their_workers(monkeypatch):
     """It gave this one another child's handshake: until both ranks have spoken, "ask again"."""
-    engine = Engine(monkeypatch)
-    half = engine.half
+    half = Engine(monkeypatch, ranks=2).half
     half.waits_for_workers = True
-    half._vllm_config.parallel_config = SimpleNamespace(world_size=2)
     found = Found(16, 0, [], [])
     assert half.get_num_new_matched_tokens(request(), 0) is None
     half.update_connector_output(WorkerResults(found={1: found}))

@@ -42,13 +42,13 @@ def wanted(device: str | None, sysfs: Path = SYSFS) -> Nodes:
 
     None of them if that is unknown, or the host has but one.
     """
-    if len(_ids(sysfs / "devices/system/node/online")) < 2:
+    if len(ids(sysfs / "devices/system/node/online")) < 2:
         return ()
-    if told := _told():
-        return told
+    if chosen := policy_nodes():
+        return chosen
     if device is None:
         return of_cores(os.sched_getaffinity(0), sysfs)
-    return tuple(_ids(sysfs / "bus/pci/devices" / device / "numa_node"))
+    return tuple(ids(sysfs / "bus/pci/devices" / device / "numa_node"))
 
 
 def of_cores(cores: Iterable[int], sysfs: Path = SYSFS) -> Nodes:
@@ -56,7 +56,7 @@ def of_cores(cores: Iterable[int], sysfs: Path = SYSFS) -> Nodes:
     near = sysfs / "devices/system/node"
     here = set(cores)
     return tuple(
-        node for node in _ids(near / "online") if here & set(_ids(near / f"node{node}/cpulist"))
+        node for node in ids(near / "online") if here & set(ids(near / f"node{node}/cpulist"))
     )
 
 
@@ -82,7 +82,7 @@ def prefer(memory: np.ndarray, nodes: Nodes) -> None:
         logger.info("kvconnect: %.2f GB of host memory prefer NUMA node %s", size, names)
 
 
-def _told() -> Nodes:
+def policy_nodes() -> Nodes:
     """Nodes that this thread's memory policy names."""
     mask = Mask()
     if syscall(GET_MEMPOLICY, None, mask, NODES + 1, None, 0, 0):
@@ -90,7 +90,7 @@ def _told() -> Nodes:
     return tuple(node for node in range(NODES) if mask[node // 64] >> node % 64 & 1)
 
 
-def _ids(file: Path) -> list[int]:
+def ids(file: Path) -> list[int]:
     """Of a list as sysfs has them, ``0-3,8``; none if it cannot be read, or says -1."""
     try:
         spans = [part.split("-") for part in file.read_text().strip().split(",")]

@@ -150,7 +150,7 @@ class MooncakeTransport:
     def poll(self) -> list[Done]:
         self._advance()
         self._post()
-        if time.monotonic() >= self._fence_at and not self._is_meeting():
+        if time.monotonic() >= self._fence_at and not self.is_meeting:
             self._make_anew(f"a dropped peer's transfers did not end in {FENCE_S:g} s")
         ended, self._ended = self._ended, []
         return ended
@@ -166,7 +166,7 @@ class MooncakeTransport:
         deadline = time.monotonic() + CLOSE_S
         for running in self._running.values():
             self._fail(running, "transport closed")
-        while (self._running or self._is_meeting()) and time.monotonic() < deadline:
+        while (self._running or self.is_meeting) and time.monotonic() < deadline:
             self._advance()
             time.sleep(0.001)
         self._drop_engine("transport closed")
@@ -230,12 +230,13 @@ class MooncakeTransport:
             self._make, self._regions, self._host, self._options
         )
 
-    def _is_meeting(self) -> bool:
-        """Whether a thread has the engine, which then cannot be destroyed."""
+    @property
+    def is_meeting(self) -> bool:
+        """Whether a thread makes contact: it has the engine, which then cannot be destroyed."""
         return any(meeting.is_alive() for meeting in self._meetings)
 
     def _make_anew(self, why: str) -> None:
-        if self._is_meeting():
+        if self.is_meeting:
             raise TransportError(f"{why}, and the engine cannot be made anew yet; greet again")
         logger.error("%s: Mooncake's engine is made anew, and all peers are greeted again", why)
         self._drop_engine("Mooncake's engine was made anew")

@@ -32,11 +32,11 @@ BATCH_SPANS = 1 << 14
 KEY_BYTES = 16
 MAX_REPLY_TO = 4096
 
-_HEAD = struct.Struct(f"<4sBxHIIQ{KEY_BYTES}s")  # magic, op, reply_to, spans, bytes, tag, key
+HEAD = struct.Struct(f"<4sBxHIIQ{KEY_BYTES}s")  # magic, op, reply_to, spans, bytes, tag, key
 _MAGIC = b"kvc1"
-_STATUS = struct.Struct("<Q")
+STATUS = struct.Struct("<Q")
 _OPS = {Op.READ: 1, Op.WRITE: 2}
-BUFFER_BYTES = _HEAD.size + MAX_REPLY_TO + BATCH_SPANS * 12 + BATCH_BYTES
+BUFFER_BYTES = HEAD.size + MAX_REPLY_TO + BATCH_SPANS * 12 + BATCH_BYTES
 """That any request or reply fits in."""
 
 
@@ -73,9 +73,7 @@ class Agent:
     ) -> int:
         """Write the request for ``batch`` to ``out``; returns its size."""
         ours, theirs, nbytes = batch.spans
-        head = _HEAD.pack(
-            _MAGIC, _OPS[batch.op], len(reply_to), len(theirs), batch.nbytes, tag, key
-        )
+        head = HEAD.pack(_MAGIC, _OPS[batch.op], len(reply_to), len(theirs), batch.nbytes, tag, key)
         text = head + reply_to + theirs.astype("<i8").tobytes() + nbytes.astype("<u4").tobytes()
         out[: len(text)] = np.frombuffer(text, np.uint8)
         if batch.op is Op.READ:
@@ -85,11 +83,11 @@ class Agent:
 
     def answer(self, request: np.ndarray, out: np.ndarray) -> OutgoingReply:
         """Do what ``request`` asks for and write the reply to ``out``."""
-        if len(request) < _HEAD.size:
+        if len(request) < HEAD.size:
             raise TransportError(f"a request of {len(request)} bytes is malformed")
-        head = _HEAD.unpack(request[: _HEAD.size].tobytes())
+        head = HEAD.unpack(request[: HEAD.size].tobytes())
         magic, op, address_bytes, spans, nbytes, tag, key = head
-        ends = np.cumsum([_HEAD.size, address_bytes, 8 * spans, 4 * spans])
+        ends = np.cumsum([HEAD.size, address_bytes, 8 * spans, 4 * spans])
         data = nbytes if op == _OPS[Op.WRITE] else 0
         shaped = op in _OPS.values() and len(request) == ends[-1] + data
         if magic != _MAGIC or not shaped or address_bytes > MAX_REPLY_TO or nbytes > BATCH_BYTES:
@@ -100,22 +98,22 @@ class Agent:
         theirs = addresses.view("<i8"), sizes.view("<u4").astype(np.int64)
         if theirs[1].sum() != nbytes:
             raise TransportError(f"a request for {nbytes} bytes names {theirs[1].sum()}")
-        status = self._obey(op, theirs, rest, out[_STATUS.size : _STATUS.size + nbytes])
-        out[: _STATUS.size] = np.frombuffer(_STATUS.pack(status), np.uint8)
+        status = self._apply(op, theirs, rest, out[STATUS.size : STATUS.size + nbytes])
+        out[: STATUS.size] = np.frombuffer(STATUS.pack(status), np.uint8)
         sent = nbytes if status is Status.DONE and op == _OPS[Op.READ] else 0
-        return OutgoingReply(reply_to.tobytes(), tag, _STATUS.size + sent)
+        return OutgoingReply(reply_to.tobytes(), tag, STATUS.size + sent)
 
     def settle(self, batch: SpanBatch, reply: np.ndarray) -> str | None:
         """Take in the reply to ``batch``: None, or what went wrong."""
-        (status,) = _STATUS.unpack(reply[: _STATUS.size].tobytes())
+        (status,) = STATUS.unpack(reply[: STATUS.size].tobytes())
         if status != Status.DONE:
             return "a row lies outside every region that the peer registered"
         if batch.op is Op.READ:
             ours, _, nbytes = batch.spans
-            self._reach.scatter(ours, nbytes, reply[_STATUS.size : reply_bytes(batch)])
+            self._reach.scatter(ours, nbytes, reply[STATUS.size : reply_bytes(batch)])
         return None
 
-    def _obey(
+    def _apply(
         self,
         op: int,
         spans: tuple[np.ndarray, np.ndarray],
@@ -135,4 +133,4 @@ class Agent:
 
 def reply_bytes(batch: SpanBatch) -> int:
     """Size of the reply to the request for ``batch``."""
-    return _STATUS.size + (batch.nbytes if batch.op is Op.READ else 0)
+    return STATUS.size + (batch.nbytes if batch.op is Op.READ else 0)

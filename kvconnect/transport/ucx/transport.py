@@ -54,7 +54,7 @@ def _import_ucxx() -> tuple[Any, Any]:
     return libucxx, arr.Array
 
 
-class _Ucxx:
+class UcxxLibrary:
     """The library, and what both kinds of worker do with it."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class _UcxLine:
     one by the other side, which then hangs; so each line has a worker of its own.
     """
 
-    def __init__(self, ucxx: _Ucxx, address: bytes) -> None:
+    def __init__(self, ucxx: UcxxLibrary, address: bytes) -> None:
         self._ucxx, self._closed = ucxx, False
         with ucxx.translated():
             self._worker = ucxx.worker()
@@ -126,11 +126,11 @@ class _UcxLine:
             self._endpoint.close_blocking()
 
 
-class _Ucx:
+class UcxPost:
     """A worker that requests come to, and replies leave from; see `post.Post`."""
 
     def __init__(self) -> None:
-        self._ucxx = _Ucxx()
+        self._ucxx = UcxxLibrary()
         self._worker = self._ucxx.worker()
         self.address: bytes = self._worker.address.tobytes()
         self._askers: dict[bytes, Any] = {}  # address → endpoint
@@ -175,7 +175,7 @@ class UcxTransport(MessageTransport):
     def __init__(self, regions: Sequence[Region]) -> None:
         if any(r.kind != "DRAM" for r in regions):
             raise ConfigError("the ucx transport moves host memory only; use nixl for a GPU's")
-        super().__init__(regions, _Ucx())
+        super().__init__(regions, UcxPost())
 
 
 def make(regions: Sequence[Region], _host: str, options: Mapping[str, Any]) -> UcxTransport:

@@ -82,7 +82,7 @@ class OffloadWorker:
         try:
             store = open_copy(
                 *(self._config, rank, fingerprint_of, slot_layouts, self._pin, gather_over_tp),
-                nodes=wanted(_pci_address(self._device)),
+                nodes=wanted(pci_address(self._device)),
             )
         except StoreError as e:
             raise ConfigError(
@@ -220,7 +220,7 @@ def check_share(config: OffloadConfig, device: torch.device) -> None:
         )
 
 
-def _pci_address(device: torch.device) -> str | None:
+def pci_address(device: torch.device) -> str | None:
     """As sysfs names it; None of the CPU."""
     if device.type != "cuda":
         return None
