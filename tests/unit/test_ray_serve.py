@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,19 +94,24 @@ def test_a_name_without_registration_gets_rays_default():
     assert factory.get_backend_class("KVConnectNixl").__name__ == "DefaultConnectorBackend"
 
 
-def test_the_builder_registers_and_takes_what_a_yaml_file_has():
+def test_the_yaml_file_of_deploy_makes_an_application():
     """In a process of its own: building imports all of Serve."""
-    code = (
-        "import os\n"
-        "from kvconnect.integrations.ray_serve import build_pd_openai_app\n"
-        "model = {'model_id': 'm', 'model_source': os.environ['KVCONNECT_MODEL']}\n"
-        "one = {'model_loading_config': model,"
-        " 'accelerator_config': {'kind': 'cpu'}, 'engine_kwargs': {'kv_transfer_config':"
-        " {'kv_connector': 'KVConnectNixl', 'kv_role': 'kv_both'}}}\n"
-        "app = build_pd_openai_app({'prefill_config': one, 'decode_config': one})\n"
-        "from ray.llm._internal.serve.engines.vllm.kv_transfer.factory import"
-        " KVConnectorBackendFactory as factory\n"
-        "print(type(app).__name__, factory.is_registered('KVConnectNixl'))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    code = """
+import os, sys, yaml
+from ray.llm._internal.serve.engines.vllm.kv_transfer.factory import KVConnectorBackendFactory
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+from ray.serve.schema import ServeDeploySchema
+from kvconnect.integrations import ray_serve
+
+(app,) = ServeDeploySchema.model_validate(yaml.safe_load(open(sys.argv[1]))).applications
+module, _, name = app.import_path.partition(":")
+assert module == ray_serve.__name__
+for role in app.args.values():
+    role["model_loading_config"]["model_source"] = os.environ["KVCONNECT_MODEL"]
+made = build(getattr(ray_serve, name), app.args)
+print(type(made).__name__, KVConnectorBackendFactory.is_registered("KVConnectNixl"))
+"""
+    path = Path(__file__).parents[2] / "deploy/ray-serve/pd.yaml"
+    run = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["Application", "True"], done.stderr[-2000:]

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from msgspec.structs import force_setattr
 
 from kvconnect.config import PeerConfig
-from kvconnect.errors import ConfigError
+from kvconnect.errors import ConfigError, OfferError
+from kvconnect.vllm.p2p.ids import parse_address
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -34,6 +35,9 @@ class P2pNcclConfig(PeerConfig, frozen=True, kw_only=True):
     """Port of that router's service discovery; none if empty."""
     http_port: Number | None = None
     """Port of this engine's API server, for that router."""
+    prefill_address: str = ""
+    """``host:port`` of the one prefill engine, its kv_port, on both engines of a pair: for a router
+    that sends both the same X-Request-Id and nothing else."""
     send_type: Literal["PUT", "PUT_ASYNC", "GET"] = "PUT_ASYNC"
     """Accepted; all three hand over alike: decode asks, prefill does not wait."""
     nccl_num_channels: Number = 8
@@ -53,6 +57,11 @@ class P2pNcclConfig(PeerConfig, frozen=True, kw_only=True):
                     'engine\'s API server listens on: `--port 8000` goes with "http_port": 8000'
                 )
             _set_port(self, "http_port")
+        if self.prefill_address:
+            try:
+                parse_address(self.prefill_address)
+            except OfferError as e:
+                raise ValueError(f"prefill_address is no address ({e}), expected host:port") from e
         force_setattr(
             self, "nccl_num_channels", _whole("nccl_num_channels", self.nccl_num_channels)
         )

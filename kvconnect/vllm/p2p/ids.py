@@ -19,6 +19,7 @@ MAX_CHARS = 1024  # of a name: wire.RequestId
 _PAIRING = re.compile(
     r"___prefill_addr_(.{1,257}?):([0-9]{1,5})___decode_addr_(.{1,257}?):([0-9]{1,5})_."
 )
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:]+):([0-9]{1,5})")
 _RANDOM = re.compile(r"-[0-9a-f]{8}\Z")
 
 
@@ -34,17 +35,31 @@ def parse_pairing(request_id: str) -> Pairing | None:
     """The engines that an id names; None if it names none. Raises OfferError."""
     if MARK not in request_id:
         return None
-    name = _RANDOM.sub("", request_id)
-    # printable: what is not, lone surrogates included, may not be encodable
-    usable = len(name) <= MAX_CHARS and name.isprintable()
-    if not usable or (found := _PAIRING.search(name)) is None:
+    name = shared_name(request_id)
+    if (found := _PAIRING.search(name)) is None:
         raise OfferError(f"request id {name[:200]!r} names no prefill and decode engine")
     prefill_host, prefill_port, decode_host, decode_port = found.groups()
     return Pairing(_address(prefill_host, prefill_port), _address(decode_host, decode_port), name)
 
 
+def shared_name(request_id: str) -> str:
+    """What both engines have of an id that one X-Request-Id gave them. Raises OfferError."""
+    name = _RANDOM.sub("", request_id)
+    # printable: what is not, lone surrogates included, may not be encodable
+    if len(name) > MAX_CHARS or not name.isprintable():
+        raise OfferError(f"request id {name[:200]!r} is not printable, or too long")
+    return name
+
+
+def parse_address(text: str) -> Address:
+    """``host:port`` or ``[host]:port``; raises OfferError."""
+    if (found := _ADDRESS.fullmatch(text)) is None:
+        raise OfferError(f"{text[:80]!r} is no host:port")
+    return _address(*found.groups())
+
+
 def _address(host: str, port: str) -> Address:
     bare = host.removeprefix("[").removesuffix("]")
     if not 0 < len(bare) <= 255 or not 0 < int(port) <= 65_535:
-        raise OfferError(f"the request id names {host[:80]}:{port}, which is no address")
+        raise OfferError(f"{host[:80]}:{port} is no address")
     return Address(bare, int(port))
