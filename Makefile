@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit test-deploy test-ray crash chaos soak fuzz test-gpu gpu-first check bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-deploy test-ray crash chaos hung soak fuzz test-gpu gpu-first check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -49,6 +49,9 @@ chaos: setup ## ranks and engines killed and stopped, side channels spoiled, ove
 	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one; done
 	@$(RUN) UCX_TLS=tcp python tests/contract/chaos_movers.py nixl
 	@$(RUN) for one in nixl mooncake p2p multi; do python tests/e2e/chaos_engines.py $$one $(ARGS); done
+
+hung: setup ## engines stopped amid transfers, over every transport: what the healthy ones lose
+	@$(RUN) python tests/e2e/hung_engines.py $(ARGS)
 
 soak: setup ## a million transfers between engines in one process, with faults (half an hour)
 	@$(RUN) python tests/soak.py $(ARGS)

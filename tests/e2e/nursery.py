@@ -67,6 +67,7 @@ class Nursery:
         self._pids = set()
 
     def __enter__(self):
+        assert self._process.stdout.readline(), "the nursery did not come up"
         return self
 
     def __exit__(self, *_):
@@ -142,6 +143,7 @@ def main():
         __import__(module)
     gc.collect()
     gc.freeze()  # what is collected by nobody is copied by nobody
+    os.write(spare, b"ready\n")
     for line in sys.stdin:
         asked = json.loads(line)
         if "ended" in asked:
