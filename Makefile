@@ -14,10 +14,10 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit test-deploy test-ray crash chaos hung soak fuzz test-gpu gpu-first check bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-deploy test-ray test-versions crash chaos hung soak fuzz test-gpu gpu-first check bench bench-gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
 	@echo
 	@echo "  ARGS=...        more arguments for demo, test, test-unit and bench"
 	@echo "  VLLM=existing   use the active environment and its vLLM, not .venv"
@@ -44,6 +44,9 @@ test-ray: setup ## our backends in the real Ray Serve LLM, no engines; the first
 crash: setup ## kill -9 during stores
 	@$(RUN) python tests/unit/killing.py --times 200 && \
 	    python tests/unit/killing.py --times 50 --share
+
+test-versions: setup ## four versions of vLLM, alone and in pairs of two; writes docs/compat.md
+	@$(RUN) PYTHONPATH=benchmarks python tests/e2e/versions.py $(ARGS)
 
 chaos: setup ## ranks and engines killed and stopped, side channels spoiled, over every transport (an hour)
 	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one; done

@@ -24,7 +24,12 @@ from pip._vendor.packaging.specifiers import SpecifierSet
 
 # examples: proxies that tests load. pyproject.toml: pytest's markers. LICENSE: it is their code.
 KEEP = {"tests", "examples", "pyproject.toml", "LICENSE"}
-SHA256 = {"0.32.0": "d2c957d5eee3d0985012151315ddc62cbe0cd368fc96a5fc3510438d9dddf2ad"}
+SHA256 = {
+    "0.30.0": "5f8f4e890c042ffa1c3e103f81c35e2d96f60a0a175ac43a4adbae7006bef62b",
+    "0.31.0": "dde46f1efbe846e5bd0c5c4ec6ec71842c42254c7ff3d9bebb2a57028715d380",
+    "0.32.0": "d2c957d5eee3d0985012151315ddc62cbe0cd368fc96a5fc3510438d9dddf2ad",
+    "0.33.0": "f4c33c2503d52bb411146afa9618a4f48bed68912f617e6803ac8d76e4c74112",
+}
 
 
 def find_sdist(version: str) -> tuple[PipSession, Link]:

@@ -69,8 +69,13 @@ class ZmqChannel:
     Binds to ``host``; ``port`` 0 takes a free one. Raises ConfigError where it cannot bind.
     """
 
-    def __init__(self, host: str, port: int, bind: str | None = None) -> None:
-        """Peers are told ``host``; ``bind``: where to listen, if that is another address."""
+    def __init__(
+        self, host: str, port: int, bind: str | None = None, or_another: bool = False
+    ) -> None:
+        """Peers are told ``host``; ``bind``: where to listen, if that is another address.
+
+        ``or_another``: nobody chose ``port``, so a free one will do where it is taken.
+        """
         _allow_files()
         self._context = zmq.Context()
         # names are looked up in a context's own thread, where a slow one keeps all others waiting
@@ -78,7 +83,7 @@ class ZmqChannel:
         for context in (self._context, self._named):
             context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._router = self._socket(zmq.ROUTER)
-        self.address = Address(host, self._bind(bind or host, port))
+        self.address = Address(host, self._bind(bind or host, port, or_another))
         name = f"inproc://wake-{id(self)}"
         self._woken = self._context.socket(zmq.PULL)
         self._woken.bind(name)
@@ -209,11 +214,14 @@ class ZmqChannel:
         made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
         return made
 
-    def _bind(self, host: str, port: int) -> int:
+    def _bind(self, host: str, port: int, or_another: bool) -> int:
         try:
             where = _local_endpoint(host)
             self._router.bind(f"{where}:{port or '*'}")
         except (zmq.ZMQError, OSError) as e:
+            if or_another and e.errno == zmq.EADDRINUSE:
+                logger.warning("port %d, the default, is taken: a free one is used", port)
+                return self._bind(host, 0, or_another=False)
             self._named.destroy(linger=0)
             self._context.destroy(linger=0)
             raise ConfigError(

@@ -45,6 +45,14 @@ HOST_HIT_SOURCE = getattr(_CacheHitSource, "HOST", None)
 HEAD_MAJOR_LAYOUT = "LBHNC" if _find("vllm.v1.kv_cache_layout", "KVCacheLayout") else "HND"
 
 
+_SPECS = "vllm.v1.kv_cache_interface"
+_LATENT_SPECS = tuple(
+    found
+    for name in ("MLAAttentionSpec", "SlidingWindowMLASpec")
+    if (found := _find(_SPECS, name)) is not None
+)
+
+
 def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
     """KV cache groups whose state is handed over."""
     every = tuple(range(len(kv_cache_config.kv_cache_groups)))
@@ -71,7 +79,9 @@ def tokens_per_state(spec: Any) -> int:
 
 def is_replicated(spec: Any) -> bool:
     """Whether every tensor-parallel rank holds the same (MLA)."""
-    return bool(getattr(spec, "max_tp_shards", None) == 1)
+    if hasattr(spec, "max_tp_shards"):
+        return bool(spec.max_tp_shards == 1)
+    return isinstance(spec, _LATENT_SPECS)  # before 0.31 the class alone says so
 
 
 def has_head_slots(spec: Any) -> bool:

@@ -34,6 +34,8 @@ from kvconnect.vllm.layout import TpRank, describe
 logger = logging.getLogger(f"vllm.{__name__}")
 
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - what an operator says; peers are told an address
+DEFAULT_KV_PORT = 14579
+"""What vLLM says where nobody chose a kv_port, so that it is every engine's."""
 
 
 @dataclass
@@ -110,7 +112,9 @@ class Worker:
             versions={"kvconnect": __version__, "vllm": vllm.__version__},
         )
         said = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST", "")
-        channel = ZmqChannel(host, port, bind=said if said in EVERYWHERE else None)
+        chosen = self._vllm_config.kv_transfer_config.kv_port != DEFAULT_KV_PORT
+        bind = said if said in EVERYWHERE else None
+        channel = ZmqChannel(host, port, bind, or_another=self._config.at_kv_port and not chosen)
         self._mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
         self._mover.start(use_device(self._device))
         nbytes = sum(r.nbytes for r in memory.regions)

@@ -55,6 +55,22 @@ def test_who_listens_everywhere_names_one_address_and_is_reached_at_all():
         channel.close()
 
 
+def test_a_default_port_that_is_taken_is_another_engines(caplog):
+    """Used to be: two KVConnectP2pNccl engines on a host did not start."""
+    first = ZmqChannel("127.0.0.1", 0)
+    port = first.address.port
+    with pytest.raises(ConfigError, match=str(port)):
+        ZmqChannel("127.0.0.1", port)
+    second = ZmqChannel("127.0.0.1", port, or_another=True)
+    try:
+        assert second.address.port != port
+        socket.create_connection(("127.0.0.1", second.address.port), 5).close()
+        assert f"port {port}, the default, is taken" in caplog.text
+    finally:
+        first.close()
+        second.close()
+
+
 def test_the_whole_suite_is_one_call():
     check_channel(Network().channel)
 

@@ -72,6 +72,12 @@ class Manager:
                 if not success:
                     self.free_ids.append(self.ids.pop(key))
         self._note()
+        if not success and hasattr(OffloadingEvent, "metadata_only"):
+            # Since 0.33 theirs notes it for what it keeps of keys; it is never published.
+            gone = [key for key in keys if self.tier.host.standing(key) is KeyState.ABSENT]
+            self.events.append(
+                OffloadingEvent(keys=gone, medium=Medium.CPU, removed=True, metadata_only=True)
+            )
 
     def prepare_load(self, keys, context):
         self.of_request[context.req_id] += keys

@@ -21,8 +21,9 @@ from kvconnect.vllm.layout import TpRank, describe
 BLOCKS, LAYERS = 3, ("model.layers.0.attn", "model.layers.1.attn")
 ALONE = TpRank(0, 1)
 FULL = kvi.FullAttentionSpec(block_size=64, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+REPLICATED = {"max_tp_shards": 1} if hasattr(kvi.AttentionSpec, "max_tp_shards") else {}  # 0.31
 MLA = kvi.MLAAttentionSpec(
-    block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16, max_tp_shards=1
+    block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16, **REPLICATED
 )
 
 

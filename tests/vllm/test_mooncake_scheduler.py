@@ -1,5 +1,6 @@
 """The scheduler's half with Mooncake's contract: what it answers while decode looks prefill up."""
 
+import re
 import socket
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from kvconnect.config import MooncakeConfig
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
 from kvconnect.orders import Fetch, Grant, Promise, Release, RenewLease, Withdraw
-from kvconnect.vllm.mooncake import place
+from kvconnect.vllm.mooncake import place, protocol
 from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "xfer-1"}
@@ -86,16 +87,31 @@ def test_a_prompt_is_shortened_once_however_many_connectors_see_it(make, monkeyp
     assert request.num_prompt_tokens == len(request.prompt_token_ids) == 39
 
 
-def test_a_port_that_nobody_chose_may_be_taken_where_an_engine_may_be_either_side(
-    p, make, monkeypatch
-):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_who_registers_at_its_endpoint_makes_it_a_groups(replicas):
+    parallel = SimpleNamespace(
+        local_engines_only=False,
+        data_parallel_index=0,
+        data_parallel_size=replicas,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+    )
+    assert place.place_of(parallel, None).in_group == (replicas > 1)
+
+
+@pytest.mark.parametrize("role", ["kv_producer", "kv_both"])
+def test_a_bootstrap_port_that_nobody_chose_may_be_taken(p, make, monkeypatch, caplog, role):
+    """Used to be: a second prefill engine on a host did not start."""
     with pytest.raises(ConfigError, match=str(p.port)):
-        make("Q", "kv_both")
+        make("Q", role)
     monkeypatch.delenv("VLLM_MOONCAKE_BOOTSTRAP_PORT")
     monkeypatch.setattr(place, "DEFAULT_PORT", str(p.port))
-    make("Q", "kv_both")
+    make("Q", role)
+    assert re.search(rf"bootstrap endpoint is on port (?!{p.port})\d+", caplog.text)
+    place_of = place.place_of  # others of its group would look for it there
+    monkeypatch.setattr(protocol, "place_of", lambda *a: place_of(*a)._replace(in_group=True))
     with pytest.raises(ConfigError, match=str(p.port)):
-        make("Q", "kv_producer")
+        make("Q", role)
 
 
 def test_a_request_waits_in_the_queue_while_prefill_is_looked_up(p, d):

@@ -1,16 +1,12 @@
 """KVConnectMulti: what it tells its children, and vLLM of them; vLLM's own tests of its kind."""
 
-import os
 import pickle
-import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 from test_offload_scheduler import BLOCK, Engine, request, spec
+from upstream import run
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -23,6 +19,7 @@ from kvconnect.chain.load import CancelLoad, ChainedLoad, LoadUnit
 from kvconnect.errors import ConfigError
 from kvconnect.offload.jobs import Fill, Forget, Loss
 from kvconnect.orders import Fetch, Offer, Outcome, Release, Source
+from kvconnect.vllm._compat import CACHE_HIT_SOURCE, HOST_HIT_SOURCE
 from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents
@@ -30,7 +27,6 @@ from kvconnect.vllm.multi.metrics import ChainStats, MultiPromMetrics, rebuild
 from kvconnect.vllm.multi.params import APART, labels, merged, split
 from kvconnect.vllm.offload.messages import Found, WorkerResults
 
-HERE = Path(__file__).parent
 UNIT = "tests/v1/kv_connector/unit"
 # vLLM's tests that cannot hold for ours, and why.
 DESELECTED = [
@@ -56,26 +52,12 @@ DESELECTED = [
 
 
 @pytest.mark.engine
-def test_vllms_own_tests_of_multi_connector_pass_against_ours():
-    source = os.environ.get("KVCONNECT_VLLM_SRC", "")
-    assert Path(source, UNIT).is_dir(), "vLLM's tests are missing: run `make setup`"
-    options = ["-q", "--noconftest", "-W", "ignore", "-p", "retarget_multi"]
-    options += ["-p", "no:cacheprovider", "-o", "addopts="]
+def test_vllms_own_tests_of_multi_connector_pass_against_ours(record_property):
     files = [f"{UNIT}/test_multi_connector.py", f"{UNIT}/test_nixl_simple_cpu_offload.py"]
-    options += [f"--deselect={files[0]}::{name}" for name in DESELECTED]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=source,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([source, str(HERE)])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    passed = re.search(r"(\d+) passed", ran.stdout)
-    assert ran.returncode == 0 and passed, ran.stdout[-6000:] + ran.stderr[-2000:]
-    assert int(passed[1]) >= 23, ran.stdout[-2000:]
-    made = re.search(r"our connector was made (\d+) times", ran.stdout)
-    assert made and int(made[1]) >= 15, "vLLM's tests ran, but not against ours"
+    tests = [*files, *(f"--deselect={files[0]}::{name}" for name in DESELECTED)]
+    # 0.30: 16, 0.31: 20, 0.32: 23
+    passed, made = run("retarget_multi", tests, record_property)
+    assert passed >= 16 and made >= 12
 
 
 def test_every_method_is_passed_on_to_the_children():
@@ -423,7 +405,8 @@ def test_the_peers_head_and_the_stores_tail_are_one_load(store):
     assert dict(load.offers)["P0"].tokens == 2 * BLOCK
     assert store.step().loads == {}, "the store's own workers are told nothing"
     assert sum(both.get_external_cache_hit_sources("again", 6 * BLOCK).values()) == 6 * BLOCK
-    assert len(both.get_external_cache_hit_sources("again", 6 * BLOCK)) == 2
+    kinds = len({HOST_HIT_SOURCE, CACHE_HIT_SOURCE})  # one, "unknown", before vLLM 0.32
+    assert len(both.get_external_cache_hit_sources("again", 6 * BLOCK)) == kinds
 
 
 def test_what_only_the_peer_has_may_end_amid_a_block(store):

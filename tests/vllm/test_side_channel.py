@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm.config import KVTransferConfig
 
 from kvconnect.errors import ConfigError
 from kvconnect.vllm.engine import Rank
-from kvconnect.vllm.worker import side_channel
+from kvconnect.vllm.worker import DEFAULT_KV_PORT, side_channel
 
 PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
@@ -31,6 +32,10 @@ def test_who_listens_everywhere_says_an_address_that_others_reach(monkeypatch, e
     assert side_channel(config(), FIRST, at_kv_port=False) == ("10.0.0.7", 0)
     monkeypatch.setenv("VLLM_HOST_IP", "0.0.0.0")
     assert side_channel(config(), FIRST, at_kv_port=False) == ("127.0.0.1", 0)
+
+
+def test_the_default_of_kv_port_is_vllms():
+    assert KVTransferConfig().kv_port == DEFAULT_KV_PORT
 
 
 FIRST, SECOND = Rank(0, 2, 0, 2), Rank(1, 2, 0, 2)

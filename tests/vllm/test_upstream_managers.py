@@ -1,14 +1,11 @@
 """vLLM's tests of its host-memory manager that can be pointed at ours (docs/evidence/)."""
 
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from upstream import run
 
-HERE = Path(__file__).parent
 FILE = "tests/v1/kv_offload/cpu/test_manager.py"
 # The others read private fields of their manager and policies, or its statistics; and one wants
 # what ended late to be older than what was stored meanwhile.
@@ -24,26 +21,16 @@ OURS = (
     "test_request_key_positions_override_store_observation_order",
     "test_request_key_positions_order_tails_across_kv_groups",
 )
-PASSED = 13  # some have parameters
+AT_LEAST = 6
+"""What 0.30 has of these, with parameters."""
 
 
 @pytest.mark.engine
-def test_vllms_own_manager_tests_pass_against_our_tier():
-    source = os.environ.get("KVCONNECT_VLLM_SRC", "")
-    assert Path(source, FILE).is_file(), "vLLM's tests are missing: run `make setup`"
-    python_path = os.pathsep.join([source, str(HERE)])
-    options = ["-q", "--noconftest", "-W", "ignore", "-p", "no:cacheprovider", "-o", "addopts="]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-p", "retarget_managers"]
-        + [f"{FILE}::{name}" for name in OURS],
-        cwd=source,
-        env=os.environ | {"PYTHONPATH": python_path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", ran.stdout)
-    assert passed and int(passed[1]) == PASSED, ran.stdout[-2000:]
-    made = re.search(r"our tier was made (\d+) times", ran.stdout)
-    assert made and int(made[1]) == PASSED, "vLLM's tests ran, but not against our tier"
+def test_vllms_own_manager_tests_pass_against_our_tier(record_property):
+    text = Path(os.environ["KVCONNECT_VLLM_SRC"], FILE).read_text()
+    named = [name for name in OURS if f"def {name.rpartition(':')[2]}(" in text]
+    if "on_request_finished" not in text:
+        named.remove("test_cpu_manager")  # 0.30 evicted the head of a prefix before its tail
+    tests = [f"{FILE}::{name}" for name in named]
+    passed, made = run("retarget_managers", tests, record_property)
+    assert passed == made >= AT_LEAST

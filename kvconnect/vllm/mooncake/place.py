@@ -22,6 +22,8 @@ class Place(NamedTuple):
     registers_at: Endpoint | None
     """None: this engine serves the endpoint itself."""
     port: int
+    in_group: bool = False
+    """Whether other engines register at the endpoint of this one."""
 
 
 def place_of(parallel: Any, server_address: str | None) -> Place:
@@ -33,7 +35,7 @@ def place_of(parallel: Any, server_address: str | None) -> Place:
     if server_address is not None:
         return Place(dp_rank, sizes, _endpoint(server_address), port)
     if dp_rank == 0:
-        return Place(dp_rank, sizes, None, port)
+        return Place(dp_rank, sizes, None, port, getattr(parallel, "data_parallel_size", 1) > 1)
     if port == 0:
         raise ConfigError(f"{PORT} is 0, but the engines of a data-parallel group must know it")
     host = "127.0.0.1" if local else parallel.data_parallel_master_ip

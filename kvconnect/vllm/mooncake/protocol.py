@@ -117,11 +117,17 @@ class MooncakeProtocol(RouterProtocol):
         try:
             return BootstrapServer(self._place.port, *arguments)
         except ConfigError as e:
-            # whoever can be either side may be there for other routers, and nobody chose the port
-            if self.us.role != "kv_both" or PORT in os.environ:
+            # nobody chose the port, and no other engine of a data-parallel group looks for us there
+            if PORT in os.environ or self._place.in_group:
                 raise
-            logger.warning("kvconnect: Mooncake's own routers do not find this engine: %s", e)
-            return BootstrapServer(0, *arguments)
+            server = BootstrapServer(0, *arguments)
+            logger.warning(
+                "kvconnect: the bootstrap endpoint is on port %d; Mooncake's own routers must "
+                "be told so: %s",
+                server.port,
+                e,
+            )
+            return server
 
     def _source(self, request: Any) -> Source | None:
         """None: being found out."""
