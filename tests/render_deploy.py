@@ -49,6 +49,8 @@ def checkout(variable, repository):
 
 
 def kustomized(folder):
+    if shutil.which("kubectl") is None:
+        sys.exit("there is no kubectl, which renders overlays (kubectl kustomize): install it")
     done = subprocess.run(
         ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=True
     )
