@@ -18,6 +18,7 @@ example() {
   for ((i = 0; i < $2; i++)); do claim "decode $i" DECODE_PORT $((DECODE_PORT + i)); done
   claim proxy PROXY_PORT "$PROXY_PORT"
   if [ -n "${MODEL:-}" ]; then on_gpus "$engines"; else on_cpu; fi
+  export VLLM_MOONCAKE_BOOTSTRAP_PORT=${VLLM_MOONCAKE_BOOTSTRAP_PORT:-0} # likewise
   mkdir -p "$LOGS"
   for ((i = 0; i < $1; i++)); do engine prefill "$i" $((PREFILL_PORT + i)) "$i"; done
   for ((i = 0; i < $2; i++)); do engine decode "$i" $((DECODE_PORT + i)) $(($1 + i)); done
@@ -25,7 +26,10 @@ example() {
   start proxy kvconnect proxy "${prefills[@]}" "${decodes[@]}" --port "$PROXY_PORT"
   up "$engines" "$PROXY_PORT"
   echo "All servers are up: http://localhost:$PROXY_PORT serves $MODEL. Logs: $LOGS"
-  if [ -n "$BENCH" ]; then bench; else echo "Press Ctrl-C to end them."; wait -n "${pids[@]}"; fi
+  if [ -n "$BENCH" ]; then bench; return; fi
+  echo "Press Ctrl-C to end them."
+  wait -n "${pids[@]}" || true
+  die "a server ended by itself, see $LOGS"
 }
 
 claim() {  # NAME VARIABLE PORT
@@ -62,7 +66,7 @@ engine() {  # ROLE NUMBER PORT FIRST_OF_ALL
   fi
   CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]}") start "$role$2" vllm serve "$MODEL" --port "$3" \
     "${more[@]}" --kv-transfer-config "{\"kv_connector\":\"$CONNECTOR\",\"kv_role\":\"$kv_role\",
-      \"kv_connector_extra_config\":$OPTIONS}"
+      \"kv_port\":0,\"kv_connector_extra_config\":$OPTIONS}" # 0: any port that is free
   ports+=("$3")
 }
 
