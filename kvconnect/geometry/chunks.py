@@ -60,7 +60,7 @@ class Kind(NamedTuple):
     src_group: int
     dst_group: int
     block_tokens: int
-    """Of our side."""
+    """Tokens of a block on our side."""
     whole: bool
     """Whether blocks move whole, and "tokens" are rows of a packed part."""
 

@@ -3,7 +3,7 @@
 * A key is absent, FILLING (admitted, and being stored; not to be loaded), or HELD.
 * Admission makes room by the eviction policy. What is FILLING or pinned is never evicted; where
   nothing else is left, the newcomer is skipped and counted.
-* Whoever leaves is returned: every rank must be told to forget it, before anything is stored in
+* Keys that are evicted are returned: every rank must forget them before anything is stored in
   its room. Forgetting what is not there does no harm.
 * Knows keys, no slots, ranks or bytes. What became of a key that a pin was taken on, the pin
   knows: an old one never touches what came back under the same key.
@@ -21,7 +21,7 @@ MOST_SEEN = 64_000  # keys whose offers are counted towards the threshold
 
 
 class KeyState(enum.Enum):
-    """Of a key."""
+    """How one key stands in a tier."""
 
     ABSENT = "absent"
     FILLING = "filling"

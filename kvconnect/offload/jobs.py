@@ -48,7 +48,7 @@ class JobDone(NamedTuple):
     """A job has ended, on one rank or in one of its stores."""
 
     id: int
-    """The job's number, as whoever gave the job counts."""
+    """The job's number, given by the one who ordered it."""
     error: str = ""
     """Why it failed; empty if it went well."""
     nbytes: int = 0

@@ -93,7 +93,7 @@ class RequestNames:
     def key(self, block_hash: bytes, group: int, end_token: int) -> bytes:
         """Of the chunk of ``group`` that ends before ``end_token`` in a block of this hash.
 
-        Items that begin behind the chunk do not matter to it.
+        Items that begin after the chunk do not matter to it.
         """
         items = [item for item in self._items if item.first_token < end_token]
         state = self._start.copy()

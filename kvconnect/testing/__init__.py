@@ -1,4 +1,4 @@
-"""The shipped test kit: what whoever plugs a transport tests it with.
+"""The shipped test kit, for tests of a transport that somebody plugs in.
 
 * `check_transport` holds any transport to `kvconnect.transport.base`; our own run it too.
 * `Faulty` is a transport around another one, whose faults a test plans; `FakeClock` a clock that

@@ -30,7 +30,7 @@ class AdapterReport:
 
 
 def merged(one: AdapterReport | None, other: AdapterReport | None) -> AdapterReport | None:
-    """Of the ranks of both."""
+    """One report with the ranks of both; None where neither is there."""
     if one is None or other is None:
         return one or other
     numbers = one.loaded.keys() | other.loaded.keys()

@@ -90,7 +90,7 @@ def _marking(make: Any) -> Any:
 
 
 def _noting(add: Any) -> Any:
-    """``add_adapter``, which also notes what is behind the number now."""
+    """``add_adapter``, which also notes what the number stands for now."""
 
     @functools.wraps(add)
     def noting(self: Any, adapter: Any) -> Any:

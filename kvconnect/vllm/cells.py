@@ -15,7 +15,7 @@ class Cells(NamedTuple):
     pieces: int
     heads: int
     tokens: int
-    """Of a piece."""
+    """Tokens of one kernel block."""
     content: int
     piece_stride: int
     head_stride: int

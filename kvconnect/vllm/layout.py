@@ -121,7 +121,7 @@ def _check(layer: str, spec: Any, cache: torch.Tensor, num_blocks: int, connecto
 def _state(
     index: int, layer: str, spec: Any, cells: Cells, num_blocks: int, place: TpRank
 ) -> BlockView:
-    """Recurrent state: convolution and SSM state behind one another, cut by TP in its own ways."""
+    """Recurrent state: convolution state, then SSM state; TP cuts it in ways of its own."""
     shapes = ", ".join(
         f"{name_of(dtype)}{list(shape)}"
         for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)

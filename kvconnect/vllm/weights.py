@@ -45,7 +45,7 @@ NO_WEIGHTS = {
     "scheduler.pt",
     "training_args.bin",
 }
-"""Of a trainer, beside weights of the same suffix."""
+"""Files that a trainer leaves next to weights, with the same suffix."""
 MOST_INDEX = 64 << 20
 START_SLACK_S = 2.0
 """A process imports for longer before it reads weights; its start is known to a second."""

@@ -49,9 +49,9 @@ class RankMetadata(KVConnectorHandshakeMetadata):
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """Ranks and where they are, with the first step's results.
+    """Where ranks listen, told with the first step's results.
 
-    Beside the handshake, of which in-tree MultiConnector forwards one child's to all.
+    The handshake tells it too, but in-tree MultiConnector gives one child's handshake to all.
     """
 
     ranks: dict[int, RankMetadata]

@@ -84,7 +84,7 @@ class Spec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the whole arena."""
+        """Bytes of the whole arena, header and table included."""
         return self.payload_offset + self.slots * self.stride
 
 

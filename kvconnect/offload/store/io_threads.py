@@ -1,6 +1,6 @@
 """Threads that read and write pieces of files, so that nobody who asks has to wait.
 
-* The queue is bounded in jobs: whoever finds no `room` goes without (back-pressure).
+* The queue is bounded in jobs: where there is no `room` the caller goes without (back-pressure).
 * Each job ends once, in `poll`; until then its memory is the threads'.
 * Direct I/O where the filesystem permits, so that KV does not push everything else out of the
   page cache; buffered elsewhere, and where a piece is not aligned.

@@ -29,11 +29,11 @@ class AskSpans(Said, frozen=True, tag="Ask"):
 
 
 class Ping(Said, frozen=True):
-    """Whoever opened the line is still there."""
+    """The side that opened the line is still there."""
 
 
 class Bye(Said, frozen=True):
-    """Whoever opened the line has given it up."""
+    """The side that opened the line has given it up."""
 
 
 class Ready(Said, frozen=True):
@@ -55,7 +55,7 @@ class SpansRefused(Said, frozen=True, tag="Refused"):
 
 
 class LineFailed(Said, frozen=True, tag="Failed"):
-    """Whoever was asked has given the line up."""
+    """The serving side has given the line up."""
 
     why: str
 

@@ -203,12 +203,12 @@ class ChainWorker:
         self._peers[peer].put([order])
 
     def fill(self, fills: Sequence[Fill]) -> None:
-        """The same."""
+        """See `kvconnect.chain.load.Carriers`."""
         assert self._store is not None
         self._store.fill(fills)
 
     def decline(self, fills: Sequence[Fill]) -> None:
-        """The same."""
+        """See `kvconnect.chain.load.Carriers`."""
         if self._store is not None:
             self._store.decline(fills)
 

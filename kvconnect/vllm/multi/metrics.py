@@ -57,7 +57,7 @@ CHAIN = (
 
 
 class ChainStats(SummedStats):
-    """Of what loads together."""
+    """Stats of the sources of ours that load together."""
 
     metrics = CHAIN
 

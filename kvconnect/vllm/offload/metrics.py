@@ -189,7 +189,7 @@ OFFLOAD = (
 
 
 class OffloadStats(SummedStats):
-    """Of host memory and the disk behind it."""
+    """Stats of offloading: host memory, and the disk that it spills to."""
 
     metrics = OFFLOAD
 
