@@ -61,6 +61,9 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Name of the weights, where they cannot be known by their files: KV of one name is one's."""
     memory_path: str | None = None
     """Folder for host memory that persists or is shared; by default one in /dev/shm."""
+    remove_after_days: Annotated[float, msgspec.Meta(ge=0, le=36_500)] = 7
+    """Days after which files of other configurations, which no engine has open, are removed from
+    the folders for memory and disk; 0: never."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.blocks_per_chunk is not None:

@@ -89,7 +89,7 @@ def test_a_file_where_the_folder_should_be_is_an_error(opened, tmp_path):
 def test_memory_that_cannot_be_had_is_an_error(opened, tmp_path):
     with pytest.raises(StoreError):
         opened(persist=True, memory_path=str(tmp_path), cpu_bytes_to_use=UNHAD)
-    with pytest.raises(StoreError, match="where the host has"):
+    with pytest.raises(StoreError, match="more than the host's memory"):
         opened(cpu_bytes_to_use=UNHAD)
     with pytest.raises(StoreError, match="cpu_bytes_to_use leaves 1024 bytes to a rank"):
         opened(ranks=1024)

@@ -165,8 +165,15 @@ class Filed:
 
 def _let_go(fd: int) -> None:
     """Unlock as well as close: a mapping that somebody still looks at has a duplicate of it."""
+    _used(fd)
     fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
+
+
+def _used(fd: int) -> None:
+    """Note in the file that it was in use until now: what is written to a mapping does not."""
+    with contextlib.suppress(OSError):
+        os.utime(fd)
 
 
 def create(path: Path, spec: Spec, head: bytes, wrap: Wrap) -> Backing:
@@ -210,6 +217,7 @@ def open_to_write(path: Path, wrap: Wrap) -> Backing | None:
             os.close(fd)
             return None
         os.posix_fallocate(fd, 0, max(os.fstat(fd).st_size, 1))  # a copy may have lost some pages
+        _used(fd)
         return wrap(fd, True, False)
     except FileNotFoundError:
         os.close(fd)

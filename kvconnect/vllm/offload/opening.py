@@ -14,6 +14,7 @@ from kvconnect.offload.store.arena import Arena, make
 from kvconnect.offload.store.backing import Filed, Wrap, mapped
 from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
 from kvconnect.offload.store.host import HostStore
+from kvconnect.offload.store.limits import memory_room
 from kvconnect.offload.store.neighbours import Neighbours, claim, other_paths
 from kvconnect.offload.store.numa import Nodes
 from kvconnect.offload.store.runner import Runner
@@ -228,12 +229,23 @@ def _spec(room: int, nbytes: int, fingerprint: bytes, option: str) -> Spec:
 
 def _check_memory(nbytes: int) -> None:
     """More than there is would end this process, or others, when it is touched."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if nbytes > there:
+    room = memory_room()
+    if nbytes > room.nbytes:
         raise StoreError(
             Reason.FULL,
-            f"cpu_bytes_to_use is {nbytes} bytes on this rank, where the host has {there}",
+            f"cpu_bytes_to_use is {nbytes} bytes on this rank, more than {room.source}, "
+            f"{room.nbytes} bytes; give less",
         )
+
+
+def remove_unused_arenas(config: OffloadConfig) -> None:
+    """From the folders of memory and disk, once all ranks have opened theirs."""
+    from kvconnect.offload.store.unused import remove_unused
+
+    if config.persist or config.share:
+        remove_unused(_memory_folder(config), config.remove_after_days)
+    if config.disk_path is not None:
+        remove_unused(Path(config.disk_path), config.remove_after_days)
 
 
 def _memory_folder(config: OffloadConfig) -> Path:

@@ -6,6 +6,7 @@ end the start. What fails later is a miss, or KV that is not kept.
 
 import functools
 import logging
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.loads import RunningLoads
 from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
-from kvconnect.vllm.offload.opening import OpenStore
+from kvconnect.vllm.offload.opening import OpenStore, remove_unused_arenas
 
 if TYPE_CHECKING:
     from kvconnect.offload.store.pinning import Pinning
@@ -112,6 +113,8 @@ class OffloadWorker:
         """Start a step's jobs, before its forward; its saves wait for `forward_is_done`."""
         if work is self._begun:
             return
+        if self._begun is None and not self._rank:  # by now every rank has opened its own
+            threading.Thread(target=remove_unused_arenas, args=[self._config], daemon=True).start()
         self._begun = work
         self._adapters.bound(work.step)
         assert self._store is not None, "a step before the caches were registered"
