@@ -94,6 +94,9 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Seconds that prefilled blocks are kept for a decode engine that does not renew."""
     kv_lease_max_duration: Seconds = LEASE_MAX_S
     """Seconds after which a lease ends even if it is still being renewed."""
+    drain_timeout: Seconds = 30
+    """Seconds that leases may still be read once the engine is asked to end (SIGTERM); of vLLM's
+    ``--shutdown-timeout`` at most all but two."""
     handshake_timeout: Seconds = HANDSHAKE_TIMEOUT_S
     """Seconds within which a peer must complete the greeting."""
     load_timeout: Seconds = LOAD_TIMEOUT_S

@@ -5,7 +5,7 @@ lease_id, so a stale reference to a request id or to a restarted engine never ma
 
 * promise → grant → end: promised while the request is computed (a reader that is early waits
   instead of being refused), granted when its blocks hold the KV, ended once: by its last
-  reader, by expiry, or withdrawn before it was granted.
+  reader, by expiry, revoked, or withdrawn before it was granted.
 * A lease does not end by its last reader while another is between open and close, even one of
   another engine that was given the same ticket.
 * Times are this process's monotonic clock; no other process's clock is ever compared.
@@ -121,11 +121,15 @@ class LeaseBook:
         if name is not None:
             self._unnamed(name, lease_id)
 
-    def revoke(self, lease_id: str) -> str | None:
+    def release_unread(self, lease_id: str) -> str | None:
         """End a lease that nobody reads; returns the request id whose blocks may be freed."""
         if self.standing(lease_id) is not LeaseState.GRANTED or self._leases[lease_id].reading:
             return None
         return self._end(lease_id)
+
+    def revoke(self, lease_id: str) -> str | None:
+        """End a lease, read or not; returns the request id if it was granted. Late is failed."""
+        return self._end(lease_id) if lease_id in self._leases else None
 
     def find(self, name: str) -> str | None:
         """Id under which a request's lease is promised or granted now."""

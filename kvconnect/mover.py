@@ -14,6 +14,7 @@ with a fake clock.
 """
 
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ from kvconnect.orders import (
     Release,
     ReleaseOwn,
     RenewLease,
+    Revoke,
     Withdraw,
 )
 from kvconnect.producer.leases import LeaseServer
@@ -55,6 +57,7 @@ THREAD_NAME = "kvconnect-mover"
 IDLE_WAIT_S = 1.0
 BUSY_PAUSE_S = 100e-6
 SILENT_S, SILENT_PAUSE_S = 1.0, 2e-3
+AWAIT_S = 0.05  # between looks at whether the thread still runs
 
 
 class Mover:
@@ -114,7 +117,9 @@ class Mover:
         self._loop = Loop(THREAD_NAME, self._turn, channel.wake)
         # guarded by the loop's lock:
         self._orders: deque[tuple[Sequence[Order], Fence | None, tuple[type[Order], ...]]] = deque()
+        self._awaited: list[threading.Event] = []
         self._outcome = Outcome()
+        self._closed = False
 
     # -- the engine's thread ----------------------------------------------------------
 
@@ -140,6 +145,18 @@ class Mover:
         with self._loop.lock:
             self._orders.append((orders, fence, fenced))
         self._channel.wake()
+
+    def wait_carried_out(self) -> None:
+        """Wait until the thread has carried out all that was put, but for what is fenced.
+
+        Raises what stopped the thread, if anything did.
+        """
+        carried_out = threading.Event()
+        with self._loop.lock:
+            self._awaited.append(carried_out)
+        self._channel.wake()
+        while not carried_out.wait(AWAIT_S) and not self._loop.stopping:
+            self._loop.check()
 
     def take(self) -> Outcome:
         """What ended since the last call; raises what stopped the thread, if anything did."""
@@ -173,12 +190,16 @@ class Mover:
         """How each rank of each greeted engine is read, by the address of its first rank."""
         return self._remotes.paths()
 
-    def close(self) -> None:
-        """Stop the thread, then give up the transport and the channel. Idempotent."""
-        if self._loop.stopping or not self._loop.close():
-            return  # a thread that did not stop may use the transport still
-        self._transport.close()
-        self._channel.close()
+    def close(self) -> bool:
+        """Stop the thread, then give up the transport and the channel. Idempotent.
+
+        Returns whether that was done: a thread that did not stop may use the transport still.
+        """
+        if not self._loop.stopping and self._loop.close():
+            self._transport.close()
+            self._channel.close()
+            self._closed = True
+        return self._closed
 
     # -- the mover's thread -----------------------------------------------------------
 
@@ -255,6 +276,7 @@ class Mover:
     def _carry_out_orders(self) -> None:
         with self._loop.lock:
             given, self._orders = self._orders, deque()
+            awaited, self._awaited = self._awaited, []
         for orders, fence, fenced in given:
             for order in orders:
                 if fence is not None and isinstance(order, fenced):
@@ -263,6 +285,17 @@ class Mover:
                     self._carry_out(order)
         while self._fenced and self._fenced[0][1]():
             self._carry_out(self._fenced.popleft()[0])
+        for carried_out in awaited:
+            carried_out.set()
+
+    def _revoke(self, order: Revoke) -> None:
+        """Revoke leases, and those whose Grant still waits for the device."""
+        for waiting in list(self._fenced):
+            grant = waiting[0]
+            if isinstance(grant, Grant) and grant.terms.lease_id in order.lease_ids:
+                self._fenced.remove(waiting)
+                self._lease_server.grant(grant.terms)
+        self._lease_server.revoke(order.lease_ids)
 
     def _cancel(self, order: Cancel) -> None:
         """Cancel a fetch, and one that still waits for the device before it reads anything."""
@@ -282,6 +315,8 @@ class Mover:
                 self._lease_server.grant(order.terms)
             case Withdraw():
                 self._lease_server.withdraw(order.lease_id)
+            case Revoke():
+                self._revoke(order)
             case ReleaseOwn():
                 self._lease_server.release_own(order.lease_id, order.request_id)
             case RenewLease():

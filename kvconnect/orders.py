@@ -88,6 +88,16 @@ class Withdraw:
 
 
 @dataclass(frozen=True)
+class Revoke:
+    """Producer: the blocks of these leases are wanted back. Who reads them is late.
+
+    It is carried out before the step that it comes with writes into any block.
+    """
+
+    lease_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ReleaseOwn:
     """Producer: the reader of this lease is this very engine, and needs nothing of it.
 
@@ -149,6 +159,7 @@ Order = (
     Promise
     | Grant
     | Withdraw
+    | Revoke
     | ReleaseOwn
     | RenewLease
     | Fetch
@@ -170,6 +181,13 @@ class Outcome:
     """Consumer: of those, the ones whose blocks do not hold the KV, with the reason."""
     ended_s: dict[str, float] = field(default_factory=dict)
     """Consumer: when each fetch ended, by the mover's clock."""
+
+    def add(self, other: "Outcome") -> None:
+        """Report what ``other`` does as well."""
+        self.sent |= other.sent
+        self.received |= other.received
+        self.failed |= other.failed
+        self.ended_s |= other.ended_s
 
     def __bool__(self) -> bool:
         return bool(self.sent or self.received or self.failed)

@@ -9,7 +9,7 @@
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvconnect.control.wire import Address
 from kvconnect.lease import Terms
@@ -26,6 +26,7 @@ from kvconnect.orders import (
     Release,
     ReleaseOwn,
     RenewLease,
+    Revoke,
     Withdraw,
 )
 from kvconnect.stats import Stats
@@ -43,10 +44,16 @@ class Planner:
         self._fetching: set[str] = set()  # of those, the ones that a Fetch was ordered for
         self._samples: dict[LeaseKey, str] = {}  # lease → the sample that fetches it
         self._promised: dict[str, str] = {}  # request id → lease id, while it is computed
+        self._granted: dict[str, str] = {}  # likewise, until all ranks said that its lease is over
 
     def addresses_known(self, shards: tuple[Address, ...]) -> None:
-        """All ranks of this engine are up, at these addresses."""
+        """All ranks of this engine are up, at these addresses.
+
+        They may come a second time, of movers that know nothing of the requests that wait.
+        """
         self._orders.append(EngineAddresses(shards))
+        waiting = (r for r in self._offers if r not in self._fetching)
+        self._orders += [RenewLease(r, self._offers[r].source) for r in waiting]
 
     # -- consumer ------------------------------------------------------------------------
 
@@ -130,21 +137,43 @@ class Planner:
         ``tables``, ``tokens``, ``digest`` and ``name`` are those of `kvconnect.lease.Terms`.
         """
         lease_id = self._promised.pop(request_id, None) or secrets.token_hex(16)
+        self._granted[request_id] = lease_id
         held = tuple(tuple(table) for table in tables)
         terms = Terms(request_id, lease_id, held, tokens, digest, self._ttl_s, name)
         self._orders.append(Grant(terms))
         return lease_id
+
+    def has_promised(self, request_id: str) -> bool:
+        """Whether a lease is to come of this request."""
+        return request_id in self._promised
 
     def withdraw(self, request_id: str) -> None:
         """The request ended without KV to lease."""
         if lease_id := self._promised.pop(request_id, None):
             self._orders.append(Withdraw(lease_id))
 
+    def sent(self, request_ids: Iterable[str]) -> None:
+        """The leases of these requests are over on all ranks."""
+        for request_id in request_ids:
+            self._granted.pop(request_id, None)
+
+    def revoke(self, request_ids: Iterable[str]) -> int:
+        """The blocks of these requests are wanted back; returns how many of them were leased."""
+        found = [lease_id for r in request_ids if (lease_id := self._granted.pop(r, None))]
+        if found:
+            self._orders.append(Revoke(tuple(found)))
+        return len(found)
+
     def release_own(self, lease_id: str | None, request_id: str) -> None:
         """A lease of this engine's was offered to this engine."""
         self._orders.append(ReleaseOwn(lease_id, request_id))
 
     # -- both ----------------------------------------------------------------------------
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether there are orders that no step has taken."""
+        return bool(self._orders)
 
     def take_orders(self) -> list[Order]:
         """Orders since the last call, for every worker."""

@@ -14,6 +14,7 @@ import heapq
 import hmac
 import logging
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,8 +87,12 @@ class LeaseServer:
     def release_own(self, lease_id: str | None, name: str) -> None:
         """The reader of a lease is this very engine: the lease ends, if nobody else reads it."""
         lease_id = lease_id or self._book.find(name)
-        if lease_id and (freed := self._book.revoke(lease_id)):
+        if lease_id and (freed := self._book.release_unread(lease_id)):
             self._freed.add(freed)
+
+    def revoke(self, lease_ids: Sequence[str]) -> None:
+        """The blocks are wanted back: these leases end now, though somebody may be reading."""
+        self._freed.update(freed for one in lease_ids if (freed := self._book.revoke(one)))
 
     def receive(self, incoming: Incoming) -> None:
         """Handle a message from a peer that dialled us."""

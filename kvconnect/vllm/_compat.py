@@ -64,6 +64,34 @@ def layer_spec(group_spec: Any, layer: str) -> Any:
     return getattr(group_spec, "kv_cache_specs", {}).get(layer, group_spec)
 
 
+# -- of the scheduler -------------------------------------------------------------------------
+
+NULL_BLOCK = 0  # vLLM's BlockPool takes block 0 as the placeholder of blocks it does not keep
+
+_READ = ("has_finished_requests", "reset_prefix_cache", "get_request_counts", "pause_state")
+
+
+def scheduler_class() -> Any:
+    """The class whose methods say when vLLM has work; None where it is not as in 0.30 to 0.33."""
+    found = _find("vllm.v1.core.sched.scheduler", "Scheduler")
+    return found if all(hasattr(found, name) for name in _READ) else None
+
+
+def is_paused(scheduler: Any) -> bool:
+    """Whether new requests wait until the engine is resumed."""
+    return bool(scheduler.pause_state.name != "UNPAUSED")
+
+
+def blocks_in_use(block_pool: Any) -> int:
+    """How many blocks are not free, the null block aside."""
+    return int(block_pool.num_gpu_blocks - block_pool.get_num_free_blocks() - 1)
+
+
+def shutdown_timeout_s(vllm_config: Any) -> float:
+    """How long vLLM waits, at SIGTERM, before it kills the engine."""
+    return float(getattr(vllm_config, "shutdown_timeout", 0))
+
+
 # -- of KV cache specs ------------------------------------------------------------------------
 
 

@@ -1,12 +1,13 @@
 """What all prefill → decode connectors are: leased blocks of one engine, read by another."""
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from kvconnect.config import PeerConfig
+from kvconnect.config import NixlOptions, PeerConfig, parse
 from kvconnect.orders import Order
-from kvconnect.vllm import _compat
+from kvconnect.vllm import _compat, leaving, lent
 from kvconnect.vllm.base import HalvesConnector
 from kvconnect.vllm.metrics import PeerStats
 from kvconnect.vllm.protocol import RouterProtocol
@@ -51,6 +52,8 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", config: PeerConfig
     ) -> Scheduler:
         self._config = config
+        lent.watch()
+        leaving.watch()
         return Scheduler(vllm_config, kv_cache_config, config, self.protocol_type)
 
     def _make_worker(
@@ -63,9 +66,12 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     # -- classes of vLLM ask before there is an instance ---------------------------------
 
     @classmethod
-    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:  # noqa: ARG003 - vLLM's
-        """Asked since 0.33. Transports register memory once: what sleep puts there, they miss."""
-        return False
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Asked since 0.33: only of what lets go of memory, whatever maps its addresses later."""
+        options = kv_transfer_config.kv_connector_extra_config or {}
+        name, own = parse(options, cls.config_type, cls.__name__).chosen_transport("cuda")
+        over_ucx = list(own.get("backends", NixlOptions().backends)) == ["UCX"]
+        return name == "nccl" or (name == "nixl" and over_ucx)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
@@ -102,6 +108,22 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
             self.scheduler.addresses_known(metadata.ranks)
             self.scheduler.adapters.received(metadata.adapters)
         self.scheduler.update_connector_output(connector_output.finished_recving or ())
+        self.scheduler.sent(connector_output.finished_sending or ())
+
+    def has_pending_push_work(self) -> bool:
+        """Whether a step is needed though nothing is to be computed: orders go with steps.
+
+        A paused engine makes it, so that its movers renew the leases of requests that wait.
+        """
+        return self.scheduler.has_orders
+
+    def lent(self) -> Mapping[str, Any]:
+        """See `kvconnect.vllm.lent.Lender`."""
+        return self.scheduler.lent
+
+    def revoke(self, request_ids: Iterable[str]) -> None:
+        """The same."""
+        self.scheduler.revoke(request_ids)
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
@@ -109,6 +131,14 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         return self.scheduler.request_finished(request, block_ids)
 
     # -- worker --------------------------------------------------------------------------
+
+    def unregister_kv_caches(self) -> None:
+        """The engine goes to sleep (0.33)."""
+        self.worker.unregister_kv_caches()
+
+    def restore_kv_caches(self) -> None:
+        """It is awake; `set_xfer_handshake_metadata` is called once more."""
+        self.worker.restore_kv_caches()
 
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
         return self.worker.build_connector_worker_meta()

@@ -5,7 +5,8 @@ Nothing a client sends may raise here: unusable params are counted and prefilled
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.orders import Blocks, Offer, Order
 from kvconnect.planner import Planner
 from kvconnect.stats import StatsData
-from kvconnect.vllm import _compat
+from kvconnect.vllm import _compat, leaving
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
@@ -31,8 +32,8 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 SAMPLE = re.compile(r"\d+_")  # vLLM's names of the samples of a prompt begin so (ParentRequest)
 MAX_UNDECIDED = 4096
-NULL_BLOCK = 0  # vLLM's BlockPool takes block 0 as the placeholder of blocks it does not keep
 SHORTENED = "_kvconnect_shortened"  # attribute of a vLLM request
+EXIT_S = 2.0  # that an engine takes to end once its leases are over
 NOWHERE = (Address("localhost", 1), "unnamed")  # until the workers have said where they are
 
 
@@ -66,6 +67,12 @@ class Scheduler:
         self._windows = Windows(kv_cache_config, self._groups)
         self._backoff = _backoff(vllm_config, kv_cache_config)
         self._planner = Planner(self._us.ttl_s)
+        self.lent: dict[str, Any] = {}
+        """Finished requests, by id, whose blocks are kept for readers."""
+        self.drain_s = config.drain_timeout
+        """How long leases may be read once the engine is asked to end."""
+        if killed_after_s := _compat.shutdown_timeout_s(vllm_config):
+            self.drain_s = min(self.drain_s, max(killed_after_s - EXIT_S, 0))
         self.adapters = scheduler_adapters(vllm_config)
         self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
         self._world_size = parallel.world_size
@@ -104,7 +111,8 @@ class Scheduler:
             self._note(request)
         elif self._protocol.lends(request):
             self._shorten(request)
-            self._planner.promise(request.request_id, self._protocol.name(request))
+            if leaving.asked_at is None:
+                self._planner.promise(request.request_id, self._protocol.name(request))
 
     def get_num_new_matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here; None: not known yet. No effect."""
@@ -147,6 +155,22 @@ class Scheduler:
             self._planner.received(request_id)
             self._windows.received(request_id)
 
+    def sent(self, request_ids: Iterable[str]) -> None:
+        """The leases of these requests are over on all ranks."""
+        self._planner.sent(request_ids)
+        for request_id in request_ids:
+            self.lent.pop(request_id, None)
+
+    def revoke(self, request_ids: Iterable[str]) -> None:
+        """The blocks of these requests are wanted back: their readers are late."""
+        if revoked := self._planner.revoke(request_ids):
+            logger.info("kvconnect: %d leases are revoked", revoked)
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether there are orders that no step has taken."""
+        return self._planner.has_orders
+
     def request_finished(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -166,14 +190,19 @@ class Scheduler:
             RequestStatus.FINISHED_LENGTH_CAPPED,
             RequestStatus.FINISHED_STOPPED,
         )
-        if not computed or tokens <= 0 or not any(tables) or adapter == "":
+        refused = leaving.asked_at is not None and not self._planner.has_promised(
+            request.request_id
+        )
+        if not computed or tokens <= 0 or not any(tables) or adapter == "" or refused:
             self._planner.withdraw(request.request_id)
             return False, None
+        self.lent[request.request_id] = request
         return True, self._lend(request, tables, Prompt(request, adapter), tokens)
 
     def take_orders(self) -> list[Order]:
         """Orders for every worker, since the last call: once per step."""
         self._decide()
+        self._drain()
         return self._planner.take_orders()
 
     def take_stats(self) -> StatsData | None:
@@ -201,6 +230,18 @@ class Scheduler:
         for about in self._undecided.asked():
             while (request := self._undecided.first(about)) and self._look(request):
                 self._undecided.remove(about, request)
+
+    def _drain(self) -> None:
+        """End the leases of an engine that ends, once they had their time to be read."""
+        asked_at = leaving.asked_at
+        if asked_at is None or not self.lent or time.monotonic() < asked_at + self.drain_s:
+            return
+        if late := self._planner.revoke(list(self.lent)):
+            logger.warning(
+                "kvconnect: %d leases were not read within %.0f s of the signal to end",
+                late,
+                self.drain_s,
+            )
 
     def _look(self, request: Any) -> bool:
         """Note what a request offers, if it is known by now."""
@@ -256,7 +297,7 @@ class Scheduler:
         self, request: Any, tables: list[list[int]], prompt: Prompt, tokens: int
     ) -> dict[str, Any] | None:
         kept = tuple(
-            tuple(b if b != NULL_BLOCK else NO_BLOCK for b in table[: -(-tokens // size)])
+            tuple(b if b != _compat.NULL_BLOCK else NO_BLOCK for b in table[: -(-tokens // size)])
             for table, size in zip(tables, self._group_sizes, strict=True)
         )
         digest = prompt.digest(tokens)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from kvconnect.loop import Fence
 from kvconnect.mover import Mover
 from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
-from kvconnect.orders import Fetch, Grant, Order, Outcome
+from kvconnect.orders import Fetch, Grant, Order, Outcome, Revoke
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.stats import StatsData
 from kvconnect.transport.registry import make_transport
@@ -72,7 +73,11 @@ class Worker:
         self._kv_cache_config = kv_cache_config
         self._config = config
         self._secret = read_secret(config.auth_secret_file)
-        self._mover: Mover | None = None
+        self.mover: Mover | None = None  # none before the caches are registered, and asleep
+        self._kv_caches: Mapping[str, torch.Tensor] = {}
+        self._kept: list[Order] = []  # that came while there was no mover
+        self._lent: set[str] = set()  # requests whose blocks this rank lends
+        self._ended = Outcome()  # of a mover that was closed
         self._device: torch.device | None = None
         self._arena: Any = None  # owns the staging memory
         self._index = 0  # of the rank
@@ -84,6 +89,7 @@ class Worker:
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe and register the caches, open the control channel, start the mover."""
+        self._kv_caches = kv_caches
         rank = this_rank()
         self._index = rank.index
         memory = describe(
@@ -115,8 +121,8 @@ class Worker:
         chosen = self._vllm_config.kv_transfer_config.kv_port != DEFAULT_KV_PORT
         bind = said if said in EVERYWHERE else None
         channel = ZmqChannel(host, port, bind, or_another=self._config.at_kv_port and not chosen)
-        self._mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
-        self._mover.start(use_device(self._device))
+        self.mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
+        self.mover.start(use_device(self._device))
         nbytes = sum(r.nbytes for r in memory.regions)
         logger.info(
             "kvconnect: rank %d of %d offers %d layers, %.2f GB, at %s",
@@ -124,8 +130,34 @@ class Worker:
             rank.count,
             len(memory.views),
             nbytes / 1e9,
-            self._mover.address,
+            self.mover.address,
         )
+
+    def unregister_kv_caches(self) -> None:
+        """Give up the mover, and all that is registered: the caches' memory goes. Idempotent.
+
+        Raises RuntimeError if something may still use it. What was lent is over, and what was
+        being fetched has failed; who holds a ticket of this mover's is refused by the next one.
+        """
+        if self.mover is None:
+            return
+        if not self.mover.close():
+            raise RuntimeError("KV may still be read or written; the engine cannot go to sleep")
+        self._ended, lost = self.mover.take(), "the engine went to sleep"
+        self._ended.sent |= self._lent
+        running = self._blocks.keys() - self._ended.received
+        self._ended.received |= running
+        self._ended.failed |= dict.fromkeys(running, lost)
+        self._ended.ended_s |= dict.fromkeys(running, time.monotonic())
+        self.mover = self._arena = None
+
+    def restore_kv_caches(self) -> None:
+        """The caches have memory again: register them, as another incarnation. Idempotent."""
+        if self.mover is None and self._kv_caches:
+            self.register_kv_caches(self._kv_caches)
+            self._address_sent = False
+            kept, self._kept = self._kept, []
+            self.put(kept)
 
     def _staging(self, memory: Shard) -> tuple[Staging | None, Any, Kernels | None]:
         """Staging memory, its owner, and the kernels for the caches' device; none if not staged."""
@@ -153,10 +185,10 @@ class Worker:
 
     def get_handshake_metadata(self) -> RankMetadata | None:
         """Where this rank is; None before `register`."""
-        if self._mover is None:
+        if self.mover is None:
             return None
-        address = self._mover.address
-        return RankMetadata(address.host, address.port, self._mover.incarnation)
+        address = self.mover.address
+        return RankMetadata(address.host, address.port, self.mover.incarnation)
 
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
         """The same for a step's results, the first time, and which adapters were loaded."""
@@ -168,20 +200,30 @@ class Worker:
         return WorkerMetadata(ranks, adapters) if ranks or adapters else None
 
     def put(self, orders: Sequence[Order]) -> None:
-        """Give the mover the scheduler's orders, for after the device's current work."""
-        if self._mover is None or not orders:
+        """Give the mover the scheduler's orders, for after the device's current work.
+
+        A step that comes with revoked leases begins only once they are over on this rank.
+        """
+        if self.mover is None:
+            self._kept += orders
+        if self.mover is None or not orders:
             return
         for order in orders:
             if isinstance(order, Fetch):
                 self._blocks[order.request_id] = {b for g in order.blocks for _, b in g}
+            elif isinstance(order, Grant):
+                self._lent.add(order.terms.request_id)
         wait = any(isinstance(order, self._fenced) for order in orders)
-        self._mover.put(orders, self._fence() if wait else None, self._fenced)
+        self.mover.put(orders, self._fence() if wait else None, self._fenced)
+        if any(isinstance(order, Revoke) for order in orders):
+            self.mover.wait_carried_out()
 
     def take(self) -> tuple[Outcome, set[int]]:
         """What ended since the last call, and the block ids of failed fetches."""
-        if self._mover is None:
-            return Outcome(), set()
-        outcome = self._mover.take()
+        outcome, self._ended = self._ended, Outcome()
+        if self.mover is not None:
+            outcome.add(self.mover.take())
+        self._lent -= outcome.sent
         lost: set[int] = set()
         for request_id in outcome.received:
             blocks = self._blocks.pop(request_id, set())
@@ -191,12 +233,12 @@ class Worker:
 
     def take_stats(self) -> StatsData | None:
         """See `Mover.take_stats`."""
-        return self._mover.take_stats() if self._mover else None
+        return self.mover.take_stats() if self.mover else None
 
     def close(self) -> None:
         """Stop the mover. Idempotent."""
-        if self._mover is not None:
-            self._mover.close()
+        if self.mover is not None:
+            self.mover.close()
 
     def _fence(self) -> Fence | None:
         """Blocks in the orders may still be written by steps that run on the device."""

@@ -38,6 +38,7 @@ def pair(folder: Path) -> Setup:
         policy="recompute",
         prefill=["--max-num-batched-tokens", "1024"],  # long prompts are prefilled in chunks
         both=["--max-model-len", "4200"],
+        env={"VLLM_SERVER_DEV_MODE": "1"},  # reset and pause
     )
 
 

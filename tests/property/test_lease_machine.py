@@ -131,6 +131,15 @@ class LeaseMachine(RuleBasedStateMachine):
         if freed:
             self.free(model, "read")
 
+    @precondition(lambda self: self.models)
+    @rule(number=picks)
+    def revoke(self, number):
+        model = self.pick(number)
+        held = not model.ended and model.granted_at is not None
+        assert self.book.revoke(model.lease_id) == (model.request_id if held else None)
+        if held:
+            self.free(model, "revoked")
+
     @rule(seconds=st.sampled_from([0.0, 0.5, TTL_S / 2, TTL_S - 0.25, TTL_S, MAX_S]))
     def advance(self, seconds):
         self.clock.advance(seconds)

@@ -9,7 +9,16 @@ from kit.network import Network
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.mover import IDLE_WAIT_S, THREAD_NAME, Mover
-from kvconnect.orders import Cancel, Fetch, Grant, Promise, Release, RenewLease, Withdraw
+from kvconnect.orders import (
+    Cancel,
+    Fetch,
+    Grant,
+    Promise,
+    Release,
+    RenewLease,
+    Revoke,
+    Withdraw,
+)
 from kvconnect.testing import Faulty
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
 from kvconnect_bench.caches import Cache
@@ -75,6 +84,56 @@ def test_a_fetch_that_is_cancelled_before_its_fence_is_reported_and_reads_nothin
     world.go_on()
     assert d.ended == {"d": [None]}
     assert d.transports[0].submitted == []
+
+
+@pytest.mark.parametrize("mode", ["direct", "staged"])
+def test_who_reads_a_revoked_lease_is_late(mode):
+    world = World()
+    p, d = (Engine(world, staging=(4, 1), mode=mode) for _ in range(2))
+    lease = p.lend("r", [3, 1], seed=7)
+    d.put(Fetch("d", p.source(lease), (((0, 5), (1, 2)),), 2, lease.digest))
+    while p.movers[0].wait_s():
+        world.go_on(1)
+    assert p.sent == [] and d.ended == {}, "it is being read"
+    p.put(Revoke((lease.lease_id,)))
+    p.step()
+    p.caches[0].fill([3, 1], 8)
+    world.go_on(40)
+    assert p.sent == ["r"], "its blocks are free, though it was being read"
+    ((error,),) = d.ended.values()
+    assert error, "what was read may be the next owner's"
+    p.put(Revoke((lease.lease_id,)))
+    world.go_on(2)
+    assert p.sent == ["r"], "once"
+
+
+def test_a_lease_is_revoked_that_waits_for_the_device_to_be_granted():
+    """Granted later, it would lend blocks that have another owner."""
+    world = World()
+    p = Engine(world)
+    terms, lifted = p.terms("r", [3], seed=7), []
+    p.movers[0].put([Grant(terms)], lambda: bool(lifted), (Grant,))
+    p.put(Revoke((terms.lease_id,)))
+    world.go_on(1)
+    assert p.sent == ["r"]
+    lifted.append(True)
+    world.go_on(1)
+    assert p.movers[0].held()["leases"] == 0
+
+
+def test_the_engine_can_wait_until_its_orders_are_carried_out():
+    world = World()
+    p = Engine(world)
+    (mover,) = p.movers
+    lease = p.lend("r", [3], seed=7)
+    mover.start()
+    try:
+        mover.put([Revoke((lease.lease_id,))])
+        mover.wait_carried_out()
+        assert mover.held()["leases"] == 0
+    finally:
+        mover.close()
+    mover.wait_carried_out()  # and is not kept waiting by a thread that has ended
 
 
 def test_a_peer_that_ended_is_not_asked_by_orders_of_the_same_step():

@@ -9,7 +9,7 @@ first that has something load. What is different here:
 Children of other makers are treated as in-tree does, the chain being one child among them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,6 +43,7 @@ class KVConnectMulti(in_tree.MultiConnector):
         super().__init__(checked(vllm_config, kv_cache_config), role, kv_cache_config)
         self._labels = labels(vllm_config)
         self._params: dict[str, dict[str, Any]] = {}  # request → child's label → its params
+        self._saved_too: set[str] = set()  # requests whose blocks others than ours hold as well
         self._chain_scheduler: ChainScheduler | None = None
         self._chain_worker: ChainWorker | None = None
         ours = {
@@ -180,6 +181,17 @@ class KVConnectMulti(in_tree.MultiConnector):
             connector_output.kv_connector_worker_meta = metadata
         if self._chain_scheduler:
             self._chain_scheduler.update_connector_output(connector_output.finished_recving or ())
+        self._saved_too -= connector_output.finished_sending or set()
+
+    def lent(self) -> dict[str, Any]:
+        """See `kvconnect.vllm.lent.Lender`: what no child of another maker saves as well."""
+        found = {r: one for child in self._peers for r, one in child.scheduler.lent.items()}
+        return {r: one for r, one in found.items() if r not in self._saved_too}
+
+    def revoke(self, request_ids: Iterable[str]) -> None:
+        """The same."""
+        for child in self._peers:
+            child.scheduler.revoke(request_ids)
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         self.set_xfer_handshake_metadata_pp_aware({(0, r): m for r, m in metadata.items()})
@@ -199,6 +211,8 @@ class KVConnectMulti(in_tree.MultiConnector):
                 saving, answers[self._labels[at]] = per_connector_fn(child)
             saves += saving
         request_id = request.request_id
+        if saves > sum(request.request_id in child.scheduler.lent for child in self._peers):
+            self._saved_too.add(request.request_id)
         if saves > 1:
             self._extra_async_saves[request_id] = saves - 1
         self._requests_to_connector.pop(request_id, None)
@@ -273,6 +287,10 @@ class KVConnectMulti(in_tree.MultiConnector):
     def _chain(self) -> ChainScheduler:
         assert self._chain_scheduler is not None
         return self._chain_scheduler
+
+    @property
+    def _peers(self) -> list[PeerConnector]:
+        return [child for child in self._connectors if isinstance(child, PeerConnector)]
 
     def _loads_by_chain(self, request: Any) -> bool:
         return self._requests_to_connector.get(request.request_id, -1) in self._ours

@@ -23,6 +23,20 @@ class KVConnectP2pNccl(PeerConnector):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """The first rank pings, once it can be reached."""
         super().register_kv_caches(kv_caches)
+        self._ping()
+
+    def unregister_kv_caches(self) -> None:
+        if self._pings is not None:
+            self._pings.close()
+            self._pings = None
+        super().unregister_kv_caches()
+
+    def restore_kv_caches(self) -> None:
+        super().restore_kv_caches()
+        if self._pings is None:
+            self._ping()
+
+    def _ping(self) -> None:
         config, here = self._config, self.get_handshake_metadata()
         assert isinstance(config, P2pNcclConfig)
         assert here is not None
