@@ -60,7 +60,7 @@ soak: setup ## a million transfers between engines in one process, with faults (
 	@$(RUN) python tests/soak.py $(ARGS)
 
 fuzz: setup ## a million mutated frames and descriptions, and ten thousand params at real engines
-	@$(RUN) python tests/fuzz.py && python tests/e2e/fuzz_params.py $(ARGS)
+	@$(RUN) python tests/fuzz.py && python tests/e2e/clients.py $(ARGS)
 
 lifecycle: setup ## reset, pause, sleep and shutdown of real engines with leases out (two minutes)
 	@$(RUN) python tests/e2e/lifecycle.py $(ARGS)
