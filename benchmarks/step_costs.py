@@ -5,7 +5,8 @@
 Nothing of it may grow with what waits (DESIGN's rule 12). Movers and scheduler halves are real, of
 engines that are not there (tests/kit, tests/vllm): control channels in memory, but for the row
 that says so; the clock stands still. The thread's own CPU time: of many steps the time that
-a quarter of them stay under, the least of some rounds, for other processes disturb the caches. Ratios are to the first row of the same name.
+a quarter of them stay under, the least of some rounds, for other processes disturb the caches.
+Ratios are to the first row of the same name.
 """
 
 import argparse
