@@ -23,8 +23,6 @@ Why it is so, and what was rejected:
 * A phase machine that `tick` advances, not a callback for each answer or a coroutine for each
   fetch: the deadline, an abort, a peer's end and an answer may come in any order, and there is one
   place that looks at all of them. Tests step it with a clock that stands still.
-* The paths of a rank stand in for each other once in a fetch. Trying again for longer costs the
-  request more than prefilling here would.
 * A failure belongs to a fetch and says why in one line with the request's id. What is left of a
   partial read is not used: which blocks of it were whole is known only once the lease was checked.
 """
@@ -35,16 +33,17 @@ import logging
 from dataclasses import dataclass, field
 
 from kvconnect.consumer.agenda import Agenda, SlotQueue
+from kvconnect.consumer.reads import RankReads
 from kvconnect.consumer.release import Releaser
-from kvconnect.consumer.remote import ConsumerContext, PeerPath, Remote, Remotes
+from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.consumer.stage import ChunkReceiver
 from kvconnect.control import wire
 from kvconnect.control.dialer import Call, PeerState
-from kvconnect.errors import GeometryError, contained
+from kvconnect.errors import contained
 from kvconnect.orders import Cancel, Fetch, Release
 from kvconnect.stats import Stats
-from kvconnect.transport.base import Done, Op, TransferId, Work
+from kvconnect.transport.base import Done, TransferId
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -62,7 +61,9 @@ class Phase(enum.Enum):
 
 
 @dataclass
-class _Fetch:
+class FetchState:
+    """One fetch, until it is reported."""
+
     order: Fetch
     remote: Remote
     deadline: float
@@ -76,6 +77,10 @@ class _Fetch:
     began: dict[int, float] = field(default_factory=dict)  # index of the rank → when, by its path
     fell_back: set[int] = field(default_factory=set)  # ranks whose first path has failed
     expected: dict[int, int] = field(default_factory=dict)  # index of the rank → descriptors
+
+    @property
+    def is_reading(self) -> bool:
+        return self.phase is Phase.READING
 
     def lease_id_at(self, index: int) -> str | None:
         """That rank's lease id; failing that, another rank's; failing that, the ticket's."""
@@ -101,8 +106,6 @@ class Fetcher:
         """``load_timeout_s``: from a Fetch until its KV must have arrived."""
         self._dialer = context.dialer
         self._transport = context.transport
-        self._rank = context.rank
-        self._mode = context.mode
         self._slots = context.slots
         self._remotes = remotes
         self._renewer = renewer
@@ -111,9 +114,8 @@ class Fetcher:
         self._stats = stats
         self._load_timeout_s = load_timeout_s
         self.agenda = Agenda(context.clock)
-        self._fetches: dict[str, _Fetch] = {}
-        self._reads: dict[TransferId, _Fetch] = {}
-        self._receiving: set[str] = set()  # those with chunks to come
+        self._fetches: dict[str, FetchState] = {}
+        self._reads = RankReads(context, remotes, stats, self._fail)
         self._waiting = SlotQueue()
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
@@ -121,7 +123,7 @@ class Fetcher:
     @property
     def reading(self) -> bool:
         """Whether the transport has work of ours."""
-        return bool(self._reads or self._receiving)
+        return self._reads.running
 
     def held(self) -> dict[str, int]:
         """See `Mover.held`."""
@@ -137,7 +139,7 @@ class Fetcher:
         remote = self._remotes.of(order.source)
         deadline = self._clock() + order.source.wait_s + self._load_timeout_s
         remote.fetches += 1
-        self._fetches[order.request_id] = _Fetch(order, remote, deadline)
+        self._fetches[order.request_id] = FetchState(order, remote, deadline)
         self.agenda.add(order.request_id, remote)
         self.agenda.at(deadline, order.request_id)
 
@@ -150,21 +152,10 @@ class Fetcher:
 
     def done(self, done: Done) -> None:
         """Take in a transfer that ended."""
-        if (fetch := self._reads.pop(done.transfer_id, None)) is None:
-            return
-        self.agenda.wake(fetch.order.request_id)
-        with self._contained(fetch):
-            self._done(fetch, fetch.transfers.pop(done.transfer_id), done)
-
-    def _done(self, fetch: _Fetch, index: int, done: Done) -> None:
-        path = fetch.remote.paths[index]
-        assert path is not None
-        if done.error is None:
-            path.was_read = True
-            self._stats.transfer(done)
-            self._measured(fetch, index, False, done.nbytes, done.wire_s)
-        elif fetch.phase is Phase.READING:
-            self._not_read(fetch, index, path, done.error)
+        if (fetch := self._reads.fetch_of(done.transfer_id)) is not None:
+            self.agenda.wake(fetch.order.request_id)
+            with self._contained(fetch):
+                self._reads.done(fetch, done)
 
     def tick(self) -> None:
         """Move on, as far as they go, the fetches of which something has changed."""
@@ -176,7 +167,7 @@ class Fetcher:
                 continue
             if self._is_done(fetch):
                 del self._fetches[request_id]
-                self._receiving.discard(request_id)
+                self._reads.no_chunks(request_id)
                 self.agenda.remove(request_id, fetch.remote)
                 fetch.remote.fetches -= 1
                 self._renewer.forget(request_id)
@@ -185,10 +176,10 @@ class Fetcher:
             elif self._goes_on(request_id, fetch):
                 self.agenda.wake(request_id)
 
-    def _goes_on(self, request_id: str, fetch: _Fetch) -> bool:
+    def _goes_on(self, request_id: str, fetch: FetchState) -> bool:
         """Whether to look at it in every step; if not, it waits for what wakes it."""
         if not fetch.receivers:
-            self._receiving.discard(request_id)
+            self._reads.no_chunks(request_id)
             return fetch.phase is Phase.FAILING and not fetch.transfers
         waits = all(receiver.waits_for_slot for receiver in fetch.receivers.values())
         if fetch.phase is not Phase.READING or not waits:
@@ -203,7 +194,7 @@ class Fetcher:
         self._received, self._failed = set(), {}
         return taken
 
-    def _contained(self, fetch: _Fetch) -> contextlib.AbstractContextManager[None]:
+    def _contained(self, fetch: FetchState) -> contextlib.AbstractContextManager[None]:
         """Let what is unexpected fail this fetch alone."""
 
         def end(why: str) -> None:
@@ -212,7 +203,7 @@ class Fetcher:
 
         return contained(f"fetch of request {fetch.order.request_id}", end)
 
-    def _is_done(self, fetch: _Fetch) -> bool:
+    def _is_done(self, fetch: FetchState) -> bool:
         if fetch.phase is Phase.FAILING:
             # nothing may go wrong here: blocks must not be given back before nobody touches them
             return self._advance(fetch)
@@ -220,7 +211,7 @@ class Fetcher:
             return self._advance(fetch)
         return False
 
-    def _report(self, request_id: str, fetch: _Fetch) -> None:
+    def _report(self, request_id: str, fetch: FetchState) -> None:
         self._received.add(request_id)
         if fetch.error and not fetch.aborted:
             self._failed[request_id] = fetch.error
@@ -228,7 +219,7 @@ class Fetcher:
 
     # -- one fetch ----------------------------------------------------------------------
 
-    def _advance(self, fetch: _Fetch) -> bool:
+    def _advance(self, fetch: FetchState) -> bool:
         """Move ``fetch`` on; True once it has ended."""
         self._check_time(fetch)
         if fetch.phase is not Phase.FAILING:
@@ -238,7 +229,7 @@ class Fetcher:
         if fetch.phase is Phase.OPENING and all(c.reply for c in fetch.opens.values()):
             self._read(fetch)
         if fetch.phase is Phase.READING:
-            self._receive(fetch)
+            self._reads.receive(fetch)
         if fetch.phase is Phase.READING and not fetch.transfers and not fetch.receivers:
             self._close(fetch)
             fetch.phase = Phase.CLOSING
@@ -257,7 +248,7 @@ class Fetcher:
             return True
         return False
 
-    def _check(self, fetch: _Fetch) -> None:
+    def _check(self, fetch: FetchState) -> None:
         """Fail a fetch that cannot succeed any more."""
         remote = fetch.remote
         remote.advance()
@@ -274,7 +265,7 @@ class Fetcher:
             greeted = fetch.phase is not Phase.GREETING
             self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)
 
-    def _check_time(self, fetch: _Fetch) -> None:
+    def _check_time(self, fetch: FetchState) -> None:
         if self._clock() < fetch.deadline:
             return
         opened = fetch.phase in (Phase.READING, Phase.CLOSING)
@@ -284,7 +275,7 @@ class Fetcher:
             # the fence: without it a read could still land in blocks that get a new owner
             fetch.remote.fail("a read did not end in time")
 
-    def _open(self, fetch: _Fetch) -> None:
+    def _open(self, fetch: FetchState) -> None:
         order, source = fetch.order, fetch.order.source
         if fetch.remote.was_restarted(source):
             self._fail(fetch, "the peer was restarted since the ticket was made")
@@ -300,127 +291,22 @@ class Fetcher:
                 )
         fetch.phase = Phase.OPENING
 
-    def _read(self, fetch: _Fetch) -> None:
+    def _read(self, fetch: FetchState) -> None:
         fetch.phase = Phase.READING
         fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
         self.agenda.at(fetch.deadline, fetch.order.request_id)
         for index in fetch.opens:
             if fetch.phase is Phase.READING:
-                self._start(fetch, index)
+                self._reads.start(fetch, index)
 
-    def _start(self, fetch: _Fetch, index: int, staged: bool | None = None) -> None:
-        """Begin to read a rank on this path; None: on the one that costs less."""
-        path, opened = fetch.remote.paths[index], fetch.opens[index].reply
-        assert path is not None and isinstance(opened, wire.Opened)
-        try:
-            if staged is None:
-                found = path.choose_staged(opened.tables, fetch.order.blocks)
-                staged, fetch.expected[index] = found
-            if staged:
-                self._start_receiver(fetch, index, path)
-            else:
-                self._submit(fetch, index, path, opened)
-        except (GeometryError, IndexError) as e:
-            self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
-
-    def _submit(self, fetch: _Fetch, index: int, path: PeerPath, opened: wire.Opened) -> None:
-        route = path.route
-        assert route is not None
-        chosen = route.select(opened.tables, fetch.order.blocks)
-        if not len(chosen.src):
-            return
-        fetch.began[index] = self._clock()
-        work = Work(
-            op=Op.READ,
-            peer=fetch.remote.name_of(index),
-            local=route.dst,
-            local_index=chosen.dst,
-            remote=route.src,
-            remote_index=chosen.src,
-            nbytes=chosen.nbytes,
-        )
-        transfer_id = self._transport.submit(work)
-        fetch.transfers[transfer_id], self._reads[transfer_id] = index, fetch
-
-    def _not_read(self, fetch: _Fetch, index: int, path: PeerPath, error: str) -> None:
-        """A direct read failed: stage instead."""
-        peer = fetch.remote.peers[index]
-        error = f"read from {fetch.remote.name_of(index)}: {error}"
-        path.costs.failed(False, self._clock() - fetch.began[index])
-        if path.staged is None or index in fetch.fell_back:
-            if self._mode == "direct":
-                error += "; where hosts cannot read each other's memory, transfer_mode must be auto"
-            self._fail(fetch, error)
-            # its transport may have been made anew: learn of that by greeting it again
-            self._dialer.fail(peer, f"a read failed: {error}")
-            return
-        if path.was_read:
-            fetch.remote.greet_anew(error)
-            self._remotes.look_again()
-        self._fall_back(fetch, index, error, staged=True)
-
-    def _not_staged(self, fetch: _Fetch, index: int, receiver: ChunkReceiver) -> None:
-        """A staged transfer failed, and touches our blocks no more: read directly instead."""
-        path = fetch.remote.paths[index]
-        assert path is not None
-        if receiver.only_this_path:
-            path.costs.failed(True, self._clock() - fetch.began[index])
-        if not receiver.only_this_path or path.route is None or index in fetch.fell_back:
-            self._fail(fetch, receiver.error)
-        else:
-            self._fall_back(fetch, index, receiver.error, staged=False)
-
-    def _fall_back(self, fetch: _Fetch, index: int, error: str, staged: bool) -> None:
-        fetch.fell_back.add(index)
-        self._stats.count("num_fallbacks")
-        logger.warning(
-            "request %s: the other path is taken to peer %s: %s",
-            fetch.order.request_id,
-            fetch.remote.peers[index],
-            error,
-        )
-        self._start(fetch, index, staged)
-
-    def _start_receiver(self, fetch: _Fetch, index: int, path: PeerPath) -> None:
-        assert path.staged is not None
-        hello = self._transport.hello()
-        receiver = ChunkReceiver(path.staged, fetch.order, hello, fetch.deadline)
-        if not receiver.done:
-            fetch.receivers[index], fetch.began[index] = receiver, self._clock()
-            self._receiving.add(fetch.order.request_id)
-
-    def _receive(self, fetch: _Fetch) -> None:
-        """Move the staged transfers of a fetch on."""
-        for index, receiver in list(fetch.receivers.items()):
-            lease_id = fetch.lease_id_at(index)
-            assert lease_id is not None
-            receiver.advance(lease_id, self._rank)
-            if receiver.error and not receiver.touches_blocks:
-                receiver.abandon()
-                del fetch.receivers[index]
-                self._not_staged(fetch, index, receiver)
-            elif receiver.done:
-                del fetch.receivers[index]
-                seconds = self._clock() - fetch.began[index]
-                self._stats.transfer(Done(0, None, receiver.nbytes, receiver.chunks, 0.0, seconds))
-                self._measured(fetch, index, True, receiver.nbytes, seconds)
-            if fetch.phase is not Phase.READING:
-                return
-
-    def _measured(self, fetch: _Fetch, at: int, staged: bool, nbytes: int, seconds: float) -> None:
-        """For the next choice, and for people to see."""
-        if path := fetch.remote.paths[at]:
-            path.costs.measured(staged, fetch.expected.get(at, 0), nbytes, seconds)
-            self._stats.path(staged, path.costs)
-
-    def _close(self, fetch: _Fetch) -> None:
+    def _close(self, fetch: FetchState) -> None:
         """Tell every rank of the source that we are done with its blocks."""
         order = fetch.order
         fetch.closes = self._releaser.close(
             order.request_id, order.source, fetch.remote, fetch.lease_id_at
         )
 
-    def _fail(self, fetch: _Fetch, error: str, counted_as: str = TRANSFER) -> None:
+    def _fail(self, fetch: FetchState, error: str, counted_as: str = TRANSFER) -> None:
         if fetch.phase is Phase.FAILING:
             return
         fetch.phase, fetch.error = Phase.FAILING, error

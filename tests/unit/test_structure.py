@@ -261,6 +261,13 @@ def test_sizes_counts_what_is_there(tmp_path):
     assert sizes.classes(files) == {"A": files, "B": files[:1]}
 
 
+def test_the_core_can_be_read_in_an_afternoon():
+    """The files that docs/structure.md lists for one, and the sum that it promises."""
+    core = sizes.core(ROOT.parent)
+    assert len(core) >= 10 and all(path.exists() for path in core)
+    assert sizes.lines(core) <= sizes.LIMITS["core, by the reading path"]
+
+
 def test_the_names_of_an_event_on_its_way_exist():
     """docs/structure.md, "One event, one verb": each name in it is a method, or an order."""
     page = (ROOT.parent / "docs/structure.md").read_text()
