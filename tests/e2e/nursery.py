@@ -62,18 +62,16 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
             env=engine_env(),
+            start_new_session=True,  # what interrupts us is no reason for it to end before us
         )
         self._lock = threading.Lock()
-        self._pids = set()
 
     def __enter__(self):
         assert self._process.stdout.readline(), "the nursery did not come up"
         return self
 
     def __exit__(self, *_):
-        for pid in self._pids:
-            kill(pid)
-        self._process.stdin.close()  # which ends it
+        self._process.stdin.close()  # which ends it and its engines
         self._process.stdout.close()
         self._process.wait()
 
@@ -83,9 +81,7 @@ class Nursery:
             return launch(command, env, log)
         env = dict(os.environ if env is None else env)
         arguments = list(command[len(VLLM) :])
-        pid = self.ask({"arguments": arguments, "env": env, "log": str(log)})
-        self._pids.add(pid)
-        return Forked(self, pid)
+        return Forked(self, self.ask({"arguments": arguments, "env": env, "log": str(log)}))
 
     def ask(self, what):
         with self._lock:
@@ -96,7 +92,6 @@ class Nursery:
 
     def status(self, pid):
         """What an engine that has ended ended with."""
-        self._pids.discard(pid)
         return os.waitstatus_to_exitcode(self.ask({"ended": pid}))
 
 
@@ -144,14 +139,20 @@ def main():
     gc.collect()
     gc.freeze()  # what is collected by nobody is copied by nobody
     os.write(spare, b"ready\n")
+    engines = set()
     for line in sys.stdin:
         asked = json.loads(line)
         if "ended" in asked:
             answer = os.waitpid(asked["ended"], 0)[1]
+            engines.remove(asked["ended"])
         elif (answer := os.fork()) == 0:
             os.close(spare)
             _serve(**asked)
+        else:
+            engines.add(answer)
         os.write(spare, f"{answer}\n".encode())
+    for pid in engines:
+        kill(pid)
 
 
 def _advertise(port):

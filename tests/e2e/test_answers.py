@@ -136,7 +136,7 @@ def test_pipeline_parallel_prefill(pipeline_pair: Pair):
 def test_requests_preempted_for_want_of_blocks_are_answered_right(crowded_pair: Pair):
     prompts = [words(300 + 40 * i, seed=900 + i) for i in range(12)]
     through = in_parallel(lambda p: crowded_pair.tokens(p, 200), prompts, workers=12)
-    alone = [crowded_pair.prefill.tokens(p, 200) for p in prompts]
+    alone = in_parallel(lambda p: crowded_pair.prefill.tokens(p, 200), prompts)
     assert through == alone
     preempted = crowded_pair.decode.metric("vllm:num_preemptions_total")
     assert preempted > 0, "the engine had room for all: the test shows nothing"
@@ -204,4 +204,4 @@ def check_some_prompts(pair: Pair, longest: int = 3000, left: int = 0) -> None:
     before = pair.computed_at_decode()
     through = in_parallel(pair.tokens, prompts)
     assert pair.computed_at_decode() - before <= max(1, left * len(prompts))
-    assert through == [pair.prefill.tokens(p) for p in prompts]
+    assert through == in_parallel(pair.prefill.tokens, prompts)
