@@ -144,6 +144,8 @@ def pair(monkeypatch):
 def test_who_slept_is_another_and_refuses_its_old_tickets(pair):
     p, d = pair
     old, before = p.lend("r", [3, 1], seed=7), p.worker.get_handshake_metadata()
+    assert p.worker.build_connector_worker_meta().ranks == {0: before}
+    assert p.worker.build_connector_worker_meta() is None
     assert d.fetched("d", old, [5, 2]) is None and d.cache.holds_fill([(0, 5), (1, 2)], 7)
     old = p.lend("unread", [3, 1], seed=8)
     p.sleep()
@@ -154,6 +156,8 @@ def test_who_slept_is_another_and_refuses_its_old_tickets(pair):
     p.wake()
     after = p.worker.get_handshake_metadata()
     assert after.incarnation != before.incarnation and len(p.transports) == 2
+    told = p.worker.build_connector_worker_meta()
+    assert told.ranks == {0: after}, "what in-tree MultiConnector's children go by"
     assert d.fetched("late", old, [5, 2]), "read from what was mapped anew"
     new = p.lend("again", [4, 6], seed=10)
     assert d.fetched("d2", new, [5, 2]) is None and d.cache.holds_fill([(0, 5), (1, 2)], 10)
