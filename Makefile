@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit test-deploy test-ray test-versions crash chaos hung soak fuzz lifecycle test-gpu gpu-first check bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-deploy test-ray test-versions crash chaos hung soak fuzz lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -71,6 +71,9 @@ test-gpu: ## the kernels on this machine's GPU; needs torch and nvcc, no vLLM, n
 gpu-first: ## what works on this machine's GPU, step by step, in ten minutes (ARGS=--fake: without one)
 	@cd "$(ROOT)" && if [ -f .venv/bin/activate ]; then . scripts/env.sh; fi && \
 	    "$(GPU_PYTHON)" -P scripts/gpu_first.py $(ARGS)
+
+wheel: setup ## dist/: wheel and source, installed into a fresh environment that serves with it
+	@$(RUN) python scripts/wheel.py $(ARGS)
 
 check: setup ## lint, formatting, types
 	@$(RUN) ruff check . && ruff format --check . && mypy

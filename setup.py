@@ -4,6 +4,7 @@ What is built, and when, is said by csrc/build_kernels.py.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_GLIBC = 17  # the minor version; manylinux has no older one
 sys.path.insert(0, str(ROOT / "csrc"))
 
 from build_kernels import HEADERS, SOURCES, try_compile  # noqa: E402
@@ -38,11 +40,20 @@ class BuildLibraries(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """py3-none-<platform>: the libraries are tied to a platform, not to a Python."""
+    """py3-none-<platform>: the libraries are tied to a platform, not to a Python.
+
+    The platform is the oldest glibc that has all symbols which they ask for, by manylinux's names.
+    """
 
     def get_tag(self) -> tuple[str, str, str]:
-        """The wheel's tag."""
-        return "py3", "none", super().get_tag()[2]
+        """The wheel's tag; it is asked for when the libraries have been built."""
+        platform = super().get_tag()[2]
+        libraries = list(Path(self.bdist_dir).glob("kvconnect/lib/*.so"))
+        if platform.startswith("linux_") and libraries:
+            found = (re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes()) for path in libraries)
+            newest = max(OLDEST_GLIBC, *(int(minor) for minors in found for minor in minors))
+            platform = platform.replace("linux_", f"manylinux_2_{newest}_")
+        return "py3", "none", platform
 
 
 setup(
