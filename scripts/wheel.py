@@ -5,7 +5,7 @@
 - The wheel's tag says which glibc its libraries need (setup.py): to have an old one, build on an
   old system, as .github/workflows/release.yml does.
 - The source distribution is built into a wheel without a compiler for CUDA, too.
-- The environment is new but for vLLM and what it needs, which are .venv's.
+- The environment is new: the wheel with its dependencies, then vLLM and what it needs out of .venv.
 """
 
 import argparse
@@ -81,10 +81,9 @@ def main() -> None:
         venv.create(fresh, with_pip=True)
         python = str(fresh / "bin/python")
         packages = f"lib/python3.{sys.version_info.minor}/site-packages"
-        run(python, "-m", "pip", "install", "-q", "--no-deps", str(wheel))
+        run(python, "-m", "pip", "install", "-q", str(wheel))
+        run(python, "-m", "pip", "check")  # .venv's, which come next, are not complete
         (fresh / packages / "vllm.pth").write_text(f"{sys.prefix}/{packages}\n")
-        run(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel))
-        run(python, "-m", "pip", "check")
         run(python, "-c", CHECK)
         if not options.no_engine:
             run(python, "-c", SERVE)

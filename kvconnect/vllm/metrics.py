@@ -45,6 +45,8 @@ class Metric(NamedTuple):
     kind: MetricKind = MetricKind.COUNTER
     factor: float = 1
     buckets: Sequence[float] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    """Names and values beyond vLLM's; several of one name differ in the values."""
 
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 5.0)
@@ -223,13 +225,16 @@ class Metrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._by_engine = [
-            (
-                metric,
-                create_metric_per_engine(self._made(metric, labelnames), per_engine_labelvalues),
-            )
-            for metric in table
-        ]
+        families: dict[str, Any] = {}
+        self._by_engine = []
+        for metric in table:
+            if metric.name not in families:
+                names = [*labelnames, *(name for name, _ in metric.labels)]
+                families[metric.name] = self._made(metric, names)
+            more = [value for _, value in metric.labels]
+            values = {engine: [*each, *more] for engine, each in per_engine_labelvalues.items()}
+            made = create_metric_per_engine(families[metric.name], values)
+            self._by_engine.append((metric, made))
 
     def _made(self, metric: Metric, labelnames: list[str]) -> Any:
         common = {"name": metric.name, "documentation": metric.help, "labelnames": labelnames}

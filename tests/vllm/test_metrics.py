@@ -1,11 +1,13 @@
 """Our stats as vLLM's API server exports them, on real Prometheus metrics."""
 
 import ast
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.distributed.kv_transfer.kv_connector import v1
 
 import kvconnect
 from kvconnect.costs import Costs
@@ -34,8 +36,9 @@ class Exported:
 
         return make
 
-    def value(self, name, engine="0"):
-        return self.registry.get_sample_value(name, {"model_name": "m", "engine": engine})
+    def value(self, name, engine="0", **more):
+        labels = {"model_name": "m", "engine": engine} | more
+        return self.registry.get_sample_value(name, labels)
 
 
 def taken(staged, count=4):
@@ -177,5 +180,55 @@ def test_what_is_exported_is_counted(kind):
 
 
 def test_no_two_metrics_have_a_name():
-    names = [metric.name for metric in PEER + OFFLOAD + CHAIN]
+    names = [(metric.name, metric.labels) for metric in PEER + OFFLOAD + CHAIN]
     assert len(names) == len(set(names))
+
+
+def test_offloading_has_in_trees_older_names_with_their_label():
+    """Dashboards, and vLLM's own integration tests, read them."""
+    exported = Exported(OFFLOAD)
+    exported.metrics.observe({"load_bytes": 5, "store_bytes": 7, "store_us": 2_000_000})
+    name = "vllm:kv_offload_total_bytes_total"
+    assert exported.value(name, transfer_type="CPU_to_GPU") == 5
+    assert exported.value(name, transfer_type="GPU_to_CPU") == 7
+    assert exported.value(name, "1", transfer_type="GPU_to_CPU") == 0
+    assert exported.value("vllm:kv_offload_total_time_total", transfer_type="GPU_to_CPU") == 2
+
+
+CONNECTORS = Path(v1.__file__).parent
+NO_SIZES = "ranks report sums over a step, not the size of each operation"
+NO_LOOKUPS = "a lookup is one of a dictionary in the scheduler and waits for nobody"
+NOT_OURS = {
+    "vllm:kv_offload_size": NO_SIZES,
+    "vllm:kv_offload_load_size": NO_SIZES,
+    "vllm:kv_offload_store_size": NO_SIZES,
+    "vllm:kv_offload_lookup_sync_delay_seconds": NO_LOOKUPS,
+    "vllm:kv_offload_lookup_async_delay_seconds": NO_LOOKUPS,
+    "vllm:kv_offload_config_info": "since 0.33; what was configured is in the log",
+    "vllm:mooncake_num_failed_recvs": "all failures are of the reader here: "
+    "vllm:nixl_num_failed_transfers",
+} | {
+    f"vllm:mooncake_{what}": "since 0.33; one table for all transports: vllm:nixl_"
+    for what in (
+        "bytes_transferred",
+        "num_descriptors",
+        "num_failed_transfers",
+        "num_kv_expired_reqs",
+        "xfer_time_seconds",
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "table"),
+    [
+        ("nixl/*.py", PEER),
+        ("mooncake/*.py", PEER),
+        ("offloading/*.py", OFFLOAD),
+    ],
+)
+def test_every_family_of_vllms_own_connector_is_ours_or_has_a_reason(files, table):
+    texts = [path.read_text() for path in CONNECTORS.glob(files)]
+    assert texts, "vLLM has moved its connectors; this test must follow"
+    theirs = {name for text in texts for name in re.findall(r'"(vllm:[a-z_]+)"', text)}
+    assert theirs - {metric.name for metric in table} - NOT_OURS.keys() == set()

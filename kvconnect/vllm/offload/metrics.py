@@ -25,6 +25,17 @@ OFFLOAD = (
         "Total store time from GPU to offload storage, in seconds; those that overlap add up.",
         factor=1e-06,
     ),
+    *(
+        Metric(  # in-tree's older names for the same, which dashboards still read
+            f"vllm:kv_offload_total_{what}",
+            (f"{direction}_{counted}",),
+            f"Total {what} of loads and stores by transfer_type.",
+            factor=factor,
+            labels=(("transfer_type", transfer_type),),
+        )
+        for what, counted, factor in (("bytes", "bytes", 1), ("time", "us", 1e-06))
+        for direction, transfer_type in (("load", "CPU_to_GPU"), ("store", "GPU_to_CPU"))
+    ),
     Metric(
         "vllm:kv_offload_allocation_failure",
         ("host_keys_skipped_all_pinned", "host_stores_without_slot"),
