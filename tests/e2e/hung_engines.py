@@ -141,6 +141,7 @@ def hang(load, victim, stop_file, hold_s):
     last = time.monotonic()
     times = (began, stopped), (stopped, continued), (last - AFTER_S, last)
     seen = [load.between(*span, without=victim) for span in times]
+    seen[0] = [a for a in seen[0] if a.ended <= stopped]  # others it can have delayed
     took = [[a.seconds for a in part] or [float("inf")] for part in seen]
     lost = max(took[1]) - max(took[0])
     for a in sorted(seen[1], key=lambda a: -a.seconds)[:3]:
