@@ -8,6 +8,7 @@
 import difflib
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ INERT_OPTIONS = {
 }
 
 MIN_SECRET_BYTES = 16
+SECRET_VARIABLE = "KVCONNECT_AUTH_SECRET"  # noqa: S105 - its name
 
 
 # The same for options of the in-tree Mooncake connector.
@@ -84,7 +86,7 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     own_options: ClassVar[type[TransportOptions]] = TransportOptions
     """Options of that transport, which are options of the connector as well."""
     at_kv_port: ClassVar[bool] = False
-    """Whether peers find us at vLLM's kv_port, and not by params that name any port."""
+    """Whether peers find our desk at vLLM's kv_port, and not by params that name any port."""
 
     transport: str | None = None
     """Name of another transport than the connector's own; see docs/transports.md."""
@@ -102,7 +104,10 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     load_timeout: Seconds = LOAD_TIMEOUT_S
     """Seconds from a request's admission until its KV must have arrived."""
     auth_secret_file: str | None = None
-    """Path of a file with a secret shared by all engines; signs tickets, proves peers."""
+    """Path of a file with a secret shared by all engines; signs tickets, proves peers. Else the
+    secret itself may be in the environment: ``KVCONNECT_AUTH_SECRET``."""
+    require_auth: bool = False
+    """Do not start without such a secret."""
     model_id: str | None = None
     """Name of the weights, compared instead of their content: for both sides, or neither."""
     transfer_mode: Mode = "auto"
@@ -288,20 +293,27 @@ def _converted(
         raise ConfigError(f"{whose}: bad {place}: {e}") from e
 
 
-def read_secret(path: str | None) -> bytes | None:
-    """The shared secret in the file at ``path``; None without a path."""
-    if path is None:
+def read_secret(path: str | None, required: bool = False) -> bytes | None:
+    """The shared secret: in the file at ``path``, else in the environment; None for neither."""
+    given = os.environ.get(SECRET_VARIABLE, "")
+    if path is None and not given:
+        if required:
+            raise ConfigError(
+                "require_auth is set and there is no secret; create a file with `openssl rand -hex "
+                f"32`, and give it to every engine as auth_secret_file, or set {SECRET_VARIABLE}"
+            )
         return None
+    where = SECRET_VARIABLE if path is None else f"auth_secret_file {path!r}"
     try:
-        secret = Path(path).read_bytes().strip()
+        secret = (given.encode() if path is None else Path(path).read_bytes()).strip()
     except OSError as e:
         raise ConfigError(
-            f"auth_secret_file {path!r} cannot be read ({e.strerror}); create it with "
+            f"{where} cannot be read ({e.strerror}); create it with "
             "`openssl rand -hex 32` and give every engine the same file"
         ) from e
     if len(secret) < MIN_SECRET_BYTES:
         raise ConfigError(
-            f"auth_secret_file {path!r} holds {len(secret)} bytes, expected at least "
+            f"{where} holds {len(secret)} bytes, expected at least "
             f"{MIN_SECRET_BYTES}; create it with `openssl rand -hex 32`"
         )
     return secret

@@ -79,8 +79,8 @@ class Mover:
         staged path, and are given both or not at all.
         """
         self.incarnation = secrets.token_hex(8)
-        self.address = channel.address
-        """Where its control channel listens."""
+        self.address, self.desk = channel.address, channel.desk
+        """Where its control channel listens, and where the key of that is told."""
         self._settings = settings
         self._memory = memory
         self._transport = transport

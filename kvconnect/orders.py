@@ -12,22 +12,14 @@ from kvconnect.lease import Terms
 
 
 @dataclass(frozen=True)
-class RankAddress:
-    """One rank of a remote engine; ``incarnation`` is None where no ticket said it."""
-
-    address: Address
-    incarnation: str | None
-
-
-@dataclass(frozen=True)
 class Source:
     """A lease on a remote engine.
 
     Without a ticket (params of an in-tree form) only rank 0's address is known, which tells the
-    others', and the lease's name there: ``request_id``.
+    others', and the lease's name there: ``request_id``; and no key, which has to be asked for.
     """
 
-    shards: tuple[RankAddress, ...]
+    shards: tuple[Address, ...]
     request_id: str
     lease_id: str | None
     ttl_s: float
@@ -43,7 +35,7 @@ class Source:
         return self.lease_id or self.request_id, self.shards[:1]
 
 
-LeaseKey = tuple[str, tuple[RankAddress, ...]]
+LeaseKey = tuple[str, tuple[Address, ...]]
 
 
 class Offer(NamedTuple):

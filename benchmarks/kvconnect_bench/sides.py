@@ -26,7 +26,7 @@ from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
 from kvconnect.ops.pages import use_huge_pages
-from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
+from kvconnect.orders import EngineAddresses, Fetch, Grant, Source
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.transport.base import Op, Transport, Work
 from kvconnect.transport.registry import make_transport
@@ -195,7 +195,7 @@ class _TransferSide:
         cached = () if mode == "staged" else self.cache.shard.regions
         transport = self._make(*cached, staging.region)
         settings = Settings(0, 1, {"model": "bench"}, self._case.transport, mode=mode)
-        channel = ZmqChannel(HOST, 0)
+        channel = ZmqChannel(HOST)
         mover = Mover(
             settings, self.cache.shard, transport, channel, staging=staging, kernels=load("cpu")
         )
@@ -225,8 +225,7 @@ class ProducerSide(_TransferSide):
         tokens = self._case.blocks * BLOCK_TOKENS
         terms = Terms(name, name, (tuple(self.blocks),), tokens, b"digest", LEASE_S)
         self._mover.put([Grant(terms)])
-        shard = RankAddress(self._mover.address, self._mover.incarnation)
-        return Source((shard,), name, name, LEASE_S), terms
+        return Source((self._mover.address,), name, name, LEASE_S), terms
 
     def freed(self, name: str, timeout_s: float) -> bool:
         """Whether a lease ends in time."""

@@ -1,4 +1,4 @@
-"""``kvconnect inspect``: who runs at a side channel's address, and whether two engines pair.
+"""``kvconnect inspect``: who runs at a desk's address, and whether two engines pair.
 
 ``--metrics`` shows the running averages that ``transfer_mode: auto`` decides by, as the engine's
 API server exports them: each engine's own, over the peers of its latest transfers.
@@ -24,10 +24,11 @@ MAX_METRICS_BYTES = 16 << 20
 def inspect(
     addresses: Annotated[
         list[str] | None,
-        typer.Argument(help="HOST:PORT of a side channel; of two, the second reads the first."),
+        typer.Argument(help="HOST:PORT of an engine's desk; of two, the second reads the first."),
     ] = None,
     secret: Annotated[
-        str | None, typer.Option(help="The engines' auth_secret_file, if they have one.")
+        str | None,
+        typer.Option(help="The engines' auth_secret_file; else KVCONNECT_AUTH_SECRET."),
     ] = None,
     metrics: Annotated[
         list[str] | None, typer.Option(help="URL of an API server, for its running averages.")
@@ -35,7 +36,7 @@ def inspect(
     timeout: Annotated[float, typer.Option(help="Seconds that an engine gets to answer.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Who is at an engine's side channel, how two engines would be paired, what was measured."""
+    """Who an engine is, how two engines would be paired, what was measured."""
     from rich.console import Console
 
     from kvconnect.cli.inspected import greet, pair

@@ -2,6 +2,7 @@
 
 Greets as any peer does, asks for nothing else and hangs up: no lease is opened, no memory is
 reached, and what the engine keeps of the greeting is bounded there (`kvconnect.control.listener`).
+An engine says it to who knows its secret: to inspect one that has none, nobody can.
 """
 
 import itertools
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kvconnect.control.channel import ZmqChannel
-from kvconnect.control.dialer import Dialer, Peer, PeerState
+from kvconnect.control.dialer import NO_LEASE, Dialer, Peer, PeerState
 from kvconnect.control.wire import Address, Body
 from kvconnect.errors import GeometryError, KvConnectError
 from kvconnect.geometry.blocks import DENSE, BlockView, Part
@@ -99,7 +100,7 @@ class EnginePair:
 
 def greet(address: Address, secret: bytes, timeout_s: float) -> InspectedEngine:
     """The engine that has a rank at ``address``; raises InspectError."""
-    channel = ZmqChannel("127.0.0.1", 0)  # nobody is meant to dial it
+    channel = ZmqChannel("127.0.0.1")  # nobody is meant to dial it
     try:
         dialer = Dialer(channel, time.monotonic, None, secret, timeout_s)
         (first,) = _greeted(channel, dialer, [address])
@@ -117,7 +118,7 @@ def greet(address: Address, secret: bytes, timeout_s: float) -> InspectedEngine:
         transport=first.body.transport,
         direct=all(body.direct for body in bodies),
         staged=all(body.staged for body in bodies),
-        ranks=tuple(_rank(p.address, b) for p, b in zip(peers, bodies, strict=True)),
+        ranks=tuple(_rank(p.at, b) for p, b in zip(peers, bodies, strict=True)),
         bodies=bodies,
     )
 
@@ -130,7 +131,15 @@ def _greeted(channel: ZmqChannel, dialer: Dialer, addresses: Sequence[Address]) 
                 dialer.receive(frame)
         dialer.tick()
     if failed := next((peer for peer in peers if peer.state is PeerState.FAILED), None):
-        raise InspectError(f"{failed}: {failed.error}")
+        why = (
+            failed.error
+            if failed.error != NO_LEASE
+            else (
+                "tells a stranger nothing; give it and `kvconnect inspect` the same secret: "
+                "auth_secret_file there, --secret here"
+            )
+        )
+        raise InspectError(f"{failed}: {why}")
     return peers
 
 

@@ -277,9 +277,6 @@ class Fetcher:
 
     def _open(self, fetch: FetchState) -> None:
         order, source = fetch.order, fetch.order.source
-        if fetch.remote.was_restarted(source):
-            self._fail(fetch, "the peer was restarted since the ticket was made")
-            return
         if source.lease_id and any(source.lease_id in p.gone for p in fetch.remote.peers):
             self._fail(fetch, "the lease is over")
             return

@@ -174,7 +174,7 @@ class Releaser:
             return True
         if remote.state is PeerState.GREETING:
             return False
-        if not source.wait_s or remote.was_restarted(source):
+        if not source.wait_s:
             return True
         if releasing.opens is None:
             releasing.opens = [

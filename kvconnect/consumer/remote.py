@@ -1,8 +1,9 @@
 """A remote engine as one of our ranks sees it: its ranks, and paths from those we read.
 
 Becomes READY when every rank has been greeted and their geometries intersected with ours.
-Named by the addresses that a source gives; without a ticket rank 0 names the others. Tickets
-say nothing about a remote that greeting does not: a stale or forged one fails alone.
+Named by the addresses that a source gives, keys included: what was started anew is another one.
+Without a ticket rank 0 names the others. Tickets say nothing about a remote that greeting does not:
+a stale or forged one fails alone.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from kvconnect.config import Mode
 from kvconnect.consumer.stage import StagedPath
-from kvconnect.control.dialer import Dialer, Peer, PeerState
+from kvconnect.control.dialer import Dialer, Peer, PeerState, Shown
 from kvconnect.control.wire import Address, Body
 from kvconnect.costs import Costs
 from kvconnect.errors import GeometryError, TransportError, contained
@@ -88,10 +89,16 @@ class PeerPath:
 class Remote:
     """One remote engine. FAILED is final; `Remotes.of` then makes a new one."""
 
-    def __init__(self, addresses: Sequence[Address], context: ConsumerContext) -> None:
+    def __init__(
+        self, addresses: Sequence[Address], context: ConsumerContext, lease: Shown
+    ) -> None:
+        """``lease``: one that it may know, as those that it is shown later."""
         self.state = PeerState.GREETING
         self.error = ""
-        self.peers: list[Peer] = [context.dialer.greet(a) for a in dict.fromkeys(addresses)]
+        self._shown = {lease: None}  # to ranks, while any is greeted
+        self.peers: list[Peer] = [
+            context.dialer.greet(a, self._shown) for a in dict.fromkeys(addresses)
+        ]
         self.paths: list[PeerPath | None] = []
         """Of each peer; None where we read nothing from it."""
         self._context = context
@@ -148,19 +155,21 @@ class Remote:
         """The transport's name of a rank that we read from."""
         return self._added[index]
 
-    def was_restarted(self, source: Source) -> bool:
-        """Whether a READY remote is not the one that made the source's ticket.
-
-        A link to a process that ended breaks, so of two incarnations ours is the present one.
-        """
-        wanted = [shard.incarnation for shard in source.shards]
-        present = [peer.body.incarnation for peer in self.peers if peer.body]
-        return None not in wanted and wanted != present
+    def show(self, lease: Shown) -> None:
+        """While it is being greeted: a lease that it may know."""
+        if self.state is PeerState.GREETING:
+            self._shown[lease] = None
+            for peer in self.peers:
+                self._dialer.show(peer, (lease,))
 
     def _greeted(self) -> None:
         bodies = [p.body for p in self.peers if p.body]
         if len(bodies) == 1 and len(bodies[0].shards) > 1:
-            self.peers = [self._dialer.greet(address) for address in bodies[0].shards]
+            first = self.peers[0]
+            self.peers = [
+                first if address == first.at else self._dialer.greet(address, self._shown)
+                for address in bodies[0].shards
+            ]
             return self.advance()
         try:
             self._connect()
@@ -171,6 +180,7 @@ class Remote:
                 self._dialer.fail(self.peers[0], str(e))
         else:
             self.state = PeerState.READY
+            self._shown.clear()
             self._context.changed.append(self)
 
     def _connect(self) -> None:
@@ -251,13 +261,15 @@ class Remotes:
 
     def of(self, source: Source) -> Remote:
         """The engine at the source's addresses; greets it unless that is under way or done."""
-        key = tuple(s.address for s in source.shards)
+        key, lease = source.shards, Shown(source.lease_id, source.request_id, source.wait_s)
         remote = self._by_addresses.get(key)
         if remote is not None:
             remote.tick()
         if remote is None or remote.state is PeerState.FAILED:
-            remote = self._by_addresses[key] = Remote(key, self.context)
+            remote = self._by_addresses[key] = Remote(key, self.context, lease)
             self._seen = -1
+        else:
+            remote.show(lease)
         self._by_addresses.move_to_end(key)
         remote.used_at = self.context.clock()
         if len(self._by_addresses) > MAX_REMOTES:

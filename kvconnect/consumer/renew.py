@@ -86,7 +86,7 @@ class LeaseRenewer:
                 self.agenda.remove(request_id, watch.remote)
                 watch.remote = self._remotes.of(watch.source)
                 self.agenda.add(request_id, watch.remote)
-            elif not watch.remote.was_restarted(watch.source):
+            else:
                 due.setdefault(id(watch.remote), (watch.remote, []))[1].append(watch.source)
         for remote, sources in due.values():
             for some in _batched(sources, wire.RENEWED_AT_ONCE):

@@ -1,28 +1,36 @@
 """The control channel: small messages between ranks, without blocking.
 
-A `Link` is one conversation with one peer: dialled by us, or arrived. The channel carries
-opaque frames; who may say what is decided above it (`listener.py`, `dialer.py`).
+A `Link` is one conversation with one peer: dialled by us, or arrived. It is encrypted to the
+listener's public key, which whoever dials has to know: nobody else reads, alters or repeats its
+frames. The channel carries opaque frames; who may say what is decided above it (`listener.py`,
+`dialer.py`).
 
 * One thread owns a channel, only `wake` may be called from others.
 * `poll` returns what arrived, waiting at most ``timeout_s``; `send` never blocks: a frame that
   cannot be queued, or whose link was dropped, is lost, as on any network. Every exchange above
   is idempotent and retried.
 * A dialled link whose connection broke is told by a Frame without data. ZMQ connects again by
-  itself, but whoever answers then may be another process.
-* `dial` raises WireError for an address that cannot be one: it may come from a client.
+  itself. Where nobody is who has the key that was dialled, it is ``refused``, time and again.
+* A rank's desk tells anybody the key: any frame on a link that was dialled without one is answered
+  with a `wire.KeyTold`, here and not above. No other frame of such a link goes anywhere.
+* `dial` raises WireError for an address or a key that cannot be one: it may come from a client.
 * `ZmqChannel` is the real one; tests have one in memory (`tests/kit/network.py`).
 """
 
+import contextlib
 import ipaddress
 import itertools
 import logging
 import resource
+import secrets
 import select
 import socket
 from typing import Any, NamedTuple, Protocol
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
+from kvconnect.control import wire
 from kvconnect.control.wire import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Address
 from kvconnect.errors import ConfigError, WireError
 
@@ -41,12 +49,17 @@ class Frame(NamedTuple):
 
     link: Link
     data: bytes | None
+    refused: bool = False
+    """With None: there was no connection, as nobody is there who has the key that was dialled."""
 
 
 class Channel(Protocol):
     """What listener and dialer need of a control channel; see the module's contract."""
 
     address: Address
+    """Where links arrive, and our key."""
+    desk: Address
+    """Where anybody is told that."""
 
     def dial(self, address: Address) -> Link: ...
     def send(self, link: Link, data: bytes) -> None: ...
@@ -57,24 +70,37 @@ class Channel(Protocol):
 
 
 MAX_FRAMES_A_POLL = 64
+MAX_QUESTION_BYTES = 1 << 10  # at the desk
 MAX_SOCKETS = 1 << 15  # of a context: three for each rank that is dialled
 FILES = 1 << 14  # as many may be open at least, if the system lets us: five for each such rank
 MAX_QUEUED = 256  # frames that wait inside ZMQ per connection that dialled us
+BROKE = zmq.EVENT_DISCONNECTED
+# nobody is there, or somebody with another key, so that ZMQ tries again; or no key at all
+REFUSED = zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 HEARTBEAT_MS = 20_000  # a host that vanished without a word is noticed after three of these
 
 
 class ZmqChannel:
-    """A ROUTER socket for whoever dials us and a DEALER socket per peer that we dial.
+    """A ROUTER socket for whoever dials us, one for the desk, and a DEALER socket per peer.
 
-    Binds to ``host``; ``port`` 0 takes a free one. Raises ConfigError where it cannot bind.
+    * Raises ConfigError where it cannot bind.
+    * The server accepts every client's key: who a peer is, `listener.py` finds out.
+    * A DEALER names itself by 16 random bytes, under which the ROUTER knows its link. Else ZMQ
+      counts, and a stranger could take the name of a link that has ended.
     """
 
     def __init__(
-        self, host: str, port: int, bind: str | None = None, or_another: bool = False
+        self,
+        host: str,
+        port: int = 0,
+        desk_port: int = 0,
+        bind: str | None = None,
+        or_another: bool = False,
     ) -> None:
         """Peers are told ``host``; ``bind``: where to listen, if that is another address.
 
-        ``or_another``: nobody chose ``port``, so a free one will do where it is taken.
+        ``port`` is that of links; 0 takes a free one, and so for the desk. ``or_another``: nobody
+        chose them, so free ones will do where they are taken.
         """
         _allow_files()
         self._context = zmq.Context()
@@ -82,8 +108,17 @@ class ZmqChannel:
         self._named = zmq.Context()
         for context in (self._context, self._named):
             context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
-        self._router = self._socket(zmq.ROUTER)
-        self.address = Address(host, self._bind(bind or host, port, or_another))
+        self._public_key, self._secret_key = zmq.curve_keypair()
+        self._router, self._desk = self._socket(zmq.ROUTER), self._socket(zmq.ROUTER)
+        self._encrypt(self._router)
+        self._router.setsockopt(zmq.CURVE_SERVER, 1)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer's new connection takes its link
+        self._desk.setsockopt(zmq.MAXMSGSIZE, MAX_QUESTION_BYTES)
+        bound = self._bind(self._router, bind or host, port, or_another)
+        self.address = Address(host, bound, self._public_key.decode())
+        bound = self._bind(self._desk, bind or host, desk_port, or_another)
+        self.desk = Address(host, bound)
+        self._told = told_at_desk(self.address)
         name = f"inproc://wake-{id(self)}"
         self._woken = self._context.socket(zmq.PULL)
         self._woken.bind(name)
@@ -94,7 +129,7 @@ class ZmqChannel:
         self._sockets: dict[int, zmq.Socket[bytes]] = {}  # by the file that says they may be ready
         # to look at in the next poll, whatever their files say; see `poll`
         self._touched: set[zmq.Socket[bytes]] = set()
-        for waited in (self._router, self._woken):
+        for waited in (self._router, self._desk, self._woken):
             self._watch(waited)
         self._dealers: dict[Link, zmq.Socket[bytes]] = {}
         self._links: dict[zmq.Socket[bytes], Link] = {}  # of dealers and of their monitors
@@ -105,10 +140,14 @@ class ZmqChannel:
         link = Link(True, str(next(self._numbers)).encode())
         try:
             dealer = self._socket(zmq.DEALER, self._named if _is_name(address.host) else None)
-            monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            monitor = dealer.get_monitor_socket(BROKE | REFUSED)
         except zmq.ZMQError as e:  # each dialled peer takes some, until its greeting times out
             raise WireError(f"{address} cannot be dialled ({e.strerror})") from e
         try:
+            if address.key:
+                self._encrypt(dealer)
+                dealer.setsockopt(zmq.CURVE_SERVERKEY, address.key.encode())
+            dealer.setsockopt(zmq.ROUTING_ID, secrets.token_hex(16).encode())
             dealer.connect(f"tcp://{address}")
         except (zmq.ZMQError, UnicodeError) as e:
             dealer.disable_monitor()
@@ -161,13 +200,20 @@ class ZmqChannel:
     def _take(self, socket: "zmq.Socket[bytes]", parts: list[bytes], frames: list[Frame]) -> None:
         if socket is self._woken:
             return
-        if socket is self._router:
-            if len(parts) == 2:  # anything else is not ours: dropped
+        if socket in (self._router, self._desk):
+            if len(parts) != 2:  # not ours: dropped
+                return
+            if socket is self._router:
                 frames.append(Frame(Link(False, parts[0]), parts[1]))
+            else:
+                with contextlib.suppress(zmq.ZMQError):  # who asked has gone, or reads nothing
+                    socket.send_multipart([parts[0], self._told], zmq.DONTWAIT)
             return
         link = self._links[socket]
         if socket is self._monitors[link]:
-            frames.append(Frame(link, None))
+            event = parse_monitor_message(parts)["event"]
+            if event & (BROKE | REFUSED):
+                frames.append(Frame(link, None, refused=bool(event & REFUSED)))
         elif len(parts) == 1:
             frames.append(Frame(link, parts[0]))
 
@@ -214,14 +260,18 @@ class ZmqChannel:
         made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
         return made
 
-    def _bind(self, host: str, port: int, or_another: bool) -> int:
+    def _encrypt(self, socket: "zmq.Socket[bytes]") -> None:
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, self._public_key)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret_key)
+
+    def _bind(self, socket: "zmq.Socket[bytes]", host: str, port: int, or_another: bool) -> int:
         try:
             where = _local_endpoint(host)
-            self._router.bind(f"{where}:{port or '*'}")
+            socket.bind(f"{where}:{port or '*'}")
         except (zmq.ZMQError, OSError) as e:
             if or_another and e.errno == zmq.EADDRINUSE:
                 logger.warning("port %d, the default, is taken: a free one is used", port)
-                return self._bind(host, 0, or_another=False)
+                return self._bind(socket, host, 0, or_another=False)
             self._named.destroy(linger=0)
             self._context.destroy(linger=0)
             raise ConfigError(
@@ -230,8 +280,14 @@ class ZmqChannel:
                 "it a port of its own: VLLM_NIXL_SIDE_CHANNEL_PORT, or unset it for a free one; of "
                 "KVConnectP2pNccl kv_port, or 0"
             ) from e
-        endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         return int(endpoint.rstrip("\0").rpartition(":")[2])
+
+
+def told_at_desk(address: Address) -> bytes:
+    """What anybody is answered who asks for the key."""
+    told = wire.KeyTold(version=wire.VERSION, port=address.port, key=address.key)
+    return wire.PLAIN + wire.encode(told)
 
 
 def _allow_files() -> None:

@@ -1,9 +1,13 @@
-"""Peers that we dial: Hello → Challenge → Prove → Welcome, then requests and answers.
+"""Peers that we dial: Greet → Welcome, then requests and answers.
 
-Two round trips, once per pair of ranks. The peer's proof is checked before ours is sent, its
-fingerprint before its body is decoded, and its claims about memory before they are used.
+One round trip, once per pair of ranks, over a link that is encrypted to the key in the address; one
+more where that says none, to ask for it. We show leases that we were told of and that we know the
+secret, if there is one; the peer shows the latter, too. Its fingerprint is checked before its body
+is decoded, and its claims about memory before they are used.
 
 * `greet` returns a Peer at once; its state moves on in `receive` and `tick`.
+* A peer that knows none of the leases that were shown is shown those that were added meanwhile.
+  Without any it has FAILED, but the next lease may be shown at once: it may come from a client.
 * `call` sends a request and repeats it, ever less often, until it is answered or its deadline
   passes.
 * What is due is kept by time: a step costs nothing for the peers and calls that are not.
@@ -13,23 +17,17 @@ fingerprint before its body is decoded, and its claims about memory before they 
 
 import enum
 import heapq
+import hmac
 import itertools
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from kvconnect.control import wire
 from kvconnect.control.channel import Channel, Frame, Link
-from kvconnect.control.session import (
-    DIALER,
-    NONCE_BYTES,
-    PLAIN,
-    SEALED,
-    Session,
-    why_not_proved,
-    why_unlike,
-)
+from kvconnect.control.proof import DIALER, LISTENER, prove, why_not_proved, why_unlike
 from kvconnect.control.wire import Address
 from kvconnect.errors import GeometryError, WireError
 from kvconnect.geometry.blocks import check_views
@@ -44,10 +42,23 @@ MAX_IN_LINE = 4096  # that wait for one of those to end
 BACKOFF_S = (0.5, 4.0)  # between greetings of an address that fails: first, at most
 MAX_BACKOFFS = 1024
 MAX_GONE = 4096
-
+MAX_REFUSED = 3  # connections, one after the other, before a peer is given up
+NONCE_BYTES = 16
 
 HUNG_UP = "we hung up"
+NO_LEASE = "knows none of the leases that we were told of: they are over, or it was restarted"
 NOT_DIALLED = Link(True, b"")
+
+
+class Shown(NamedTuple):
+    """A lease that the listener is to know: by its id or, without a ticket, by its name.
+
+    ``wait_s``: how long it may take to be known, where a router asks both engines at once.
+    """
+
+    lease_id: str | None
+    name: str
+    wait_s: float = 0.0
 
 
 class PeerState(enum.Enum):
@@ -95,17 +106,19 @@ class Peer:
         self.fingerprint: Mapping[str, str] = {}
         self.gone: dict[str, None] = {}
         """Generations that the peer said are over, the last `MAX_GONE` in their order."""
-        self.rejected = False  # once, while greeting
         self.ended = False  # its connection broke: its process has ended, if not its host
         self.resend_at = 0.0
+        self.resend_s = RESEND_S
+        self.looked_at = 0.0
         self.calls: dict[int, Call] = {}
-        self.begin()
-
-    def begin(self) -> None:
-        """Greet from the start: whoever answers now may be another process than before."""
+        self.at = address
+        """Where the link leads: never without a key, once it is known."""
+        self.refused = 0  # connections
         self.nonce = secrets.token_bytes(NONCE_BYTES)
-        self.session: Session | None = None  # set once the peer has proved itself
-        self.greeting: wire.Message = wire.Hello(version=wire.VERSION, nonce=self.nonce)
+        self.waits = False  # for a lease to be known there, so that it takes no turn from others
+        self.leases: dict[Shown, float] = {}  # → no longer early
+        self.shown: tuple[Shown, ...] = ()
+        self.seq = 0  # of the Greet that showed them
 
     def __str__(self) -> str:
         return str(self.address)
@@ -141,14 +154,16 @@ class Dialer:
         self._due: list[tuple[float, int, Peer, Call | None]] = []
         self._pushed = itertools.count()
 
-    def greet(self, address: Address) -> Peer:
+    def greet(self, address: Address, leases: Iterable[Shown] = ()) -> Peer:
         """The peer at ``address``; dials it, in its turn, unless that is under way or done.
 
         FAILED at once for an address that failed a moment ago or cannot be dialled.
         """
         if (peer := self._peers.get(address)) is not None:
+            self.show(peer, leases)
             return peer
         peer = Peer(address, NOT_DIALLED, float("inf"))
+        self.show(peer, leases)
         not_before, _, why = self._backoffs.get(address, (0.0, 0.0, ""))
         if self._clock() < not_before:
             peer.state, peer.error = PeerState.FAILED, why
@@ -161,30 +176,56 @@ class Dialer:
             peer.state, peer.error = PeerState.FAILED, why
         return peer
 
+    def show(self, peer: Peer, leases: Iterable[Shown]) -> None:
+        """While a peer is being greeted: leases that it may know."""
+        if peer.state is not PeerState.GREETING:
+            return
+        now, before = self._clock(), len(peer.leases)
+        for lease in leases:
+            peer.leases.setdefault(lease, now + lease.wait_s)
+        for oldest in list(peer.leases)[: -wire.RENEWED_AT_ONCE]:
+            del peer.leases[oldest]
+        if peer.waits and len(peer.leases) > before and peer.resend_at > now:
+            peer.resend_at = now
+            self._look_at(peer, None)
+
     def _dial(self, peer: Peer) -> None:
         """Start to greet; FAILED if its address cannot be dialled."""
+        peer.deadline = self._clock() + self._handshake_timeout_s
         try:
-            peer.link = self._channel.dial(peer.address)
+            self._link(peer)
         except WireError as e:
             self._peers.pop(peer.address, None)
             peer.state, peer.error = PeerState.FAILED, str(e)
             self.changes += 1
             return
-        peer.deadline = self._clock() + self._handshake_timeout_s
-        self._peers[peer.address] = self._by_link[peer.link] = peer
+        self._peers[peer.address] = peer
         self._greeting += 1
-        self._send_greeting(peer)
         self._look_at(peer, None)
+
+    def _link(self, peer: Peer) -> None:
+        """Dial, and say the first thing; raises WireError."""
+        peer.link = self._channel.dial(peer.at)
+        self._by_link[peer.link] = peer
+        self._send_greeting(peer)
+
+    def _unlink(self, peer: Peer) -> None:
+        self._by_link.pop(peer.link, None)
+        self._channel.drop(peer.link)
 
     def _look_at(self, peer: Peer, call: Call | None) -> None:
         """Have `tick` look at a greeting or a call when there is something to do."""
         of = call or peer
         when = min(of.resend_at, of.deadline)
+        if call is None:
+            peer.looked_at = when
         heapq.heappush(self._due, (when, next(self._pushed), peer, call))
 
-    def _greeted(self) -> None:
-        """One greeting has ended, well or not: the next in line has its turn."""
+    def _greeted(self, peer: Peer) -> None:
+        """A greeting has ended, well or not, or waits: the next in line has its turn."""
         self.changes += 1
+        if peer.waits:
+            return
         self._greeting -= 1
         while self._in_line and self._greeting < MAX_GREETINGS:
             self._dial(self._in_line.popitem(last=False)[1])
@@ -211,7 +252,7 @@ class Dialer:
     def _end(self, peer: Peer, error: str) -> None:
         in_line = self._in_line.pop(peer.address, None) is not None
         greeting = peer.state is PeerState.GREETING and not in_line
-        if greeting and error != HUNG_UP:
+        if greeting and error not in (HUNG_UP, NO_LEASE):
             self._back_off(peer.address, error)
         peer.state, peer.error = PeerState.FAILED, error
         self.changes += 1
@@ -221,10 +262,9 @@ class Dialer:
         peer.calls.clear()
         del self._peers[peer.address]
         if not in_line:
-            del self._by_link[peer.link]
-            self._channel.drop(peer.link)
+            self._unlink(peer)
         if greeting:
-            self._greeted()
+            self._greeted(peer)
 
     def call(
         self,
@@ -260,15 +300,14 @@ class Dialer:
 
     def tell(self, peer: Peer, message: wire.Message) -> None:
         """Send a message to a READY peer; no answer is expected."""
-        assert peer.session is not None
-        self._channel.send(peer.link, peer.session.seal(wire.encode(message)))
+        self._channel.send(peer.link, wire.encode(message))
 
     def tick(self) -> None:
         """Repeat what went unanswered, give up on what is overdue."""
         now = self._clock()
         while self._due and self._due[0][0] <= now:
-            _, _, peer, call = heapq.heappop(self._due)
-            if self._is_over(peer, call):
+            when, _, peer, call = heapq.heappop(self._due)
+            if self._is_over(peer, call) or (call is None and when != peer.looked_at):
                 continue
             if call is None:
                 self._look_at_greeting(peer, now)
@@ -291,6 +330,9 @@ class Dialer:
                 "the engine up, and its side channel reachable from here?",
             )
         elif now >= peer.resend_at:
+            if peer.waits:
+                most_s = min(MAX_RESEND_S, self._handshake_timeout_s / 2)
+                peer.resend_s = min(2 * peer.resend_s, most_s)
             self._send_greeting(peer)
 
     @staticmethod
@@ -311,38 +353,54 @@ class Dialer:
         peer = self._by_link.get(frame.link)
         if peer is None:
             return
-        if frame.data is None:
-            if peer.state is PeerState.READY:  # while greeting, the listener may only just come up
-                peer.ended = True
-                self.fail(peer, "closed the connection; has the engine ended?")
-            elif peer.session is not None:
-                peer.begin()
-                self._send_greeting(peer)
-            return
         try:
-            self._receive(peer, frame.data)
+            if frame.data is None:
+                self._broke(peer, frame.refused)
+            elif peer.at.key:
+                self._take(peer, wire.decode(frame.data))
+            else:
+                self._told(peer, wire.decode(frame.data.removeprefix(wire.PLAIN)))
         except WireError as e:
             logger.warning("peer %s: frame dropped: %s", peer, e)
 
-    def _receive(self, peer: Peer, data: bytes) -> None:
-        if data[:1] == SEALED:
-            if peer.session is not None:
-                self._take(peer, wire.decode(peer.session.unseal(data)))
+    def _broke(self, peer: Peer, refused: bool) -> None:
+        """A connection did: ZMQ makes another one."""
+        if peer.state is PeerState.READY:  # while greeting, the listener may only just come up
+            peer.ended = True
+            self.fail(peer, "closed the connection; has the engine ended?")
             return
-        if isinstance(message := wire.decode(data[1:]), wire.Reject):
-            # its proof was right, so its secret is ours: it has forgotten us, or was restarted
-            if peer.state is PeerState.GREETING and peer.session is not None and not peer.rejected:
-                peer.rejected = True
-                peer.begin()
-                self._send_greeting(peer)
-            else:
-                self.fail(peer, f"rejected us: {message.detail}")
-        elif isinstance(message, wire.Challenge) and peer.session is None:
-            self._prove(peer, message)
+        peer.refused += refused
+        if peer.at.key and peer.refused >= MAX_REFUSED:  # who told the key was up already
+            self.fail(peer, "is not there any more; has it ended, or was it restarted?")
+
+    def _told(self, peer: Peer, message: wire.Message) -> None:
+        """A desk has told the key: the link that is wanted goes elsewhere."""
+        if not isinstance(message, wire.KeyTold) or not self._same_version(peer, message.version):
+            return
+        self._unlink(peer)
+        try:
+            if not message.key or not message.port:
+                raise WireError("told no key")
+            peer.at = Address(peer.address.host, message.port, message.key)
+            self._link(peer)
+        except WireError as e:
+            self.fail(peer, str(e))
+
+    def _same_version(self, peer: Peer, version: tuple[int, int]) -> bool:
+        peer.version = version
+        if version[0] != wire.VERSION[0]:
+            self.fail(
+                peer,
+                f"speaks wire version {version}, ours is {wire.VERSION}; both engines must have "
+                "the same major one: upgrade kvconnect on the older",
+            )
+        return version[0] == wire.VERSION[0]
 
     def _take(self, peer: Peer, message: wire.Message) -> None:
-        if isinstance(message, wire.Welcome) and peer.state is PeerState.GREETING:
-            self._welcomed(peer, message)
+        if peer.state is PeerState.GREETING:
+            self._answered(peer, message)
+        elif isinstance(message, wire.Reject) and message.seq is None:
+            self.fail(peer, f"rejected us: {message.detail}")
         elif isinstance(message, wire.Reply):
             call = peer.calls.get(message.seq)
             if call is not None and isinstance(message, call.accepts):
@@ -354,20 +412,37 @@ class Dialer:
             for oldest in list(peer.gone)[:-MAX_GONE]:
                 del peer.gone[oldest]
 
-    def _prove(self, peer: Peer, challenge: wire.Challenge) -> None:
-        peer.version = challenge.version
-        if challenge.version[0] != wire.VERSION[0]:
-            self.fail(peer, f"speaks wire version {challenge.version}, ours is {wire.VERSION}")
-            return
-        session = Session(DIALER, self._secret, peer.nonce, challenge.nonce)
-        if not session.accepts(challenge.proof):
-            self.fail(peer, why_not_proved(ours=bool(self._secret), theirs=challenge.secret))
-            return
-        peer.session = session
-        peer.greeting = wire.Prove(proof=session.proof())
-        self._send_greeting(peer)
+    def _answered(self, peer: Peer, message: wire.Message) -> None:
+        """What a peer says to our Greet."""
+        peer.refused = 0
+        if isinstance(message, wire.Later):
+            peer.deadline = self._clock() + self._handshake_timeout_s
+            if not peer.waits:
+                self._greeted(peer)
+                peer.waits = True
+        elif isinstance(message, wire.Welcome):
+            self._welcomed(peer, message)
+        elif isinstance(message, wire.Reject) and self._same_version(peer, message.version):
+            self._rejected(peer, message)
+
+    def _rejected(self, peer: Peer, reject: wire.Reject) -> None:
+        if reject.secret or self._secret:
+            self.fail(peer, why_not_proved(bool(self._secret), reject.secret))
+        elif reject.seq == peer.seq:  # else it has been shown others since
+            for lease in peer.shown:
+                peer.leases.pop(lease, None)
+            if peer.leases:
+                self._send_greeting(peer)
+            else:
+                self.fail(peer, NO_LEASE)
 
     def _welcomed(self, peer: Peer, welcome: wire.Welcome) -> None:
+        if not self._same_version(peer, welcome.version):
+            return
+        expected = prove(self._secret, LISTENER, peer.at.key, peer.nonce)
+        if self._secret and not hmac.compare_digest(welcome.proof, expected):
+            self.fail(peer, why_not_proved(ours=True, theirs=bool(welcome.proof)))
+            return
         peer.fingerprint = theirs = welcome.fingerprint
         ours = theirs if self._fingerprint is None else self._fingerprint
         if why_not := why_unlike(ours, theirs):
@@ -380,11 +455,29 @@ class Dialer:
             self.fail(peer, f"bad description of its memory: {e}")
             return
         peer.body, peer.state = body, PeerState.READY
-        self._greeted()
+        self._greeted(peer)
         self._backoffs.pop(peer.address, None)
         version = body.versions.get("vllm", "unknown")
         logger.info("peer %s is ready: %d layers, vLLM %.20r", peer, len(body.views), version)
 
     def _send_greeting(self, peer: Peer) -> None:
-        peer.resend_at = self._clock() + RESEND_S
-        self._channel.send(peer.link, PLAIN + wire.encode(peer.greeting))
+        """Ask for the key, or show what we know."""
+        now = self._clock()
+        peer.resend_at = now + peer.resend_s
+        if not peer.at.key:
+            question = wire.AskKey(version=wire.VERSION)
+            self._channel.send(peer.link, wire.PLAIN + wire.encode(question))
+            return
+        leases = tuple(peer.leases)
+        if leases != peer.shown:
+            peer.seq, peer.shown = peer.seq + 1, leases
+        greet = wire.Greet(
+            version=wire.VERSION,
+            seq=peer.seq,
+            nonce=peer.nonce,
+            proof=prove(self._secret, DIALER, peer.at.key, peer.nonce),
+            lease_ids=[lease.lease_id for lease in leases if lease.lease_id],
+            request_ids=[lease.name for lease in leases if not lease.lease_id],
+            early=any(now < until for until in peer.leases.values()),
+        )
+        self._channel.send(peer.link, wire.encode(greet))

@@ -1,50 +1,40 @@
-"""Links that peers dialled: proves both sides, then hands authentic messages up.
+"""Links that peers dialled: asks what they know, then hands their messages up.
 
-* Shows our memory's addresses (the Body) only to a dialer that proved the secret.
-* Bounded: the longest silent link goes when there are too many; links that have proved nothing
-  only ever displace their like.
-* A malformed or unauthentic frame is dropped and, where the peer cannot know why, answered
-  with Reject; nothing is raised.
+* Tells who we are and our memory's addresses (Welcome) only to a dialer that proves the secret or,
+  where there is none, shows a lease that stands. To others it says nothing but why not.
+* Where a router asks both engines at once, a dialer may come before the lease is known here: it is
+  told Later, and welcomed when the lease is.
+* Bounded: the longest silent link goes when there are too many; links that wait only ever
+  displace their like.
+* A malformed message is dropped; nothing is raised.
 """
 
+import hmac
 import logging
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from kvconnect.control import wire
 from kvconnect.control.channel import Channel, Frame, Link
-from kvconnect.control.session import LISTENER, NONCE_BYTES, PLAIN, SEALED, Session
+from kvconnect.control.proof import DIALER, LISTENER, prove
 from kvconnect.errors import WireError
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-MAX_PROVED = 4096
-MAX_UNPROVED = 256
+MAX_WELCOME = 4096
+MAX_WAITING = 256
 
 
 class Incoming(NamedTuple):
-    """An authentic message from a peer that dialled us."""
+    """A message from a peer that dialled us and was welcome."""
 
     link: Link
     message: wire.Message
 
 
-class _Arrived:
-    """A link somebody dialled, from its Hello on."""
-
-    def __init__(self, hello: wire.Hello, secret: bytes) -> None:
-        self.dialer_nonce = hello.nonce
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        self.session = Session(LISTENER, secret, hello.nonce, nonce)
-        self.challenge = wire.Challenge(
-            version=wire.VERSION, nonce=nonce, proof=self.session.proof(), secret=bool(secret)
-        )
-
-
 class Listener:
-    """``body`` is asked for whenever a dialer has proved itself."""
+    """``body`` is asked for whenever a dialer is welcome."""
 
     def __init__(
         self,
@@ -57,60 +47,71 @@ class Listener:
         self._fingerprint = dict(fingerprint)
         self._body = body
         self._secret = secret
-        self._unproved: OrderedDict[Link, _Arrived] = OrderedDict()
-        self._proved: OrderedDict[Link, _Arrived] = OrderedDict()
+        self.knows: Callable[[str], bool] = lambda lease: False  # noqa: ARG005 - until there are any
+        """Whether a lease stands or is promised, by its id or its name; set by who has them."""
+        self._welcome: OrderedDict[Link, None] = OrderedDict()
+        # early ones, and the leases that they wait for
+        self._waiting: OrderedDict[Link, tuple[wire.Greet, frozenset[str]]] = OrderedDict()
 
     def answer(self, link: Link, message: wire.Message) -> None:
-        """Send a message to a proved dialer; lost if its link is gone."""
-        if arrived := self._proved.get(link):
-            self._channel.send(link, arrived.session.seal(wire.encode(message)))
+        """Send a message to a dialer; lost if its link is gone."""
+        self._channel.send(link, wire.encode(message))
 
     def receive(self, frame: Frame) -> Incoming | None:
         """Take in a frame of an arrived link; returns a message that must be handled above."""
         assert frame.data is not None, "only links that we dialled are told to be broken"
         try:
-            return self._receive(frame.link, frame.data)
+            message = wire.decode(frame.data)
         except WireError as e:
             logger.warning("control channel: frame from a peer dropped: %s", e)
             return None
-
-    def _receive(self, link: Link, data: bytes) -> Incoming | None:
-        if data[:1] == SEALED:
-            arrived = self._proved.get(link)
-            if arrived is None:
-                self._reject(link, "no such session; greet again")
-                return None
-            message = wire.decode(arrived.session.unseal(data))
-            self._proved.move_to_end(link)
-            return Incoming(link, message)
-        message = wire.decode(data[1:])
-        if isinstance(message, wire.Hello):
-            self._challenge(link, message)
-        elif isinstance(message, wire.Prove):
-            self._welcome(link, message)
+        if isinstance(message, wire.Greet):
+            self._greeted(frame.link, message)
+        elif frame.link in self._welcome:
+            self._welcome.move_to_end(frame.link)
+            return Incoming(frame.link, message)
+        else:
+            self._reject(frame.link, "you are not known here; greet again")
         return None
 
-    def _challenge(self, link: Link, hello: wire.Hello) -> None:
-        arrived = self._unproved.get(link)
-        if arrived is None or arrived.dialer_nonce != hello.nonce:  # else: a repeated Hello
-            arrived = self._unproved[link] = _Arrived(hello, self._secret)
-            if len(self._unproved) > MAX_UNPROVED:
-                self._unproved.popitem(last=False)
-        self._channel.send(link, PLAIN + wire.encode(arrived.challenge))
+    def known(self, *names: str) -> None:
+        """A lease is known from now on: whoever waits for it under one of ``names`` is welcome."""
+        for link, (greet, leases) in list(self._waiting.items()):
+            if not leases.isdisjoint(names):
+                self._greeted(link, greet)
 
-    def _welcome(self, link: Link, prove: wire.Prove) -> None:
-        arrived = self._unproved.pop(link, None) or self._proved.get(link)
-        if arrived is None:
-            self._reject(link, "no greeting is under way here; greet again")
-            return
-        if not arrived.session.accepts(prove.proof):
-            self._reject(link, "wrong proof; is your auth_secret_file the same as ours?")
-            return
-        self._proved[link] = arrived  # again, if the Prove was repeated
-        if len(self._proved) > MAX_PROVED:
-            self._proved.popitem(last=False)
-        body = wire.encode(self._body())
-        self.answer(link, wire.Welcome(fingerprint=self._fingerprint, body=body))
+    def _greeted(self, link: Link, greet: wire.Greet) -> None:
+        self._waiting.pop(link, None)
+        if greet.version[0] != wire.VERSION[0]:
+            self._reject(link, "it is another wire version than ours", greet.seq)
+        elif self._secret:
+            proof = prove(self._secret, DIALER, self._channel.address.key, greet.nonce)
+            if hmac.compare_digest(greet.proof, proof):
+                self._let_in(link, greet)
+            else:
+                self._reject(link, "wrong proof of the auth_secret_file", greet.seq)
+        elif any(map(self.knows, (*greet.lease_ids, *greet.request_ids))):
+            self._let_in(link, greet)
+        elif greet.early and link not in self._welcome:
+            self._waiting[link] = greet, frozenset((*greet.lease_ids, *greet.request_ids))
+            if len(self._waiting) > MAX_WAITING:
+                self._waiting.popitem(last=False)
+            self.answer(link, wire.Later())
+        else:
+            self._reject(link, "no lease that you name stands here", greet.seq)
 
-    def _reject(self, link: Link, detail: str) -> None:
-        self._channel.send(link, PLAIN + wire.encode(wire.Reject(detail=detail)))
+    def _let_in(self, link: Link, greet: wire.Greet) -> None:
+        self._welcome[link] = None  # again, if the Greet was repeated
+        if len(self._welcome) > MAX_WELCOME:
+            self._welcome.popitem(last=False)
+        welcome = wire.Welcome(
+            version=wire.VERSION,
+            proof=prove(self._secret, LISTENER, self._channel.address.key, greet.nonce),
+            fingerprint=self._fingerprint,
+            body=wire.encode(self._body()),
+        )
+        self.answer(link, welcome)
+
+    def _reject(self, link: Link, detail: str, seq: int | None = None) -> None:
+        secret = bool(self._secret)
+        self.answer(link, wire.Reject(version=wire.VERSION, detail=detail, seq=seq, secret=secret))

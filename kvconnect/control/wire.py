@@ -14,12 +14,14 @@ from kvconnect.errors import WireError
 from kvconnect.geometry.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
 from kvconnect.geometry.chunks import MAX_RUNS, HeadSlice
 
-VERSION = (2, 3)
-"""(major, minor); docs/wire.md says what each added."""
+VERSION = (3, 0)
+"""(major, minor); docs/wire.md says what each changed."""
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20
 """Of what a dialer sends; only a listener's Welcome may be larger."""
+PLAIN = b"\x00"
+"""What comes before the two messages that are not encrypted, as in 2.x."""
 MAX_RANKS = 1024
 MAX_PIECES = 8192
 RENEWED_AT_ONCE = 512
@@ -39,10 +41,12 @@ Table = Annotated[tuple[BlockId, ...], msgspec.Meta(max_length=1 << 20)]
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
-    """Where a rank's control channel listens."""
+    """Where a rank's control channel listens, and its public key."""
 
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65_535)]
+    key: Annotated[str, msgspec.Meta(max_length=40)] = ""
+    """Z85, new at every start of a process. "": not known, and this is where to ask for it."""
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -52,32 +56,52 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Base of all messages."""
 
 
-class Hello(Message, frozen=True):
-    """First message of a dialer; proves nothing yet."""
+class AskKey(Message, frozen=True, tag="Hello"):
+    """Asks for a rank's public key, not encrypted. What 2.x began its greeting with."""
 
     version: tuple[int, int]
-    nonce: Short
+    nonce: Short = b""
+    """2.x requires it."""
 
 
-class Challenge(Message, frozen=True):
-    """The answer to Hello: proof that the listener knows the secret."""
+class KeyTold(Message, frozen=True, tag="Challenge"):
+    """The answer to whoever asks: how to reach this rank. To 2.x it names the version."""
 
     version: tuple[int, int]
+    nonce: Short = b""
+    proof: Short = b""
+    secret: bool = False
+    """2.x requires these three."""
+    port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
+    key: Annotated[str, msgspec.Meta(max_length=40)] = ""
+
+
+class Greet(Message, frozen=True):
+    """First message on a link: what the dialer knows that a stranger does not."""
+
+    version: tuple[int, int]
+    seq: Seq
+    """One more whenever it shows other leases."""
     nonce: Short
     proof: Short
-    secret: bool
-    """Whether this side has a secret, so that a mismatch can be named."""
+    """That it knows the secret; empty if it has none."""
+    lease_ids: LeaseIds
+    request_ids: Annotated[list[RequestId], msgspec.Meta(max_length=RENEWED_AT_ONCE)]
+    """Names of leases, where no ticket told their ids."""
+    early: bool
+    """Whether it waits for a lease that is not known yet."""
 
 
-class Prove(Message, frozen=True):
-    """The dialer's proof; asks for the body."""
-
-    proof: Short
+class Later(Message, frozen=True):
+    """None of the leases in an early Greet is known yet; it is answered when one is."""
 
 
 class Welcome(Message, frozen=True):
     """Who the listener is. The fingerprint is compared before ``body`` is decoded."""
 
+    version: tuple[int, int]
+    proof: Short
+    """That it knows the secret, too; empty if it has none."""
     fingerprint: Annotated[dict[Name, Name], msgspec.Meta(max_length=64)]
     body: Opaque
     """An encoded `Body`."""
@@ -86,7 +110,12 @@ class Welcome(Message, frozen=True):
 class Reject(Message, frozen=True):
     """The listener does not go on with this dialer."""
 
+    version: tuple[int, int]
     detail: Detail
+    seq: Seq | None = None
+    """Of the Greet that it answers."""
+    secret: bool = False
+    """Whether this side has a secret, so that a mismatch can be named."""
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -104,11 +133,11 @@ class Body(msgspec.Struct, frozen=True):
     staged: bool = False
     """Whether it answers Stage and Want."""
     versions: Annotated[dict[Name, Name], msgspec.Meta(max_length=64)] = {}
-    """Software → version, for people to read: nothing depends on them. Since 2.1."""
+    """Software → version, for people to read: nothing depends on them."""
     joins: bool = False
-    """Whether a Piece may be "kv" of a layer whose K and V lie side by side. Since 2.2."""
+    """Whether a Piece may be "kv" of a layer whose K and V lie side by side."""
     slot_bytes: Size = 0
-    """Of the slots that it gathers into: no chunk may be larger. 0: as the reader's. Since 2.2."""
+    """Of the slots that it gathers into: no chunk may be larger. 0: as the reader's."""
 
 
 class Granules(msgspec.Struct, frozen=True, array_like=True):
@@ -125,23 +154,21 @@ class Open(Message, frozen=True):
     """A reader asks to read a lease, by lease id or, without a ticket, by request id."""
 
     seq: Seq
-    lease_id: LeaseId | None = msgspec.field(name="generation")
+    lease_id: LeaseId | None
     request_id: RequestId | None
     reader: Rank
     tokens: Count
     digest: Short
     early_ms: Count = 0
-    """How long it waits for a name that is not even expected yet; 0: not at all. Since 2.3."""
+    """How long it waits for a name that is not even expected yet; 0: not at all."""
 
 
 class Opened(Message, frozen=True):
     """The lease stands, and these are its blocks. Whether it stood all along, Close says."""
 
     seq: Seq
-    lease_id: LeaseId = msgspec.field(name="generation")
+    lease_id: LeaseId
     tables: Annotated[tuple[Table, ...], msgspec.Meta(max_length=4096)]
-    ttl_ms: Count
-    """How long the lease lasts unless it is renewed. Read by nobody, but 2.x peers require it."""
 
 
 class Refused(Message, frozen=True):
@@ -156,14 +183,14 @@ class Refused(Message, frozen=True):
 class Renew(Message, frozen=True):
     """Keep these leases alive, by lease id or, without a ticket, by request id."""
 
-    lease_ids: LeaseIds = msgspec.field(name="generations")
+    lease_ids: LeaseIds
     request_ids: Annotated[list[RequestId], msgspec.Meta(max_length=RENEWED_AT_ONCE)] = []
 
 
 class Gone(Message, frozen=True):
     """Of the leases in Renew, these are over."""
 
-    lease_ids: LeaseIds = msgspec.field(name="generations")
+    lease_ids: LeaseIds
 
 
 class Close(Message, frozen=True):
@@ -174,7 +201,7 @@ class Close(Message, frozen=True):
     """
 
     seq: Seq
-    lease_id: LeaseId | None = msgspec.field(name="generation")
+    lease_id: LeaseId | None
     request_id: RequestId | None
     reader: Rank
     readers: Ranks
@@ -212,7 +239,7 @@ class Want(Message, frozen=True):
     """
 
     seq: Seq
-    lease_id: LeaseId = msgspec.field(name="generation")
+    lease_id: LeaseId
     reader: Rank
     group: Annotated[int, msgspec.Meta(ge=0, le=4096)]
     """KV cache group of the source whose block table the pieces' layers share."""
@@ -235,9 +262,10 @@ class Filled(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello
-    | Challenge
-    | Prove
+    AskKey
+    | KeyTold
+    | Greet
+    | Later
     | Welcome
     | Reject
     | Open

@@ -38,6 +38,7 @@ class LeaseServer:
 
     def __init__(self, listener: Listener, clock: Clock, max_duration_s: float) -> None:
         self._listener = listener
+        listener.knows = self.knows
         self._clock = clock
         self._book = LeaseBook(clock, max_duration_s)
         self._early = EarlyReaders(clock)
@@ -64,15 +65,22 @@ class LeaseServer:
             "early_readers": len(self._early),
         }
 
+    def knows(self, lease: str) -> bool:
+        """Whether a lease is promised or stands, by its id or its name."""
+        lease_id = self._book.find(lease) or lease
+        return self._book.standing(lease_id) is not LeaseState.GONE
+
     def promise(self, name: str, lease_id: str) -> None:
         """A request that will be leased is being computed."""
         self._book.promise(name, lease_id)
+        self._listener.known(lease_id, name)
         for link, message in self._early.take(name):
             self._park(link, message, lease_id)
 
     def grant(self, terms: Terms) -> None:
         """Lease a request's blocks, and answer whoever waits for them."""
         self._book.grant(terms)
+        self._listener.known(terms.lease_id, terms.name or terms.request_id)
         for link, message in self._early.take(terms.name or terms.request_id):
             self._open(link, message)
         for link, message in self._take_parked(terms.lease_id):
@@ -162,7 +170,6 @@ class LeaseServer:
                 seq=message.seq,
                 lease_id=lease_id,
                 tables=terms.tables,
-                ttl_ms=round(terms.ttl_s * 1000),
             ),
         )
 

@@ -7,18 +7,21 @@ is signed when a secret is configured; then an unsigned offer is refused.
 """
 
 import base64
+import functools
 import hashlib
 import hmac
+import logging
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
 
-from kvconnect.control.session import sign
 from kvconnect.control.wire import MAX_RANKS, Address, Count, LeaseId, RequestId, Short
 from kvconnect.errors import OfferError, OwnLeaseError
 from kvconnect.geometry.blocks import Name
-from kvconnect.orders import Offer, RankAddress, Source
+from kvconnect.orders import Offer, Source
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 TICKET_KEY = "kvconnect"
 MAX_TICKET_CHARS = 1 << 20
@@ -38,12 +41,18 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     shards: Annotated[
         tuple[tuple[Address, LeaseId], ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)
     ]
-    """Every rank's address and incarnation."""
+    """Every rank's address and its key, which is apart so that 2.x gets as far as the version."""
     held_from: Count | None = None
-    """The first token from which on all is held; older engines do not say."""
+    """The first token from which on all is held."""
 
 
-TICKET_VERSION = 1
+TICKET_VERSION = 3
+"""The wire's major version; but 1 in 2.x."""
+
+
+def sign(secret: bytes, data: bytes) -> bytes:
+    """Signature of a ticket's bytes."""
+    return hmac.digest(secret, b"kvconnect ticket|" + data, hashlib.sha256)
 
 
 def seal_ticket(ticket: Ticket, secret: bytes | None) -> str:
@@ -70,7 +79,10 @@ def open_ticket(text: Any, secret: bytes | None) -> Ticket:
     except (ValueError, msgspec.DecodeError, RecursionError) as e:
         raise OfferError(f"{TICKET_KEY} is malformed: {e}") from e
     if ticket.version != TICKET_VERSION:
-        raise OfferError(f"ticket of version {ticket.version}, expected {TICKET_VERSION}")
+        raise OfferError(
+            f"ticket of version {ticket.version}, expected {TICKET_VERSION}; upgrade kvconnect on "
+            "the older engine, both must speak the same major version of its wire"
+        )
     return ticket
 
 
@@ -161,12 +173,23 @@ def _ticket(params: dict[str, Any], secret: bytes | None) -> Ticket | None:
 def _source(params: dict[str, Any], ticket: Ticket | None, engine_id: str, ttl_s: float) -> Source:
     if ticket is not None:
         check_engine(ticket.engine_id, engine_id, ticket.lease_id, ticket.request_id)
-        shards = tuple(RankAddress(address, incarnation) for address, incarnation in ticket.shards)
+        shards = tuple(Address(where.host, where.port, key) for where, key in ticket.shards)
         return Source(shards, ticket.request_id, ticket.lease_id, ticket.ttl_ms / 1000)
     request_id = text_of(params, "remote_request_id")
     check_engine(text_of(params, "remote_engine_id"), engine_id, None, request_id)
     address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
-    return Source((RankAddress(address, None),), request_id, None, ttl_s)
+    warn_unsigned()
+    return Source((address,), request_id, None, ttl_s)
+
+
+@functools.cache
+def warn_unsigned() -> None:
+    """Once: what comes without a ticket is believed."""
+    logger.warning(
+        "kvconnect: a request names a prefill engine without a ticket of it: whoever can send "
+        "requests or read this network can name another; set auth_secret_file on all engines and "
+        "use a router that copies all of kv_transfer_params, or see docs/security.md"
+    )
 
 
 def check_engine(theirs: str, ours: str, lease_id: str | None, request_id: str) -> None:
@@ -220,21 +243,25 @@ def _seen(value: Any) -> str:
 
 
 def lent_params(
-    ticket: Ticket, secret: bytes | None, tables: Sequence[Sequence[int]], sizes: dict[str, int]
+    ticket: Ticket,
+    desk: Address,
+    secret: bytes | None,
+    tables: Sequence[Sequence[int]],
+    sizes: dict[str, int],
 ) -> dict[str, Any]:
     """What a producer answers: the in-tree pull set of vLLM 0.32, and the ticket.
 
-    ``tables`` are the block ids per KV cache group; ``sizes`` are tp_size, dcp_size, pp_size.
+    ``desk``: where who has no ticket asks for our first rank's key. ``tables`` are the block ids
+    per KV cache group; ``sizes`` are tp_size, dcp_size, pp_size.
     """
-    address, _ = ticket.shards[0]
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_block_ids": [list(table) for table in tables],
         "remote_engine_id": ticket.engine_id,
         "remote_request_id": ticket.request_id,
-        "remote_host": address.host,
-        "remote_port": address.port,
+        "remote_host": desk.host,
+        "remote_port": desk.port,
         **sizes,
         "remote_num_tokens": ticket.tokens,
         "remote_blocks_expiry_time": None,

@@ -23,6 +23,8 @@ from kvconnect.vllm.params import (
     wants_remote_prefill,
 )
 
+NOWHERE = Address("127.0.0.1", 1)  # until the workers have said where they are
+
 
 class EngineInfo(NamedTuple):
     """This engine; ``ttl_s`` is assumed of leases that do not say, ``role`` is vLLM's kv_role."""
@@ -42,9 +44,11 @@ class RouterProtocol:
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:  # noqa: ARG002
         """``config`` and ``vllm_config`` are for protocols that have options, or endpoints."""
         self.us = us
+        self.desks: Sequence[Address] = (NOWHERE,)
 
-    def addresses_known(self, addresses: Sequence[Address]) -> None:
-        """All ranks are up, at these addresses, in rank order; before any request."""
+    def addresses_known(self, desks: Sequence[Address]) -> None:
+        """All ranks are up, with desks at these addresses, in rank order; before any request."""
+        self.desks = desks
 
     def close(self) -> None:
         """The engine ends. Idempotent."""
@@ -93,4 +97,4 @@ class RouterProtocol:
         sizes: dict[str, int],
     ) -> dict[str, Any] | None:
         """Params that hand the prompt over; arguments as of `lent_params`."""
-        return lent_params(ticket, self.us.secret, tables, sizes)
+        return lent_params(ticket, self.desks[0], self.us.secret, tables, sizes)

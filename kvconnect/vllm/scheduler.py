@@ -23,7 +23,7 @@ from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat, leaving
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
-from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
+from kvconnect.vllm.protocol import NOWHERE, EngineInfo, RouterProtocol
 from kvconnect.vllm.undecided import Undecided
 from kvconnect.vllm.windows import Windows, held_from
 from kvconnect.vllm.worker import RankMetadata
@@ -34,7 +34,6 @@ SAMPLE = re.compile(r"\d+_")  # vLLM's names of the samples of a prompt begin so
 MAX_UNDECIDED = 4096
 SHORTENED = "_kvconnect_shortened"  # attribute of a vLLM request
 EXIT_S = 2.0  # that an engine takes to end once its leases are over
-NOWHERE = (Address("localhost", 1), "unnamed")  # until the workers have said where they are
 
 
 class Scheduler:
@@ -48,7 +47,7 @@ class Scheduler:
         protocol_type: type[RouterProtocol] = RouterProtocol,
     ) -> None:
         ours = vllm_config.kv_transfer_config
-        secret = read_secret(config.auth_secret_file)
+        secret = read_secret(config.auth_secret_file, config.require_auth)
         self._us = EngineInfo(ours.engine_id, secret, config.kv_lease_duration, ours.kv_role)
         self._protocol = protocol_type(self._us, config, vllm_config)
         self._undecided = Undecided()
@@ -74,7 +73,7 @@ class Scheduler:
         if killed_after_s := _compat.shutdown_timeout_s(vllm_config):
             self.drain_s = min(self.drain_s, max(killed_after_s - EXIT_S, 0))
         self.adapters = scheduler_adapters(vllm_config)
-        self._shards: tuple[tuple[Address, str], ...] = (NOWHERE,)
+        self._shards: tuple[tuple[Address, str], ...] = ((NOWHERE, "unnamed"),)
         self._world_size = parallel.world_size
         self.waits_for_workers = False
         """Whether their addresses come with a step's results: until then there are no tickets."""
@@ -86,12 +85,12 @@ class Scheduler:
 
     def set_xfer_handshake_metadata(self, ranks: Mapping[tuple[int, int], RankMetadata]) -> None:
         """All workers are up; ``ranks`` by (pp_rank, tp_rank)."""
-        self._shards = tuple(
-            (Address(rank.host, rank.port), rank.incarnation) for _, rank in sorted(ranks.items())
+        known = [rank for _, rank in sorted(ranks.items())]
+        self._shards = tuple((Address(rank.host, rank.link_port), rank.key) for rank in known)
+        self._protocol.addresses_known([Address(rank.host, rank.port) for rank in known])
+        self._planner.addresses_known(
+            tuple(Address(rank.host, rank.link_port, rank.key) for rank in known)
         )
-        addresses = tuple(address for address, _ in self._shards)
-        self._protocol.addresses_known(addresses)
-        self._planner.addresses_known(addresses)
 
     def addresses_known(self, ranks: Mapping[int, RankMetadata]) -> None:
         """Some workers have said where they are, by rank; it may be known already."""

@@ -41,11 +41,15 @@ DEFAULT_KV_PORT = 14579
 
 @dataclass
 class RankMetadata(KVConnectorHandshakeMetadata):
-    """Where this rank's control channel listens, for the scheduler's tickets."""
+    """Where this rank's control channel listens, for the scheduler's tickets.
+
+    ``port`` is its desk's.
+    """
 
     host: str
     port: int
-    incarnation: str
+    link_port: int
+    key: str
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Worker:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._config = config
-        self._secret = read_secret(config.auth_secret_file)
+        self._secret = read_secret(config.auth_secret_file, config.require_auth)
         self.mover: Mover | None = None  # none before the caches are registered, and asleep
         self._kv_caches: Mapping[str, torch.Tensor] = {}
         self._kept: list[Order] = []  # that came while there was no mover
@@ -101,7 +105,8 @@ class Worker:
         if staging is not None:
             registered = (*registered, staging.region)
         self._arena = owner
-        host, port = side_channel(self._vllm_config, rank, self._config.at_kv_port)
+        at_desk = self._config.at_kv_port
+        host, port = side_channel(self._vllm_config, rank, at_desk)
         name, options = self._config.chosen_transport(self._device.type)
         transport = make_transport(name, registered, host, options)
         settings = Settings(
@@ -120,17 +125,19 @@ class Worker:
         said = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST", "")
         chosen = self._vllm_config.kv_transfer_config.kv_port != DEFAULT_KV_PORT
         bind = said if said in EVERYWHERE else None
-        channel = ZmqChannel(host, port, bind, or_another=self._config.at_kv_port and not chosen)
+        ports = (0, port) if at_desk else (port, 0)
+        channel = ZmqChannel(host, *ports, bind, or_another=at_desk and not chosen)
         self.mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
         self.mover.start(use_device(self._device))
         nbytes = sum(r.nbytes for r in memory.regions)
         logger.info(
-            "kvconnect: rank %d of %d offers %d layers, %.2f GB, at %s",
+            "kvconnect: rank %d of %d offers %d layers, %.2f GB, at %s, desk at port %d",
             rank.index,
             rank.count,
             len(memory.views),
             nbytes / 1e9,
             self.mover.address,
+            self.mover.desk.port,
         )
 
     def unregister_kv_caches(self) -> None:
@@ -187,8 +194,8 @@ class Worker:
         """Where this rank is; None before `register`."""
         if self.mover is None:
             return None
-        address = self.mover.address
-        return RankMetadata(address.host, address.port, self.mover.incarnation)
+        at = self.mover.address
+        return RankMetadata(at.host, self.mover.desk.port, at.port, at.key)
 
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
         """The same for a step's results, the first time, and which adapters were loaded."""

@@ -28,7 +28,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
-from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
+from kvconnect.orders import EngineAddresses, Fetch, Grant, Source
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.transport import nixl
 from kvconnect.transport.mooncake import transport as mooncake
@@ -85,7 +85,7 @@ class _Rank:
         self.free = deque(np.random.default_rng().permutation(BLOCKS).tolist())
         self.movers = {mode: self._mover(name, mode, port) for mode in modes}
         first = next(iter(self.movers.values()))
-        pipe.send((first.address, first.incarnation))
+        pipe.send(first.address)
 
     def _mover(self, name, mode, port):
         arena = np.zeros(SLOTS * GRANULE_BYTES, np.uint8)
@@ -141,7 +141,7 @@ def supply(name, pipe, port):
         lease_id = f"{request_id} {random.random()}"
         terms = Terms(request_id, lease_id, (tuple(blocks),), tokens, b"%d" % seed, TTL_S)
         mover.put([Grant(terms)])
-        shard = RankAddress(mover.address, mover.incarnation)
+        shard = mover.address
         pipe.send((Source((shard,), request_id, lease_id, TTL_S), terms))
 
 
@@ -187,7 +187,7 @@ class Side:
     def ready(self):
         """Wait until it is up."""
         if self.address is None:
-            self.address, _ = self.answer()
+            self.address = self.answer()
 
     def ask(self, *command):
         self.pipe.send(command)

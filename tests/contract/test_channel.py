@@ -58,17 +58,33 @@ def test_who_listens_everywhere_names_one_address_and_is_reached_at_all():
 def test_a_default_port_that_is_taken_is_another_engines(caplog):
     """Used to be: two KVConnectP2pNccl engines on a host did not start."""
     first = ZmqChannel("127.0.0.1", 0)
-    port = first.address.port
+    port = first.desk.port
     with pytest.raises(ConfigError, match=str(port)):
-        ZmqChannel("127.0.0.1", port)
-    second = ZmqChannel("127.0.0.1", port, or_another=True)
+        ZmqChannel("127.0.0.1", desk_port=port)
+    second = ZmqChannel("127.0.0.1", desk_port=port, or_another=True)
     try:
-        assert second.address.port != port
-        socket.create_connection(("127.0.0.1", second.address.port), 5).close()
+        assert second.desk.port != port
+        socket.create_connection(("127.0.0.1", second.desk.port), 5).close()
         assert f"port {port}, the default, is taken" in caplog.text
     finally:
         first.close()
         second.close()
+
+
+def test_the_name_of_a_link_cannot_be_guessed():
+    """ZMQ counts its links, and gives the name of one that has ended to whoever asks for it."""
+    ours, theirs = ZmqChannel("127.0.0.1"), ZmqChannel("127.0.0.1")
+    try:
+        names = set()
+        for _ in range(3):
+            link = ours.dial(theirs.address)
+            ours.send(link, b"hello")
+            (frame,) = _first(theirs, lambda f: f.data)
+            names.add(frame.link.key)
+        assert len(names) == 3 and all(len(name) == 32 and name.isalnum() for name in names)
+    finally:
+        ours.close()
+        theirs.close()
 
 
 def test_the_whole_suite_is_one_call():

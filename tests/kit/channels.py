@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvconnect.control.channel import Channel, Frame, Link
+from kvconnect.control.channel import Channel, Frame, Link, told_at_desk
 from kvconnect.control.wire import Address
 from kvconnect.errors import WireError
 
@@ -114,20 +114,81 @@ def a_broken_connection_is_told_and_frames_to_it_are_lost(make: MakeChannel) -> 
         ours.send(link, b"hello")
         _receive(theirs, 1)
         theirs.close()
-        assert _receive(ours, 1) == [Frame(link, None)]
+        _ends(ours, link, refused=False)
         ours.send(link, b"too late")
         ours.send(Link(False, b"unknown"), b"to nobody who dialled us")
-        assert ours.poll(SHORT_S) == []
+        assert not any(frame.data for frame in ours.poll(SHORT_S))
 
 
 def an_address_that_cannot_be_is_a_wire_error(make: MakeChannel) -> None:
     with _channels(make, 1) as (channel,):
+        key = channel.address.key
         for host in ("bad host", "a\0b", "new\nline"):
             try:
-                channel.dial(Address(host, 1))
+                channel.dial(Address(host, 1, key))
             except WireError:
                 continue
             raise AssertionError(f"dialling {host!r} raised nothing, expected WireError")
+
+
+def the_desk_tells_anybody_the_key_and_nothing_else(make: MakeChannel) -> None:
+    with _channels(make, 2) as (stranger, theirs):
+        link = stranger.dial(theirs.desk)
+        for question in (b"", b"\0anything", bytes(100)):
+            stranger.send(link, question)
+        answers = _answers(stranger, theirs, 3)
+        assert answers == [Frame(link, told_at_desk(theirs.address))] * 3
+        assert theirs.poll(SHORT_S) == [], "what is said at the desk goes nowhere"
+
+
+def who_dials_an_address_of_nobody_is_refused(make: MakeChannel) -> None:
+    with _channels(make, 2) as (ours, gone):
+        gone.close()
+        link = ours.dial(gone.address)
+        ours.send(link, b"is anybody there?")
+        _ends(ours, link, refused=True)
+
+
+def who_dials_another_key_is_refused(make: MakeChannel) -> None:
+    """Else one could be led to another process than the ticket's."""
+    with _channels(make, 2) as (ours, theirs):
+        at = theirs.address
+        link = ours.dial(Address(at.host, at.port, ours.address.key))
+        ours.send(link, b"for the other one")
+        _ends(ours, link, True, theirs)
+        assert theirs.poll(SHORT_S) == []
+
+
+def who_dials_no_key_is_refused_where_links_arrive(make: MakeChannel) -> None:
+    with _channels(make, 2) as (ours, theirs):
+        at = theirs.address
+        link = ours.dial(Address(at.host, at.port))
+        ours.send(link, b"not encrypted")
+        _ends(ours, link, True, theirs)
+        assert theirs.poll(SHORT_S) == []
+
+
+def _answers(ours: Channel, theirs: Channel, count: int) -> list[Frame]:
+    """At least ``count`` frames that reach ``ours``, while ``theirs`` polls and hears nothing."""
+    frames: list[Frame] = []
+    end = time.monotonic() + PATIENCE_S
+    while len(frames) < count and time.monotonic() < end:
+        assert theirs.poll(0) == []
+        frames += ours.poll(SHORT_S)
+    assert len(frames) >= count, f"{len(frames)} frames arrived, expected {count}"
+    return frames
+
+
+def _ends(ours: Channel, link: Link, refused: bool, theirs: Channel | None = None) -> None:
+    """Poll until we are told that ``link`` broke or is refused; no data may arrive."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        assert theirs is None or theirs.poll(0) == []
+        for frame in ours.poll(SHORT_S):
+            assert (frame.link, frame.data) == (link, None)
+            if frame.refused == refused:
+                return
+    raise AssertionError("nothing was told of the link")
 
 
 def poll_waits_no_longer_than_asked(make: MakeChannel) -> None:
@@ -165,6 +226,10 @@ CHECKS: dict[str, Callable[[MakeChannel], None]] = {
         a_dropped_link_is_silent,
         a_broken_connection_is_told_and_frames_to_it_are_lost,
         an_address_that_cannot_be_is_a_wire_error,
+        the_desk_tells_anybody_the_key_and_nothing_else,
+        who_dials_an_address_of_nobody_is_refused,
+        who_dials_another_key_is_refused,
+        who_dials_no_key_is_refused_where_links_arrive,
         poll_waits_no_longer_than_asked,
         wake_ends_a_poll,
         close_is_idempotent_and_wake_may_come_after,

@@ -20,7 +20,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import Kernels, load
-from kvconnect.orders import EngineAddresses, Grant, Order, Outcome, RankAddress, Source
+from kvconnect.orders import EngineAddresses, Grant, Order, Outcome, Source
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Faulty
@@ -53,7 +53,7 @@ class World:
 
 
 class Engine:
-    """One engine's movers and memory, at the same addresses over restarts."""
+    """One engine's movers and memory, at the same addresses over restarts, with other keys."""
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class Engine:
         self.staging = staging
         self.caches: list[Cache] = engine(model, num_blocks, layout, tp_size, pp_size)
         self.addresses: list[Address] = []
+        self.desks: list[Address] = []
         self.settings = Settings(
             rank=0,
             ranks=len(self.caches),
@@ -127,6 +128,7 @@ class Engine:
             self.movers.append(mover)
             self.transports.append(transport)
         self.addresses = [mover.address for mover in self.movers]
+        self.desks = [mover.desk for mover in self.movers]
         self.put(EngineAddresses(tuple(self.addresses)))
 
     def _arena(self) -> Staging | None:
@@ -177,9 +179,5 @@ class Engine:
 
     def source(self, terms: Terms, ticket: bool = True) -> Source:
         """The lease as an offer tells it, with a ticket or in the in-tree form."""
-        if not ticket:
-            return Source(
-                (RankAddress(self.addresses[0], None),), terms.request_id, None, terms.ttl_s
-            )
-        shards = tuple(RankAddress(m.address, m.incarnation) for m in self.movers)
-        return Source(shards, terms.request_id, terms.lease_id, terms.ttl_s)
+        shards, lease_id = (self.addresses, terms.lease_id) if ticket else (self.desks[:1], None)
+        return Source(tuple(shards), terms.request_id, lease_id, terms.ttl_s)

@@ -7,8 +7,8 @@
 * A connection that breaks is told by a frame too, which may be held and lost like any other:
   a host may vanish without a word.
 * A frame is addressed when it is sent and handed over when it is delivered: one to an address
-  where nobody listens by then is lost; one to an address that somebody else listens on by then
-  (a restart) reaches the newcomer, as with ZMQ.
+  where nobody listens by then is lost; where somebody else does by then (a restart), whose key is
+  another, its link is refused, as with ZMQ.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from typing import NamedTuple
 
-from kvconnect.control.channel import Frame, Link
+from kvconnect.control.channel import Frame, Link, told_at_desk
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, WireError
 
@@ -29,6 +29,7 @@ class Pending(NamedTuple):
     address: Address | None
     dialer: "MemoryChannel | None"
     data: bytes | None  # None: the connection broke
+    refused: bool = False
 
 
 class Network:
@@ -38,7 +39,7 @@ class Network:
         self.held = held
         self.pending: list[Pending] = []
         self.lock = threading.RLock()
-        self.listening: dict[Address, MemoryChannel] = {}
+        self.listening: dict[tuple[str, int], MemoryChannel] = {}
         self.dialled: dict[bytes, tuple[MemoryChannel, Address]] = {}
         self.numbers = itertools.count(1)
         self._ports = itertools.count(20_000)
@@ -46,10 +47,12 @@ class Network:
     def channel(self, host: str = "test", port: int = 0) -> "MemoryChannel":
         """A channel that listens on ``host``; ``port`` 0 takes a free one."""
         with self.lock:
-            address = Address(host, port or next(self._ports))
-            if address in self.listening:
+            desk = Address(host, next(self._ports))
+            address = Address(host, port or next(self._ports), f"key {desk.port}")
+            if (host, address.port) in self.listening:
                 raise ConfigError(f"control channel cannot listen on {address}: it is taken")
-            made = self.listening[address] = MemoryChannel(self, address)
+            made = MemoryChannel(self, address, desk)
+            self.listening[host, address.port] = self.listening[host, desk.port] = made
             return made
 
     def carry(self, frame: Pending) -> None:
@@ -83,18 +86,26 @@ class Network:
                 self._arrive(frame)
 
     def _arrive(self, frame: Pending) -> None:
-        if frame.address is not None:
-            if (listener := self.listening.get(frame.address)) is not None:
-                listener.take(Frame(Link(False, frame.link.key), frame.data))
-        elif frame.dialer is not None and frame.link.key in self.dialled:
-            frame.dialer.take(Frame(Link(True, frame.link.key), frame.data))
+        key, to = frame.link.key, frame.address
+        if to is None:
+            if frame.dialer is not None and key in self.dialled:
+                frame.dialer.take(Frame(Link(True, key), frame.data, frame.refused))
+            return
+        there = self.listening.get((to.host, to.port))
+        if there is not None and to == there.address:
+            there.take(Frame(Link(False, key), frame.data))
+        elif key in self.dialled:
+            told = told_at_desk(there.address) if there is not None and to == there.desk else None
+            dialer = self.dialled[key][0]
+            self.carry(Pending(there or dialer, frame.link, None, dialer, told, told is None))
 
 
 class MemoryChannel:
     """See `kvconnect.control.channel`; made by `Network.channel`."""
 
-    def __init__(self, network: Network, address: Address) -> None:
+    def __init__(self, network: Network, address: Address, desk: Address) -> None:
         self.address = address
+        self.desk = desk
         self._network = network
         self._arrived: deque[Frame] = deque()
         self._changed = threading.Condition(network.lock)
@@ -145,11 +156,12 @@ class MemoryChannel:
             if self._closed:
                 return
             self._closed = True
-            del self._network.listening[self.address]
+            for where in (self.address, self.desk):
+                del self._network.listening[where.host, where.port]
             for key, (dialer, address) in list(self._network.dialled.items()):
                 if dialer is self:
                     del self._network.dialled[key]
-                elif address == self.address:  # a kernel would close the connection
+                elif address in (self.address, self.desk):  # a kernel would close the connection
                     self._network.carry(Pending(self, Link(True, key), None, dialer, None))
             self._arrived.clear()
 

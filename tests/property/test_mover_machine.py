@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kit import engines
 
+from kvconnect.control.wire import Address
 from kvconnect.lease import Terms
 from kvconnect.orders import (
     Cancel,
     Fetch,
     Grant,
     Promise,
-    RankAddress,
     Release,
     RenewLease,
     Source,
@@ -46,7 +46,7 @@ class Lease:
     request_id: str
     lease_id: str
     seed: int
-    shards: tuple[RankAddress, ...]
+    shards: tuple[Address, ...]
     blocks: list[int] = field(default_factory=list)
     state: str = "promised"
     held_by: set[int] = field(default_factory=set)  # ranks that have not reported it as sent
@@ -134,10 +134,7 @@ class MoverMachine(RuleBasedStateMachine):
         live = {x.request_id for x in self.leases if x.state in ("promised", "granted")}
         over = [x.request_id for x in self.leases if x.request_id not in live]
         request_id = over[-1] if reuse and over else f"p{number}"
-        shards = tuple(
-            RankAddress(a, m.incarnation)
-            for a, m in zip(self.producer.addresses, self.producer.movers, strict=True)
-        )
+        shards = tuple(self.producer.addresses)
         lease = Lease(request_id, f"g{number}", number + 1, shards)
         self.leases.append(lease)
         self.producer.put(Promise(lease.request_id, lease.lease_id))
@@ -219,7 +216,7 @@ class MoverMachine(RuleBasedStateMachine):
         if ticket:
             source = Source(lease.shards, lease.request_id, lease.lease_id, TTL_S)
         else:
-            shards = (RankAddress(lease.shards[0].address, None),)
+            shards = (self.producer.desks[0],)
             wait_s = WAIT_S * (lease.seed % 2)  # some are asked for while they are computed
             source = Source(shards, lease.request_id, None, TTL_S, wait_s)
         request = Request(f"d{next(self.numbers)}", lease, source, prompt_is_another)

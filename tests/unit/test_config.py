@@ -74,6 +74,22 @@ def test_no_secret_file_is_no_secret():
     assert read_secret(None) is None
 
 
+def test_a_secret_may_be_in_the_environment_and_a_file_goes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVCONNECT_AUTH_SECRET", " fedcba9876543210\n")
+    assert read_secret(None) == read_secret(None, required=True) == b"fedcba9876543210"
+    path = tmp_path / "secret"
+    path.write_bytes(b"0123456789abcdef")
+    assert read_secret(str(path)) == b"0123456789abcdef"
+    monkeypatch.setenv("KVCONNECT_AUTH_SECRET", "short")
+    with pytest.raises(ConfigError, match=r"KVCONNECT_AUTH_SECRET holds 5 bytes"):
+        read_secret(None)
+
+
+def test_without_a_secret_that_is_required_nothing_starts():
+    with pytest.raises(ConfigError, match=r"require_auth.*openssl rand.*KVCONNECT_AUTH_SECRET"):
+        read_secret(None, required=True)
+
+
 def test_a_secret_is_the_files_content_without_white_space(tmp_path):
     path = tmp_path / "secret"
     path.write_bytes(b"  0123456789abcdef\n")

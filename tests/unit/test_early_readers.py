@@ -38,6 +38,9 @@ class Answers:
     def answer(self, link, message):
         self.sent.append((link, message))
 
+    def known(self, *names):
+        """Nobody waits to be welcome."""
+
     def take(self):
         taken, self.sent = self.sent, []
         return taken

@@ -1,4 +1,4 @@
-"""Listener and Dialer: who proves what to whom, and what hostile frames can do (nothing)."""
+"""Listener and Dialer: who shows what to whom, and what hostile frames can do (nothing)."""
 
 import secrets
 
@@ -11,9 +11,10 @@ from kvconnect.control import dialer as dialer_module
 from kvconnect.control import listener as listener_module
 from kvconnect.control import wire
 from kvconnect.control.channel import Frame, Link
-from kvconnect.control.dialer import RESEND_S, Dialer, PeerState
+from kvconnect.control.dialer import RESEND_S, Dialer, PeerState, Shown
 from kvconnect.control.listener import Listener
-from kvconnect.control.session import DIALER, LISTENER, PLAIN, SEALED, Session
+from kvconnect.control.proof import DIALER, LISTENER, prove
+from kvconnect.errors import WireError
 from kvconnect.testing import FakeClock
 from kvconnect_bench.caches import Cache, Model
 
@@ -34,14 +35,17 @@ class Pair:
         self.bodies = 0
         self.body = body
         self.listener = Listener(self.far, fingerprint or {"model": "m"}, self.tell_body, theirs)
+        self.leases = {"stands"}
+        self.listener.knows = lambda lease: lease in self.leases
         self.incoming = []
 
     def tell_body(self):
         self.bodies += 1
         return self.body
 
-    def greet(self):
-        peer = self.dialer.greet(self.far.address)
+    def greet(self, *leases, address=None):
+        shown = [Shown(lease, "r") for lease in leases]
+        peer = self.dialer.greet(address or self.far.address, shown)
         self.go_on()
         return peer
 
@@ -63,6 +67,32 @@ class Pair:
         return self.dialer.call(peer, close, accepts, self.clock() + seconds)
 
 
+class Stranger:
+    """Says what it likes, and hears what is answered."""
+
+    def __init__(self, pair):
+        self.pair, self.channel = pair, pair.network.channel()
+        self.link = self.channel.dial(pair.far.address)
+
+    def greets(self, **changed):
+        fields = {
+            "version": wire.VERSION,
+            "seq": 1,
+            "nonce": b"n",
+            "proof": b"",
+            "lease_ids": [],
+            "request_ids": [],
+            "early": False,
+        }
+        return self.says(wire.Greet(**fields | changed))
+
+    def says(self, message):
+        self.channel.send(self.link, wire.encode(message))
+        for frame in self.pair.far.poll(0):
+            assert self.pair.listener.receive(frame) is None
+        return [wire.decode(frame.data) for frame in self.channel.poll(0)]
+
+
 def test_both_sides_prove_themselves_and_the_body_is_known():
     pair = Pair()
     peer = pair.greet()
@@ -71,8 +101,167 @@ def test_both_sides_prove_themselves_and_the_body_is_known():
     assert pair.dialer.greet(pair.far.address) is peer
 
 
-def test_no_secret_on_either_side_is_fine_too():
-    assert Pair(ours=b"", theirs=b"").greet().state is PeerState.READY
+def open_pair(**options):
+    return Pair(ours=b"", theirs=b"", **options)
+
+
+def test_without_a_secret_a_lease_that_stands_is_shown():
+    assert open_pair().greet("stands").state is PeerState.READY
+
+
+def test_without_a_secret_and_a_lease_nothing_is_told():
+    pair = open_pair()
+    peer = pair.greet("stale")
+    assert peer.state is PeerState.FAILED
+    assert "none of the leases" in peer.error
+    assert pair.bodies == 0
+
+
+def test_a_stale_lease_keeps_nobody_else_waiting():
+    """It may come from a client."""
+    pair = open_pair()
+    assert pair.greet("stale").state is PeerState.FAILED
+    assert pair.greet("stands").state is PeerState.READY
+
+
+def test_of_several_leases_one_that_stands_is_enough():
+    assert open_pair().greet("stale", "stands").state is PeerState.READY
+
+
+def test_a_lease_that_comes_while_another_is_rejected_is_shown_next():
+    pair = open_pair(held=True)
+    peer = pair.dialer.greet(pair.far.address, [Shown("stale", "r")])
+    assert pair.dialer.greet(pair.far.address, [Shown(None, "stands")]) is peer
+    pair.go_on()
+    assert peer.state is PeerState.READY
+
+
+def test_what_is_shown_is_bounded_and_the_newest_stay():
+    pair = open_pair(held=True)
+    many = [Shown(f"stale {i}", "r") for i in range(2 * wire.RENEWED_AT_ONCE)]
+    peer = pair.dialer.greet(pair.far.address, [*many, Shown("stands", "r")])
+    pair.go_on()
+    assert peer.state is PeerState.READY
+    assert len(peer.shown) == wire.RENEWED_AT_ONCE
+
+
+def early(pair, *names, wait_s=100.0):
+    return pair.dialer.greet(pair.far.address, [Shown(None, name, wait_s) for name in names])
+
+
+def test_who_is_early_waits_until_the_lease_is_known():
+    pair = open_pair()
+    peer = early(pair, "soon")
+    for _ in range(60):
+        pair.go_on(1)
+        pair.clock.advance(1.0)
+    assert peer.state is PeerState.GREETING and pair.bodies == 0
+    pair.listener.known("another", "one")
+    pair.go_on()
+    assert peer.state is PeerState.GREETING
+    pair.leases.add("soon")
+    pair.listener.known("its id", "soon")
+    pair.go_on()
+    assert peer.state is PeerState.READY
+
+
+def test_who_waits_shows_at_once_what_comes_then():
+    pair = open_pair()
+    peer = early(pair, "soon")
+    pair.go_on()
+    assert peer.waits
+    early(pair, "stands")
+    pair.go_on()
+    assert peer.state is PeerState.READY
+
+
+def test_who_waited_for_too_long_is_rejected():
+    pair = open_pair()
+    peer = early(pair, "soon", wait_s=20.0)
+    for _ in range(40):
+        pair.go_on(1)
+        pair.clock.advance(1.0)
+    assert peer.state is PeerState.FAILED and "none of the leases" in peer.error
+
+
+def test_who_waits_for_a_peer_that_is_gone_gives_up():
+    pair = open_pair()
+    peer = early(pair, "soon")
+    pair.go_on()
+    pair.network.held = True
+    for _ in range(int(TIMEOUT_S) + 1):
+        pair.clock.advance(1.0)
+        pair.dialer.tick()
+    assert peer.state is PeerState.FAILED and "within 5 s" in peer.error
+
+
+def test_who_waits_takes_no_turn_from_others(monkeypatch):
+    monkeypatch.setattr(dialer_module, "MAX_GREETINGS", 1)
+    pair = open_pair()
+    waits = early(pair, "soon")
+    pair.go_on()
+    assert pair.greet("stands", address=pair.far.desk).state is PeerState.READY
+    pair.leases.add("soon")
+    pair.listener.known("soon")
+    pair.go_on()
+    assert waits.state is PeerState.READY
+    pair.network.held = True
+    for port in (1, 2):
+        pair.dialer.greet(wire.Address("nobody", port))
+    assert len(pair.network.pending) == 1, "one turn, and it was given back once"
+
+
+def test_the_heap_does_not_grow_with_what_is_shown_while_it_waits():
+    pair = open_pair()
+    early(pair, "soon")
+    for number in range(300):
+        pair.go_on(1)
+        early(pair, f"soon {number}")
+        pair.clock.advance(0.3)
+    assert len(pair.dialer._due) < 30
+
+
+def test_where_no_key_is_known_it_is_asked_for():
+    pair = open_pair()
+    peer = pair.greet("stands", address=pair.far.desk)
+    assert peer.state is PeerState.READY
+    assert (peer.address, peer.at) == (pair.far.desk, pair.far.address)
+
+
+def test_a_desk_that_tells_no_key_is_named():
+    pair = Pair(held=True)
+    peer = pair.dialer.greet(pair.far.desk)
+    told = wire.PLAIN + wire.encode(wire.KeyTold(version=wire.VERSION, port=7))
+    pair.dialer.receive(Frame(peer.link, told))
+    assert peer.state is PeerState.FAILED and "told no key" in peer.error
+
+
+def test_a_desk_that_tells_what_is_no_key_is_named(monkeypatch):
+    monkeypatch.setattr(dialer_module, "MAX_GREETINGS", 1)
+    pair = Pair()
+    peer = pair.dialer.greet(pair.far.desk)
+
+    def refuse(address):
+        raise WireError(f"{address} cannot be dialled (Invalid argument)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.near, "dial", refuse)
+        pair.go_on()
+    assert peer.state is PeerState.FAILED and "cannot be dialled" in peer.error
+    assert pair.greet().state is PeerState.READY, "its turn was given back"
+
+
+def test_a_ticket_of_a_process_that_has_ended_is_given_up_soon():
+    """Its address says the key of that process."""
+    pair = Pair()
+    gone = wire.Address(pair.far.address.host, pair.far.address.port, "another key")
+    started, peer = pair.clock(), pair.dialer.greet(gone)
+    for _ in range(3):
+        pair.go_on(1)
+        pair.clock.advance(RESEND_S)
+    pair.go_on(1)
+    assert peer.state is PeerState.FAILED and "was it restarted?" in peer.error
+    assert pair.clock() < started + TIMEOUT_S
 
 
 SECRETS = {
@@ -92,69 +281,72 @@ def test_a_wrong_secret_is_named_and_no_memory_is_shown(ours, theirs, reason):
 
 
 def test_a_dialler_that_lies_about_its_proof_is_rejected_and_sees_no_memory():
-    """The dialer checks first; one that does not must still be stopped by the listener."""
     pair = Pair()
-    link = pair.near.dial(pair.far.address)
-    pair.near.send(link, PLAIN + wire.encode(wire.Hello(version=wire.VERSION, nonce=b"n")))
-    (challenge,) = exchange(pair)
-    session = Session(LISTENER, b"guessed", b"n", challenge.nonce)
-    for proof in (b"", session.proof(), challenge.proof):  # the last one: theirs, sent back
-        pair.near.send(link, PLAIN + wire.encode(wire.Prove(proof=proof)))
-        (reject,) = exchange(pair)
-        assert isinstance(reject, wire.Reject)
+    key = pair.far.address.key
+    proofs = {
+        "none": b"",
+        "guessed": prove(b"guessed", DIALER, key, b"n"),
+        "of another nonce": prove(SECRET, DIALER, key, b"m"),
+        "of the other side": prove(SECRET, LISTENER, key, b"n"),
+        "for another listener": prove(SECRET, DIALER, pair.near.address.key, b"n"),
+    }
+    stranger = Stranger(pair)
+    for name, proof in proofs.items():
+        (reject,) = stranger.greets(proof=proof, lease_ids=["stands"])
+        assert isinstance(reject, wire.Reject), name
     assert pair.bodies == 0
+    (welcome,) = stranger.greets(proof=prove(SECRET, DIALER, key, b"n"))
+    assert isinstance(welcome, wire.Welcome)
 
 
-def exchange(pair):
-    """What the listener answers to what was sent, decoded; all of it is PLAIN."""
-    for frame in pair.far.poll(0):
-        assert pair.listener.receive(frame) is None
-    frames = pair.near.poll(0)
-    assert all(frame.data[:1] == PLAIN for frame in frames)
-    return [wire.decode(frame.data[1:]) for frame in frames]
+def welcome_of(pair, peer, secret):
+    """Of somebody who has put its own key into the answer of a desk."""
+    proof = prove(secret, LISTENER, pair.far.address.key, peer.nonce)
+    told = {"version": wire.VERSION, "fingerprint": {"model": "m"}, "body": wire.encode(BODY)}
+    return Frame(peer.link, wire.encode(wire.Welcome(proof=proof, **told)))
 
 
-def test_a_proof_without_a_hello_is_rejected():
+@pytest.mark.parametrize("secret", [b"", b"guessed by somebody"])
+def test_a_listener_that_lies_about_its_proof_is_not_believed(secret):
+    pair = Pair(held=True)
+    peer = pair.dialer.greet(pair.far.address)
+    pair.dialer.receive(welcome_of(pair, peer, secret))
+    assert peer.state is PeerState.FAILED and "auth_secret_file" in peer.error
+    assert peer.body is None
+
+
+def test_who_says_anything_but_a_greet_first_is_rejected():
     pair = Pair()
-    link = pair.near.dial(pair.far.address)
-    pair.near.send(link, PLAIN + wire.encode(wire.Prove(proof=b"p")))
-    (reject,) = exchange(pair)
-    assert "no greeting" in reject.detail
+    for message in (wire.Renew(lease_ids=["stands"]), wire.Later(), wire.Closed(seq=1, stood=True)):
+        (reject,) = Stranger(pair).says(message)
+        assert "greet again" in reject.detail
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["connection broke", "silently"])
-def test_a_peer_restarted_amid_the_greeting_is_greeted_from_the_start(told):
-    """It used to be taken for one with another secret."""
+def test_a_peer_that_ends_amid_the_greeting_is_given_up(told):
+    """Another process has another key, so it never comes back."""
     pair = Pair(held=True)
     peer = pair.dialer.greet(pair.far.address)
-    for channel in (pair.far, pair.near):  # Hello, Challenge
+    pair.network.drop()
+    pair.far.close()
+    if not told:
+        pair.network.pending.clear()
+    started = pair.clock()
+    while peer.state is PeerState.GREETING:
         pair.network.flush()
-        for frame in channel.poll(0):
-            pair.listener.receive(frame) if channel is pair.far else pair.dialer.receive(frame)
-    assert peer.session is not None
-    pair.listener = Listener(pair.far, {"model": "m"}, pair.tell_body, SECRET)
-    if told:
-        pair.network.drop()  # the Prove
-        pair.dialer.receive(Frame(peer.link, None))
-    pair.go_on()
-    assert peer.state is PeerState.READY
-    assert peer.rejected is not told
+        pair.network.flush()
+        for frame in pair.near.poll(0):
+            pair.dialer.receive(frame)
+        pair.clock.advance(RESEND_S)
+        pair.dialer.tick()
+        assert pair.clock() < started + TIMEOUT_S
+    assert "was it restarted?" in peer.error
 
 
-def test_a_peer_that_rejects_every_proof_is_given_up():
-    pair = Pair()
-    peer = pair.dialer.greet(pair.far.address)
-    pair.listener._welcome = lambda link, prove: pair.listener._reject(link, "for no reason")
-    pair.go_on()
-    assert peer.state is PeerState.FAILED
-    assert "for no reason" in peer.error
-
-
-def test_a_sealed_frame_without_a_session_is_rejected_so_that_its_sender_greets_anew():
+def test_a_peer_that_has_forgotten_us_is_greeted_anew():
     pair = Pair()
     peer = pair.greet()
-    forgetful = Listener(pair.far, {"model": "m"}, pair.tell_body, SECRET)  # it was restarted
-    pair.listener = forgetful
+    pair.listener = Listener(pair.far, {"model": "m"}, pair.tell_body, SECRET)
     pair.call(peer)
     pair.go_on()
     assert peer.state is PeerState.FAILED
@@ -163,16 +355,30 @@ def test_a_sealed_frame_without_a_session_is_rejected_so_that_its_sender_greets_
     assert pair.greet().state is PeerState.READY
 
 
-def test_another_major_wire_version_is_named(monkeypatch):
-    pair = Pair()
-    monkeypatch.setattr(listener_module.wire, "VERSION", (3, 1))
-    peer = pair.dialer.greet(pair.far.address)
-    for frame in pair.far.poll(0):
-        pair.listener.receive(frame)
-    monkeypatch.undo()
+def test_a_rejection_of_what_was_shown_before_is_no_rejection():
+    """Two Greets may be under way; and one that was repeated may come when the lease is over."""
+    pair = open_pair(held=True)
+    peer = pair.dialer.greet(pair.far.address, [Shown("stale", "r")])
+    pair.clock.advance(RESEND_S)
+    pair.dialer.show(peer, [Shown("stands", "r")])
+    pair.dialer.tick()
     pair.go_on()
+    assert peer.state is PeerState.READY
+    late = wire.Reject(version=wire.VERSION, detail="late", seq=peer.seq)
+    pair.dialer.receive(Frame(peer.link, wire.encode(late)))
+    assert peer.state is PeerState.READY
+
+
+def test_another_major_wire_version_is_named_on_both_sides():
+    pair = Pair(held=True)
+    peer = pair.dialer.greet(pair.far.address)
+    pair.network.held = False
+    (reject,) = Stranger(pair).greets(version=(4, 1))
+    assert "another wire version" in reject.detail and reject.version == wire.VERSION
+    later = wire.Reject(version=(4, 1), detail="no", seq=peer.seq)
+    pair.dialer.receive(Frame(peer.link, wire.encode(later)))
     assert peer.state is PeerState.FAILED
-    assert f"speaks wire version (3, 1), ours is {wire.VERSION}" in peer.error
+    assert f"speaks wire version (4, 1), ours is {wire.VERSION}" in peer.error
 
 
 FINGERPRINTS = {
@@ -184,14 +390,14 @@ FINGERPRINTS = {
 
 @pytest.mark.parametrize(("theirs", "reason"), FINGERPRINTS.values(), ids=FINGERPRINTS)
 def test_a_difference_in_the_fingerprint_is_named_before_the_body_is_read(theirs, reason):
-    pair = Pair(fingerprint=theirs, body=wire.Reject(detail="not a body"))
+    pair = Pair(fingerprint=theirs, body=wire.Later())
     peer = pair.greet()
     assert peer.state is PeerState.FAILED
     assert reason in peer.error
 
 
 def test_a_body_that_cannot_be_is_named():
-    pair = Pair(body=wire.Reject(detail="not a body"))
+    pair = Pair(body=wire.Later())
     assert "bad description of its memory" in pair.greet().error
 
 
@@ -215,7 +421,7 @@ def test_silence_ends_the_greeting_at_its_timeout():
 @pytest.mark.parametrize("lost", range(4))
 def test_a_lost_frame_of_the_greeting_is_sent_again(lost):
     pair = Pair(held=True)
-    peer = pair.dialer.greet(pair.far.address)
+    peer = pair.dialer.greet(pair.far.desk)
     for number in range(8):
         if pair.network.pending:
             (pair.network.drop if number == lost else pair.network.deliver)()
@@ -228,32 +434,6 @@ def test_a_lost_frame_of_the_greeting_is_sent_again(lost):
             pair.dialer.tick()
     pair.go_on()
     assert peer.state is PeerState.READY
-
-
-def test_a_repeated_hello_gets_the_same_challenge():
-    pair = Pair()
-    link = pair.near.dial(pair.far.address)
-    challenges = []
-    for _ in range(2):
-        pair.near.send(link, PLAIN + wire.encode(wire.Hello(version=wire.VERSION, nonce=b"n")))
-        challenges += exchange(pair)
-    assert challenges[0] == challenges[1], "a proof of the first one would be rejected"
-
-
-def test_a_repeated_challenge_does_not_begin_the_session_anew():
-    """Else the frames of the session so far could be replayed."""
-    pair = Pair(held=True)
-    peer = pair.dialer.greet(pair.far.address)
-    pair.network.flush()
-    for frame in pair.far.poll(0):
-        pair.listener.receive(frame)
-    pair.network.repeat()
-    challenge = pair.network.pending[0].data
-    pair.go_on()
-    assert peer.state is PeerState.READY
-    session = peer.session
-    pair.dialer.receive(Frame(peer.link, challenge))
-    assert peer.session is session
 
 
 def test_an_address_that_failed_is_left_alone_for_a_while():
@@ -388,9 +568,9 @@ def test_an_answer_must_fit_its_question():
     (incoming,) = pair.incoming
     seq = incoming.message.seq
     for wrong in (
-        wire.Opened(seq=seq, lease_id="g", tables=(), ttl_ms=1),
+        wire.Opened(seq=seq, lease_id="g", tables=()),
         wire.Closed(seq=seq + 1, stood=True),
-        wire.Welcome(fingerprint={}, body=b""),
+        wire.Welcome(version=wire.VERSION, proof=b"", fingerprint={}, body=b""),
         wire.Renew(lease_ids=[]),
     ):
         pair.listener.answer(incoming.link, wrong)
@@ -441,78 +621,93 @@ def test_a_connection_that_breaks_while_greeting_may_come_up_yet():
 
 # -- hostile frames ------------------------------------------------------------------------
 
-KINDS = st.sampled_from([PLAIN, SEALED, b"", b"\x02", b"\xff"])
+GREET = wire.Greet(
+    version=wire.VERSION,
+    seq=1,
+    nonce=b"",
+    proof=b"",
+    lease_ids=["stands"],
+    request_ids=["r"],
+    early=True,
+)
+TOLD = {"version": wire.VERSION, "fingerprint": {"model": "m"}, "body": wire.encode(BODY)}
 MESSAGES = [
-    wire.Hello(version=(9, 9), nonce=b""),
-    wire.Challenge(version=(1, 0), nonce=b"n", proof=b"p", secret=True),
-    wire.Prove(proof=b""),
-    wire.Welcome(fingerprint={}, body=b""),
+    wire.AskKey(version=(9, 9)),
+    wire.KeyTold(version=(1, 0), key="k", port=1),
+    GREET,
+    wire.Later(),
+    wire.Reject(version=wire.VERSION, detail="x", seq=9),
+    wire.Welcome(proof=b"", **TOLD),
+    wire.Welcome(proof=b"p", **TOLD),
     wire.Open(seq=1, lease_id="g", request_id=None, reader=0, tokens=1, digest=b""),
-    wire.Closed(seq=1, stood=True),
-    wire.Gone(lease_ids=["g"]),
+    wire.Closed(seq=9, stood=True),
 ]
 HOSTILE = st.one_of(st.binary(max_size=80), st.sampled_from([wire.encode(m) for m in MESSAGES]))
 
 
 @pytest.mark.slow
-@given(st.lists(st.tuples(KINDS, HOSTILE), max_size=6), st.booleans())
-def test_no_frame_raises_in_the_listener_or_is_believed(frames, greeted):
+@given(st.lists(HOSTILE, max_size=6), st.booleans())
+def test_no_frame_of_a_stranger_raises_in_the_listener_or_is_believed(frames, greeted):
     pair = Pair()
     if greeted:
         pair.greet()
     before = pair.bodies
     stranger = Link(False, secrets.token_bytes(4))
-    for kind, data in frames:
-        for link in (stranger, *([Link(False, b"1")] if greeted else [])):
-            assert pair.listener.receive(Frame(link, kind + data)) is None
+    for data in frames:
+        assert pair.listener.receive(Frame(stranger, data)) is None
     assert pair.bodies == before, "memory was shown to somebody who proved nothing"
 
 
 @pytest.mark.slow
-@given(st.lists(st.tuples(KINDS, HOSTILE), max_size=6), st.booleans())
-def test_no_frame_raises_in_the_dialler_or_makes_a_peer_ready(frames, greeted):
+@given(st.lists(HOSTILE, max_size=6), st.booleans(), st.booleans())
+def test_no_frame_raises_in_the_dialler_or_makes_a_peer_ready(frames, greeted, desk):
     pair = Pair()
-    peer = pair.greet() if greeted else pair.dialer.greet(pair.far.address)
+    where = pair.far.desk if desk else pair.far.address
+    peer = pair.greet(address=where) if greeted else pair.dialer.greet(where)
     call = pair.call(peer)
-    for kind, data in frames:
-        pair.dialer.receive(Frame(peer.link, kind + data))
-        pair.dialer.receive(Frame(Link(True, b"never dialled"), kind + data))
+    for data in frames:
+        pair.dialer.receive(Frame(peer.link, data))
+        pair.dialer.receive(Frame(Link(True, b"never dialled"), data))
     assert call.reply is None
     assert not peer.gone
     assert greeted or peer.state is not PeerState.READY
 
 
-def test_links_that_proved_nothing_displace_only_their_like(monkeypatch):
+def test_strangers_displace_only_their_like(monkeypatch):
     """Used to be: strangers who said Hello often enough ended everybody's session."""
-    monkeypatch.setattr(listener_module, "MAX_UNPROVED", 3)
-    pair = Pair()
-    peer = pair.greet()
+    monkeypatch.setattr(listener_module, "MAX_WAITING", 3)
+    pair = open_pair()
+    peer = pair.greet("stands")
+    strangers = [Stranger(pair) for _ in range(10)]
+    for number, one in enumerate(strangers):
+        (later,) = one.greets(request_ids=[f"guess {number}"], early=True)
+        assert later == wire.Later()
     for number in range(10):
-        hello = wire.Hello(version=wire.VERSION, nonce=b"n")
-        frame = Frame(Link(False, b"stranger %d" % number), PLAIN + wire.encode(hello))
-        pair.listener.receive(frame)
+        pair.leases.add(f"guess {number}")
+        pair.listener.known(f"guess {number}")
+    told = [len(one.channel.poll(0)) for one in strangers]
+    assert told == [0] * 7 + [1] * 3
     pair.call(peer)
     pair.go_on()
     assert len(pair.incoming) == 1
 
 
-@pytest.mark.parametrize(("number", "known"), [(0, False), (9, True)])
-def test_links_that_proved_nothing_are_bounded(number, known, monkeypatch):
-    monkeypatch.setattr(listener_module, "MAX_UNPROVED", 3)
-    pair, sent = Pair(), {}
-    monkeypatch.setattr(pair.far, "send", lambda link, data: sent.update({link: data}))
-    links = [Link(False, b"stranger %d" % i) for i in range(10)]
-    for link in links:
-        hello = wire.Hello(version=wire.VERSION, nonce=b"n")
-        pair.listener.receive(Frame(link, PLAIN + wire.encode(hello)))
-    challenge = wire.decode(sent[links[number]][1:])
-    proof = Session(DIALER, SECRET, b"n", challenge.nonce).proof()
-    pair.listener.receive(Frame(links[number], PLAIN + wire.encode(wire.Prove(proof=proof))))
-    assert (sent[links[number]][:1] == SEALED) is known
+def test_who_was_displaced_asks_again(monkeypatch):
+    monkeypatch.setattr(listener_module, "MAX_WAITING", 1)
+    pair = open_pair()
+    peer = early(pair, "soon")
+    pair.go_on()
+    Stranger(pair).greets(request_ids=["a guess"], early=True)
+    pair.leases.add("soon")
+    pair.listener.known("soon")
+    for _ in range(9):
+        pair.go_on()
+        pair.clock.advance(1.0)
+    assert peer.state is PeerState.READY
 
 
-def test_proved_links_are_bounded_and_the_longest_silent_one_goes(monkeypatch):
-    monkeypatch.setattr(listener_module, "MAX_PROVED", 2)
+def test_welcome_links_are_bounded_and_the_longest_silent_one_goes(monkeypatch):
+    monkeypatch.setattr(listener_module, "MAX_WELCOME", 2)
     pair = Pair()
     dialers = [Dialer(pair.near, pair.clock, {"model": "m"}, SECRET, TIMEOUT_S) for _ in range(3)]
     peers = []
@@ -527,9 +722,3 @@ def test_proved_links_are_bounded_and_the_longest_silent_one_goes(monkeypatch):
         pair.go_on()
     states = [peer.state for peer in peers]
     assert states == [PeerState.READY, PeerState.FAILED, PeerState.READY]
-
-
-def test_an_answer_to_a_link_that_is_not_proved_is_not_sent():
-    pair = Pair(held=True)
-    pair.listener.answer(Link(False, b"1"), wire.Closed(seq=1, stood=True))
-    assert pair.network.pending == []

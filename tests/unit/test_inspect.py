@@ -17,7 +17,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
 from kvconnect.ops import load
-from kvconnect.orders import EngineAddresses, Fetch, Grant, RankAddress, Source
+from kvconnect.orders import EngineAddresses, Fetch, Grant, Source
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
 from kvconnect_bench.caches import Model, engine
@@ -25,6 +25,7 @@ from kvconnect_bench.caches import Model, engine
 HOST = "127.0.0.1"
 MODEL = Model(layers=3, heads=4, block_tokens=4, content=8, itemsize=2)
 PATIENCE_S = 20.0
+SECRET = {"KVCONNECT_AUTH_SECRET": "what all engines here know"}
 EXPORTED = """\
 # HELP vllm:kvconnect_staged_bytes_per_second Rate of staged reads
 vllm:kvconnect_staged_bytes_per_second{engine="0",model_name="m"} 2.5e+09
@@ -43,7 +44,7 @@ class Running:
         self.caches = engine(model, 8, layout, tp_size)
         self._arenas = []
         self.movers = [self._mover(fabric, i, staging, settings) for i in range(tp_size)]
-        self.address = str(self.movers[0].address)
+        self.address = str(self.movers[0].desk)
         for mover in self.movers:
             mover.put([EngineAddresses(tuple(m.address for m in self.movers))])
             mover.start()
@@ -51,6 +52,7 @@ class Running:
     def _mover(self, fabric, rank, staging, changed):
         fingerprint = {"model": "m", "revision": "None"}
         settings = Settings(rank, len(self.caches), fingerprint, "loopback")
+        changed = {"secret": SECRET["KVCONNECT_AUTH_SECRET"].encode()} | changed
         settings = settings._replace(versions={"vllm": "0.32.0"}, **changed)
         regions, arena = list(self.caches[rank].shard.regions), None
         if staging:
@@ -85,8 +87,8 @@ def start():
         yield make
 
 
-def inspect(*arguments):
-    return CliRunner().invoke(main, ["inspect", *arguments], env={"COLUMNS": "200"})
+def inspect(*arguments, secret=SECRET):
+    return CliRunner().invoke(main, ["inspect", *arguments], env={"COLUMNS": "200"} | secret)
 
 
 def told(*arguments):
@@ -166,13 +168,20 @@ def test_secrets_are_needed_and_named(start, tmp_path):
         ([], "and we have none"),
         (["--secret", str(tmp_path / "wrong")], "another secret"),
     ):
-        shown = inspect(p.address, *arguments)
+        shown = inspect(p.address, *arguments, secret={})
+        assert shown.exit_code == 1 and why in shown.output
+
+
+def test_an_engine_without_a_secret_tells_a_stranger_nothing(start):
+    p = start(secret=None)
+    for secret, why in (({}, "tells a stranger nothing"), (SECRET, "has no auth_secret_file")):
+        shown = inspect(p.address, secret=secret)
         assert shown.exit_code == 1 and why in shown.output
 
 
 def test_nobody_there_is_said_in_time():
     channel = ZmqChannel(HOST, 0)
-    address = str(channel.address)
+    address = str(channel.desk)
     channel.close()
     started = time.monotonic()
     shown = inspect(address, "--timeout", "0.2")
@@ -194,7 +203,7 @@ def test_an_inspected_engine_goes_on_as_before(start):
     cache.fill((3, 1), 7)
     terms = Terms("r", "g", ((3, 1),), 8, b"d", 30.0)
     p.movers[0].put([Grant(terms)])
-    shard = RankAddress(p.movers[0].address, p.movers[0].incarnation)
+    shard = p.movers[0].address
     blocks = ((0, 5), (1, 2))
     d.movers[0].put([Fetch("r", Source((shard,), "r", "g", 30.0), (blocks,), 8, b"d")])
     received, sent, end = set(), set(), time.monotonic() + PATIENCE_S

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from kvconnect.config import MooncakeConfig
 from kvconnect.control.wire import Address, RequestId
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.orders import RankAddress
 from kvconnect.vllm.mooncake import protocol as contract_module
 from kvconnect.vllm.mooncake.allowed import Endpoint
 from kvconnect.vllm.mooncake.place import place_of
@@ -109,7 +108,7 @@ def request(params, ids=tuple(range(40))):
 
 def ticket():
     shards = tuple((address, "i") for address in RANKS)
-    return Ticket(1, "P", "g", "cmpl-1", 40, Prompt(request({})).digest(40), 30_000, shards)
+    return Ticket(3, "P", "g", "cmpl-1", 40, Prompt(request({})).digest(40), 30_000, shards)
 
 
 def offered(contract, params):
@@ -124,7 +123,7 @@ def test_both_legs_name_one_lease(make, secret):
     assert pair.p.lends(prefill) and not pair.p.loads(prefill)
     offer = pair.offer(pair.decode_params())
     assert offer.source.request_id == pair.p.name(prefill) == "transfer xfer-1"
-    assert offer.source.shards == tuple(RankAddress(address, None) for address in RANKS)
+    assert offer.source.shards == tuple(RANKS)
     assert offer.source.lease_id is None
     assert (offer.tokens, offer.digest) == (40, Prompt(request({})).digest(40))
     assert (offer.source.ttl_s, offer.source.wait_s) == (30.0, 480.0)
@@ -261,9 +260,9 @@ def test_a_group_of_engines_has_one_endpoint(make, monkeypatch):
     pair = Pair.__new__(Pair)
     pair.d, pair.port = make("D", "kv_consumer", SECRET), port
     offer = pair.offer(pair.decode_params(remote_engine_id="P_dp1"))
-    assert [shard.address for shard in offer.source.shards] == list(others)
+    assert offer.source.shards == tuple(others)
     offer = pair.offer(pair.decode_params(remote_engine_id="P_dp0"))
-    assert [shard.address for shard in offer.source.shards] == list(RANKS)
+    assert offer.source.shards == tuple(RANKS)
 
 
 def test_an_operators_endpoint_is_registered_at(make):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvconnect.config import parse
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.orders import RankAddress, Source
+from kvconnect.orders import Source
 from kvconnect.transport.nccl import library as nccl_library
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.ids import parse_pairing
@@ -236,7 +236,7 @@ def test_prefill_lends_under_the_name_that_decode_asks_for():
     assert (prefill.lends(AT_P), prefill.loads(AT_P)) == (True, False)
     assert (decode.lends(AT_D), decode.loads(AT_D)) == (False, True)
     offer = decode.offer(AT_D, Prompt(AT_D))
-    assert offer.source == Source((RankAddress(P, None),), prefill.name(AT_P), None, 30.0)
+    assert offer.source == Source((P,), prefill.name(AT_P), None, 30.0)
     assert offer.tokens == 40
 
 
@@ -285,9 +285,7 @@ def test_params_go_before_ids():
     }
     at_decode = request(AT_D.request_id, params)
     assert decode.loads(at_decode)
-    assert decode.offer(at_decode, Prompt(at_decode)).source.shards == (
-        RankAddress(Address("10.0.0.7", 5600), None),
-    )
+    assert decode.offer(at_decode, Prompt(at_decode)).source.shards == (Address("10.0.0.7", 5600),)
     assert decode.unused(at_decode).source.request_id == "cmpl-1"
 
 
@@ -303,7 +301,7 @@ def test_with_a_secret_ids_neither_hand_over_nor_fetch():
 
 def test_a_request_that_will_never_run_lets_its_lease_go():
     offer = contract("kv_consumer").unused(AT_D)
-    assert offer.source.shards == (RankAddress(P, None),)
+    assert offer.source.shards == (P,)
     assert (offer.tokens, offer.digest) == (0, b"")
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
-from kvconnect.orders import RankAddress
 from kvconnect.vllm.params import (
     TICKET_KEY,
     Prompt,
@@ -59,21 +58,24 @@ def prompt(ids=tuple(range(40)), **changed):
 
 def ticket(tokens=39, **changed):
     fields = {
-        "version": 1,
+        "version": 3,
         "engine_id": "P",
         "lease_id": "g",
         "request_id": "cmpl-1",
         "tokens": tokens,
         "digest": prompt().digest(tokens),
         "ttl_ms": 2500,
-        "shards": ((Address("10.0.0.1", 7), "i0"), (Address("10.0.0.1", 8), "i1")),
+        "shards": ((Address("10.0.0.1", 7), "k0"), (Address("10.0.0.1", 8), "k1")),
     }
     return Ticket(**{**fields, **changed})
 
 
+DESK = Address("10.0.0.1", 5600)
+
+
 def lent(secret=None, **changed):
     sizes = {"tp_size": 2, "dcp_size": 1, "pp_size": 1}
-    return lent_params(ticket(**changed), secret, ((1, 2), (3,)), sizes)
+    return lent_params(ticket(**changed), DESK, secret, ((1, 2), (3,)), sizes)
 
 
 def parse(params, secret=None, of=None, engine_id="D"):
@@ -92,22 +94,22 @@ def test_what_was_lent_is_offered_after_a_trip_through_json(secret):
     assert offer.source.lease_id == "g"
     assert offer.source.ttl_s == 2.5
     assert offer.source.shards == (
-        RankAddress(Address("10.0.0.1", 7), "i0"),
-        RankAddress(Address("10.0.0.1", 8), "i1"),
+        Address("10.0.0.1", 7, "k0"),
+        Address("10.0.0.1", 8, "k1"),
     )
 
 
 def test_params_carry_the_whole_in_tree_field_set():
     params = lent()
     assert params["remote_block_ids"] == [[1, 2], [3]]
-    assert (params["remote_host"], params["remote_port"]) == ("10.0.0.1", 7)
+    assert (params["remote_host"], params["remote_port"]) == ("10.0.0.1", 5600)
     assert params["remote_num_tokens"] == 39
     assert {*IN_TREE, "tp_size", "pp_size", "transfer_mode"} <= params.keys()
 
 
 def test_the_ticket_wins_over_a_host_that_a_router_wrote():
     offer = parse({**lent(), "remote_host": "router", "remote_port": 1})
-    assert offer.source.shards[0].address == Address("10.0.0.1", 7)
+    assert offer.source.shards[0] == Address("10.0.0.1", 7, "k0")
 
 
 def test_an_unsigned_ticket_is_refused_where_a_secret_is_set():
@@ -150,7 +152,7 @@ REFUSED = {
     "another prompt": ({"digest": prompt((9,) * 40).digest(39)}, "another prompt"),
     "no digest": ({"digest": b""}, "another prompt"),
     "this engine": ({"engine_id": "D"}, "in this very engine"),
-    "a later version": ({"version": 2}, "ticket of version 2, expected 1"),
+    "a later version": ({"version": 2}, "ticket of version 2, expected 3"),
 }
 
 
@@ -212,7 +214,7 @@ def test_a_message_never_repeats_all_of_what_was_sent():
 
 def test_the_in_tree_form_is_an_offer_by_request_id():
     offer = parse(IN_TREE)
-    assert offer.source.shards == (RankAddress(Address("10.0.0.1", 5600), None),)
+    assert offer.source.shards == (Address("10.0.0.1", 5600),)
     assert (offer.source.request_id, offer.source.lease_id) == ("cmpl-1", None)
     assert offer.source.ttl_s == TTL_S
     assert (offer.tokens, offer.digest) == (40, prompt().digest(40))
@@ -319,7 +321,7 @@ def test_whatever_a_client_sends_is_an_offer_or_an_offer_error(params, based, se
     else:
         assert secret is None
         assert 0 < offer.tokens <= 40
-        msgspec.msgpack.encode([offer.source.request_id, offer.source.shards[0].address])
+        msgspec.msgpack.encode([offer.source.request_id, offer.source.shards[0]])
     with contextlib.suppress(OfferError):
         parse_rejected(params, "D", secret, TTL_S)
 

@@ -13,7 +13,6 @@ from kvconnect.orders import (
     Grant,
     Offer,
     Promise,
-    RankAddress,
     Release,
     RenewLease,
     Source,
@@ -22,7 +21,7 @@ from kvconnect.orders import (
 from kvconnect.planner import Planner
 
 ADDRESS = Address("host", 1)
-SOURCE = Source((RankAddress(ADDRESS, "i"),), "remote", "g", 5.0)
+SOURCE = Source((ADDRESS,), "remote", "g", 5.0)
 OFFER = Offer(SOURCE, 32, b"digest")
 BLOCKS = (((0, 4), (1, 7)),)
 GRANTED = "p", ((4, 7),), 32, b"digest"

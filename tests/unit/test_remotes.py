@@ -5,7 +5,7 @@ from kit.engines import Engine, World
 
 from kvconnect.consumer import remote as remote_module
 from kvconnect.consumer.remote import IDLE_S
-from kvconnect.orders import Fetch, RankAddress, Release, RenewLease, Source
+from kvconnect.orders import Fetch, Release, RenewLease, Source
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_an_address_that_is_named_twice_is_refused(pair):
     """Used to be: each number of repetitions was a remote of its own, with transport peers."""
     world, p, d = pair
     for count in range(2, 6):
-        shard = RankAddress(p.addresses[0], None)
+        shard = p.addresses[0]
         (error,) = load(world, p, d, f"r{count}", Source((shard,) * count, f"r{count}", None, 60.0))
         assert "one address twice" in error
     assert load(world, p, d, "honest") == [None]

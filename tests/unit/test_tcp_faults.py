@@ -150,7 +150,7 @@ class Spoiled:
         target = made.address.host, made.address.port
         proxy = self.stack.enter_context(TcpFaults(target, self.seed))
         self.proxies.append(proxy)
-        made.address = Address(*proxy.address)
+        made.address = Address(*proxy.address, made.address.key)
         return made
 
 
@@ -169,7 +169,7 @@ def test_fetches_through_a_spoiled_side_channel_are_right_or_failed_and_go_well_
     with contextlib.ExitStack() as stack:
         world = World()
         world.network, world.clock = Spoiled(stack, seed=5), time.monotonic
-        options = {"handshake_timeout_s": 0.5, "load_timeout_s": 1.0}
+        options = {"handshake_timeout_s": 2.0, "load_timeout_s": 2.0}
         p, d = Engine(world, staging=(4, 1), **options), Engine(world, staging=(4, 1), **options)
         stack.callback(p.stop)
         stack.callback(d.stop)

@@ -13,16 +13,16 @@ pytestmark = pytest.mark.slow  # hypothesis; a few seconds together
 
 SHARD = Cache(Model(), 2).shard
 BODY = wire.Body(
-    "incarnation", SHARD.views, SHARD.regions, "nixl", b"hello", (wire.Address("h", 1),)
+    "incarnation", SHARD.views, SHARD.regions, "nixl", b"hello", (wire.Address("h", 1, "k"),)
 )
 MESSAGES = [
-    wire.Hello(version=(1, 0), nonce=b"n"),
-    wire.Challenge(version=(1, 7), nonce=b"n", proof=b"p", secret=True),
-    wire.Prove(proof=b"p"),
-    wire.Welcome(fingerprint={"a": "b"}, body=wire.encode(BODY)),
-    wire.Reject(detail="no"),
+    wire.AskKey(version=(1, 0), nonce=b"n"),
+    wire.KeyTold(version=(1, 7), port=5, key="k" * 40),
+    wire.Later(),
+    wire.Welcome(version=(3, 0), proof=b"p", fingerprint={"a": "b"}, body=wire.encode(BODY)),
+    wire.Reject(version=(3, 0), detail="no", seq=3, secret=True),
     wire.Open(seq=1, lease_id="g", request_id=None, reader=0, tokens=3, digest=b"d"),
-    wire.Opened(seq=1, lease_id="g", tables=((1, 2, -1), ()), ttl_ms=5),
+    wire.Opened(seq=1, lease_id="g", tables=((1, 2, -1), ())),
     wire.Refused(seq=1, cause="gone", detail="over"),
     wire.Renew(lease_ids=["g", "h"]),
     wire.Gone(lease_ids=[]),
@@ -47,6 +47,15 @@ MESSAGES = [
         nbytes=4096,
     ),
     wire.Filled(seq=4, nbytes=4096, sums=b"12345678"),
+    wire.Greet(
+        version=(3, 0),
+        seq=1,
+        nonce=b"n",
+        proof=b"p",
+        lease_ids=["g"],
+        request_ids=["r"],
+        early=True,
+    ),
 ]
 
 
@@ -90,7 +99,7 @@ def field(message, name, value):
     return msgspec.msgpack.encode({**fields, name: value})
 
 
-OPEN, OPENED, CLOSE = MESSAGES[5], MESSAGES[6], MESSAGES[10]
+OPEN, OPENED, CLOSE, GREET = MESSAGES[5], MESSAGES[6], MESSAGES[10], MESSAGES[-1]
 BEYOND = {
     "rank": field(OPEN, "reader", wire.MAX_RANKS),
     "negative rank": field(OPEN, "reader", -1),
@@ -99,15 +108,20 @@ BEYOND = {
     "seq": field(OPEN, "seq", 1 << 63),
     "tokens": field(OPEN, "tokens", (1 << 40) + 1),
     "digest": field(OPEN, "digest", bytes(65)),
-    "lease_id": field(OPEN, "generation", "g" * 65),
-    "empty lease_id": field(OPEN, "generation", ""),
+    "lease_id": field(OPEN, "lease_id", "g" * 65),
+    "empty lease_id": field(OPEN, "lease_id", ""),
     "request id": field(OPEN, "request_id", "r" * 1025),
     "block id": field(OPENED, "tables", [[1 << 63]]),
     "block id below none": field(OPENED, "tables", [[-2]]),
     "fraction of a block": field(OPENED, "tables", [[0.5]]),
     "groups": field(OPENED, "tables", [[]] * 4097),
     "blocks": field(OPENED, "tables", [[0] * ((1 << 20) + 1)]),
-    "lease_ids": field(MESSAGES[8], "generations", ["g"] * (wire.RENEWED_AT_ONCE + 1)),
+    "lease_ids": field(MESSAGES[8], "lease_ids", ["g"] * (wire.RENEWED_AT_ONCE + 1)),
+    "shown": field(GREET, "lease_ids", ["g"] * (wire.RENEWED_AT_ONCE + 1)),
+    "names shown": field(GREET, "request_ids", ["r"] * (wire.RENEWED_AT_ONCE + 1)),
+    "proof": field(GREET, "proof", bytes(65)),
+    "key": field(MESSAGES[1], "key", "k" * 41),
+    "port": field(MESSAGES[1], "port", 1 << 16),
     "detail": field(MESSAGES[4], "detail", "x" * 4097),
     "fingerprint": field(MESSAGES[3], "fingerprint", {str(i): "" for i in range(65)}),
     "nonce": field(MESSAGES[0], "nonce", bytes(65)),

@@ -1,12 +1,14 @@
 """A peer one minor version older, from recorded bytes: it still greets, lends and reads.
 
-``recorded/wire-<major>.<minor>.json`` holds every frame of two conversations, as that version
+``recorded/wire-<major>.<minor>.json`` holds every message of two conversations, as that version
 wrote them: one in which it dialled, one in which it listened. Nonces are not random in them, so
-that today's side, with the same nonces, has the keys that the recorded proofs and seals need.
+that today's side, with the same nonce and key, finds the recorded proofs right.
 `python tests/unit/test_wire_versions.py` records the present version; a minor version that adds
-a field adds a recording, and leaves those before it alone.
+a field adds a recording, and leaves those before it alone. Those of another major version stay,
+too: each side has to name the other's.
 """
 
+import base64
 import itertools
 import json
 import sys
@@ -17,20 +19,23 @@ import msgspec
 import pytest
 
 from kvconnect.control import wire
-from kvconnect.control.channel import Frame, Link
+from kvconnect.control.channel import Frame, Link, told_at_desk
 from kvconnect.control.dialer import Dialer, PeerState
 from kvconnect.control.listener import Listener
-from kvconnect.control.session import LISTENER, PLAIN, Session
+from kvconnect.control.proof import LISTENER, prove
 from kvconnect.control.wire import Address
+from kvconnect.errors import OfferError
 from kvconnect.geometry.blocks import BlockView, Heads, Part, Region
 from kvconnect.lease import Terms
 from kvconnect.producer.leases import LeaseServer
 from kvconnect.testing import FakeClock
+from kvconnect.vllm.params import Ticket, open_ticket, seal_ticket
 
 FOLDER = Path(__file__).parent / "recorded"
 SECRET = b"a secret of 16 b"
 FINGERPRINT = {"model": "m"}
-ADDRESS = Address("test", 20_000)
+DESK = Address("test", 20_000)
+ADDRESS = Address("test", 20_001, "k" * 40)
 LINK = Link(True, b"1")
 TERMS = Terms("request", "generation", ((4, 2, -1), (7,)), 40, b"digest", 30.0)
 
@@ -90,7 +95,7 @@ class Conversation:
         self.peer = None
 
     def dial(self):
-        self.peer = self.dialer.greet(ADDRESS)
+        self.peer = self.dialer.greet(DESK)
 
     def open_and_close(self):
         """The dialer's requests, after the greeting."""
@@ -135,18 +140,16 @@ def record():
     with nonces():
         talk = Conversation()
         talk.dial()
-        dialled, listened = [], []
-        hello = list(talk.near.sent)
-        (challenge,) = talk.to_listener(hello[0])
-        (prove,) = talk.to_dialer(challenge)
-        (welcome,) = talk.to_listener(prove)
+        dialled, listened = list(talk.near.sent), [told_at_desk(ADDRESS)]
+        (greet,) = talk.to_dialer(listened[0])
+        (welcome,) = talk.to_listener(greet)
         talk.to_dialer(welcome)
         assert talk.peer.state is PeerState.READY
         del talk.near.sent[:]
         talk.open_and_close()
         requests = list(talk.near.sent)
-        dialled += [*hello, prove, *requests]
-        listened += [challenge, welcome]
+        dialled += [greet, *requests]
+        listened.append(welcome)
         for frame in requests:
             listened += talk.to_listener(frame)
     return {
@@ -155,13 +158,23 @@ def record():
     }
 
 
-RECORDED = sorted(FOLDER.glob("wire-*.json"))
+RECORDED = sorted(FOLDER.glob(f"wire-{wire.VERSION[0]}.*.json"))
+OTHERS = sorted(FOLDER.glob("wire-2.*.json"))
+
+
+def frames_in(path):
+    told = json.loads(path.read_text())
+    return {side: [bytes.fromhex(frame) for frame in found] for side, found in told.items()}
 
 
 @pytest.fixture(params=RECORDED, ids=lambda path: path.stem)
 def frames(request):
-    told = json.loads(request.param.read_text())
-    return {side: [bytes.fromhex(frame) for frame in found] for side, found in told.items()}
+    return frames_in(request.param)
+
+
+@pytest.fixture(params=OTHERS, ids=lambda path: path.stem)
+def others(request):
+    return frames_in(request.param)
 
 
 def test_there_is_a_recording_of_this_version_and_of_the_one_before():
@@ -171,13 +184,10 @@ def test_there_is_a_recording_of_this_version_and_of_the_one_before():
 
 
 def test_an_older_reader_is_understood_and_answered(frames):
-    hello, prove, *requests = frames["dialled"]
-    with nonces():
-        talk = Conversation()
-        talk.dial()  # takes the dialer's nonce from the same sequence
-        (challenge,) = talk.to_listener(hello)
-        (welcome,) = talk.to_listener(prove)
-        answers = [answer for frame in requests for answer in talk.to_listener(frame)]
+    _, greet, *requests = frames["dialled"]
+    talk = Conversation()
+    (welcome,) = talk.to_listener(greet)
+    answers = [answer for frame in requests for answer in talk.to_listener(frame)]
     opened, closed, stage, want = talk.heard
     assert (opened.lease_id, opened.tokens, opened.digest) == ("generation", 40, b"digest")
     assert (closed.reader, closed.readers, closed.final) == (1, 2, True)
@@ -185,18 +195,17 @@ def test_an_older_reader_is_understood_and_answered(frames):
     assert want == WANT
     # and it understands us: what it was answered then is what it is answered now, but for fields
     # that it does not know
-    assert known_to(frames["listened"][0], challenge)
+    assert known_to(frames["listened"][1], welcome)
     assert len(answers) == len(frames["listened"]) - 2
-    assert welcome
 
 
 def test_an_older_lender_is_understood(frames):
-    challenge, welcome, *answers = frames["listened"]
+    told, welcome, *answers = frames["listened"]
     with nonces():
         talk = Conversation()
         talk.dial()
-        (prove,) = talk.to_dialer(challenge)
-        assert prove == frames["dialled"][1], "the proof is that of the recorded session"
+        (greet,) = talk.to_dialer(told)
+        assert known_to(frames["dialled"][1], greet), "with the recorded proof"
         talk.to_dialer(welcome)
         assert talk.peer.state is PeerState.READY, talk.peer.error
         body = talk.peer.body
@@ -211,47 +220,108 @@ def test_an_older_lender_is_understood(frames):
         for answer in answers:
             talk.to_dialer(answer)
     opened, closed = (call.reply for call in talk.calls)
-    assert (opened.lease_id, opened.tables, opened.ttl_ms) == (
-        "generation",
-        TERMS.tables,
-        30_000,
-    )
+    assert (opened.lease_id, opened.tables) == ("generation", TERMS.tables)
     assert closed.stood
 
 
 def test_an_altered_recording_is_noticed(frames):
     """So that the two above show something."""
-    challenge, welcome, *_ = frames["listened"]
+    told, welcome, *_ = frames["listened"]
+    at = welcome.index(prove(SECRET, LISTENER, ADDRESS.key, (1).to_bytes(16, "big")))
     with nonces():
         talk = Conversation()
         talk.dial()
-        talk.to_dialer(challenge)
-        talk.to_dialer(welcome[:-1] + bytes([welcome[-1] ^ 1]))
-    assert talk.peer.state is PeerState.GREETING
+        talk.to_dialer(told)
+        talk.to_dialer(welcome[:at] + bytes([welcome[at] ^ 1]) + welcome[at + 1 :])
+    assert talk.peer.state is PeerState.FAILED
 
 
 def test_fields_of_a_later_minor_version_are_ignored():
     """What makes a minor version one: an old reader passes over what it does not know."""
+    later = [wire.VERSION[0], wire.VERSION[1] + 1]
     with nonces():
         talk = Conversation()
         talk.dial()
-        hello = wire.decode(talk.near.sent[0][1:])
-        nonce = (99).to_bytes(16, "big")
-        session = Session(LISTENER, SECRET, hello.nonce, nonce)
-        later = {
-            "type": "Challenge",
-            "version": [wire.VERSION[0], wire.VERSION[1] + 1],
-            "nonce": nonce,
-            "proof": session.proof(),
-            "secret": True,
-            "from the future": {"a": [1, 2]},
-        }
-        talk.to_dialer(PLAIN + wire.encode(later))
-        body = {**as_dict(BODY), "from the future": [1]}
-        welcome = {"type": "Welcome", "fingerprint": FINGERPRINT, "body": wire.encode(body)}
-        talk.to_dialer(session.seal(wire.encode({**welcome, "more": 1})))
+        told = as_dict(wire.KeyTold(version=wire.VERSION, port=20_001, key=ADDRESS.key))
+        talk.to_dialer(wire.PLAIN + wire.encode({**told, "version": later, "more": 1}))
+        proof = prove(SECRET, LISTENER, ADDRESS.key, talk.peer.nonce)
+        body = wire.encode({**as_dict(BODY), "from the future": [1]})
+        known = wire.Welcome(version=(3, 0), proof=proof, fingerprint=FINGERPRINT, body=body)
+        talk.to_dialer(wire.encode({**as_dict(known), "version": later, "more": {"a": [1]}}))
     assert talk.peer.state is PeerState.READY, talk.peer.error
     assert talk.peer.body == BODY
+
+
+# -- another major version -----------------------------------------------------------------------
+
+
+class Challenge2(msgspec.Struct, tag="Challenge"):
+    """As 2.x read the answer to its Hello, whose version it looked at first."""
+
+    version: tuple[int, int]
+    nonce: bytes
+    proof: bytes
+    secret: bool
+
+
+class Address2(msgspec.Struct, array_like=True):
+    host: str
+    port: int
+
+
+class Ticket2(msgspec.Struct, array_like=True):
+    """As 2.x read a ticket, whose version it looked at next."""
+
+    version: int
+    engine_id: str
+    lease_id: str
+    request_id: str
+    tokens: int
+    digest: bytes
+    ttl_ms: int
+    shards: tuple[tuple[Address2, str], ...]
+
+
+def test_an_older_major_version_is_told_ours():
+    """Its Hello goes where it always went, which is our desk now; that answers anything."""
+    answer = told_at_desk(ADDRESS)
+    assert answer[:1] == b"\0", "plain, as 2.x expects it"
+    assert msgspec.msgpack.decode(answer[1:], type=Challenge2).version == wire.VERSION
+
+
+def test_an_older_major_version_is_named(others):
+    talk = Conversation()
+    talk.dial()
+    assert talk.to_dialer(others["listened"][0]) == []
+    assert talk.peer.state is PeerState.FAILED
+    assert "speaks wire version (2, " in talk.peer.error and "upgrade" in talk.peer.error
+
+
+def test_what_an_older_major_version_says_on_a_link_is_not_believed(others):
+    """It cannot: it does not encrypt. If it did, nothing would come of it."""
+    talk = Conversation()
+    for frame in others["dialled"]:
+        for sent in talk.to_listener(frame):
+            assert isinstance(wire.decode(sent), wire.Reject)
+    assert talk.heard == []
+    talk.dial()
+    talk.to_dialer(told_at_desk(ADDRESS))
+    for frame in others["listened"]:
+        talk.to_dialer(frame)
+    assert talk.peer.state is PeerState.GREETING and talk.peer.body is None
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_tickets_name_the_other_major_version_on_both_sides(secret):
+    shards = ((Address("10.0.0.1", 5600), "incarnation"),)
+    ours = seal_ticket(Ticket(3, "P", "g", "r", 40, b"d", 30_000, shards), secret)
+    payload = base64.urlsafe_b64decode(ours.partition(".")[0])
+    assert msgspec.msgpack.decode(payload, type=Ticket2).version == 3
+    older = seal_ticket(
+        Ticket2(1, "P", "g", "r", 40, b"d", 30_000, ((Address2("10.0.0.1", 5600), "i"),)), secret
+    )
+    with pytest.raises(OfferError, match="ticket of version 1, expected 3; upgrade kvconnect"):
+        open_ticket(older, secret)
 
 
 def as_dict(body):
@@ -259,9 +329,10 @@ def as_dict(body):
 
 
 def known_to(old, new):
-    """Whether ``new`` says all that ``old`` said; both plain frames."""
-    before, after = (msgspec.msgpack.decode(frame[1:]) for frame in (old, new))
-    before.pop("version"), after.pop("version")
+    """Whether ``new`` says all that ``old`` said, but for versions and a Welcome's body."""
+    before, after = (msgspec.msgpack.decode(frame) for frame in (old, new))
+    for said in (before, after):
+        said.pop("version"), said.pop("body", None)
     return before.items() <= after.items()
 
 

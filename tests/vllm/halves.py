@@ -77,7 +77,7 @@ class Engine:
             config,
             contract,
         )
-        self.scheduler.set_xfer_handshake_metadata({(0, 0): RankMetadata(*address, "i")})
+        self.scheduler.set_xfer_handshake_metadata({(0, 0): RankMetadata(*address, 7777, "k")})
         self.scheduler.take_orders()
 
     def arrives(self, params, request_id="r", **fields):

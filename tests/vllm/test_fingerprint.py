@@ -199,7 +199,7 @@ def test_a_long_field_fits_the_wire_and_still_differs():
         rope = {**ROPE, "long_factor": factors}
         return fingerprint(config(text={"rope_parameters": rope}), None)
 
-    welcome = wire.Welcome(fingerprint=scaled(1.0), body=b"")
+    welcome = wire.Welcome(version=wire.VERSION, proof=b"", fingerprint=scaled(1.0), body=b"")
     assert msgspec.convert(msgspec.to_builtins(welcome), wire.Welcome)
     assert wire.decode(wire.encode(welcome)) == welcome
     assert scaled(1.0) != scaled(2.0)

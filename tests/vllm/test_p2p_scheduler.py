@@ -9,7 +9,7 @@ from vllm.v1.request import RequestStatus
 from kvconnect.config import parse
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
-from kvconnect.orders import Fetch, Grant, Promise, RankAddress, Release, RenewLease
+from kvconnect.orders import Fetch, Grant, Promise, Release, RenewLease
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.protocol import P2pProtocol
 from kvconnect.vllm.protocol import EngineInfo
@@ -41,7 +41,7 @@ def test_both_engines_agree_on_a_lease(roles, mamba, tokens):
         request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), tokens
     )
     (fetch,) = d.steps([Fetch])
-    assert fetch.source.shards == (RankAddress(Address(*P), None),)
+    assert fetch.source.shards == (Address(*P),)
     assert fetch.source.request_id == NAMED
     assert (fetch.tokens, fetch.digest) == (grant.terms.tokens, grant.terms.digest)
 
@@ -86,7 +86,7 @@ def test_engines_that_are_configured_for_each_other_pair_by_the_id_alone():
         request, SimpleNamespace(blocks=[[Block(b) for b in (7, 8, 9)]]), 40
     )
     (fetch,) = d.steps([Fetch])
-    assert fetch.source.shards == (RankAddress(Address("prefill.svc", 21001), None),)
+    assert fetch.source.shards == (Address("prefill.svc", 21001),)
     assert fetch.source.request_id == SHARED
     assert fetch.source.wait_s == 0, "prefill has answered before decode is asked"
     assert fetch.digest == grant.terms.digest
@@ -112,7 +112,7 @@ def test_params_and_addresses_in_ids_go_before_the_configured_engine():
     d = engine("kv_consumer", D, config=P2pNcclConfig(**AT))
     request = d.arrives(None, f"{NAMED}-fedcba98")
     (renew,) = d.steps([RenewLease])
-    assert renew.source.shards == (RankAddress(Address(*P), None),)
+    assert renew.source.shards == (Address(*P),)
     assert d.finishes(request, RequestStatus.FINISHED_ABORTED) == (False, None)
 
 

@@ -9,13 +9,13 @@ from kit.engines import TINY
 from vllm_scheduler import EngineCore
 
 from kvconnect.config import NixlConfig
+from kvconnect.control.wire import Address
 from kvconnect.lease import Terms
 from kvconnect.orders import (
     EngineAddresses,
     Fetch,
     Grant,
     Offer,
-    RankAddress,
     RenewLease,
     Revoke,
     Source,
@@ -104,7 +104,7 @@ class Engine:
         self.cache.fill(blocks, seed)
         terms = Terms(request_id, f"lease of {request_id}", (tuple(blocks),), 2, b"d", 60.0)
         self.worker.put([Grant(terms)])
-        address = RankAddress(module_address(here), here.incarnation)
+        address = Address(here.host, here.link_port, here.key)
         return Source((address,), request_id, terms.lease_id, 60.0)
 
     def fetched(self, request_id, source, blocks):
@@ -122,12 +122,6 @@ class Engine:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         return outcome
-
-
-def module_address(here):
-    from kvconnect.control.wire import Address
-
-    return Address(here.host, here.port)
 
 
 @pytest.fixture
@@ -155,7 +149,7 @@ def test_who_slept_is_another_and_refuses_its_old_tickets(pair):
     p.wake()
     p.wake()
     after = p.worker.get_handshake_metadata()
-    assert after.incarnation != before.incarnation and len(p.transports) == 2
+    assert after.key != before.key and len(p.transports) == 2
     told = p.worker.build_connector_worker_meta()
     assert told.ranks == {0: after}, "what in-tree MultiConnector's children go by"
     assert d.fetched("late", old, [5, 2]), "read from what was mapped anew"
@@ -215,10 +209,10 @@ def test_tickets_name_the_ranks_as_they_are_after_sleep():
     core = EngineCore()
     core.lend("before")
     core.connector.set_xfer_handshake_metadata_pp_aware(
-        {(0, 0): RankMetadata("127.0.0.1", 7001, "j")}
+        {(0, 0): RankMetadata("127.0.0.1", 7001, 7101, "j")}
     )
     (order,) = (o for o in core.step().take() if isinstance(o, EngineAddresses))
-    assert [address.port for address in order.shards] == [7001]
+    assert [(at.port, at.key) for at in order.shards] == [(7101, "j")]
     core.lend("after", first=100)
     tickets = [core.answers[name]["kvconnect"] for name in ("before", "after")]
     assert tickets[0] != tickets[1]

@@ -73,7 +73,7 @@ class EngineCore:
         for one in getattr(self.connector, "children", [self.connector]):
             if hasattr(one, "set_xfer_handshake_metadata_pp_aware"):
                 one.set_xfer_handshake_metadata_pp_aware(
-                    {(0, 0): RankMetadata("127.0.0.1", 7000, "i")}
+                    {(0, 0): RankMetadata("127.0.0.1", 7000, 7100, "i")}
                 )
         self.step()
 

@@ -91,7 +91,7 @@ class NcclTransport:
             )
         self._options, self._clock = options, clock
         self._nccl = Nccl(find(options.library))
-        self._channel = ZmqChannel(host, 0)
+        self._channel = ZmqChannel(host)
         try:
             self._device = Device(devices.pop(), BUFFERS, BATCH_BYTES, BATCH_SPANS)
         except ConfigError:

@@ -18,7 +18,7 @@ from typing import Any
 from kvconnect.config import MooncakeConfig, PeerConfig
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.orders import Offer, RankAddress, Source
+from kvconnect.orders import Offer, Source
 from kvconnect.vllm.mooncake.allowed import Allowed, Endpoint, parse_endpoint
 from kvconnect.vllm.mooncake.client import Client
 from kvconnect.vllm.mooncake.directory import Directory, registrations
@@ -26,7 +26,7 @@ from kvconnect.vllm.mooncake.loop import LoopThread
 from kvconnect.vllm.mooncake.place import PORT, place_of
 from kvconnect.vllm.mooncake.resolver import Resolver
 from kvconnect.vllm.mooncake.server import BootstrapServer
-from kvconnect.vllm.params import TICKET_KEY, Prompt, Ticket, check_engine, text_of
+from kvconnect.vllm.params import TICKET_KEY, Prompt, Ticket, check_engine, text_of, warn_unsigned
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -57,11 +57,12 @@ class MooncakeProtocol(RouterProtocol):
         """Where the bootstrap endpoint listens; None: it is not this engine's."""
         return None if self._server is None else self._server.port
 
-    def addresses_known(self, addresses: Sequence[Address]) -> None:
+    def addresses_known(self, desks: Sequence[Address]) -> None:
+        super().addresses_known(desks)
         if self.us.role == "kv_consumer":
             return
         place = self._place
-        ranks = registrations(self.us.engine_id, place.dp_rank, place.sizes.tp, addresses)
+        ranks = registrations(self.us.engine_id, place.dp_rank, place.sizes.tp, desks)
         if place.registers_at is None:
             for rank in ranks:
                 if why := self._directory.register(rank):
@@ -138,8 +139,9 @@ class MooncakeProtocol(RouterProtocol):
         addresses = self._resolver.find(endpoint, engine_id)
         if addresses is None:
             return None
-        shards = tuple(RankAddress(address, None) for address in addresses)
-        return Source(shards, name, None, self.us.ttl_s, self._config.prefill_timeout)
+        if self.us.secret is None:
+            warn_unsigned()
+        return Source(addresses, name, None, self.us.ttl_s, self._config.prefill_timeout)
 
     def _ask(self, endpoint: Endpoint) -> "Future[bytes]":
         client = Client(self._allowed, self.us.secret, self._config.handshake_timeout)

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from kvconnect.config import read_secret
 from kvconnect.control.wire import Address
 from kvconnect.vllm.connector import PeerConnector
 from kvconnect.vllm.engine import this_rank
@@ -42,7 +43,7 @@ class KVConnectP2pNccl(PeerConnector):
         assert here is not None
         if not config.proxy or this_rank().index:
             return
-        if config.auth_secret_file is not None:
+        if read_secret(config.auth_secret_file) is not None:
             logger.warning(
                 "kvconnect: with auth_secret_file engines that %s names in request ids are not "
                 "believed; it must copy kv_transfer_params",

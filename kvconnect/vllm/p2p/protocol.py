@@ -16,10 +16,10 @@ from typing import Any
 from kvconnect.config import PeerConfig
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
-from kvconnect.orders import Offer, RankAddress, Source
+from kvconnect.orders import Offer, Source
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.p2p.ids import MARK, Pairing, parse_address, parse_pairing, shared_name
-from kvconnect.vllm.params import Prompt
+from kvconnect.vllm.params import Prompt, warn_unsigned
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 
 
@@ -50,8 +50,9 @@ class P2pProtocol(RouterProtocol):
                 "leave one out, or use a router that copies kv_transfer_params"
             )
 
-    def addresses_known(self, addresses: Sequence[Address]) -> None:
-        self._here = addresses[0]
+    def addresses_known(self, desks: Sequence[Address]) -> None:
+        super().addresses_known(desks)
+        self._here = desks[0]
 
     def loads(self, request: Any) -> bool:
         return super().loads(request) or self._part(request) is _Part.DECODE
@@ -115,14 +116,15 @@ class P2pProtocol(RouterProtocol):
                 "requires; use a router that copies kv_transfer_params"
             )
         pairing = parse_pairing(request.request_id)
+        warn_unsigned()
         if pairing is None:
             if self._prefill is None:
                 raise OfferError("the request id names no engines")
             name = shared_name(request.request_id)
-            return Source((RankAddress(self._prefill, None),), name, None, self.us.ttl_s)
+            return Source((self._prefill,), name, None, self.us.ttl_s)
         if pairing.prefill == self._here:
             raise OfferError("the KV is in this very engine; its own prefix cache serves it")
-        return Source((RankAddress(pairing.prefill, None),), pairing.name, None, self.us.ttl_s)
+        return Source((pairing.prefill,), pairing.name, None, self.us.ttl_s)
 
 
 def _pairing(request: Any) -> Pairing | None:
