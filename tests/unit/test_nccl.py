@@ -550,7 +550,8 @@ class Host:
         self.pair = pair
         self.channel = ZmqChannel(HOST, 0)
         hello = msgspec.msgpack.decode(pair.theirs.transport.hello())
-        forged = {**hello, "address": [HOST, self.channel.address.port]}
+        at = self.channel.address
+        forged = {**hello, "address": [HOST, at.port, at.key]}
         pair.ours.transport.add_peer("peer", msgspec.msgpack.encode(forged))
 
     def answer(self, said):
