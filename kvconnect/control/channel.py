@@ -25,6 +25,7 @@ import resource
 import secrets
 import select
 import socket
+import threading
 from typing import Any, NamedTuple, Protocol
 
 import zmq
@@ -73,11 +74,55 @@ MAX_FRAMES_A_POLL = 64
 MAX_QUESTION_BYTES = 1 << 10  # at the desk
 MAX_SOCKETS = 1 << 15  # of a context: three for each rank that is dialled
 FILES = 1 << 14  # as many may be open at least, if the system lets us: five for each such rank
+NAMES = 64  # sockets of one context for hosts that have to be looked up
 MAX_QUEUED = 256  # frames that wait inside ZMQ per connection that dialled us
 BROKE = zmq.EVENT_DISCONNECTED
 # nobody is there, or somebody with another key, so that ZMQ tries again; or no key at all
 REFUSED = zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 HEARTBEAT_MS = 20_000  # a host that vanished without a word is noticed after three of these
+
+
+class NamedContexts:
+    """ZMQ contexts for hosts that have to be looked up.
+
+    * A context looks names up in a thread of its own, where a slow one keeps all others waiting.
+    * libzmq 4.3 keeps a file open of each socket whose host was not found, until its context ends;
+      and clients may name hosts. So a context is for `NAMES` sockets, and ends when the last of
+      them is closed: on a thread, for it waits for the lookups under way.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: dict[zmq.Context[Any], int] = {}  # open ones
+        self._current: zmq.Context[Any] | None = None
+        self._left = 0  # sockets that the current one may still have
+
+    def take(self) -> zmq.Context[Any]:
+        """The context for another socket."""
+        if self._current is None or not self._left:
+            previous, self._current, self._left = self._current, zmq.Context(), NAMES
+            self._current.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+            self._sockets[self._current] = 0
+            if previous is not None:
+                self._end_unused(previous)
+        self._left -= 1
+        self._sockets[self._current] += 1
+        return self._current
+
+    def give(self, context: zmq.Context[Any]) -> None:
+        """A socket of this context was closed."""
+        self._sockets[context] -= 1
+        self._end_unused(context)
+
+    def close(self) -> None:
+        """Close all sockets; frames already sent get 100 ms to leave. Idempotent."""
+        for context in self._sockets:
+            context.destroy(linger=100)
+        self._sockets, self._current = {}, None
+
+    def _end_unused(self, context: zmq.Context[Any]) -> None:
+        if context is not self._current and not self._sockets[context]:
+            del self._sockets[context]
+            threading.Thread(target=context.destroy, args=(100,), daemon=True).start()
 
 
 class ZmqChannel:
@@ -104,10 +149,8 @@ class ZmqChannel:
         """
         _allow_files()
         self._context = zmq.Context()
-        # names are looked up in a context's own thread, where a slow one keeps all others waiting
-        self._named = zmq.Context()
-        for context in (self._context, self._named):
-            context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._named = NamedContexts()
         self._public_key, self._secret_key = zmq.curve_keypair()
         self._router, self._desk = self._socket(zmq.ROUTER), self._socket(zmq.ROUTER)
         self._encrypt(self._router)
@@ -134,14 +177,19 @@ class ZmqChannel:
         self._dealers: dict[Link, zmq.Socket[bytes]] = {}
         self._links: dict[zmq.Socket[bytes], Link] = {}  # of dealers and of their monitors
         self._monitors: dict[Link, zmq.Socket[bytes]] = {}
+        self._contexts: dict[Link, zmq.Context[Any]] = {}  # of the links to a host by its name
         self._numbers = itertools.count()
 
     def dial(self, address: Address) -> Link:
         link = Link(True, str(next(self._numbers)).encode())
+        context = self._named.take() if _is_name(address.host) else None
+        if context is not None:
+            self._contexts[link] = context
         try:
-            dealer = self._socket(zmq.DEALER, self._named if _is_name(address.host) else None)
+            dealer = self._socket(zmq.DEALER, context)
             monitor = dealer.get_monitor_socket(BROKE | REFUSED)
         except zmq.ZMQError as e:  # each dialled peer takes some, until its greeting times out
+            self._leave_context(link)
             raise WireError(f"{address} cannot be dialled ({e.strerror})") from e
         try:
             if address.key:
@@ -153,6 +201,7 @@ class ZmqChannel:
             dealer.disable_monitor()
             monitor.close()
             dealer.close()
+            self._leave_context(link)
             raise WireError(f"{address} cannot be dialled ({e})") from e
         self._dealers[link], self._monitors[link] = dealer, monitor
         for waited in (dealer, monitor):
@@ -234,6 +283,11 @@ class ZmqChannel:
             dealer.disable_monitor()
             monitor.close()
             dealer.close(linger=100)
+            self._leave_context(link)
+
+    def _leave_context(self, link: Link) -> None:
+        if (context := self._contexts.pop(link, None)) is not None:
+            self._named.give(context)
 
     def wake(self) -> None:
         """End a running `poll`. From one other thread at a time."""
@@ -245,8 +299,8 @@ class ZmqChannel:
     def close(self) -> None:
         """Close all sockets; frames already sent get 100 ms to leave. Idempotent."""
         self._epoll.close()
-        for context in (self._context, self._named):
-            context.destroy(linger=100)
+        self._named.close()
+        self._context.destroy(linger=100)
 
     def _socket(self, kind: int, context: zmq.Context[Any] | None = None) -> zmq.Socket[bytes]:
         made = (context or self._context).socket(kind)
@@ -272,7 +326,7 @@ class ZmqChannel:
             if or_another and e.errno == zmq.EADDRINUSE:
                 logger.warning("port %d, the default, is taken: a free one is used", port)
                 return self._bind(socket, host, 0, or_another=False)
-            self._named.destroy(linger=0)
+            self._named.close()
             self._context.destroy(linger=0)
             raise ConfigError(
                 f"control channel cannot listen on {host}:{port} ({e.strerror}); set "

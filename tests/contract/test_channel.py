@@ -3,6 +3,7 @@
 import resource
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from kit.channels import CHECKS, check_channel
@@ -39,11 +40,12 @@ def test_a_name_that_is_slow_to_look_up_keeps_no_other_peer_waiting(monkeypatch)
     )
     for host in ("localhost", "127.0.0.1", "::1", "[::1]", "fe80::1%lo"):
         ours.dial(Address(host, theirs.address.port))
-    assert contexts == [ours._named, None, None, None, None]
-    assert ours._named is not ours._context
+    named, *others = contexts
+    assert named is not None and others == [None, None, None, None]
+    assert named is not ours._context
     ours.close()
     theirs.close()
-    assert ours._named.closed and ours._context.closed
+    assert named.closed and ours._context.closed
 
 
 def test_who_listens_everywhere_names_one_address_and_is_reached_at_all():
@@ -143,3 +145,20 @@ def _first(channel, wanted):
         if arrived := [frame for frame in channel.poll(0.1) if wanted(frame)]:
             return arrived
     return []
+
+
+def test_hosts_that_are_not_found_leave_no_files_open(monkeypatch):
+    """Used to be one for each: clients name hosts, and a process may have so many files."""
+    monkeypatch.setattr("kvconnect.control.channel.NAMES", 4)
+    channel, files = ZmqChannel("127.0.0.1", 0), Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    for number in range(40):
+        link = channel.dial(Address(f"kvconnect-no-host-{number}", 1))
+        channel.send(link, b"hello")
+        channel.poll(0)
+        channel.drop(link)
+    until = time.monotonic() + 60.0
+    while (left := len(list(files.iterdir())) - before) > 20:  # ten of them are ZMQ's threads'
+        assert time.monotonic() < until, f"{left} files are left open"
+        time.sleep(0.1)
+    channel.close()

@@ -191,7 +191,7 @@ def test_fetches_through_a_spoiled_side_channel_are_right_or_failed_and_go_well_
             return well
 
         proxy = world.network.proxies[0]
-        assert fetch(0)
+        assert any(map(fetch, (0, 10, 11))), "none goes well on a machine without faults"
         for name, value in FAULTS[fault].items():
             setattr(proxy, name, value)
         ended = [fetch(number) for number in range(1, 3)]
