@@ -300,7 +300,9 @@ class Run:
             report.answers += 1
         else:
             report.wrong += 1
-            report.problems.append(f"prompt {at} got another answer")
+            choice, when = answer["choices"][0], time.monotonic() - self.begun
+            seen = f"{choice['token_ids']} ({choice['finish_reason']}), not {self.expected[at]}"
+            report.problems.append(f"prompt {at} got another answer after {when:.1f} s: {seen}")
 
     def settle(self):
         """What is held once nobody asks any more."""

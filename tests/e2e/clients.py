@@ -30,7 +30,7 @@ from nursery import Nursery
 from pair import PREFILL, Client, in_parallel, words
 
 from kvconnect.cli.engines import engine_env, proxy_command
-from kvconnect.cli.processes import Fleet, _members
+from kvconnect.cli.processes import Fleet, members_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from fuzz import mutated, replaced
@@ -173,7 +173,7 @@ def plain(value):
 
 def resident(pid):
     pages = 0
-    for member in _members(pid):
+    for member in members_of(pid):
         with contextlib.suppress(OSError):
             pages += int(Path(f"/proc/{member}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
