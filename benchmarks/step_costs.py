@@ -69,35 +69,35 @@ def turn(mover):
 def met(peers):
     """An engine that fetches, which has greeted so many; and these."""
     world = World()
-    reader, lenders = Engine(world), [Engine(world) for _ in range(peers)]
-    for number, lender in enumerate(lenders):
-        terms = lender.lend(f"r{number}", [3, 1], seed=1, ttl_s=1e6)
-        reader.put(Fetch(f"r{number}", lender.source(terms), (BLOCKS,), 2, terms.digest))
+    reader, producers = Engine(world), [Engine(world) for _ in range(peers)]
+    for number, producer in enumerate(producers):
+        terms = producer.lend(f"r{number}", [3, 1], seed=1, ttl_s=1e6)
+        reader.put(Fetch(f"r{number}", producer.source(terms), (BLOCKS,), 2, terms.digest))
     while len(reader.ended) < peers:
         world.go_on(2)
     assert all(ended == [None] for ended in reader.ended.values())
     world.go_on(4)
-    return world, reader, lenders
+    return world, reader, producers
 
 
 def mover_by_peers(peers):
-    _, reader, lenders = met(peers)
+    _, reader, producers = met(peers)
     idle = microseconds(turn(reader.movers[0]))
     number = 0
 
     def fetch():
         nonlocal number
         number += 1
-        lender = lenders[number % peers]
-        terms = lender.lend(f"again{number}", [3, 1], seed=1, ttl_s=1e6)
-        reader.put(Fetch(f"again{number}", lender.source(terms), (BLOCKS,), 2, terms.digest))
-        lender.step()
+        producer = producers[number % peers]
+        terms = producer.lend(f"again{number}", [3, 1], seed=1, ttl_s=1e6)
+        reader.put(Fetch(f"again{number}", producer.source(terms), (BLOCKS,), 2, terms.digest))
+        producer.step()
 
     def whole():
-        lender = lenders[number % peers]
+        producer = producers[number % peers]
         while f"again{number}" not in reader.ended:
             reader.step()
-            lender.step()
+            producer.step()
 
     return {"mover, idle": idle, "movers, a fetch": microseconds(whole, fetch)}
 
@@ -105,13 +105,13 @@ def mover_by_peers(peers):
 def read_by_peers(peers):
     """An engine that so many have read from."""
     world = World()
-    lender, readers = Engine(world), [Engine(world) for _ in range(peers)]
+    producer, readers = Engine(world), [Engine(world) for _ in range(peers)]
     for number, reader in enumerate(readers):
-        terms = lender.lend(f"r{number}", [3, 1], seed=1, ttl_s=1e6)
-        reader.put(Fetch(f"r{number}", lender.source(terms), (BLOCKS,), 2, terms.digest))
+        terms = producer.lend(f"r{number}", [3, 1], seed=1, ttl_s=1e6)
+        reader.put(Fetch(f"r{number}", producer.source(terms), (BLOCKS,), 2, terms.digest))
     while not all(reader.ended for reader in readers):
         world.go_on(2)
-    return {"mover, idle, readers": microseconds(turn(lender.movers[0]))}
+    return {"mover, idle, readers": microseconds(turn(producer.movers[0]))}
 
 
 def channel_by_peers(peers):
@@ -138,25 +138,25 @@ def channel_by_peers(peers):
 
 def mover_by_leases(leases):
     """Leases that nobody reads yet, at the engine that lends and at the one that is to fetch."""
-    world, reader, (lender,) = met(1)
+    world, reader, (producer,) = met(1)
     for number in range(leases):
-        terms = lender.lend(f"idle{number}", [3, 1], seed=1, ttl_s=1e6)
-        reader.put(RenewLease(f"idle{number}", lender.source(terms)))
+        terms = producer.lend(f"idle{number}", [3, 1], seed=1, ttl_s=1e6)
+        reader.put(RenewLease(f"idle{number}", producer.source(terms)))
     world.go_on(8)
-    assert lender.movers[0].held()["leases"] == reader.movers[0].held()["renewals"] == leases
+    assert producer.movers[0].held()["leases"] == reader.movers[0].held()["renewals"] == leases
     return {
-        "mover, leases lent": microseconds(turn(lender.movers[0])),
+        "mover, leases lent": microseconds(turn(producer.movers[0])),
         "mover, leases renewed": microseconds(turn(reader.movers[0])),
     }
 
 
 def engine_by_leases(leases):
     """A step's part of the engine's thread: so many leases lent, and requests that wait for one."""
-    lender = halves.Engine("P", "kv_both", NixlConfig(), RouterProtocol)
+    producer = halves.Engine("P", "kv_both", NixlConfig(), RouterProtocol)
     reader = halves.Engine("D", "kv_both", NixlConfig(), RouterProtocol)
     for number in range(leases):
-        lent = lender.arrives(PREFILL, f"at P{number}")
-        reader.arrives(lender.finishes(lent)[1], f"r{number}")
+        lent = producer.arrives(PREFILL, f"at P{number}")
+        reader.arrives(producer.finishes(lent)[1], f"r{number}")
     _, mover_of, _ = met(1)
     mover = mover_of.movers[0]
 
@@ -172,7 +172,7 @@ def engine_by_leases(leases):
         return step
 
     return {
-        "engine's thread, leases lent": microseconds(of(lender)),
+        "engine's thread, leases lent": microseconds(of(producer)),
         "engine's thread, requests waiting": microseconds(of(reader)),
     }
 

@@ -10,20 +10,17 @@ written, and every few thousand frames honest engines fetch from each of the two
 Prints one line of JSON, with the seed; exits with 1 if anything was wrong.
 """
 
-import argparse
 import contextlib
 import gc
-import json
-import logging
 import os
 import random
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from kit.command import main
 from kit.engines import Engine, World
 
 from kvconnect.control import wire
@@ -329,11 +326,4 @@ def run(frames, seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
-    given = parser.parse_args()
-    logging.disable()
-    report = run(given.frames, given.seed)
-    print(json.dumps(report), flush=True)
-    sys.exit(bool(report["problems"]))
+    main(__doc__, "frames", run)

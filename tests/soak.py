@@ -11,18 +11,15 @@ renewal or remote may be left, and memory and open files must be what they were 
 tenth. Prints one line of JSON, with the seed; exits with 1 if anything was wrong.
 """
 
-import argparse
 import gc
-import json
-import logging
 import os
 import random
-import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
+from kit.command import main
 from kit.engines import Engine, World
 
 from kvconnect.consumer.remote import IDLE_S
@@ -247,11 +244,4 @@ def run(transfers, seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--transfers", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
-    given = parser.parse_args()
-    logging.disable()
-    report = run(given.transfers, given.seed)
-    print(json.dumps(report), flush=True)
-    sys.exit(bool(report["problems"]))
+    main(__doc__, "transfers", run)

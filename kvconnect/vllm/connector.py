@@ -118,11 +118,11 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         return self.scheduler.has_orders
 
     def lent(self) -> Mapping[str, Any]:
-        """See `kvconnect.vllm.lent.Lender`."""
+        """See `kvconnect.vllm.lent.HasLeasedBlocks`."""
         return self.scheduler.lent
 
     def revoke(self, request_ids: Iterable[str]) -> None:
-        """The same."""
+        """See `kvconnect.vllm.lent.HasLeasedBlocks`."""
         self.scheduler.revoke(request_ids)
 
     def request_finished_all_groups(

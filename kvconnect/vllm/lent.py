@@ -24,7 +24,7 @@ MARK = "_kvconnect_watches"  # attribute of what replaces a method of vLLM's Sch
 
 
 @runtime_checkable
-class Lender(Protocol):
+class HasLeasedBlocks(Protocol):
     """A connector, the one that vLLM made, that knows which requests' blocks are lent."""
 
     def lent(self) -> Mapping[str, Any]:
@@ -89,4 +89,4 @@ def _revoke_if_it_helps(scheduler: Any, preempts: bool) -> None:
 
 
 def _lent(connector: Any) -> Mapping[str, Any]:
-    return connector.lent() if isinstance(connector, Lender) else {}
+    return connector.lent() if isinstance(connector, HasLeasedBlocks) else {}

@@ -184,12 +184,12 @@ class KVConnectMulti(in_tree.MultiConnector):
         self._saved_too -= connector_output.finished_sending or set()
 
     def lent(self) -> dict[str, Any]:
-        """See `kvconnect.vllm.lent.Lender`: what no child of another maker saves as well."""
+        """`HasLeasedBlocks.lent`, without what a child of another maker saves as well."""
         found = {r: one for child in self._peers for r, one in child.scheduler.lent.items()}
         return {r: one for r, one in found.items() if r not in self._saved_too}
 
     def revoke(self, request_ids: Iterable[str]) -> None:
-        """The same."""
+        """End what each child leased of these requests."""
         for child in self._peers:
             child.scheduler.revoke(request_ids)
 
