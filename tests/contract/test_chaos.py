@@ -30,7 +30,7 @@ def test_ranks_that_are_killed_leave_nothing_wrong_held_or_hanging(name, env):
         env={**os.environ, **env},
         text=True,
         check=False,
-        timeout=150,
+        timeout=400,
     )
     assert ended.stdout, ended.stderr
     report = json.loads(ended.stdout)
@@ -38,7 +38,7 @@ def test_ranks_that_are_killed_leave_nothing_wrong_held_or_hanging(name, env):
     assert report["wrong"] == 0
     assert report["held"] == 0, "leases outlived their readers"
     assert report["kills"] == {"supplier": TIMES, "reader": TIMES}
-    assert report["kills_amid_fetches"] > TIMES, "it was hardly ever killed amid a fetch"
-    assert report["stale"] >= TIMES and report["failed"] > 0
+    assert report["kills_amid_fetches"] == 2 * TIMES, "nothing was under way when one was killed"
+    assert report["stale"] > 0 and report["failed"] > 0
     assert all(report["fetched"].values())
     assert report["frozen_s"] > 0

@@ -36,7 +36,8 @@ from kvconnect.transport.registry import make_transport
 pytestmark = pytest.mark.slow  # a compiler runs first
 ROW, ROWS = 4096, 32
 HOST = "127.0.0.1"
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
+FOR_EVER = 1_000_000  # ms, that an abort takes until the test says otherwise
 
 
 class Side:
@@ -142,9 +143,10 @@ def library(gpu, fake_gpu_folder):
 
 
 @pytest.fixture
-def pair(library):
+def pair(library, gpu):
     made = Pair(library)
     yield made
+    gpu.set(abort_ms=0)
     made.close()
 
 
@@ -236,14 +238,12 @@ def test_whatever_cuda_call_fails_transfers_fail_and_nothing_else(pair, gpu):
 
 def test_a_slow_abort_keeps_nobody_waiting(pair, gpu):
     assert pair.works()
-    gpu.set(abort_ms=800)
-    started = time.monotonic()
+    gpu.set(abort_ms=FOR_EVER)
     pair.ours.transport.drop_peer("peer")
     pair.poll(10)
-    assert time.monotonic() < started + 0.4, "a poll waited for an abort"
     pair.meet()
     assert pair.works()
-    assert gpu.get("aborted") == 0, "the test was too slow to show anything"
+    assert gpu.get("aborted") == 0
 
 
 @pytest.mark.parametrize("op", Op)
@@ -283,12 +283,12 @@ def test_staging_comes_back_from_communicators_that_were_cut_off(pair):
 
 
 def lose_staging(pair, gpu):
-    """Let receives hang whose aborts take long, until they have all buffers to ask with."""
+    """Let receives hang whose aborts do not end, until they have all buffers to ask with."""
     assert pair.works()
-    gpu.set(silent=1, abort_ms=800)
-    for _ in range(nccl.BUFFERS // nccl_line.WINDOW):
+    gpu.set(silent=1, abort_ms=FOR_EVER)
+    for n in range(1, nccl.BUFFERS // nccl_line.WINDOW + 1):
         pair.submit()
-        pair.poll(10)
+        pair.until(lambda n=n: gpu.get("alive") == 2 * n)  # both ends have begun theirs; none ends
         pair.ours.transport.drop_peer("peer")
         pair.finish()
         pair.meet()
@@ -301,7 +301,8 @@ def test_staging_is_not_used_again_before_nccl_has_left_it(pair, gpu):
     pair.submit()
     assert pair.poll(5) == []
     assert gpu.get("alive") == alive, "another communicator was begun without buffers to use"
-    assert gpu.get("aborted") == 0, "the test was too slow to show anything"
+    assert gpu.get("aborted") == 0
+    gpu.set(abort_ms=0)
     (done,) = pair.finish()
     assert done.error is None
 
@@ -313,7 +314,8 @@ def test_nobody_waits_for_ever_for_staging(pair, gpu):
     pair.clock.advance(21)
     (done,) = pair.poll()
     assert "does not let go of the staging" in done.error
-    assert gpu.get("aborted") == 0, "the test was too slow to show anything"
+    assert gpu.get("aborted") == 0
+    gpu.set(abort_ms=0)
     pair.until(lambda: gpu.get("aborted") >= 4)
     assert pair.works()
 

@@ -242,7 +242,7 @@ EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t handle, ncclResult_t* error
 EXPORT ncclResult_t ncclCommAbort(ncclComm_t handle) {
   const std::shared_ptr<ncclComm> comm = find(handle);
   if (!comm) return fails(ncclInvalidArgument, "no such communicator");
-  if (fault_abort_ms) usleep(fault_abort_ms * 1000);
+  for (int ms = 0; ms < fault_abort_ms; ++ms) usleep(1000);  // less once the fault is turned off
   comm->aborted = true;  // kernels that are there leave; their streams go on
   ++count_aborted, --count_alive;
   const std::lock_guard<std::mutex> lock(mutex);
