@@ -26,15 +26,14 @@ Why it is so, and what was rejected:
 * A reader is counted by its rank, not by a message: a Close that is repeated ends nothing twice,
   and two decode engines with one ticket do not end each other's reads.
 * A promise holds no blocks and has no deadline: the scheduler ends it, by a grant or a withdrawal.
-* The heap of deadlines may lag behind renewals: moving an entry on every renewal would cost a
-  search for each, and an entry that is early only puts itself back.
 """
 
 import enum
-import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+
+from kvconnect.deadlines import Deadlines
 
 Clock = Callable[[], float]
 
@@ -86,7 +85,7 @@ class LeaseBook:
         self._lease_ids: dict[str, str] = {}  # name → lease_id, promised or granted
         self._over: OrderedDict[str, None] = OrderedDict()  # names of leases that ended last
         self._reading = 0  # leases that somebody is reading
-        self._heap: list[tuple[float, str]] = []  # (a deadline at or before the real one, gen.)
+        self._deadlines: Deadlines[str] = Deadlines()  # of lease ids
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -113,7 +112,7 @@ class LeaseBook:
         lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s)
         self._leases[terms.lease_id] = lease
         self._named(_name(terms), terms.lease_id)
-        heapq.heappush(self._heap, (lease.deadline, terms.lease_id))
+        self._deadlines.set(terms.lease_id, lease.deadline)
 
     def withdraw(self, lease_id: str) -> None:
         """A promised request ended without KV to lease (abort, error)."""
@@ -170,6 +169,7 @@ class LeaseBook:
         if standing is LeaseState.GRANTED:
             lease = self._leases[lease_id]
             lease.deadline = min(self._clock() + lease.terms.ttl_s, lease.last_deadline)
+            self._deadlines.set(lease_id, lease.deadline)
         return standing
 
     def close(
@@ -195,25 +195,15 @@ class LeaseBook:
 
     def expire(self) -> list[str]:
         """End all leases that are over; returns the request ids whose blocks may be freed."""
-        ended = []
-        now = self._clock()
-        while self._heap and self._heap[0][0] <= now:
-            _, lease_id = heapq.heappop(self._heap)
-            lease = self._leases.get(lease_id)
-            if lease is None:
-                continue
-            if lease.deadline > now:  # renewed since it was pushed
-                heapq.heappush(self._heap, (lease.deadline, lease_id))
-            else:
-                ended.append(self._end(lease_id))
-        return ended
+        return [self._end(lease_id) for lease_id in self._deadlines.take(self._clock())]
 
     def next_deadline(self) -> float | None:
         """When `expire` is worth calling next."""
-        return self._heap[0][0] if self._heap else None
+        return self._deadlines.next()
 
     def _end(self, lease_id: str) -> str:
         lease = self._leases.pop(lease_id)
+        self._deadlines.drop(lease_id)
         self._reading -= bool(lease.reading)
         terms = lease.terms
         self._unnamed(_name(terms), lease_id)

@@ -233,7 +233,7 @@ class Mover:
 
     def _tick_consumer(self) -> None:
         self._remotes.tick()
-        changed, ended = self._remotes.take_changed(), self.dialer.take_ended()
+        changed, ended = self._remotes.take_changed(), self.dialer.calls.take_ended()
         for part in (self._fetcher, self._releaser, self._renewer):
             part.agenda.changed(changed)
             part.agenda.wake(*ended)

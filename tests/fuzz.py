@@ -24,7 +24,8 @@ from kit.command import main
 from kit.engines import Engine, World
 
 from kvconnect.control import wire
-from kvconnect.control.dialer import Dialer, PeerState
+from kvconnect.control.dialer import Dialer
+from kvconnect.control.peer import PeerState
 from kvconnect.errors import WireError
 from kvconnect.lease import Terms
 from kvconnect.orders import Fetch, Grant

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kvconnect.control.channel import ZmqChannel
-from kvconnect.control.dialer import NO_LEASE, Dialer, Peer, PeerState
+from kvconnect.control.dialer import NO_LEASE, Dialer
+from kvconnect.control.peer import Peer, PeerState
 from kvconnect.control.wire import Address, Body
 from kvconnect.errors import GeometryError, KvConnectError
 from kvconnect.geometry.blocks import DENSE, BlockView, Part

@@ -5,11 +5,11 @@
 * Names of requests that have ended may still come up; owners pass over them.
 """
 
-import heapq
 from collections.abc import Iterable, Iterator
 
 from kvconnect.consumer.remote import Remote
 from kvconnect.control.wire import Address
+from kvconnect.deadlines import Deadlines
 from kvconnect.lease import Clock
 from kvconnect.staging import Slots
 
@@ -20,7 +20,7 @@ class Agenda:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._woken: dict[str, None] = {}  # in the order in which they were
-        self._times: list[tuple[float, str]] = []
+        self._times: Deadlines[str] = Deadlines()
         self._by_remote: dict[Remote, dict[str, None]] = {}
 
     def add(self, name: str, remote: Remote) -> None:
@@ -30,6 +30,7 @@ class Agenda:
 
     def remove(self, name: str, remote: Remote) -> None:
         """The request has ended, or needs another remote engine from now on."""
+        self._times.drop(name)
         names = self._by_remote.get(remote, {})
         names.pop(name, None)
         if not names:
@@ -45,22 +46,18 @@ class Agenda:
             self._woken |= self._by_remote.get(remote, {})
 
     def at(self, when: float, name: str) -> None:
-        """Look at a request then, if not before."""
-        heapq.heappush(self._times, (when, name))
+        """Look at a request then, if not before; a time that was set before counts no more."""
+        self._times.set(name, when)
 
     def take(self) -> list[str]:
         """Whom to look at now."""
-        now = self._clock()
-        while self._times and self._times[0][0] <= now:
-            self._woken[heapq.heappop(self._times)[1]] = None
+        self.wake(*self._times.take(self._clock()))
         taken, self._woken = list(self._woken), {}
         return taken
 
     def next_deadline(self) -> float | None:
         """When `take` is worth calling next."""
-        if self._woken:
-            return self._clock()
-        return self._times[0][0] if self._times else None
+        return self._clock() if self._woken else self._times.next()
 
 
 class SlotQueue:

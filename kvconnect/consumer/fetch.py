@@ -39,7 +39,8 @@ from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.consumer.stage import ChunkReceiver
 from kvconnect.control import wire
-from kvconnect.control.dialer import Call, PeerState
+from kvconnect.control.calls import Call
+from kvconnect.control.peer import PeerState
 from kvconnect.errors import contained
 from kvconnect.orders import Cancel, Fetch, Release
 from kvconnect.stats import Stats
@@ -309,7 +310,7 @@ class Fetcher:
         fetch.phase, fetch.error = Phase.FAILING, error
         if not fetch.aborted:
             self._stats.count(counted_as)
-        for index, call in fetch.opens.items():
-            self._dialer.cancel(fetch.remote.peers[index], call)
+        for call in fetch.opens.values():
+            self._dialer.calls.cancel(call)
         for transfer_id in fetch.transfers:
             self._transport.cancel(transfer_id)

@@ -10,7 +10,6 @@
   knows that it is the last. The lease is released `SAMPLES_S` after the last that is known.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,9 @@ from kvconnect.consumer.agenda import Agenda
 from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.control import wire
-from kvconnect.control.dialer import Call, Peer, PeerState
+from kvconnect.control.calls import Call
+from kvconnect.control.peer import Peer, PeerState
+from kvconnect.deadlines import Deadlines
 from kvconnect.orders import LeaseKey, Release, Source
 
 CLOSE_TIMEOUT_S = 10.0
@@ -30,7 +31,7 @@ class _Releasing:
     source: Source
     remote: Remote
     deadline: float
-    opens: list[tuple[Peer, Call]] | None = None
+    opens: list[Call] | None = None
 
     def lease_id_at(self, index: int) -> str | None:  # noqa: ARG002 - a fetch knows each rank's
         return self.source.lease_id
@@ -57,8 +58,8 @@ class Releaser:
         self._timeout_s = timeout_s
         self.agenda = Agenda(context.clock)
         self._releasing: dict[str, _Releasing] = {}
-        # by samples: release it when; in the order of these times
-        self._shared: dict[LeaseKey, tuple[float, Source]] = {}
+        self._shared: dict[LeaseKey, Source] = {}  # leases of samples that are not renewed any more
+        self._shared_due: Deadlines[LeaseKey] = Deadlines()  # when they are released
 
     def __len__(self) -> int:
         return len(self._releasing) + len(self._shared)
@@ -85,7 +86,7 @@ class Releaser:
         digest: bytes = b"",
     ) -> Call:
         """Ask one rank of a source to open a lease; with no prompt it refuses, if it knows it."""
-        return self._dialer.call(
+        return self._dialer.calls.send(
             peer,
             lambda seq: wire.Open(
                 seq=seq,
@@ -127,7 +128,7 @@ class Releaser:
 
         deadline = self._clock() + CLOSE_TIMEOUT_S
         return {
-            index: self._dialer.call(
+            index: self._dialer.calls.send(
                 peer, close_of(lease_id_at(index)), (wire.Closed,), deadline, request_id
             )
             for index, peer in enumerate(remote.peers)
@@ -136,24 +137,21 @@ class Releaser:
     def done(self, source: Source) -> None:
         """A request is done with the lease; of samples, it may have been the last one."""
         if source.samples and not self._renewer.waits_for(source):
-            self._shared.pop(source.lease, None)
-            self._shared[source.lease] = self._clock() + SAMPLES_S, source
+            self._shared[source.lease] = source
+            self._shared_due.set(source.lease, self._clock() + SAMPLES_S)
 
     def tick(self) -> None:
         """Move every release on as far as it goes."""
-        while self._shared:
-            lease, (at, source) = next(iter(self._shared.items()))
-            if self._clock() < at:
-                break
-            del self._shared[lease]
+        for lease in self._shared_due.take(self._clock()):
+            source = self._shared.pop(lease)
             if not self._renewer.waits_for(source):  # else another has come, and ends it
                 name = f"samples of {source.request_id}"
                 self.release(Release(name, replace(source, samples=False)))
         for request_id in self.agenda.take():
             releasing = self._releasing.get(request_id)
             if releasing is not None and self._can_close(request_id, releasing):
-                for peer, call in releasing.opens or ():
-                    self._dialer.cancel(peer, call)
+                for call in releasing.opens or ():
+                    self._dialer.calls.cancel(call)
                 self.close(request_id, releasing.source, releasing.remote, releasing.lease_id_at)
                 del self._releasing[request_id]
                 self.agenda.remove(request_id, releasing.remote)
@@ -161,10 +159,8 @@ class Releaser:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = [at for at, _ in itertools.islice(self._shared.values(), 1)]
-        if (at := self.agenda.next_deadline()) is not None:
-            times.append(at)
-        return min(times, default=None)
+        times = (self._shared_due.next(), self.agenda.next_deadline())
+        return min((at for at in times if at is not None), default=None)
 
     def _can_close(self, request_id: str, releasing: _Releasing) -> bool:
         """Whether to wait no longer: for the greeting, or for the source to know the lease."""
@@ -178,9 +174,8 @@ class Releaser:
             return True
         if releasing.opens is None:
             releasing.opens = [
-                (peer, self.open(peer, request_id, source, releasing.deadline))
+                self.open(peer, request_id, source, releasing.deadline)
                 for peer, path in zip(remote.peers, remote.paths, strict=True)
                 if path is not None
             ]
-        calls = [call for _, call in releasing.opens]
-        return not calls or any(call.reply or call.error for call in calls)
+        return not releasing.opens or any(call.reply or call.error for call in releasing.opens)

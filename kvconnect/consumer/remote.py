@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from kvconnect.config import Mode
 from kvconnect.consumer.stage import StagedPath
-from kvconnect.control.dialer import Dialer, Peer, PeerState, Shown
+from kvconnect.control.dialer import Dialer
+from kvconnect.control.peer import Peer, PeerState, Shown
 from kvconnect.control.wire import Address, Body
 from kvconnect.costs import Costs
 from kvconnect.errors import GeometryError, TransportError, contained

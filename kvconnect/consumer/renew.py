@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvconnect.consumer.agenda import Agenda
 from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.control import wire
-from kvconnect.control.dialer import PeerState
+from kvconnect.control.peer import PeerState
 from kvconnect.orders import LeaseKey, RenewLease, Source
 
 RENEWALS_PER_TTL = 3
@@ -80,7 +80,6 @@ class LeaseRenewer:
             if watch.remote.state is PeerState.GREETING:
                 continue  # it is looked at again when that has ended
             watch.renew_at = now + max(watch.source.ttl_s / RENEWALS_PER_TTL, MIN_RENEWAL_S)
-            self.agenda.at(watch.renew_at, request_id)
             if watch.remote.state is PeerState.FAILED:
                 # it may be back before the request is loaded
                 self.agenda.remove(request_id, watch.remote)
@@ -88,6 +87,7 @@ class LeaseRenewer:
                 self.agenda.add(request_id, watch.remote)
             else:
                 due.setdefault(id(watch.remote), (watch.remote, []))[1].append(watch.source)
+            self.agenda.at(watch.renew_at, request_id)
         for remote, sources in due.values():
             for some in _batched(sources, wire.RENEWED_AT_ONCE):
                 renew = wire.Renew(
@@ -95,7 +95,7 @@ class LeaseRenewer:
                     request_ids=[s.request_id for s in some if not s.lease_id],
                 )
                 for peer in remote.peers:
-                    self._dialer.tell(peer, renew)
+                    self._dialer.calls.tell(peer, renew)
 
 
 def _batched(items: list[Source], size: int) -> Iterator[list[Source]]:

@@ -18,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvconnect.control import wire
-from kvconnect.control.dialer import Call, Dialer, Peer
+from kvconnect.control.calls import Call
+from kvconnect.control.dialer import Dialer
+from kvconnect.control.peer import Peer
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.chunks import Chunk, ChunkPlan
 from kvconnect.lease import Clock
@@ -69,7 +71,7 @@ class StagedPath:
         """Whether the source knows what we want of it, and why it never will; asks it to."""
         if self._call is None or self._call.error:
             region = self.slots.region
-            self._call = self.dialer.call(
+            self._call = self.dialer.calls.send(
                 self.peer,
                 lambda seq: wire.Stage(
                     seq=seq,
@@ -105,7 +107,7 @@ class StagedPath:
             self._probe, self.heard_at = None, self.clock()
             return closed.stood
         if self._probe is None or self._probe.error:
-            self._probe = self.dialer.call(
+            self._probe = self.dialer.calls.send(
                 self.peer,
                 lambda seq: wire.Close(
                     seq=seq,
@@ -274,7 +276,7 @@ class ChunkReceiver:
 
     def _want(self, chunk: Chunk, slot: int, lease_id: str, reader: int) -> Call:
         granule = self._staged.slots.granule(slot)
-        return self._staged.dialer.call(
+        return self._staged.dialer.calls.send(
             self._staged.peer,
             lambda seq: wire.Want(
                 seq=seq,

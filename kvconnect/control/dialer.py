@@ -1,4 +1,4 @@
-"""Peers that we dial: Greet → Welcome, then requests and answers.
+"""Peers that we dial: Greet → Welcome; requests to them are `kvconnect.control.calls`.
 
 One round trip, once per pair of ranks, over a link that is encrypted to the key in the address; one
 more where that says none, to ask for it. We show leases that we were told of and that we know the
@@ -8,120 +8,38 @@ is decoded, and its claims about memory before they are used.
 * `greet` returns a Peer at once; its state moves on in `receive` and `tick`.
 * A peer that knows none of the leases that were shown is shown those that were added meanwhile.
   Without any it has FAILED, but the next lease may be shown at once: it may come from a client.
-* `call` sends a request and repeats it, ever less often, until it is answered or its deadline
-  passes.
-* What is due is kept by time: a step costs nothing for the peers and calls that are not.
+* What is due is kept by time: a step costs nothing for the peers that are not.
 * `changes` grows whenever a peer has become READY or FAILED.
 * What goes wrong with a peer makes it FAILED, with the reason; nothing is raised.
 """
 
-import enum
-import heapq
 import hmac
-import itertools
 import logging
-import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 from kvconnect.control import wire
+from kvconnect.control.calls import MAX_RESEND_S, Calls
 from kvconnect.control.channel import Channel, Frame, Link
+from kvconnect.control.peer import Peer, PeerState, Shown
 from kvconnect.control.proof import DIALER, LISTENER, prove, why_not_proved, why_unlike
 from kvconnect.control.wire import Address
+from kvconnect.deadlines import Deadlines
 from kvconnect.errors import GeometryError, WireError
 from kvconnect.geometry.blocks import check_views
 from kvconnect.lease import Clock
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-RESEND_S = 1.0
-MAX_RESEND_S = 8.0  # readers that wait at a busy prefill engine: ten thousands of calls
 MAX_GREETINGS = 128  # under way at once; addresses may come from clients
 MAX_IN_LINE = 4096  # that wait for one of those to end
 BACKOFF_S = (0.5, 4.0)  # between greetings of an address that fails: first, at most
 MAX_BACKOFFS = 1024
 MAX_GONE = 4096
 MAX_REFUSED = 3  # connections, one after the other, before a peer is given up
-NONCE_BYTES = 16
 
 HUNG_UP = "we hung up"
 NO_LEASE = "knows none of the leases that we were told of: they are over, or it was restarted"
-NOT_DIALLED = Link(True, b"")
-
-
-class Shown(NamedTuple):
-    """A lease that the listener is to know: by its id or, without a ticket, by its name.
-
-    ``wait_s``: how long it may take to be known, where a router asks both engines at once.
-    """
-
-    lease_id: str | None
-    name: str
-    wait_s: float = 0.0
-
-
-class PeerState(enum.Enum):
-    """Of a dialled peer."""
-
-    GREETING = "greeting"
-    READY = "ready"
-    FAILED = "failed"
-
-
-class Call:
-    """A request to a peer; ``reply`` or ``error`` is set once it is over."""
-
-    def __init__(
-        self,
-        seq: int,
-        message: wire.Message,
-        accepts: tuple[type[wire.Message], ...],
-        deadline: float,
-        resend_at: float,
-        asker: str = "",
-    ) -> None:
-        self.seq = seq
-        self.message = message
-        self.accepts = accepts
-        self.deadline = deadline
-        self.resend_at = resend_at
-        self.resend_s = RESEND_S
-        self.asker = asker
-        self.reply: wire.Message | None = None
-        self.error = ""
-
-
-class Peer:
-    """A rank that we dialled. FAILED is final: greet again for a new Peer."""
-
-    def __init__(self, address: Address, link: Link, deadline: float) -> None:
-        self.address = address
-        self.link = link
-        self.deadline = deadline
-        self.state = PeerState.GREETING
-        self.error = ""
-        self.body: wire.Body | None = None
-        self.version: tuple[int, int] | None = None
-        self.fingerprint: Mapping[str, str] = {}
-        self.gone: dict[str, None] = {}
-        """Generations that the peer said are over, the last `MAX_GONE` in their order."""
-        self.ended = False  # its connection broke: its process has ended, if not its host
-        self.resend_at = 0.0
-        self.resend_s = RESEND_S
-        self.looked_at = 0.0
-        self.calls: dict[int, Call] = {}
-        self.at = address
-        """Where the link leads: never without a key, once it is known."""
-        self.refused = 0  # connections
-        self.nonce = secrets.token_bytes(NONCE_BYTES)
-        self.waits = False  # for a lease to be known there, so that it takes no turn from others
-        self.leases: dict[Shown, float] = {}  # → no longer early
-        self.shown: tuple[Shown, ...] = ()
-        self.seq = 0  # of the Greet that showed them
-
-    def __str__(self) -> str:
-        return str(self.address)
 
 
 class Dialer:
@@ -145,14 +63,12 @@ class Dialer:
         self._by_link: dict[Link, Peer] = {}
         # address that could not be greeted → (not before, then wait so long, why), oldest first
         self._backoffs: OrderedDict[Address, tuple[float, float, str]] = OrderedDict()
-        self._seq = itertools.count(1)
+        self.calls = Calls(channel, clock)
+        """Requests to peers that are READY."""
         self.changes = 0
-        self._ended: dict[str, None] = {}  # askers of calls that are over
         self._greeting = 0  # peers that are being greeted now
         self._in_line: OrderedDict[Address, Peer] = OrderedDict()  # GREETING, not dialled yet
-        # (when to look, order, whom, of its calls which one; None: its greeting)
-        self._due: list[tuple[float, int, Peer, Call | None]] = []
-        self._pushed = itertools.count()
+        self._due: Deadlines[Peer] = Deadlines()  # when to look at a greeting
 
     def greet(self, address: Address, leases: Iterable[Shown] = ()) -> Peer:
         """The peer at ``address``; dials it, in its turn, unless that is under way or done.
@@ -162,7 +78,7 @@ class Dialer:
         if (peer := self._peers.get(address)) is not None:
             self.show(peer, leases)
             return peer
-        peer = Peer(address, NOT_DIALLED, float("inf"))
+        peer = Peer(address)
         self.show(peer, leases)
         not_before, _, why = self._backoffs.get(address, (0.0, 0.0, ""))
         if self._clock() < not_before:
@@ -187,7 +103,7 @@ class Dialer:
             del peer.leases[oldest]
         if peer.waits and len(peer.leases) > before and peer.resend_at > now:
             peer.resend_at = now
-            self._look_at(peer, None)
+            self._look_at(peer)
 
     def _dial(self, peer: Peer) -> None:
         """Start to greet; FAILED if its address cannot be dialled."""
@@ -201,7 +117,7 @@ class Dialer:
             return
         self._peers[peer.address] = peer
         self._greeting += 1
-        self._look_at(peer, None)
+        self._look_at(peer)
 
     def _link(self, peer: Peer) -> None:
         """Dial, and say the first thing; raises WireError."""
@@ -213,13 +129,9 @@ class Dialer:
         self._by_link.pop(peer.link, None)
         self._channel.drop(peer.link)
 
-    def _look_at(self, peer: Peer, call: Call | None) -> None:
-        """Have `tick` look at a greeting or a call when there is something to do."""
-        of = call or peer
-        when = min(of.resend_at, of.deadline)
-        if call is None:
-            peer.looked_at = when
-        heapq.heappush(self._due, (when, next(self._pushed), peer, call))
+    def _look_at(self, peer: Peer) -> None:
+        """Have `tick` look at a greeting when there is something to do."""
+        self._due.set(peer, min(peer.resend_at, peer.deadline))
 
     def _greeted(self, peer: Peer) -> None:
         """A greeting has ended, well or not, or waits: the next in line has its turn."""
@@ -256,71 +168,22 @@ class Dialer:
             self._back_off(peer.address, error)
         peer.state, peer.error = PeerState.FAILED, error
         self.changes += 1
-        for call in peer.calls.values():
-            call.error = f"peer {peer}: {error}"
-            self._ended[call.asker] = None
-        peer.calls.clear()
+        self.calls.fail(peer, error)
+        self._due.drop(peer)
         del self._peers[peer.address]
         if not in_line:
             self._unlink(peer)
         if greeting:
             self._greeted(peer)
 
-    def call(
-        self,
-        peer: Peer,
-        make: Callable[[int], wire.Message],
-        accepts: tuple[type[wire.Message], ...],
-        deadline: float,
-        asker: str = "",
-    ) -> Call:
-        """Send the request ``make(seq)``, repeated until one of ``accepts`` answers it.
-
-        ``asker``: whom `take_ended` is to name when it is over.
-        """
-        seq = next(self._seq)
-        call = Call(seq, make(seq), accepts, deadline, self._clock() + RESEND_S, asker)
-        if peer.state is PeerState.READY:
-            peer.calls[seq] = call
-            self.tell(peer, call.message)
-            self._look_at(peer, call)
-        else:
-            call.error = f"peer {peer}: {peer.error or 'not greeted yet'}"
-            self._ended[asker] = None
-        return call
-
-    def take_ended(self) -> list[str]:
-        """The askers of calls that were answered or failed since this was last called."""
-        taken, self._ended = list(self._ended), {}
-        return taken
-
-    def cancel(self, peer: Peer, call: Call) -> None:
-        """No answer is wanted any more: stop repeating."""
-        peer.calls.pop(call.seq, None)
-
-    def tell(self, peer: Peer, message: wire.Message) -> None:
-        """Send a message to a READY peer; no answer is expected."""
-        self._channel.send(peer.link, wire.encode(message))
-
     def tick(self) -> None:
         """Repeat what went unanswered, give up on what is overdue."""
         now = self._clock()
-        while self._due and self._due[0][0] <= now:
-            when, _, peer, call = heapq.heappop(self._due)
-            if self._is_over(peer, call) or (call is None and when != peer.looked_at):
-                continue
-            if call is None:
-                self._look_at_greeting(peer, now)
-            elif now >= call.deadline:
-                del peer.calls[call.seq]
-                call.error = f"peer {peer} did not answer in time"
-                self._ended[call.asker] = None
-            elif now >= call.resend_at:
-                call.resend_s = min(2 * call.resend_s, MAX_RESEND_S)
-                call.resend_at = now + call.resend_s
-                self.tell(peer, call.message)
-            if not self._is_over(peer, call):
-                self._look_at(peer, call)
+        for peer in self._due.take(now):
+            self._look_at_greeting(peer, now)
+            if peer.state is PeerState.GREETING:
+                self._look_at(peer)
+        self.calls.tick()
 
     def _look_at_greeting(self, peer: Peer, now: float) -> None:
         if now >= peer.deadline:
@@ -335,18 +198,10 @@ class Dialer:
                 peer.resend_s = min(2 * peer.resend_s, most_s)
             self._send_greeting(peer)
 
-    @staticmethod
-    def _is_over(peer: Peer, call: Call | None) -> bool:
-        """Whether there is nothing to wait for any more."""
-        if call is None:
-            return peer.state is not PeerState.GREETING
-        return peer.calls.get(call.seq) is not call
-
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        while self._due and self._is_over(*self._due[0][2:]):
-            heapq.heappop(self._due)
-        return self._due[0][0] if self._due else None
+        times = (self._due.next(), self.calls.next_deadline())
+        return min((at for at in times if at is not None), default=None)
 
     def receive(self, frame: Frame) -> None:
         """Take in a frame of a link that we dialled."""
@@ -402,11 +257,7 @@ class Dialer:
         elif isinstance(message, wire.Reject) and message.seq is None:
             self.fail(peer, f"rejected us: {message.detail}")
         elif isinstance(message, wire.Reply):
-            call = peer.calls.get(message.seq)
-            if call is not None and isinstance(message, call.accepts):
-                del peer.calls[message.seq]
-                call.reply = message
-                self._ended[call.asker] = None
+            self.calls.answered(peer, message)
         elif isinstance(message, wire.Gone):
             peer.gone |= dict.fromkeys(message.lease_ids)
             for oldest in list(peer.gone)[:-MAX_GONE]:
@@ -455,6 +306,7 @@ class Dialer:
             self.fail(peer, f"bad description of its memory: {e}")
             return
         peer.body, peer.state = body, PeerState.READY
+        self._due.drop(peer)
         self._greeted(peer)
         self._backoffs.pop(peer.address, None)
         version = body.versions.get("vllm", "unknown")

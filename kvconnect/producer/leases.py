@@ -10,7 +10,6 @@
   Close of a lease that is over must hear that it is late.
 """
 
-import heapq
 import hmac
 import logging
 from collections import Counter, OrderedDict
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvconnect.control import wire
+from kvconnect.control.calls import MAX_RESEND_S
 from kvconnect.control.channel import Link
-from kvconnect.control.dialer import MAX_RESEND_S
 from kvconnect.control.listener import Incoming, Listener
+from kvconnect.deadlines import Deadlines
 from kvconnect.lease import Clock, LeaseBook, LeaseState, Terms
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -251,10 +251,6 @@ class _Early:
     until: float
     heard: float
 
-    @property
-    def ends(self) -> float:
-        return min(self.until, self.heard + SILENT_S)
-
 
 class EarlyReaders:
     """Readers of one rank that came before the request whose lease they ask for.
@@ -270,8 +266,7 @@ class EarlyReaders:
         self._clock = clock
         self._waiting: dict[str, dict[tuple[Link, int], _Early]] = {}  # name → (…, seq)
         self._counts: Counter[Link] = Counter()
-        # (no later than it ends, name, key), of each one that waits and of some that did
-        self._heap: list[tuple[float, str, tuple[Link, int]]] = []
+        self._ends: Deadlines[tuple[str, tuple[Link, int]]] = Deadlines()  # of (name, key)
 
     def __len__(self) -> int:
         return self._counts.total()
@@ -288,15 +283,16 @@ class EarlyReaders:
             waiting = _Early(message, now + min(message.early_ms / 1000, MAX_WAIT_S), now)
             self._waiting.setdefault(name, {})[key] = waiting
             self._counts[link] += 1
-            heapq.heappush(self._heap, (waiting.ends, name, key))
         waiting.heard = now
+        self._ends.set((name, key), min(waiting.until, now + SILENT_S))
         return True
 
     def take(self, name: str) -> list[tuple[Link, wire.Open]]:
         """Who waited for ``name``: it is known from now on."""
         taken = self._waiting.pop(name, {})
-        for link, _ in taken:
-            self._counts[link] -= 1
+        for key in taken:
+            self._counts[key[0]] -= 1
+            self._ends.drop((name, key))
         return [(link, waiting.message) for (link, _), waiting in taken.items()]
 
     def forget(self, name: str, link: Link, reader: int) -> None:
@@ -308,14 +304,8 @@ class EarlyReaders:
     def tick(self) -> list[tuple[Link, wire.Open]]:
         """Forget readers that have fallen silent; returns those that have waited for too long."""
         now, late = self._clock(), []
-        while self._heap and self._heap[0][0] <= now:
-            _, name, key = heapq.heappop(self._heap)
-            waiting = self._waiting.get(name, {}).get(key)
-            if waiting is None:
-                continue
-            if now < waiting.ends:  # it has repeated itself since
-                heapq.heappush(self._heap, (waiting.ends, name, key))
-                continue
+        for name, key in self._ends.take(now):
+            waiting = self._waiting[name][key]
             self._drop(name, key)
             if now >= waiting.until:
                 late.append((key[0], waiting.message))
@@ -323,12 +313,11 @@ class EarlyReaders:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        while self._heap and self._heap[0][2] not in self._waiting.get(self._heap[0][1], {}):
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        return self._ends.next()
 
     def _drop(self, name: str, key: tuple[Link, int]) -> None:
         del self._waiting[name][key]
+        self._ends.drop((name, key))
         self._counts[key[0]] -= 1
         if not self._waiting[name]:
             del self._waiting[name]

@@ -17,7 +17,8 @@ import zmq
 from kvconnect.config import Settings
 from kvconnect.control import wire
 from kvconnect.control.channel import ZmqChannel, told_at_desk
-from kvconnect.control.dialer import Dialer, PeerState, Shown
+from kvconnect.control.dialer import Dialer
+from kvconnect.control.peer import PeerState, Shown
 from kvconnect.control.proof import DIALER, prove
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover

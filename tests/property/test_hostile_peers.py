@@ -101,8 +101,8 @@ def test_a_peer_that_says_anything_is_a_failed_fetch(data):
         return changed(data.draw, message)
 
     dialer, listener = d.movers[0].dialer, p.movers[0].listener
-    tell, answer = dialer.tell, listener.answer
-    dialer.tell = lambda peer, message: tell(peer, spoiled(message))
+    tell, answer = dialer.calls.tell, listener.answer
+    dialer.calls.tell = lambda peer, message: tell(peer, spoiled(message))
     listener.answer = lambda link, message: answer(link, spoiled(message))
 
     terms = lend(p, "r", seed=4)

@@ -195,8 +195,8 @@ def test_a_watched_lease_is_renewed_until_it_is_fetched(rig):
 
 def test_leases_are_renewed_every_third_of_their_ttl_and_all_in_one_message(rig):
     dialer, told = rig.d.movers[0].dialer, []
-    tell = dialer.tell
-    dialer.tell = lambda peer, message: told.append(message) or tell(peer, message)
+    tell = dialer.calls.tell
+    dialer.calls.tell = lambda peer, message: told.append(message) or tell(peer, message)
     for name in ("a", "b", "c"):
         rig.d.put(RenewLease(name, rig.p.source(rig.p.lend(name, [3], seed=7, ttl_s=9))))
     rig.world.go_on()

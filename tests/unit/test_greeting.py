@@ -11,8 +11,9 @@ from kvconnect.control import dialer as dialer_module
 from kvconnect.control import listener as listener_module
 from kvconnect.control import wire
 from kvconnect.control.channel import Frame, Link
-from kvconnect.control.dialer import RESEND_S, Dialer, PeerState, Shown
+from kvconnect.control.dialer import Dialer
 from kvconnect.control.listener import Listener
+from kvconnect.control.peer import RESEND_S, PeerState, Shown
 from kvconnect.control.proof import DIALER, LISTENER, prove
 from kvconnect.errors import WireError
 from kvconnect.testing import FakeClock
@@ -64,7 +65,7 @@ class Pair:
         def close(seq):
             return wire.Close(seq=seq, lease_id="g", request_id=None, reader=0, readers=1)
 
-        return self.dialer.call(peer, close, accepts, self.clock() + seconds)
+        return self.dialer.calls.send(peer, close, accepts, self.clock() + seconds)
 
 
 class Stranger:
@@ -552,8 +553,8 @@ def test_a_cancelled_call_is_not_repeated():
     pair = Pair()
     peer = pair.greet()
     call = pair.call(peer)
-    pair.dialer.cancel(peer, call)
-    pair.dialer.cancel(peer, call)
+    pair.dialer.calls.cancel(call)
+    pair.dialer.calls.cancel(call)
     pair.go_on()
     pair.clock.advance(10 * RESEND_S)
     pair.go_on()

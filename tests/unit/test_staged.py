@@ -273,13 +273,13 @@ def test_a_hostile_stage_is_refused(change, why):
     p, d = make(world, mode="staged"), make(world, mode="staged")
     fetch(p, d, lend(p, "r", (7, 8, 9), 9, seed=6), (4, 5, 1))
     dialer = d.movers[0].dialer
-    tell = dialer.tell
+    tell = dialer.calls.tell
 
     def altered(peer, message):
         stages = isinstance(message, wire.Stage)
         tell(peer, msgspec.structs.replace(message, **change) if stages else message)
 
-    dialer.tell = altered
+    dialer.calls.tell = altered
     world.go_on(30)
     assert "refused to stage" in d.ended["d"][0] and why in d.ended["d"][0]
 
@@ -294,14 +294,14 @@ def test_pieces_of_two_groups_are_not_one_chunk():
     blocks = (((0, 1), (1, 2)), ((0, 1), (1, 2)))
     source = p.source(Terms("r", "g", ((7, 8), (7, 8)), 8, b"d", 5.0))
     d.put(Fetch("d", source, blocks, 8, b"d"))
-    tell = d.movers[0].dialer.tell
+    tell = d.movers[0].dialer.calls.tell
 
     def altered(peer, message):
         if isinstance(message, wire.Want):
             message = msgspec.structs.replace(message, first=0, count=3)
         tell(peer, message)
 
-    d.movers[0].dialer.tell = altered
+    d.movers[0].dialer.calls.tell = altered
     world.go_on(30)
     assert "not all of one group" in d.ended["d"][0]
 
@@ -505,7 +505,7 @@ def test_a_lease_that_ended_is_not_gathered():
 def test_a_hostile_want_is_refused(staged, change, why):
     world, _, d = staged
     dialer = d.movers[0].dialer
-    call = dialer.call
+    call = dialer.calls.send
 
     def altered(peer, make, *others):
         def make_altered(seq):
@@ -515,7 +515,7 @@ def test_a_hostile_want_is_refused(staged, change, why):
 
         return call(peer, make_altered, *others)
 
-    dialer.call = altered
+    dialer.calls.send = altered
     world.go_on(30)
     assert "refused a chunk" in d.ended["d"][0]
     assert why in d.ended["d"][0]

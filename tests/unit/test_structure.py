@@ -20,7 +20,7 @@ sizes = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sizes)
 
 LAYERS = [
-    {"errors"},
+    {"errors", "deadlines"},
     {"lease", "costs", "config", "loop"},
     {"ops"},
     {"geometry"},

@@ -20,8 +20,9 @@ import pytest
 
 from kvconnect.control import wire
 from kvconnect.control.channel import Frame, Link, told_at_desk
-from kvconnect.control.dialer import Dialer, PeerState
+from kvconnect.control.dialer import Dialer
 from kvconnect.control.listener import Listener
+from kvconnect.control.peer import PeerState
 from kvconnect.control.proof import LISTENER, prove
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
@@ -101,7 +102,7 @@ class Conversation:
         """The dialer's requests, after the greeting."""
         deadline = self.clock() + 60
         self.calls = [
-            self.dialer.call(self.peer, make, (wire.Opened, wire.Closed), deadline)
+            self.dialer.calls.send(self.peer, make, (wire.Opened, wire.Closed), deadline)
             for make in (
                 lambda seq: wire.Open(
                     seq=seq,
@@ -117,7 +118,7 @@ class Conversation:
             )
         ]
         for message in (STAGE, WANT):
-            self.dialer.tell(self.peer, message)
+            self.dialer.calls.tell(self.peer, message)
 
     def to_listener(self, data):
         """Returns what the listener sends back."""
