@@ -16,7 +16,7 @@ from typing import NamedTuple
 from kvconnect.config import Mode
 from kvconnect.consumer.stage import StagedPath
 from kvconnect.control.dialer import Dialer
-from kvconnect.control.peer import Peer, PeerState, Shown
+from kvconnect.control.peer import LeaseRef, Peer, PeerState
 from kvconnect.control.wire import Address, Body
 from kvconnect.costs import Costs
 from kvconnect.errors import GeometryError, TransportError, contained
@@ -91,7 +91,7 @@ class Remote:
     """One remote engine. FAILED is final; `Remotes.of` then makes a new one."""
 
     def __init__(
-        self, addresses: Sequence[Address], context: ConsumerContext, lease: Shown
+        self, addresses: Sequence[Address], context: ConsumerContext, lease: LeaseRef
     ) -> None:
         """``lease``: one that it may know, as those that it is shown later."""
         self.state = PeerState.GREETING
@@ -156,7 +156,7 @@ class Remote:
         """The transport's name of a rank that we read from."""
         return self._added[index]
 
-    def show(self, lease: Shown) -> None:
+    def show(self, lease: LeaseRef) -> None:
         """While it is being greeted: a lease that it may know."""
         if self.state is PeerState.GREETING:
             self._shown[lease] = None
@@ -262,7 +262,7 @@ class Remotes:
 
     def of(self, source: Source) -> Remote:
         """The engine at the source's addresses; greets it unless that is under way or done."""
-        key, lease = source.shards, Shown(source.lease_id, source.request_id, source.wait_s)
+        key, lease = source.shards, LeaseRef(source.lease_id, source.request_id, source.wait_s)
         remote = self._by_addresses.get(key)
         if remote is not None:
             remote.tick()

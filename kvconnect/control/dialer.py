@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from kvconnect.control import wire
 from kvconnect.control.calls import MAX_RESEND_S, Calls
 from kvconnect.control.channel import Channel, Frame, Link
-from kvconnect.control.peer import Peer, PeerState, Shown
+from kvconnect.control.peer import LeaseRef, Peer, PeerState
 from kvconnect.control.proof import DIALER, LISTENER, prove, why_not_proved, why_unlike
 from kvconnect.control.wire import Address
 from kvconnect.deadlines import Deadlines
@@ -70,7 +70,7 @@ class Dialer:
         self._in_line: OrderedDict[Address, Peer] = OrderedDict()  # GREETING, not dialled yet
         self._due: Deadlines[Peer] = Deadlines()  # when to look at a greeting
 
-    def greet(self, address: Address, leases: Iterable[Shown] = ()) -> Peer:
+    def greet(self, address: Address, leases: Iterable[LeaseRef] = ()) -> Peer:
         """The peer at ``address``; dials it, in its turn, unless that is under way or done.
 
         FAILED at once for an address that failed a moment ago or cannot be dialled.
@@ -92,7 +92,7 @@ class Dialer:
             peer.state, peer.error = PeerState.FAILED, why
         return peer
 
-    def show(self, peer: Peer, leases: Iterable[Shown]) -> None:
+    def show(self, peer: Peer, leases: Iterable[LeaseRef]) -> None:
         """While a peer is being greeted: leases that it may know."""
         if peer.state is not PeerState.GREETING:
             return

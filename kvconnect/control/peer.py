@@ -14,7 +14,7 @@ NONCE_BYTES = 16
 NOT_DIALLED = Link(True, b"")
 
 
-class Shown(NamedTuple):
+class LeaseRef(NamedTuple):
     """A lease that the listener is to know: by its id or, without a ticket, by its name.
 
     ``wait_s``: how long it may take to be known, where a router asks both engines at once.
@@ -55,8 +55,8 @@ class Peer:
         self.refused = 0  # connections
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         self.waits = False  # for a lease to be known there, so that it takes no turn from others
-        self.leases: dict[Shown, float] = {}  # → no longer early
-        self.shown: tuple[Shown, ...] = ()
+        self.leases: dict[LeaseRef, float] = {}  # → no longer early
+        self.shown: tuple[LeaseRef, ...] = ()
         self.seq = 0  # of the Greet that showed them
 
     def __str__(self) -> str:

@@ -18,7 +18,7 @@ from kvconnect.config import Settings
 from kvconnect.control import wire
 from kvconnect.control.channel import ZmqChannel, told_at_desk
 from kvconnect.control.dialer import Dialer
-from kvconnect.control.peer import PeerState, Shown
+from kvconnect.control.peer import LeaseRef, PeerState
 from kvconnect.control.proof import DIALER, prove
 from kvconnect.lease import Terms
 from kvconnect.mover import Mover
@@ -186,7 +186,7 @@ def test_a_proof_that_is_handed_on_is_worth_nothing(lender):
     between = ZmqChannel(HOST)
     ours = ZmqChannel(HOST)
     dialer = Dialer(ours, time.monotonic, {"model": "a model"}, SECRET, PATIENCE_S)
-    peer = dialer.greet(between.address, [Shown(TERMS.lease_id, TERMS.request_id)])
+    peer = dialer.greet(between.address, [LeaseRef(TERMS.lease_id, TERMS.request_id)])
     frames = []
     while not frames:
         frames = between.poll(0.02)

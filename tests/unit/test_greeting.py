@@ -13,7 +13,7 @@ from kvconnect.control import wire
 from kvconnect.control.channel import Frame, Link
 from kvconnect.control.dialer import Dialer
 from kvconnect.control.listener import Listener
-from kvconnect.control.peer import RESEND_S, PeerState, Shown
+from kvconnect.control.peer import RESEND_S, LeaseRef, PeerState
 from kvconnect.control.proof import DIALER, LISTENER, prove
 from kvconnect.errors import WireError
 from kvconnect.testing import FakeClock
@@ -45,7 +45,7 @@ class Pair:
         return self.body
 
     def greet(self, *leases, address=None):
-        shown = [Shown(lease, "r") for lease in leases]
+        shown = [LeaseRef(lease, "r") for lease in leases]
         peer = self.dialer.greet(address or self.far.address, shown)
         self.go_on()
         return peer
@@ -131,23 +131,23 @@ def test_of_several_leases_one_that_stands_is_enough():
 
 def test_a_lease_that_comes_while_another_is_rejected_is_shown_next():
     pair = open_pair(held=True)
-    peer = pair.dialer.greet(pair.far.address, [Shown("stale", "r")])
-    assert pair.dialer.greet(pair.far.address, [Shown(None, "stands")]) is peer
+    peer = pair.dialer.greet(pair.far.address, [LeaseRef("stale", "r")])
+    assert pair.dialer.greet(pair.far.address, [LeaseRef(None, "stands")]) is peer
     pair.go_on()
     assert peer.state is PeerState.READY
 
 
 def test_what_is_shown_is_bounded_and_the_newest_stay():
     pair = open_pair(held=True)
-    many = [Shown(f"stale {i}", "r") for i in range(2 * wire.RENEWED_AT_ONCE)]
-    peer = pair.dialer.greet(pair.far.address, [*many, Shown("stands", "r")])
+    many = [LeaseRef(f"stale {i}", "r") for i in range(2 * wire.RENEWED_AT_ONCE)]
+    peer = pair.dialer.greet(pair.far.address, [*many, LeaseRef("stands", "r")])
     pair.go_on()
     assert peer.state is PeerState.READY
     assert len(peer.shown) == wire.RENEWED_AT_ONCE
 
 
 def early(pair, *names, wait_s=100.0):
-    return pair.dialer.greet(pair.far.address, [Shown(None, name, wait_s) for name in names])
+    return pair.dialer.greet(pair.far.address, [LeaseRef(None, name, wait_s) for name in names])
 
 
 def test_who_is_early_waits_until_the_lease_is_known():
@@ -359,9 +359,9 @@ def test_a_peer_that_has_forgotten_us_is_greeted_anew():
 def test_a_rejection_of_what_was_shown_before_is_no_rejection():
     """Two Greets may be under way; and one that was repeated may come when the lease is over."""
     pair = open_pair(held=True)
-    peer = pair.dialer.greet(pair.far.address, [Shown("stale", "r")])
+    peer = pair.dialer.greet(pair.far.address, [LeaseRef("stale", "r")])
     pair.clock.advance(RESEND_S)
-    pair.dialer.show(peer, [Shown("stands", "r")])
+    pair.dialer.show(peer, [LeaseRef("stands", "r")])
     pair.dialer.tick()
     pair.go_on()
     assert peer.state is PeerState.READY
