@@ -235,8 +235,8 @@ class Mover:
         self._remotes.tick()
         changed, ended = self._remotes.take_changed(), self.dialer.calls.take_ended()
         for part in (self._fetcher, self._releaser, self._renewer):
-            part.agenda.changed(changed)
-            part.agenda.wake(*ended)
+            part.wake_queue.changed(changed)
+            part.wake_queue.wake(*ended)
             part.tick()
 
     def _receive(self, frame: Frame) -> None:
@@ -252,7 +252,7 @@ class Mover:
         """How long the next step may wait for a frame."""
         if self._busy:
             return 0.0
-        fetches, renewals = self._fetcher.agenda, self._renewer.agenda
+        fetches, renewals = self._fetcher.wake_queue, self._renewer.wake_queue
         parts = (self.dialer, self._lease_server, self._releaser, fetches, renewals)
         deadlines = [d for part in parts if (d := part.next_deadline()) is not None]
         if self._fenced:

@@ -32,12 +32,12 @@ import enum
 import logging
 from dataclasses import dataclass, field
 
-from kvconnect.consumer.agenda import Agenda, SlotQueue
 from kvconnect.consumer.reads import RankReads
 from kvconnect.consumer.release import Releaser
 from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.consumer.stage import ChunkReceiver
+from kvconnect.consumer.wake_queue import SlotQueue, WakeQueue
 from kvconnect.control import wire
 from kvconnect.control.calls import Call
 from kvconnect.control.peer import PeerState
@@ -114,7 +114,7 @@ class Fetcher:
         self._clock = context.clock
         self._stats = stats
         self._load_timeout_s = load_timeout_s
-        self.agenda = Agenda(context.clock)
+        self.wake_queue = WakeQueue(context.clock)
         self._fetches: dict[str, FetchState] = {}
         self._reads = RankReads(context, remotes, stats, self._fail)
         self._waiting = SlotQueue()
@@ -141,20 +141,20 @@ class Fetcher:
         deadline = self._clock() + order.source.wait_s + self._load_timeout_s
         remote.fetches += 1
         self._fetches[order.request_id] = FetchState(order, remote, deadline)
-        self.agenda.add(order.request_id, remote)
-        self.agenda.at(deadline, order.request_id)
+        self.wake_queue.add(order.request_id, remote)
+        self.wake_queue.wake_at(deadline, order.request_id)
 
     def cancel(self, order: Cancel) -> None:
         """The request ended; its fetch ends as failed once its reads have drained."""
         if fetch := self._fetches.get(order.request_id):
             fetch.aborted = True
             self._fail(fetch, "the request was aborted")
-            self.agenda.wake(order.request_id)
+            self.wake_queue.wake(order.request_id)
 
     def done(self, done: Done) -> None:
         """Take in a transfer that ended."""
         if (fetch := self._reads.fetch_of(done.transfer_id)) is not None:
-            self.agenda.wake(fetch.order.request_id)
+            self.wake_queue.wake(fetch.order.request_id)
             with self._contained(fetch):
                 self._reads.done(fetch, done)
 
@@ -162,20 +162,20 @@ class Fetcher:
         """Move on, as far as they go, the fetches of which something has changed."""
         if self._slots is not None:
             self._slots.tick()
-            self.agenda.wake(*self._waiting.take(self._slots))
-        for request_id in self.agenda.take():
+            self.wake_queue.wake(*self._waiting.take(self._slots))
+        for request_id in self.wake_queue.take():
             if (fetch := self._fetches.get(request_id)) is None:
                 continue
             if self._is_done(fetch):
                 del self._fetches[request_id]
                 self._reads.no_chunks(request_id)
-                self.agenda.remove(request_id, fetch.remote)
+                self.wake_queue.remove(request_id, fetch.remote)
                 fetch.remote.fetches -= 1
                 self._renewer.forget(request_id)
                 self._releaser.done(fetch.order.source)
                 self._report(request_id, fetch)
             elif self._goes_on(request_id, fetch):
-                self.agenda.wake(request_id)
+                self.wake_queue.wake(request_id)
 
     def _goes_on(self, request_id: str, fetch: FetchState) -> bool:
         """Whether to look at it in every step; if not, it waits for what wakes it."""
@@ -292,7 +292,7 @@ class Fetcher:
     def _read(self, fetch: FetchState) -> None:
         fetch.phase = Phase.READING
         fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
-        self.agenda.at(fetch.deadline, fetch.order.request_id)
+        self.wake_queue.wake_at(fetch.deadline, fetch.order.request_id)
         for index in fetch.opens:
             if fetch.phase is Phase.READING:
                 self._reads.start(fetch, index)

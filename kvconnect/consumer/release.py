@@ -13,9 +13,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvconnect.consumer.agenda import Agenda
 from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
 from kvconnect.consumer.renew import LeaseRenewer
+from kvconnect.consumer.wake_queue import WakeQueue
 from kvconnect.control import wire
 from kvconnect.control.calls import Call
 from kvconnect.control.peer import Peer, PeerState
@@ -56,7 +56,7 @@ class Releaser:
         self._clock = context.clock
         self._ranks = ranks
         self._timeout_s = timeout_s
-        self.agenda = Agenda(context.clock)
+        self.wake_queue = WakeQueue(context.clock)
         self._releasing: dict[str, _Releasing] = {}
         self._shared: dict[LeaseKey, Source] = {}  # leases of samples that are not renewed any more
         self._shared_due: Deadlines[LeaseKey] = Deadlines()  # when they are released
@@ -73,8 +73,8 @@ class Releaser:
         remote = self._remotes.of(order.source)
         deadline = self._clock() + order.source.wait_s + self._timeout_s
         self._releasing[order.request_id] = _Releasing(order.source, remote, deadline)
-        self.agenda.add(order.request_id, remote)
-        self.agenda.at(deadline, order.request_id)
+        self.wake_queue.add(order.request_id, remote)
+        self.wake_queue.wake_at(deadline, order.request_id)
 
     def open(
         self,
@@ -147,19 +147,19 @@ class Releaser:
             if not self._renewer.waits_for(source):  # else another has come, and ends it
                 name = f"samples of {source.request_id}"
                 self.release(Release(name, replace(source, samples=False)))
-        for request_id in self.agenda.take():
+        for request_id in self.wake_queue.take():
             releasing = self._releasing.get(request_id)
             if releasing is not None and self._can_close(request_id, releasing):
                 for call in releasing.opens or ():
                     self._dialer.calls.cancel(call)
                 self.close(request_id, releasing.source, releasing.remote, releasing.lease_id_at)
                 del self._releasing[request_id]
-                self.agenda.remove(request_id, releasing.remote)
+                self.wake_queue.remove(request_id, releasing.remote)
                 self._renewer.forget(request_id)
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = (self._shared_due.next(), self.agenda.next_deadline())
+        times = (self._shared_due.next(), self.wake_queue.next_deadline())
         return min((at for at in times if at is not None), default=None)
 
     def _can_close(self, request_id: str, releasing: _Releasing) -> bool:

@@ -7,8 +7,8 @@ fetches and releases: whatever ends one calls `forget`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvconnect.consumer.agenda import Agenda
 from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
+from kvconnect.consumer.wake_queue import WakeQueue
 from kvconnect.control import wire
 from kvconnect.control.peer import PeerState
 from kvconnect.orders import LeaseKey, RenewLease, Source
@@ -33,7 +33,7 @@ class LeaseRenewer:
         self._dialer = context.dialer
         self._remotes = remotes
         self._clock = context.clock
-        self.agenda = Agenda(context.clock)
+        self.wake_queue = WakeQueue(context.clock)
         self._renewals: dict[str, _Renewal] = {}
         self._sharing: dict[LeaseKey, set[str]] = {}  # lease → the requests that wait for it
 
@@ -44,7 +44,7 @@ class LeaseRenewer:
         """Greet early and keep the lease alive while the request waits."""
         self.forget(order.request_id)
         remote = self._remotes.of(order.source)
-        self.agenda.add(order.request_id, remote)
+        self.wake_queue.add(order.request_id, remote)
         self._renewals[order.request_id] = _Renewal(order.source, remote, self._clock())
         self._sharing.setdefault(order.source.lease, set()).add(order.request_id)
 
@@ -56,7 +56,7 @@ class LeaseRenewer:
     def forget(self, request_id: str) -> None:
         """Its fetch or release has ended."""
         if watch := self._renewals.pop(request_id, None):
-            self.agenda.remove(request_id, watch.remote)
+            self.wake_queue.remove(request_id, watch.remote)
             sharing = self._sharing[watch.source.lease]
             sharing.discard(request_id)
             if not sharing:
@@ -71,7 +71,7 @@ class LeaseRenewer:
         """Renew what is due, many leases of one source in one message."""
         now = self._clock()
         due: dict[int, tuple[Remote, list[Source]]] = {}
-        for request_id in self.agenda.take():
+        for request_id in self.wake_queue.take():
             watch = self._renewals.get(request_id)
             if watch is None or now < watch.renew_at:
                 continue
@@ -82,12 +82,12 @@ class LeaseRenewer:
             watch.renew_at = now + max(watch.source.ttl_s / RENEWALS_PER_TTL, MIN_RENEWAL_S)
             if watch.remote.state is PeerState.FAILED:
                 # it may be back before the request is loaded
-                self.agenda.remove(request_id, watch.remote)
+                self.wake_queue.remove(request_id, watch.remote)
                 watch.remote = self._remotes.of(watch.source)
-                self.agenda.add(request_id, watch.remote)
+                self.wake_queue.add(request_id, watch.remote)
             else:
                 due.setdefault(id(watch.remote), (watch.remote, []))[1].append(watch.source)
-            self.agenda.at(watch.renew_at, request_id)
+            self.wake_queue.wake_at(watch.renew_at, request_id)
         for remote, sources in due.values():
             for some in _batched(sources, wire.RENEWED_AT_ONCE):
                 renew = wire.Renew(

@@ -14,8 +14,8 @@ from kvconnect.lease import Clock
 from kvconnect.staging import Slots
 
 
-class Agenda:
-    """Of one part of a mover: its fetches, its releases, or its renewals."""
+class WakeQueue:
+    """For one part of a mover: which of its fetches, releases or renewals to look at next."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -45,7 +45,7 @@ class Agenda:
         for remote in remotes:
             self._woken |= self._by_remote.get(remote, {})
 
-    def at(self, when: float, name: str) -> None:
+    def wake_at(self, when: float, name: str) -> None:
         """Look at a request then, if not before; a time that was set before counts no more."""
         self._times.set(name, when)
 
