@@ -86,7 +86,7 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     own_options: ClassVar[type[TransportOptions]] = TransportOptions
     """Options of that transport, which are options of the connector as well."""
     at_kv_port: ClassVar[bool] = False
-    """Whether peers find our desk at vLLM's kv_port, and not by params that name any port."""
+    """Whether our key port is vLLM's kv_port, because peers know no other port of ours."""
 
     transport: str | None = None
     """Name of another transport than the connector's own; see docs/transports.md."""

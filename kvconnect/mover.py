@@ -79,7 +79,7 @@ class Mover:
         staged path, and are given both or not at all.
         """
         self.incarnation = secrets.token_hex(8)
-        self.address, self.desk = channel.address, channel.desk
+        self.address, self.key_address = channel.address, channel.key_address
         """Where its control channel listens, and where the key of that is told."""
         self._settings = settings
         self._memory = memory

@@ -1,4 +1,4 @@
-"""``kvconnect inspect``: who runs at a desk's address, and whether two engines pair.
+"""``kvconnect inspect``: who runs at a key port, and whether two engines pair.
 
 ``--metrics`` shows the running averages that ``transfer_mode: auto`` decides by, as the engine's
 API server exports them: each engine's own, over the peers of its latest transfers.
@@ -24,7 +24,9 @@ MAX_METRICS_BYTES = 16 << 20
 def inspect(
     addresses: Annotated[
         list[str] | None,
-        typer.Argument(help="HOST:PORT of an engine's desk; of two, the second reads the first."),
+        typer.Argument(
+            help="HOST:PORT of an engine's key port; of two, the second reads the first."
+        ),
     ] = None,
     secret: Annotated[
         str | None,

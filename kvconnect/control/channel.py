@@ -11,8 +11,8 @@ frames. The channel carries opaque frames; who may say what is decided above it 
   is idempotent and retried.
 * A dialled link whose connection broke is told by a Frame without data. ZMQ connects again by
   itself. Where nobody is who has the key that was dialled, it is ``refused``, time and again.
-* A rank's desk tells anybody the key: any frame on a link that was dialled without one is answered
-  with a `wire.KeyTold`, here and not above. No other frame of such a link goes anywhere.
+* A rank's key port tells anybody the key: any frame on a link that was dialled without one is
+  answered with a `wire.KeyTold`, here and not above. No other frame of such a link goes anywhere.
 * `dial` raises WireError for an address or a key that cannot be one: it may come from a client.
 * `ZmqChannel` is the real one; tests have one in memory (`tests/kit/network.py`).
 """
@@ -59,7 +59,7 @@ class Channel(Protocol):
 
     address: Address
     """Where links arrive, and our key."""
-    desk: Address
+    key_address: Address
     """Where anybody is told that."""
 
     def dial(self, address: Address) -> Link: ...
@@ -71,7 +71,7 @@ class Channel(Protocol):
 
 
 MAX_FRAMES_A_POLL = 64
-MAX_QUESTION_BYTES = 1 << 10  # at the desk
+MAX_QUESTION_BYTES = 1 << 10  # at the key port
 MAX_SOCKETS = 1 << 15  # of a context: three for each rank that is dialled
 FILES = 1 << 14  # as many may be open at least, if the system lets us: five for each such rank
 NAMES = 64  # sockets of one context for hosts that have to be looked up
@@ -126,7 +126,7 @@ class NamedContexts:
 
 
 class ZmqChannel:
-    """A ROUTER socket for whoever dials us, one for the desk, and a DEALER socket per peer.
+    """A ROUTER socket for whoever dials us, one for the key port, and a DEALER socket per peer.
 
     * Raises ConfigError where it cannot bind.
     * The server accepts every client's key: who a peer is, `listener.py` finds out.
@@ -138,30 +138,30 @@ class ZmqChannel:
         self,
         host: str,
         port: int = 0,
-        desk_port: int = 0,
+        key_port: int = 0,
         bind: str | None = None,
         or_another: bool = False,
     ) -> None:
         """Peers are told ``host``; ``bind``: where to listen, if that is another address.
 
-        ``port`` is that of links; 0 takes a free one, and so for the desk. ``or_another``: nobody
-        chose them, so free ones will do where they are taken.
+        ``port`` is that of links; 0 takes a free one, and so for ``key_port``. ``or_another``:
+        nobody chose them, so free ones will do where they are taken.
         """
         _allow_files()
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._named = NamedContexts()
         self._public_key, self._secret_key = zmq.curve_keypair()
-        self._router, self._desk = self._socket(zmq.ROUTER), self._socket(zmq.ROUTER)
+        self._router, self._key_router = self._socket(zmq.ROUTER), self._socket(zmq.ROUTER)
         self._encrypt(self._router)
         self._router.setsockopt(zmq.CURVE_SERVER, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer's new connection takes its link
-        self._desk.setsockopt(zmq.MAXMSGSIZE, MAX_QUESTION_BYTES)
+        self._key_router.setsockopt(zmq.MAXMSGSIZE, MAX_QUESTION_BYTES)
         bound = self._bind(self._router, bind or host, port, or_another)
         self.address = Address(host, bound, self._public_key.decode())
-        bound = self._bind(self._desk, bind or host, desk_port, or_another)
-        self.desk = Address(host, bound)
-        self._told = told_at_desk(self.address)
+        bound = self._bind(self._key_router, bind or host, key_port, or_another)
+        self.key_address = Address(host, bound)
+        self._told = key_answer(self.address)
         name = f"inproc://wake-{id(self)}"
         self._woken = self._context.socket(zmq.PULL)
         self._woken.bind(name)
@@ -172,7 +172,7 @@ class ZmqChannel:
         self._sockets: dict[int, zmq.Socket[bytes]] = {}  # by the file that says they may be ready
         # to look at in the next poll, whatever their files say; see `poll`
         self._touched: set[zmq.Socket[bytes]] = set()
-        for waited in (self._router, self._desk, self._woken):
+        for waited in (self._router, self._key_router, self._woken):
             self._watch(waited)
         self._dealers: dict[Link, zmq.Socket[bytes]] = {}
         self._links: dict[zmq.Socket[bytes], Link] = {}  # of dealers and of their monitors
@@ -249,7 +249,7 @@ class ZmqChannel:
     def _take(self, socket: "zmq.Socket[bytes]", parts: list[bytes], frames: list[Frame]) -> None:
         if socket is self._woken:
             return
-        if socket in (self._router, self._desk):
+        if socket in (self._router, self._key_router):
             if len(parts) != 2:  # not ours: dropped
                 return
             if socket is self._router:
@@ -338,7 +338,7 @@ class ZmqChannel:
         return int(endpoint.rstrip("\0").rpartition(":")[2])
 
 
-def told_at_desk(address: Address) -> bytes:
+def key_answer(address: Address) -> bytes:
     """What anybody is answered who asks for the key."""
     told = wire.KeyTold(version=wire.VERSION, port=address.port, key=address.key)
     return wire.PLAIN + wire.encode(told)

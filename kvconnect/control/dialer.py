@@ -229,7 +229,7 @@ class Dialer:
             self.fail(peer, "is not there any more; has it ended, or was it restarted?")
 
     def _told(self, peer: Peer, message: wire.Message) -> None:
-        """A desk has told the key: the link that is wanted goes elsewhere."""
+        """A key port has told the key: the link that is wanted goes elsewhere."""
         if not isinstance(message, wire.KeyTold) or not self._same_version(peer, message.version):
             return
         self._unlink(peer)

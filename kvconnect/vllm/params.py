@@ -244,15 +244,15 @@ def _seen(value: Any) -> str:
 
 def lent_params(
     ticket: Ticket,
-    desk: Address,
+    key_address: Address,
     secret: bytes | None,
     tables: Sequence[Sequence[int]],
     sizes: dict[str, int],
 ) -> dict[str, Any]:
     """What a producer answers: the in-tree pull set of vLLM 0.32, and the ticket.
 
-    ``desk``: where who has no ticket asks for our first rank's key. ``tables`` are the block ids
-    per KV cache group; ``sizes`` are tp_size, dcp_size, pp_size.
+    ``key_address``: where a reader without a ticket asks for our first rank's key. ``tables`` are
+    the block ids per KV cache group; ``sizes`` are tp_size, dcp_size, pp_size.
     """
     return {
         "do_remote_prefill": True,
@@ -260,8 +260,8 @@ def lent_params(
         "remote_block_ids": [list(table) for table in tables],
         "remote_engine_id": ticket.engine_id,
         "remote_request_id": ticket.request_id,
-        "remote_host": desk.host,
-        "remote_port": desk.port,
+        "remote_host": key_address.host,
+        "remote_port": key_address.port,
         **sizes,
         "remote_num_tokens": ticket.tokens,
         "remote_blocks_expiry_time": None,

@@ -44,11 +44,11 @@ class RouterProtocol:
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:  # noqa: ARG002
         """``config`` and ``vllm_config`` are for protocols that have options, or endpoints."""
         self.us = us
-        self.desks: Sequence[Address] = (NOWHERE,)
+        self.key_addresses: Sequence[Address] = (NOWHERE,)
 
-    def addresses_known(self, desks: Sequence[Address]) -> None:
-        """All ranks are up, with desks at these addresses, in rank order; before any request."""
-        self.desks = desks
+    def addresses_known(self, key_addresses: Sequence[Address]) -> None:
+        """All ranks are up; these tell their keys, in rank order; before any request."""
+        self.key_addresses = key_addresses
 
     def close(self) -> None:
         """The engine ends. Idempotent."""
@@ -97,4 +97,4 @@ class RouterProtocol:
         sizes: dict[str, int],
     ) -> dict[str, Any] | None:
         """Params that hand the prompt over; arguments as of `lent_params`."""
-        return lent_params(ticket, self.desks[0], self.us.secret, tables, sizes)
+        return lent_params(ticket, self.key_addresses[0], self.us.secret, tables, sizes)

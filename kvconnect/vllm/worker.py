@@ -43,7 +43,7 @@ DEFAULT_KV_PORT = 14579
 class RankMetadata(KVConnectorHandshakeMetadata):
     """Where this rank's control channel listens, for the scheduler's tickets.
 
-    ``port`` is its desk's.
+    ``port`` is that which tells its key.
     """
 
     host: str
@@ -105,8 +105,8 @@ class Worker:
         if staging is not None:
             registered = (*registered, staging.region)
         self._arena = owner
-        at_desk = self._config.at_kv_port
-        host, port = side_channel(self._vllm_config, rank, at_desk)
+        at_kv_port = self._config.at_kv_port
+        host, port = side_channel(self._vllm_config, rank, at_kv_port)
         name, options = self._config.chosen_transport(self._device.type)
         transport = make_transport(name, registered, host, options)
         settings = Settings(
@@ -125,19 +125,19 @@ class Worker:
         said = os.environ.get("VLLM_NIXL_SIDE_CHANNEL_HOST", "")
         chosen = self._vllm_config.kv_transfer_config.kv_port != DEFAULT_KV_PORT
         bind = said if said in EVERYWHERE else None
-        ports = (0, port) if at_desk else (port, 0)
-        channel = ZmqChannel(host, *ports, bind, or_another=at_desk and not chosen)
+        ports = (0, port) if at_kv_port else (port, 0)
+        channel = ZmqChannel(host, *ports, bind, or_another=at_kv_port and not chosen)
         self.mover = Mover(settings, memory, transport, channel, staging=staging, kernels=kernels)
         self.mover.start(use_device(self._device))
         nbytes = sum(r.nbytes for r in memory.regions)
         logger.info(
-            "kvconnect: rank %d of %d offers %d layers, %.2f GB, at %s, desk at port %d",
+            "kvconnect: rank %d of %d offers %d layers, %.2f GB, at %s, key port %d",
             rank.index,
             rank.count,
             len(memory.views),
             nbytes / 1e9,
             self.mover.address,
-            self.mover.desk.port,
+            self.mover.key_address.port,
         )
 
     def unregister_kv_caches(self) -> None:
@@ -195,7 +195,7 @@ class Worker:
         if self.mover is None:
             return None
         at = self.mover.address
-        return RankMetadata(at.host, self.mover.desk.port, at.port, at.key)
+        return RankMetadata(at.host, self.mover.key_address.port, at.port, at.key)
 
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
         """The same for a step's results, the first time, and which adapters were loaded."""

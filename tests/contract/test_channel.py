@@ -60,13 +60,13 @@ def test_who_listens_everywhere_names_one_address_and_is_reached_at_all():
 def test_a_default_port_that_is_taken_is_another_engines(caplog):
     """Used to be: two KVConnectP2pNccl engines on a host did not start."""
     first = ZmqChannel("127.0.0.1", 0)
-    port = first.desk.port
+    port = first.key_address.port
     with pytest.raises(ConfigError, match=str(port)):
-        ZmqChannel("127.0.0.1", desk_port=port)
-    second = ZmqChannel("127.0.0.1", desk_port=port, or_another=True)
+        ZmqChannel("127.0.0.1", key_port=port)
+    second = ZmqChannel("127.0.0.1", key_port=port, or_another=True)
     try:
-        assert second.desk.port != port
-        socket.create_connection(("127.0.0.1", second.desk.port), 5).close()
+        assert second.key_address.port != port
+        socket.create_connection(("127.0.0.1", second.key_address.port), 5).close()
         assert f"port {port}, the default, is taken" in caplog.text
     finally:
         first.close()

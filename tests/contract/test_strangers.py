@@ -16,7 +16,7 @@ import zmq
 
 from kvconnect.config import Settings
 from kvconnect.control import wire
-from kvconnect.control.channel import ZmqChannel, told_at_desk
+from kvconnect.control.channel import ZmqChannel, key_answer
 from kvconnect.control.dialer import Dialer
 from kvconnect.control.peer import LeaseRef, PeerState
 from kvconnect.control.proof import DIALER, prove
@@ -44,7 +44,7 @@ class Lender:
         settings = Settings(0, 1, {"model": "a model"}, "loopback", secret)
         transport = LoopbackTransport(list(self.cache.shard.regions), Fabric())
         self.mover = Mover(settings, self.cache.shard, transport, ZmqChannel(HOST))
-        self.address, self.desk = self.mover.address, self.mover.desk
+        self.address, self.key_address = self.mover.address, self.mover.key_address
         self.mover.put([Grant(TERMS), Grant(STALE)])
         self.mover.start()
         end = time.monotonic() + PATIENCE_S
@@ -73,7 +73,7 @@ def lender(request):
 
 
 class Stranger:
-    """Somebody who knows where a rank listens; of its key, what the desk tells anybody."""
+    """Somebody who knows where a rank listens; of its key, what the key port tells anybody."""
 
     def __init__(self, lender, address=None):
         self.lender = lender
@@ -137,14 +137,14 @@ def test_what_the_looking_through_finds(lender, stranger):
     assert len(stranger.learned()) == 6
 
 
-def test_a_stranger_at_the_desk_learns_the_key(lender):
-    stranger = Stranger(lender, lender.desk)
+def test_a_stranger_at_the_key_port_learns_the_key(lender):
+    stranger = Stranger(lender, lender.key_address)
     for question in (wire.AskKey(version=wire.VERSION), greet([TERMS.lease_id]), *REQUESTS):
         stranger.channel.send(stranger.link, wire.encode(question))
     end = time.monotonic() + PATIENCE_S
     while len(stranger.heard) < 6 and time.monotonic() < end:
         stranger.heard += [f.data for f in stranger.channel.poll(0.02)]
-    assert stranger.heard == [told_at_desk(lender.address)] * 6
+    assert stranger.heard == [key_answer(lender.address)] * 6
     assert stranger.learned() == []
     stranger.channel.close()
 
@@ -199,18 +199,18 @@ def test_a_proof_that_is_handed_on_is_worth_nothing(lender):
         channel.close()
 
 
-@pytest.mark.parametrize("shape", ["raw bytes", "a plain DEALER", "a plain DEALER at the desk"])
+@pytest.mark.parametrize("shape", ["raw bytes", "a plain DEALER", "a plain DEALER at the key port"])
 def test_who_does_not_encrypt_learns_nothing(lender, shape):
     if shape == "raw bytes":
         heard = b"".join(
             _raw(where, [np.random.default_rng(1).bytes(n)])
-            for where in (lender.address, lender.desk)
+            for where in (lender.address, lender.key_address)
             for n in (1, 64, 500, 5000)
         )
     else:
         context = zmq.Context()
         dealer = context.socket(zmq.DEALER)
-        where = lender.desk if "desk" in shape else lender.address
+        where = lender.key_address if "key port" in shape else lender.address
         dealer.connect(f"tcp://{where}")
         for message in (greet([TERMS.lease_id]), *REQUESTS):
             dealer.send(wire.encode(message))
@@ -218,7 +218,7 @@ def test_who_does_not_encrypt_learns_nothing(lender, shape):
         while dealer.poll(int(QUIET_S * 1000)):
             heard += dealer.recv()
         context.destroy(linger=0)
-        assert bool(heard) == ("desk" in shape)
+        assert bool(heard) == ("key port" in shape)
     assert lender.told_in(heard) == []
     assert lender.mover.take() is not None, "the thread goes on"
 

@@ -160,8 +160,8 @@ def _advertise(port):
     from kvconnect.vllm import worker
 
     class Advertised(worker.ZmqChannel):
-        def __init__(self, host, link_port, desk_port, *more, **options):
-            super().__init__(host, link_port or desk_port, 0, *more, **options)
+        def __init__(self, host, link_port, key_port, *more, **options):
+            super().__init__(host, link_port or key_port, 0, *more, **options)
             self.address = Address(host, port, self.address.key)
 
     worker.ZmqChannel = Advertised

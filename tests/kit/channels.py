@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvconnect.control.channel import Channel, Frame, Link, told_at_desk
+from kvconnect.control.channel import Channel, Frame, Link, key_answer
 from kvconnect.control.wire import Address
 from kvconnect.errors import WireError
 
@@ -131,14 +131,14 @@ def an_address_that_cannot_be_is_a_wire_error(make: MakeChannel) -> None:
             raise AssertionError(f"dialling {host!r} raised nothing, expected WireError")
 
 
-def the_desk_tells_anybody_the_key_and_nothing_else(make: MakeChannel) -> None:
+def the_key_port_tells_anybody_the_key_and_nothing_else(make: MakeChannel) -> None:
     with _channels(make, 2) as (stranger, theirs):
-        link = stranger.dial(theirs.desk)
+        link = stranger.dial(theirs.key_address)
         for question in (b"", b"\0anything", bytes(100)):
             stranger.send(link, question)
         answers = _answers(stranger, theirs, 3)
-        assert answers == [Frame(link, told_at_desk(theirs.address))] * 3
-        assert theirs.poll(SHORT_S) == [], "what is said at the desk goes nowhere"
+        assert answers == [Frame(link, key_answer(theirs.address))] * 3
+        assert theirs.poll(SHORT_S) == [], "what is said at the key port goes nowhere"
 
 
 def who_dials_an_address_of_nobody_is_refused(make: MakeChannel) -> None:
@@ -226,7 +226,7 @@ CHECKS: dict[str, Callable[[MakeChannel], None]] = {
         a_dropped_link_is_silent,
         a_broken_connection_is_told_and_frames_to_it_are_lost,
         an_address_that_cannot_be_is_a_wire_error,
-        the_desk_tells_anybody_the_key_and_nothing_else,
+        the_key_port_tells_anybody_the_key_and_nothing_else,
         who_dials_an_address_of_nobody_is_refused,
         who_dials_another_key_is_refused,
         who_dials_no_key_is_refused_where_links_arrive,

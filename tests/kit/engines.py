@@ -82,7 +82,7 @@ class Engine:
         self.staging = staging
         self.caches: list[Cache] = engine(model, num_blocks, layout, tp_size, pp_size)
         self.addresses: list[Address] = []
-        self.desks: list[Address] = []
+        self.key_addresses: list[Address] = []
         self.settings = Settings(
             rank=0,
             ranks=len(self.caches),
@@ -128,7 +128,7 @@ class Engine:
             self.movers.append(mover)
             self.transports.append(transport)
         self.addresses = [mover.address for mover in self.movers]
-        self.desks = [mover.desk for mover in self.movers]
+        self.key_addresses = [mover.key_address for mover in self.movers]
         self.put(EngineAddresses(tuple(self.addresses)))
 
     def _arena(self) -> Staging | None:
@@ -179,5 +179,7 @@ class Engine:
 
     def source(self, terms: Terms, ticket: bool = True) -> Source:
         """The lease as an offer tells it, with a ticket or in the in-tree form."""
-        shards, lease_id = (self.addresses, terms.lease_id) if ticket else (self.desks[:1], None)
+        shards, lease_id = (
+            (self.addresses, terms.lease_id) if ticket else (self.key_addresses[:1], None)
+        )
         return Source(tuple(shards), terms.request_id, lease_id, terms.ttl_s)

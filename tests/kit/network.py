@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from typing import NamedTuple
 
-from kvconnect.control.channel import Frame, Link, told_at_desk
+from kvconnect.control.channel import Frame, Link, key_answer
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, WireError
 
@@ -47,12 +47,12 @@ class Network:
     def channel(self, host: str = "test", port: int = 0) -> "MemoryChannel":
         """A channel that listens on ``host``; ``port`` 0 takes a free one."""
         with self.lock:
-            desk = Address(host, next(self._ports))
-            address = Address(host, port or next(self._ports), f"key {desk.port}")
+            key_address = Address(host, next(self._ports))
+            address = Address(host, port or next(self._ports), f"key {key_address.port}")
             if (host, address.port) in self.listening:
                 raise ConfigError(f"control channel cannot listen on {address}: it is taken")
-            made = MemoryChannel(self, address, desk)
-            self.listening[host, address.port] = self.listening[host, desk.port] = made
+            made = MemoryChannel(self, address, key_address)
+            self.listening[host, address.port] = self.listening[host, key_address.port] = made
             return made
 
     def carry(self, frame: Pending) -> None:
@@ -95,7 +95,9 @@ class Network:
         if there is not None and to == there.address:
             there.take(Frame(Link(False, key), frame.data))
         elif key in self.dialled:
-            told = told_at_desk(there.address) if there is not None and to == there.desk else None
+            told = (
+                key_answer(there.address) if there is not None and to == there.key_address else None
+            )
             dialer = self.dialled[key][0]
             self.carry(Pending(there or dialer, frame.link, None, dialer, told, told is None))
 
@@ -103,9 +105,9 @@ class Network:
 class MemoryChannel:
     """See `kvconnect.control.channel`; made by `Network.channel`."""
 
-    def __init__(self, network: Network, address: Address, desk: Address) -> None:
+    def __init__(self, network: Network, address: Address, key_address: Address) -> None:
         self.address = address
-        self.desk = desk
+        self.key_address = key_address
         self._network = network
         self._arrived: deque[Frame] = deque()
         self._changed = threading.Condition(network.lock)
@@ -156,12 +158,15 @@ class MemoryChannel:
             if self._closed:
                 return
             self._closed = True
-            for where in (self.address, self.desk):
+            for where in (self.address, self.key_address):
                 del self._network.listening[where.host, where.port]
             for key, (dialer, address) in list(self._network.dialled.items()):
                 if dialer is self:
                     del self._network.dialled[key]
-                elif address in (self.address, self.desk):  # a kernel would close the connection
+                elif address in (
+                    self.address,
+                    self.key_address,
+                ):  # a kernel would close the connection
                     self._network.carry(Pending(self, Link(True, key), None, dialer, None))
             self._arrived.clear()
 

@@ -216,7 +216,7 @@ class MoverMachine(RuleBasedStateMachine):
         if ticket:
             source = Source(lease.shards, lease.request_id, lease.lease_id, TTL_S)
         else:
-            shards = (self.producer.desks[0],)
+            shards = (self.producer.key_addresses[0],)
             wait_s = WAIT_S * (lease.seed % 2)  # some are asked for while they are computed
             source = Source(shards, lease.request_id, None, TTL_S, wait_s)
         request = Request(f"d{next(self.numbers)}", lease, source, prompt_is_another)

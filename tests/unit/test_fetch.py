@@ -689,7 +689,7 @@ def test_frames_that_nobody_can_read_do_not_stop_anybody(rig):
     terms = rig.p.lend("r", [3, 1], seed=7)
     rig.fetch(terms)
     stranger = rig.world.network.channel()
-    for address in (*rig.p.addresses, *rig.d.addresses, *rig.p.desks):
+    for address in (*rig.p.addresses, *rig.d.addresses, *rig.p.key_addresses):
         link = stranger.dial(address)
         for data in (b"", b"\0", b"\1", b"\xff" * 99, msgspec.msgpack.encode({"a": 1})):
             stranger.send(link, data)

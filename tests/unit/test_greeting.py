@@ -201,7 +201,7 @@ def test_who_waits_takes_no_turn_from_others(monkeypatch):
     pair = open_pair()
     waits = early(pair, "soon")
     pair.go_on()
-    assert pair.greet("stands", address=pair.far.desk).state is PeerState.READY
+    assert pair.greet("stands", address=pair.far.key_address).state is PeerState.READY
     pair.leases.add("soon")
     pair.listener.known("soon")
     pair.go_on()
@@ -224,23 +224,23 @@ def test_the_heap_does_not_grow_with_what_is_shown_while_it_waits():
 
 def test_where_no_key_is_known_it_is_asked_for():
     pair = open_pair()
-    peer = pair.greet("stands", address=pair.far.desk)
+    peer = pair.greet("stands", address=pair.far.key_address)
     assert peer.state is PeerState.READY
-    assert (peer.address, peer.at) == (pair.far.desk, pair.far.address)
+    assert (peer.address, peer.at) == (pair.far.key_address, pair.far.address)
 
 
-def test_a_desk_that_tells_no_key_is_named():
+def test_a_key_port_that_tells_no_key_is_named():
     pair = Pair(held=True)
-    peer = pair.dialer.greet(pair.far.desk)
+    peer = pair.dialer.greet(pair.far.key_address)
     told = wire.PLAIN + wire.encode(wire.KeyTold(version=wire.VERSION, port=7))
     pair.dialer.receive(Frame(peer.link, told))
     assert peer.state is PeerState.FAILED and "told no key" in peer.error
 
 
-def test_a_desk_that_tells_what_is_no_key_is_named(monkeypatch):
+def test_a_key_port_that_tells_what_is_no_key_is_named(monkeypatch):
     monkeypatch.setattr(dialer_module, "MAX_GREETINGS", 1)
     pair = Pair()
-    peer = pair.dialer.greet(pair.far.desk)
+    peer = pair.dialer.greet(pair.far.key_address)
 
     def refuse(address):
         raise WireError(f"{address} cannot be dialled (Invalid argument)")
@@ -301,7 +301,7 @@ def test_a_dialler_that_lies_about_its_proof_is_rejected_and_sees_no_memory():
 
 
 def welcome_of(pair, peer, secret):
-    """Of somebody who has put its own key into the answer of a desk."""
+    """Of somebody who has put its own key into the answer of a key port."""
     proof = prove(secret, LISTENER, pair.far.address.key, peer.nonce)
     told = {"version": wire.VERSION, "fingerprint": {"model": "m"}, "body": wire.encode(BODY)}
     return Frame(peer.link, wire.encode(wire.Welcome(proof=proof, **told)))
@@ -422,7 +422,7 @@ def test_silence_ends_the_greeting_at_its_timeout():
 @pytest.mark.parametrize("lost", range(4))
 def test_a_lost_frame_of_the_greeting_is_sent_again(lost):
     pair = Pair(held=True)
-    peer = pair.dialer.greet(pair.far.desk)
+    peer = pair.dialer.greet(pair.far.key_address)
     for number in range(8):
         if pair.network.pending:
             (pair.network.drop if number == lost else pair.network.deliver)()
@@ -661,9 +661,9 @@ def test_no_frame_of_a_stranger_raises_in_the_listener_or_is_believed(frames, gr
 
 @pytest.mark.slow
 @given(st.lists(HOSTILE, max_size=6), st.booleans(), st.booleans())
-def test_no_frame_raises_in_the_dialler_or_makes_a_peer_ready(frames, greeted, desk):
+def test_no_frame_raises_in_the_dialler_or_makes_a_peer_ready(frames, greeted, key_address):
     pair = Pair()
-    where = pair.far.desk if desk else pair.far.address
+    where = pair.far.key_address if key_address else pair.far.address
     peer = pair.greet(address=where) if greeted else pair.dialer.greet(where)
     call = pair.call(peer)
     for data in frames:

@@ -44,7 +44,7 @@ class Running:
         self.caches = engine(model, 8, layout, tp_size)
         self._arenas = []
         self.movers = [self._mover(fabric, i, staging, settings) for i in range(tp_size)]
-        self.address = str(self.movers[0].desk)
+        self.address = str(self.movers[0].key_address)
         for mover in self.movers:
             mover.put([EngineAddresses(tuple(m.address for m in self.movers))])
             mover.start()
@@ -181,7 +181,7 @@ def test_an_engine_without_a_secret_tells_a_stranger_nothing(start):
 
 def test_nobody_there_is_said_in_time():
     channel = ZmqChannel(HOST, 0)
-    address = str(channel.desk)
+    address = str(channel.key_address)
     channel.close()
     started = time.monotonic()
     shown = inspect(address, "--timeout", "0.2")

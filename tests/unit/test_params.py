@@ -70,12 +70,12 @@ def ticket(tokens=39, **changed):
     return Ticket(**{**fields, **changed})
 
 
-DESK = Address("10.0.0.1", 5600)
+KEY_ADDRESS = Address("10.0.0.1", 5600)
 
 
 def lent(secret=None, **changed):
     sizes = {"tp_size": 2, "dcp_size": 1, "pp_size": 1}
-    return lent_params(ticket(**changed), DESK, secret, ((1, 2), (3,)), sizes)
+    return lent_params(ticket(**changed), KEY_ADDRESS, secret, ((1, 2), (3,)), sizes)
 
 
 def parse(params, secret=None, of=None, engine_id="D"):

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from kvconnect.control import wire
-from kvconnect.control.channel import Frame, Link, told_at_desk
+from kvconnect.control.channel import Frame, Link, key_answer
 from kvconnect.control.dialer import Dialer
 from kvconnect.control.listener import Listener
 from kvconnect.control.peer import PeerState
@@ -35,7 +35,7 @@ from kvconnect.vllm.params import Ticket, open_ticket, seal_ticket
 FOLDER = Path(__file__).parent / "recorded"
 SECRET = b"a secret of 16 b"
 FINGERPRINT = {"model": "m"}
-DESK = Address("test", 20_000)
+KEY_ADDRESS = Address("test", 20_000)
 ADDRESS = Address("test", 20_001, "k" * 40)
 LINK = Link(True, b"1")
 TERMS = Terms("request", "generation", ((4, 2, -1), (7,)), 40, b"digest", 30.0)
@@ -96,7 +96,7 @@ class Conversation:
         self.peer = None
 
     def dial(self):
-        self.peer = self.dialer.greet(DESK)
+        self.peer = self.dialer.greet(KEY_ADDRESS)
 
     def open_and_close(self):
         """The dialer's requests, after the greeting."""
@@ -141,7 +141,7 @@ def record():
     with nonces():
         talk = Conversation()
         talk.dial()
-        dialled, listened = list(talk.near.sent), [told_at_desk(ADDRESS)]
+        dialled, listened = list(talk.near.sent), [key_answer(ADDRESS)]
         (greet,) = talk.to_dialer(listened[0])
         (welcome,) = talk.to_listener(greet)
         talk.to_dialer(welcome)
@@ -284,8 +284,8 @@ class Ticket2(msgspec.Struct, array_like=True):
 
 
 def test_an_older_major_version_is_told_ours():
-    """Its Hello goes where it always went, which is our desk now; that answers anything."""
-    answer = told_at_desk(ADDRESS)
+    """Its Hello goes where it always went, which is our key port now; that answers anything."""
+    answer = key_answer(ADDRESS)
     assert answer[:1] == b"\0", "plain, as 2.x expects it"
     assert msgspec.msgpack.decode(answer[1:], type=Challenge2).version == wire.VERSION
 
@@ -306,7 +306,7 @@ def test_what_an_older_major_version_says_on_a_link_is_not_believed(others):
             assert isinstance(wire.decode(sent), wire.Reject)
     assert talk.heard == []
     talk.dial()
-    talk.to_dialer(told_at_desk(ADDRESS))
+    talk.to_dialer(key_answer(ADDRESS))
     for frame in others["listened"]:
         talk.to_dialer(frame)
     assert talk.peer.state is PeerState.GREETING and talk.peer.body is None

@@ -57,12 +57,12 @@ class MooncakeProtocol(RouterProtocol):
         """Where the bootstrap endpoint listens; None: it is not this engine's."""
         return None if self._server is None else self._server.port
 
-    def addresses_known(self, desks: Sequence[Address]) -> None:
-        super().addresses_known(desks)
+    def addresses_known(self, key_addresses: Sequence[Address]) -> None:
+        super().addresses_known(key_addresses)
         if self.us.role == "kv_consumer":
             return
         place = self._place
-        ranks = registrations(self.us.engine_id, place.dp_rank, place.sizes.tp, desks)
+        ranks = registrations(self.us.engine_id, place.dp_rank, place.sizes.tp, key_addresses)
         if place.registers_at is None:
             for rank in ranks:
                 if why := self._directory.register(rank):

@@ -50,9 +50,9 @@ class P2pProtocol(RouterProtocol):
                 "leave one out, or use a router that copies kv_transfer_params"
             )
 
-    def addresses_known(self, desks: Sequence[Address]) -> None:
-        super().addresses_known(desks)
-        self._here = desks[0]
+    def addresses_known(self, key_addresses: Sequence[Address]) -> None:
+        super().addresses_known(key_addresses)
+        self._here = key_addresses[0]
 
     def loads(self, request: Any) -> bool:
         return super().loads(request) or self._part(request) is _Part.DECODE
