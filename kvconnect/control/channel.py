@@ -14,7 +14,7 @@ frames. The channel carries opaque frames; who may say what is decided above it 
 * A rank's key port tells anybody the key: any frame on a link that was dialled without one is
   answered with a `wire.KeyTold`, here and not above. No other frame of such a link goes anywhere.
 * `dial` raises WireError for an address or a key that cannot be one: it may come from a client.
-* `ZmqChannel` is the real one; tests have one in memory (`tests/kit/network.py`).
+* `ZmqChannel` is the real one; `kvconnect.testing.Network` makes some in memory, for tests.
 """
 
 import contextlib

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from kit.channels import CHECKS, check_channel
-from kit.network import Network
 
 from kvconnect.control.channel import FILES, ZmqChannel
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
+from kvconnect.testing.channels import CHECKS, check_channel
+from kvconnect.testing.network import Network
 
 every_check = pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 

@@ -1,1 +1,1 @@
-"""What our own tests stand on: engines without vLLM, a network with faults, checks of channels."""
+"""What our own tests stand on: engines without vLLM, and their commands."""

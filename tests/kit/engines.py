@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kit.network import Network
 from kvconnect.config import Mode, Settings
 from kvconnect.control.wire import Address
 from kvconnect.geometry.blocks import Region
@@ -24,6 +23,7 @@ from kvconnect.orders import EngineAddresses, Grant, Order, Outcome, Source
 from kvconnect.staging import GRANULE_BYTES, Staging
 from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Faulty
+from kvconnect.testing.network import Network
 from kvconnect.transport.base import Transport
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
 from kvconnect_bench.caches import Cache, Model, engine

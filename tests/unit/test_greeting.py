@@ -5,7 +5,6 @@ import secrets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kit.network import Network
 
 from kvconnect.control import dialer as dialer_module
 from kvconnect.control import listener as listener_module
@@ -17,6 +16,7 @@ from kvconnect.control.peer import RESEND_S, LeaseRef, PeerState
 from kvconnect.control.proof import DIALER, LISTENER, prove
 from kvconnect.errors import WireError
 from kvconnect.testing import FakeClock
+from kvconnect.testing.network import Network
 from kvconnect_bench.caches import Cache, Model
 
 SECRET = b"a secret of 16 b"

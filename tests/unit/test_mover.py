@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 from kit.engines import Engine, World
-from kit.network import Network
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.mover import IDLE_WAIT_S, THREAD_NAME, Mover
@@ -20,6 +19,7 @@ from kvconnect.orders import (
     Withdraw,
 )
 from kvconnect.testing import Faulty
+from kvconnect.testing.network import Network
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
 from kvconnect_bench.caches import Cache
 

@@ -1,7 +1,7 @@
 """Control channels inside one process, whose frames a test may hold, lose, repeat and reorder.
 
 * `Network.channel` makes what ZMQ would bind; both are held to the same contract
-  (`kit.channels.check_channel`).
+  (`kvconnect.testing.check_channel`).
 * Frames arrive at once and in order, unless ``held``: then they wait in ``pending`` until the
   test names the one to deliver, drop or repeat. Nothing is random here.
 * A connection that breaks is told by a frame too, which may be held and lost like any other:
