@@ -278,7 +278,7 @@ def _names(schema: type[msgspec.Struct]) -> list[str]:
 def _converted(
     options: Mapping[str, Any], schema: type[Config], known: Sequence[str], whose: str, place: str
 ) -> Config:
-    """``known`` are the options to name to who gave one that there is not."""
+    """``known`` are the options that an error names when somebody gave one that there is not."""
     there = _names(schema)
     for key in options:
         if key in there:

@@ -64,7 +64,7 @@ class Step:
 
     shows: str
     arguments: Sequence[str]
-    """Of this Python."""
+    """What this Python is run with."""
     missing: Callable[[], str]
     """What the machine lacks for it; empty if nothing."""
     limit_s: int

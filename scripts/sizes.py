@@ -143,7 +143,7 @@ def classes(paths: list[Path]) -> dict[str, list[Path]]:
 
 
 def lines(paths: list[Path] | set[Path]) -> int:
-    """Of all these files together."""
+    """How many lines all these files have together."""
     return sum(len(path.read_text().splitlines()) for path in paths)
 
 

@@ -52,13 +52,13 @@ class Model:
     content: int = 8
     """Elements of K and V together, of a token and head."""
     itemsize: int = 2
-    """Of the dtype; chooses one where ``dtype`` is empty."""
+    """Bytes of the dtype; chooses one where ``dtype`` is empty."""
     groups: int = 1
     dtype: str = ""
     values: int | None = None
     """Elements of V; None for half of the content, 0 for one fused part as of MLA."""
     scales: tuple[float, float] = (1.0, 1.0)
-    """Of K, or both fused, and of V."""
+    """The scale of K, or of both fused, and that of V."""
 
     def __post_init__(self) -> None:
         dtype = self.dtype or _BY_BYTES[self.itemsize]
@@ -97,7 +97,7 @@ class Cache:
         seed: int = 0,
         padding: int = 0,
     ) -> None:
-        """``padding``: elements behind each block, as where unequal layers share pages."""
+        """``padding``: elements after each block, as where unequal layers share pages."""
         self.model = model
         self.num_blocks = num_blocks
         self.layout = layout

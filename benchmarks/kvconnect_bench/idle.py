@@ -29,7 +29,7 @@ class IdleRow:
     worker_percent: float
     """The busiest of its processes."""
     mover_percent: float
-    """Of that, the thread that moves KV (named kvconnect-mover; 0 where there is none)."""
+    """Its thread that moves KV (named kvconnect-mover; 0 where there is none)."""
 
 
 def idle(

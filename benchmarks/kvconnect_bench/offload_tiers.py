@@ -176,7 +176,7 @@ def tiers(folder: Path | None, mb: int, rounds: int) -> list[TierRow]:
 
 
 def restarts(folder: Path | None, rounds: int) -> Iterator[Restart]:
-    """Of a full arena of HEADERS slots in a mapped file, and in one that is not mapped."""
+    """Restarts over a full arena of HEADERS slots, in a mapped file and in one that is not."""
     place = Path(tempfile.mkdtemp(dir=folder))
     spec = Spec(HEADERS, 64, FINGERPRINT)
     wraps: dict[str, Wrap] = {"mapped file": mapped, "file": Filed}

@@ -38,7 +38,7 @@ class FirstTokenRow:
     """To the in-tree connector's p50 at this length; below 1 is faster."""
     ratio_mean: float
     rounds_p50_ms: list[float]
-    """Of each round: how much the machine changed meanwhile."""
+    """The p50 of each round: how much the machine changed meanwhile."""
 
 
 def pd(

@@ -35,7 +35,7 @@ from kvconnect_bench.caches import Cache, Model
 HOST = "127.0.0.1"
 LAYERS, BLOCK_TOKENS, ITEM_BYTES = 32, 16, 2
 HEAD_ELEMENTS = 256
-"""Of one head and token, K and V together."""
+"""Elements of one head and token, K and V together."""
 SEED = 1
 LEASE_S, LOOK_S, END_S = 120.0, 0.0002, 5.0
 WITH_READS = {"UCX_PROTO_EMULATION_ENABLE": "y"}  # which `transport.nixl` has not over TCP, else
@@ -237,7 +237,7 @@ class ProducerSide(_TransferSide):
         return True
 
     def hello(self) -> tuple[bytes, RowTable]:
-        """Of the memory that the ceiling is read from."""
+        """The hello and the rows of the memory that the ceiling is read from."""
         return self._raw.hello(), self.plain_table
 
     def serve(self) -> None:

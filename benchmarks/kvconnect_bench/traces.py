@@ -49,7 +49,7 @@ def hits(policy: Policy, trace: Trace) -> int:
 
 
 def belady_hits(capacity: int, trace: Trace) -> int:
-    """The same of Belady's MIN: whose next use is farthest goes, the newcomer itself included."""
+    """Hits of Belady's MIN: the key whose next use is farthest goes, even the newcomer."""
     never = len(trace)
     next_use = [never] * len(trace)
     seen: dict[int, int] = {}

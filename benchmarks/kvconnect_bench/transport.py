@@ -50,7 +50,7 @@ class TransferRow:
     """Fraction of the rate of one contiguous transfer."""
     of_memcpy: float
     descriptors: int
-    """Of the last round; chunks where it was staged."""
+    """Descriptors of the last round; chunks where it was staged."""
     staged_rounds: int
     contiguous_gb_s: float
     memcpy_gb_s: float

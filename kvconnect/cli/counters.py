@@ -35,7 +35,7 @@ class EngineCounters:
     """… and how long, from the request's arrival at this engine, KV transfer included."""
     moved_bytes: float
     transfer_s: float
-    """Of all transfers, added up: those that overlap count twice."""
+    """Seconds of all transfers, added up: those that overlap count twice."""
     failed_transfers: float
     others: Mapping[str, float] = field(default_factory=dict)
     """What else was asked for, by the metric's name."""

@@ -2,7 +2,7 @@
 
 Greets as any peer does, asks for nothing else and hangs up: no lease is opened, no memory is
 reached, and what the engine keeps of the greeting is bounded there (`kvconnect.control.listener`).
-An engine says it to who knows its secret: to inspect one that has none, nobody can.
+An engine says it to those who know its secret. One that has no secret cannot be inspected.
 """
 
 import itertools
@@ -42,7 +42,7 @@ class Layers:
     """``first..last of total``."""
     dtype: str
     layout: str
-    """Of a layer, outermost first: Block, Head, N (token), Content; or a packing's name."""
+    """Axes, outermost first: Block, Head, N (token), Content; or a packing's name."""
     parts: tuple[str, ...]
 
 
@@ -273,7 +273,7 @@ class _InspectedLink:
 
 
 def _all(paths: Sequence[PairPath]) -> PairPath:
-    """Of all ranks: open where it is open for each."""
+    """One path for all ranks: open where it is open for each."""
     shut = next((path for path in paths if not path.works), None)
     details = dict.fromkeys(path.detail for path in paths)
     return shut or PairPath(True, "", "; ".join(details))

@@ -1,4 +1,4 @@
-"""Servers as child processes: each in a group of its own, with a log, and none left behind.
+"""Servers as child processes: each in a group of its own, with a log, and none left running.
 
 Knows nothing of vLLM. Contract:
 
@@ -97,7 +97,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the leader, and so of the group."""
+        """The leader's process id, which is the group's as well."""
         return self._process.pid
 
     @property

@@ -58,7 +58,7 @@ class ConsumerContext:
 
 
 class Choice(NamedTuple):
-    """Of a path; ``descriptors`` is what the direct one takes or would take."""
+    """Which path is taken; ``descriptors``: how many the direct one takes or would take."""
 
     staged: bool
     descriptors: int
@@ -101,7 +101,7 @@ class Remote:
             context.dialer.greet(a, self._shown) for a in dict.fromkeys(addresses)
         ]
         self.paths: list[PeerPath | None] = []
-        """Of each peer; None where we read nothing from it."""
+        """What we read from each peer; None where nothing."""
         self._context = context
         self._dialer = context.dialer
         self._transport = context.transport

@@ -137,7 +137,7 @@ class _Asked:
     slot: int
     call: Call
     times_staged: int
-    """Of its path, when it was asked for."""
+    """`StagedPath.times_staged` when the chunk was asked for."""
     again_at: float | None = None
     """When it is to be asked for once more."""
     launch: Launch | None = None
@@ -174,7 +174,7 @@ class ChunkReceiver:
         self.only_this_path = False
         """Whether it failed by reason of the path, so that another one may do."""
         self.nbytes = 0
-        """Of the chunks that were asked for."""
+        """Bytes of the chunks that were asked for."""
         self.chunks = 0
 
     @property

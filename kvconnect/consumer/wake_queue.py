@@ -71,7 +71,7 @@ class SlotQueue:
         self._waiting.setdefault(address, {})[name] = None
 
     def take(self, slots: Slots) -> Iterator[str]:
-        """Of each peer that may have another slot, the request that has waited longest for one."""
+        """For each peer that may fill another slot, the request that has waited longest for one."""
         for address, waiting in list(self._waiting.items()):
             if slots.may_take(address):
                 name = next(iter(waiting))

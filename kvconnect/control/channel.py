@@ -365,7 +365,7 @@ def _local_endpoint(host: str) -> str:
     """ZMQ endpoint, without the port, that listens where ``host`` leads to.
 
     A host that is not an address of this machine (a service name, NAT) is advertised as it is,
-    and we listen on all interfaces behind it.
+    and we listen on all interfaces of this host.
     """
     family, *_, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:

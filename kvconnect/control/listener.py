@@ -48,7 +48,7 @@ class Listener:
         self._body = body
         self._secret = secret
         self.knows: Callable[[str], bool] = lambda lease: False  # noqa: ARG005 - until there are any
-        """Whether a lease stands or is promised, by its id or its name; set by who has them."""
+        """Whether a lease stands or is promised, by its id or its name; `LeaseServer` sets it."""
         self._welcome: OrderedDict[Link, None] = OrderedDict()
         # early ones, and the leases that they wait for
         self._waiting: OrderedDict[Link, tuple[wire.Greet, frozenset[str]]] = OrderedDict()

@@ -26,7 +26,7 @@ class LeaseRef(NamedTuple):
 
 
 class PeerState(enum.Enum):
-    """Of a dialled peer."""
+    """How far a peer that we dialled has come."""
 
     GREETING = "greeting"
     READY = "ready"

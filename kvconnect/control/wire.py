@@ -19,7 +19,7 @@ VERSION = (3, 0)
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20
-"""Of what a dialer sends; only a listener's Welcome may be larger."""
+"""What a dialer may send; only a listener's Welcome may be larger."""
 PLAIN = b"\x00"
 """What comes before the two messages that are not encrypted, as in 2.x."""
 MAX_RANKS = 1024
@@ -113,7 +113,7 @@ class Reject(Message, frozen=True):
     version: tuple[int, int]
     detail: Detail
     seq: Seq | None = None
-    """Of the Greet that it answers."""
+    """The number of the Greet that it answers."""
     secret: bool = False
     """Whether this side has a secret, so that a mismatch can be named."""
 
@@ -137,7 +137,7 @@ class Body(msgspec.Struct, frozen=True):
     joins: bool = False
     """Whether a Piece may be "kv" of a layer whose K and V lie side by side."""
     slot_bytes: Size = 0
-    """Of the slots that it gathers into: no chunk may be larger. 0: as the reader's."""
+    """Size of the slots that it gathers into: no chunk may be larger. 0: as the reader's."""
 
 
 class Granules(msgspec.Struct, frozen=True, array_like=True):
@@ -188,7 +188,7 @@ class Renew(Message, frozen=True):
 
 
 class Gone(Message, frozen=True):
-    """Of the leases in Renew, these are over."""
+    """These of the leases in Renew are over."""
 
     lease_ids: LeaseIds
 
@@ -220,7 +220,7 @@ class Stage(Message, frozen=True):
 
     seq: Seq
     hello: Opaque
-    """Of its transport."""
+    """What its transport says of itself."""
     arena: Granules
     pieces: Annotated[tuple[HeadSlice, ...], msgspec.Meta(min_length=1, max_length=MAX_PIECES)]
 

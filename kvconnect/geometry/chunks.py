@@ -36,7 +36,7 @@ class HeadSlice(msgspec.Struct, frozen=True, array_like=True):
     content: Extent
     """Elements of a token."""
     dtype: Name
-    """Of the elements as they cross."""
+    """The dtype in which elements cross."""
     factor: Annotated[float, msgspec.Meta(gt=0, le=1e30)] = 1.0
     """What the source's elements are multiplied by."""
 

@@ -94,7 +94,10 @@ class CacheTier:
         return self.admit(worth)
 
     def admit(self, keys: Sequence[Key]) -> Admission:
-        """The same, whatever the threshold. A key that leaves by it does not come back by it."""
+        """Admit those of ``keys`` that are not known, whatever the threshold; says what must go.
+
+        A key that is evicted by this call is not admitted by it.
+        """
         admitted: list[Key] = []
         evicted: list[Key] = []
         for key in [key for key in dict.fromkeys(keys) if key not in self._known]:

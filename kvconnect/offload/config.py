@@ -40,7 +40,7 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Tokens that are stored and loaded together; a multiple of the engine's block size, which is
     the default."""
     blocks_per_chunk: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | None = None
-    """The same in blocks of the engine."""
+    """``block_size`` in blocks of the engine."""
     offload_prompt_only: bool = False
     """Store what was prefilled, and not what was generated after it. (In-tree: true by default.)"""
     eviction_policy: Literal["lru", "arc", "s3fifo"] = "lru"

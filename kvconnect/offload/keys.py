@@ -37,14 +37,14 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     rope: str
     """Rope type, base and scaling, as overridden for this engine."""
     dtype: str
-    """Of the model's activations."""
+    """Dtype of the model's activations."""
     kv_dtype: str
     """As vLLM names the KV cache's, with its scales where they are static."""
     quantization: str | None
     speculative: str | None
     """Draft method: its layers are among the KV."""
     block_tokens: int
-    """Of the blocks that vLLM hashes."""
+    """Tokens in a block that vLLM hashes."""
     chunk_blocks: int
     """How many blocks one key stands for."""
     hashing: str
@@ -91,7 +91,7 @@ class RequestNames:
         self._items = sorted(context.items, key=lambda item: (item.first_token, item.digest))
 
     def key(self, block_hash: bytes, group: int, end_token: int) -> bytes:
-        """Of the chunk of ``group`` that ends before ``end_token`` in a block of this hash.
+        """The key of the chunk of ``group`` that ends before ``end_token`` in a block of this hash.
 
         Items that begin after the chunk do not matter to it.
         """
@@ -108,5 +108,5 @@ def arena_fingerprint(identity: Identity, shard: Mapping[str, str]) -> bytes:
 
 
 def _encoded(value: object) -> bytes:
-    """Of lists, texts, bytes and numbers: one encoding for one value, lengths in front."""
+    """Lists, texts, bytes and numbers as bytes: one encoding for one value, lengths in front."""
     return msgspec.msgpack.encode(value, order="deterministic")

@@ -157,7 +157,7 @@ def checked(copy: Copy) -> Copy:
 
 
 def strides(copy: Copy) -> tuple[int, ...]:
-    """Of the six dimensions (block, head, token tile, token, content tile, element), bytes."""
+    """Bytes between neighbours: block, head, token tile, token, content tile, element."""
     token = (copy.token_outer, copy.token_stride)
     return (copy.block_stride, copy.head_stride, *token, copy.content_outer, copy.content_stride)
 

@@ -1,4 +1,4 @@
-"""The kernels of libkvc_cuda (csrc/kvc_cuda.cu) behind the interface of `copies`.
+"""The kernels of libkvc_cuda (csrc/kvc_cuda.cu) with the interface of `copies`.
 
 A `CudaKernels` works on a stream of its own, of the greatest priority; calls return at once. A
 launch holds buffers until `CudaLaunch.done` was seen to be true, so each must be polled until then.

@@ -1,4 +1,4 @@
-"""`load`, and the kernels of libkvc_cpu (csrc/kvc_cpu.cpp) behind the interface of `copies`."""
+"""`load`, and the kernels of libkvc_cpu (csrc/kvc_cpu.cpp) with the interface of `copies`."""
 
 import ctypes
 import functools

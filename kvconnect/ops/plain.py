@@ -1,4 +1,4 @@
-"""The same in numpy and torch: fallback where nothing was compiled, and oracle of the tests.
+"""The kernels in numpy and torch: fallback where nothing was compiled, oracle of the tests.
 
 Written to be obviously right, not fast. Memory is seen through one six-dimensional view
 ``[block, head, token tile, token, content tile, element]`` per copy. torch is imported when

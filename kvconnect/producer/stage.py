@@ -218,7 +218,7 @@ class ChunkSender:
         return self._next_link() is not None
 
     def tick(self) -> None:
-        """Gather a chunk for who waits, if a slot is free; write what is gathered.
+        """Gather a chunk for a reader that waits, if a slot is free; write what is gathered.
 
         One chunk a tick: gathered all at once, the first would wait here for the last.
         """

@@ -88,7 +88,7 @@ class ProxyCounters(msgspec.Struct):
     retries: int = 0
     """Legs that were sent again."""
     local_retries: int = 0
-    """Of these, decode legs sent without the KV that prefill had offered."""
+    """Those of ``retries`` that were decode legs without the KV that prefill had offered."""
     decode_alone: int = 0
     """Requests that no prefill engine worked for; the next three say why."""
     not_splittable: int = 0
@@ -117,7 +117,7 @@ class LegRequest:
     decode_headers: dict[str, str] = field(default_factory=dict)
     """For the decode leg alone: they name a part of that engine."""
     query: str = ""
-    """Of the URL, with its question mark."""
+    """The query of the URL, with its question mark."""
     method: str = "POST"
     whole: bytes | None = None
     """The client's own body, for what is not split and goes to a decode engine as it is."""
@@ -342,7 +342,7 @@ class Legs:
         return {*self.prefillers.silent(), *self.prefillers.hanging()}
 
     def _doubtful_decode(self) -> set[str]:
-        """Of decode engines, the last one is never given up: nobody could take over from it."""
+        """The last decode engine is never given up: nobody could take over from it."""
         silent = self.decoders.silent()
         others = any(state.up and state.url not in silent for state in self.decoders.states())
         return {*(silent if others else ()), *self.decoders.hanging()}

@@ -317,7 +317,7 @@ def error_body(status: int, message: str) -> bytes:
 
 
 def error_event(status: int, message: str, sent: bytes) -> bytes:
-    """The same as the last event of a stream of which ``sent`` was the end so far."""
+    """`error_body` as the last event of a stream whose end so far was ``sent``."""
     # An event that was cut off is ended first, so that it cannot swallow this one.
     border = b"" if sent.endswith(b"\n\n") else b"\n\n"
     return border + b"data: " + error_body(status, message) + b"\n\n"

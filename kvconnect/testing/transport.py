@@ -302,7 +302,7 @@ def a_hello_that_is_none_is_a_transport_error(make_rig: MakeRig) -> None:
 
 
 def _with_text_that_is_none(hello: bytes) -> list[bytes]:
-    """Of a hello in msgpack: with a text that is no UTF-8, of which decoders raise other errors."""
+    """A msgpack hello with a text that is no UTF-8: decoders raise other errors for that."""
     try:
         said = msgspec.msgpack.decode(hello)
     except (msgspec.DecodeError, UnicodeDecodeError):

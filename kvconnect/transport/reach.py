@@ -86,7 +86,7 @@ class Reach:
             places[to] = spans[at]
 
     def scatter(self, addresses: np.ndarray, nbytes: np.ndarray, dense: np.ndarray) -> None:
-        """The reverse of `gather`."""
+        """Copy from ``dense``, where they lie one after the other, to ``addresses``."""
         for span, to, size in _large(addresses, nbytes, dense):
             ctypes.memmove(span, to, size)
         for spans, places, at, to in self._small(addresses, nbytes, dense):

@@ -24,7 +24,7 @@ class AdapterReport:
     """What ranks have loaded, as of a step's results."""
 
     step: int
-    """Of its metadata: all that was loaded before it ran is in this report or one before."""
+    """The step: all that was loaded before it ran is in this report or one before."""
     loaded: dict[int, dict[int, Loaded]] = field(default_factory=dict)
     """By adapter's number and rank."""
 

@@ -112,9 +112,9 @@ def note(number: int, digest: str) -> None:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor], peft_helper: Any) -> str:
-    """Of an adapter's tensors as its file names them, and of how they are scaled.
+    """The digest of an adapter's tensors, by their names in its file, and of how they are scaled.
 
-    Of a tensor of more than `WHOLE` bytes, pages spread evenly.
+    Pages, spread evenly, stand for a tensor of more than `WHOLE` bytes.
     """
     scaling = {name: getattr(peft_helper, name, None) or None for name in SCALING}
     digest = hashlib.blake2b(repr(scaling).encode(), digest_size=16)
@@ -161,7 +161,7 @@ class Noted:
 
 @dataclass
 class _AdapterUse:
-    """Of a request with an adapter."""
+    """What is known of the adapter of a request."""
 
     step: int
     """The last that was made when it came."""

@@ -39,7 +39,7 @@ class CellLayout(NamedTuple):
 
 
 def cells_of(cache: torch.Tensor, num_blocks: int) -> Cells:
-    """Of a layer's cache ``[B, H, N, C]``."""
+    """Where the cells of a layer's cache ``[B, H, N, C]`` are."""
     _, heads, tokens, content = cache.shape
     pieces = cache.shape[0] // num_blocks
     item = cache.element_size()

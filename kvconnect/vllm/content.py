@@ -32,7 +32,7 @@ _PartName = Literal["k", "v", "kv"]
 
 
 class Dtype(NamedTuple):
-    """Of KV, by our name, or vLLM's where an element is no number by itself."""
+    """KV's dtype by our name, or by vLLM's where an element is no number by itself."""
 
     name: str
     numbers: bool
@@ -45,7 +45,7 @@ def has_slots(spec: Any) -> bool:
 
 
 def dtype_of(spec: Any, module: Any) -> Dtype:
-    """Of a layer: some keep the model's in an engine whose others are fp8."""
+    """A layer's dtype: some keep the model's in an engine whose others are fp8."""
     if spec.dtype in FLOATS:
         return Dtype(name_of(spec.dtype), True)
     named = _compat.cache_dtype(module)

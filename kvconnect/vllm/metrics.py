@@ -186,7 +186,7 @@ class SummedStats(KVConnectorStats):
 
 
 class PeerStats(SummedStats):
-    """Of prefill → decode."""
+    """What a connector of prefill → decode counts."""
 
     metrics = PEER
 

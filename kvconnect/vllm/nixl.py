@@ -11,7 +11,7 @@ class KVConnectNixl(PeerConnector):
 
 
 class NixlConnector(KVConnectNixl):
-    """The same under vLLM's name, for routers and Ray Serve that key on it.
+    """KVConnectNixl under vLLM's name, for routers and Ray Serve that key on it.
 
     ``{"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"}``
     """

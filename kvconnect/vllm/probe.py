@@ -42,7 +42,7 @@ def kernel_of(
 
 @functools.cache
 def cell_layouts(kernel: Kernel, tokens: int, size: int) -> tuple[CellLayout, CellLayout] | None:
-    """Of K and of V, of ``size`` elements a token each; None if strides and tiles cannot say."""
+    """How cells of ``size`` elements of K and V lie; None if strides and tiles cannot say."""
     found = _cells_found(kernel, tokens, size)
     if found is None or not np.array_equal(np.sort(found), np.arange(len(found))):
         return None

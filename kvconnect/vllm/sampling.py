@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 PAGE = 4096
 MOST_PAGES = 32_768
-"""Of all tensors together: 128 MiB."""
+"""How many pages of all tensors together are read: 128 MiB."""
 MOST_HEADER = 100_000_000
 """Bytes; what the safetensors library reads at most."""
 BEGINNING, END = 64 << 10, 1 << 20
-"""Of a file without a header."""
+"""Bytes that are read at the two ends of a file without a header."""
 WHOLE = 4 << 20
 SPREAD_PAGES = 4096
-"""Of all files without a header together."""
+"""How many more pages are read of all files without a header together."""
 
 
 class ByteSpan(NamedTuple):

@@ -20,7 +20,7 @@ from kvconnect.vllm import _compat
 
 
 class Windows:
-    """Of one engine's transferred KV cache groups."""
+    """The sliding windows of one engine's transferred KV cache groups."""
 
     def __init__(self, kv_cache_config: Any, groups: Sequence[int]) -> None:
         specs = [kv_cache_config.kv_cache_groups[g].kv_cache_spec for g in groups]

@@ -198,7 +198,7 @@ class Worker:
         return RankMetadata(at.host, self.mover.key_address.port, at.port, at.key)
 
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
-        """The same for a step's results, the first time, and which adapters were loaded."""
+        """For a step's results: our address, the first time, and which adapters were loaded."""
         ranks = {}
         if not self._address_sent and (metadata := self.get_handshake_metadata()) is not None:
             self._address_sent = True

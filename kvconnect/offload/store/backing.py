@@ -39,7 +39,7 @@ class Backing(Protocol):
     """As long as it really is."""
     inode: int | None
     fd: int
-    """Of the file; -1 of memory that is in none, and once closed."""
+    """The open file; -1 for memory that is in none, and once closed."""
 
     def flush(self, offset: int, nbytes: int) -> None:
         """Bytes of the table were changed; raises OSError if that cannot be kept."""

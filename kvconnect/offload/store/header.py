@@ -69,7 +69,7 @@ class Spec(NamedTuple):
 
     @property
     def table_bytes(self) -> int:
-        """Of all slots' headers, in whole pages."""
+        """Size of all slots' headers, in whole pages."""
         return pages(self.slots * SLOT.itemsize)
 
     @property

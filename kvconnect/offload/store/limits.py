@@ -26,7 +26,7 @@ def memory_room(root: Path = ROOT) -> Room:
 
 
 def _limits(root: Path) -> Iterator[Room]:
-    """Of our control group and of all that it is in, by version 2 and by version 1.
+    """What our control group and all that it is in may use, by version 2 and by version 1.
 
     A path that is of the host, and not there in the container, leaves the mount's own file.
     """

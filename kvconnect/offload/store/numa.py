@@ -91,7 +91,7 @@ def policy_nodes() -> Nodes:
 
 
 def ids(file: Path) -> list[int]:
-    """Of a list as sysfs has them, ``0-3,8``; none if it cannot be read, or says -1."""
+    """The numbers in a list of sysfs, ``0-3,8``; none if it cannot be read, or says -1."""
     try:
         spans = [part.split("-") for part in file.read_text().strip().split(",")]
         return [one for span in spans for one in range(int(span[0]), int(span[-1]) + 1)]

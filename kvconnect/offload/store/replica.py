@@ -71,7 +71,7 @@ class ReplicaReader:
         return self._found[on_disk]
 
     def holds(self, key: bytes, on_disk: bool) -> bool:
-        """Of the disk only the leader knows: whatever it is asked to spill, it is right here."""
+        """Whether the key is here; True for the disk, which only the leader writes and knows."""
         return on_disk or self._is_there(key)
 
     def look_around(self) -> tuple[set[bytes], set[bytes]]:

@@ -49,7 +49,7 @@ class _Bundle:
 
 
 class SlotLayout:
-    """Of one group of one rank. ``chunk_blocks``: blocks in a slot.
+    """How a chunk of one group lies in a slot of one rank; ``chunk_blocks``: blocks in a slot.
 
     A pipeline stage may have no layers of a group: then there is nothing to move, and it moves.
     """
@@ -73,7 +73,7 @@ class SlotLayout:
         self.block_bytes = end
         self._sums_at = chunk_blocks * end
         self.nbytes = self._sums_at + chunk_blocks * SUM_BYTES
-        """Of a slot's payload."""
+        """Size of a slot's payload."""
 
     def move(self, verb: Verb, chunks: Sequence[ChunkAt]) -> "SlotMove":
         """All blocks of ``chunks`` ↔ their payloads.

@@ -158,7 +158,7 @@ class TieredStore:
         self.host.drop(key)
 
     def forget_on_disk(self, key: bytes) -> None:
-        """The same of the disk."""
+        """The disk holds it no more; its slot is free once nothing reads it."""
         if self.disk is not None:
             self.disk.drop(key)
 

@@ -4,8 +4,8 @@
 * A `RankPair` is one end of a two-rank communicator with a stream of its own, so that a peer that
   is silent keeps nobody else waiting. Moves go out in the order asked for; the other end must ask
   for their counterparts in the same order.
-* A copy and a move of the same buffer are never queued behind each other: who wants the second
-  waits until the first is done. So an aborted receive is not scattered.
+* A copy and a move of the same buffer are never queued one after the other: the second is
+  given to the device when the first is done. So an aborted receive is not scattered.
 * Nothing blocks, but what CUDA and NCCL do at the start of a pair. Aborting is done by a thread.
 """
 
@@ -48,7 +48,7 @@ class Device:
         return self._kernels.copy_runs(dense, addresses, nbytes)
 
     def scatter(self, addresses: np.ndarray, nbytes: np.ndarray, buffer: int) -> CudaLaunch:
-        """The reverse of `gather`."""
+        """Copy from ``buffer``, where they lie one after the other, to ``addresses``."""
         dense = buffer + np.cumsum(nbytes) - nbytes
         return self._kernels.copy_runs(addresses, dense, nbytes)
 

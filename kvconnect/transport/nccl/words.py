@@ -1,4 +1,4 @@
-"""What two ranks say on a line; see `nccl` for who says what when."""
+"""What two ranks say on a line; `nccl` says which of them says what, and when."""
 
 from typing import Annotated
 
@@ -65,7 +65,7 @@ _REQUESTS = msgspec.msgpack.Decoder(OpenLine | AskSpans | Ping | Bye)
 
 
 def decode(data: bytes | None, answers: bool) -> Said:
-    """What was said; raises TransportError. ``answers``: by who was asked, else by who asks."""
+    """What was said; raises TransportError. ``answers``: by the rank that was asked."""
     if data is None:
         raise TransportError("the peer closed the connection")
     try:

@@ -4,8 +4,8 @@ A batch of a READ is a request with addresses, answered with bytes; of a WRITE a
 addresses and bytes, answered with a status. The side that is read or written does nothing but
 `answer`. Knows no library, peers or transfers: buffers in, buffers out.
 
-* An answer touches only memory of its own regions, checked span by span, and only for who has
-  the key that our hello carried.
+* An answer touches only memory of its own regions, checked span by span, and only for those who
+  have the key that our hello carried.
 * Bytes read lie in a buffer of ours until `settle`: a batch that is not wanted any more is
   simply not settled, whatever still arrives.
 * A request is hostile until checked. Spans outside are answered with a refusal; what is no

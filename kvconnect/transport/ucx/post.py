@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Handle(Protocol):
-    """Of a message on its way. The library has its memory until it is completed."""
+    """A message on its way. The library has its memory until it is completed."""
 
     @property
     def completed(self) -> bool: ...

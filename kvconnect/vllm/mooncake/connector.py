@@ -13,7 +13,7 @@ class KVConnectMooncake(PeerConnector):
 
 
 class MooncakeConnector(KVConnectMooncake):
-    """The same under vLLM's name, for routers that key on it.
+    """KVConnectMooncake under vLLM's name, for routers that key on it.
 
     ``{"kv_connector": "MooncakeConnector", "kv_connector_module_path": "kvconnect.vllm"}``
     """

@@ -42,7 +42,7 @@ class Entry(msgspec.Struct):
 
 
 class Sizes(msgspec.Struct, frozen=True):
-    """Of each engine. How many engines a group has, vLLM does not tell those of dense models."""
+    """How many ranks an engine has. vLLM does not tell dense models how many engines there are."""
 
     tp: int
     pp: int
@@ -78,7 +78,7 @@ class Directory:
 def registrations(
     engine_id: str, dp_rank: int, tp_size: int, addresses: Sequence[Address]
 ) -> list[Registration]:
-    """Of all ranks of an engine; ``addresses`` in rank order, pipeline stage by stage."""
+    """One for each rank of an engine; ``addresses`` in rank order, pipeline stage by stage."""
     return [
         Registration(engine_id, dp_rank, rank % tp_size, rank // tp_size, f"tcp://{address}")
         for rank, address in enumerate(addresses)

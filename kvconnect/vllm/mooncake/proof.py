@@ -15,12 +15,12 @@ NONCE_CHARS = 32
 
 
 def prove_answer(secret: bytes, nonce: str, body: bytes) -> str:
-    """Of the answer to a query with this nonce."""
+    """The proof that goes with the answer to a query with this nonce."""
     return _mac(secret, b"answer", nonce, body)
 
 
 def prove_registration(secret: bytes, challenge: str, body: bytes) -> str:
-    """Of a registration at the endpoint with this challenge."""
+    """The proof that goes with a registration at the endpoint with this challenge."""
     return _mac(secret, b"registration", challenge, body)
 
 

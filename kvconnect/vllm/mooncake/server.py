@@ -3,8 +3,8 @@
 Routers ask it which engines there are, decode engines where their ranks are, and the other
 engines of a data-parallel group register here.
 
-* Answers anybody: what it tells are names and addresses. With a secret, answers are proved to who
-  sends a nonce, and registrations must be proved; without one they must come from an address
+* Answers anybody: what it tells are names and addresses. With a secret, answers are proved to those
+  who send a nonce, and registrations must be proved; without one they must come from an address
   that `Allowed` permits.
 * Nothing that arrives ends it: bounded in bytes and connections, the oldest of which goes first.
 """

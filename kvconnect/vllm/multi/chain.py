@@ -76,7 +76,7 @@ class ChainScheduler:
         self._sources[request_id][_compat.CACHE_HIT_SOURCE] += tokens - min(stored, tokens)
 
     def get_external_cache_hit_sources(self, request_id: str, tokens: int) -> dict[Any, int]:
-        """Of a load, how many tokens a store has, and how many only a peer."""
+        """How many tokens of a load a store has, and how many only a peer."""
         found = self._sources.get(request_id, Counter())
         if found.total() != tokens:
             return {_compat.CACHE_HIT_SOURCE: tokens} if tokens else {}
@@ -223,7 +223,7 @@ def _counted_once(units: list[LoadUnit]) -> list[LoadUnit]:
 
 
 def _block_bytes(kv_cache_config: Any) -> list[int]:
-    """Of a block of each group on this rank, about: rates are measured in what it says."""
+    """About how large a block of each group is on this rank: rates are measured in it."""
     groups = [
         kv_cache_config.kv_cache_groups[g] for g in _compat.transfer_group_ids(kv_cache_config)
     ]

@@ -302,7 +302,7 @@ class KVConnectMulti(in_tree.MultiConnector):
 
 
 class MultiConnector(KVConnectMulti):
-    """The same under vLLM's name, by which vLLM looks into the children for what they support.
+    """KVConnectMulti under vLLM's name, by which vLLM asks the children what they support.
 
     ``{"kv_connector": "MultiConnector", "kv_connector_module_path": "kvconnect.vllm"}``
     """

@@ -24,7 +24,7 @@ class MultiMetadata(MultiKVConnectorMetadata):
 
 @dataclass
 class Handshakes(KVConnectorHandshakeMetadata):
-    """Of every child of one rank; None where it has none."""
+    """The handshakes of every child of one rank; None where it has none."""
 
     children: tuple[KVConnectorHandshakeMetadata | None, ...]
 

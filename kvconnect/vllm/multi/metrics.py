@@ -73,7 +73,7 @@ class MultiStats(KVConnectorStats):
         self.classes: dict[str, str] = {}
 
     def put(self, label: str, owner: type[Any], stats: KVConnectorStats) -> None:
-        """Of one child, a connector of class ``owner``."""
+        """Add what one child counted, a connector of class ``owner``."""
         self.data[label] = stats
         self.classes[label] = f"{owner.__module__}:{owner.__qualname__}"
 

@@ -127,7 +127,7 @@ def recompute_failed_loads(transfer_config: Any) -> None:
 
 
 class OffloadingConnector(KVConnectOffloading):
-    """The same under vLLM's name.
+    """KVConnectOffloading under vLLM's name.
 
     ``{"kv_connector": "OffloadingConnector", "kv_connector_module_path": "kvconnect.vllm"}``
     """

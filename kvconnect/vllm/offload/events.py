@@ -38,7 +38,7 @@ class Events:
         self._saved: dict[Key, _SavedChunk] = {}
 
     def __len__(self) -> int:
-        """Of how many chunks the tokens are kept."""
+        """How many chunks have their tokens kept here."""
         return len(self._saved)
 
     def saving(self, request: Any, key: Key, group: int, end_token: int) -> None:

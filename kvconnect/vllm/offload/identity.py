@@ -19,7 +19,7 @@ UNNAMED = "compared apart"
 
 
 class Cut(NamedTuple):
-    """Of one transferred KV cache group."""
+    """How one transferred KV cache group is cut into chunks."""
 
     group_id: int
     """As vLLM counts groups."""

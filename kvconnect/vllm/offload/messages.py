@@ -46,7 +46,7 @@ class StepJobs(KVConnectorMetadata):
 
     jobs: list[Job] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
-    """Of KV that is there once the step has run."""
+    """Saves of KV that is there once the step has run."""
     loads: dict[str, Loading] = field(default_factory=dict)
     step: int = 0
 
@@ -62,7 +62,7 @@ class WorkerResults(KVConnectorWorkerMetadata):
 
     answers: dict[int, tuple[int, int]] = field(default_factory=dict)
     declined: Counter[int] = field(default_factory=Counter)
-    """Of those ranks, how many were not to carry it out: another source gave the chunk."""
+    """How many of those ranks were not to carry it out: another source gave the chunk."""
     found: dict[int, Found] = field(default_factory=dict)
     """By rank, once: for a scheduler that did not hear of it at the start."""
     lost: list[Loss] = field(default_factory=list)

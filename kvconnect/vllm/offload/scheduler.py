@@ -137,7 +137,7 @@ class OffloadScheduler:
         self._absorb(result)
 
     def spares(self, request: Any, chunks: Sequence[Wanted]) -> list[tuple[Fill | None, str]]:
-        """Of each chunk a fill, to be carried out or declined by every rank, and from where.
+        """A fill for each chunk, to be carried out or declined by every rank, and from where.
 
         None where it is not here. For a chain: this scheduler's own workers hear nothing of it.
         """

@@ -13,8 +13,10 @@ NO_LIMIT = 1 << 62
 
 
 class Tracked:
-    """See above. ``hash_tokens``: of a block hash of the request; ``adapter``: what it is made of,
-    "" if that is not known, when nothing is stored, nor loaded."""
+    """One request; see the module. ``hash_tokens``: how many a block hash stands for.
+
+    ``adapter``: the digest of the request's; "" if it is not known: nothing is stored or loaded.
+    """
 
     def __init__(
         self,
@@ -34,9 +36,9 @@ class Tracked:
         self.offered = [0] * len(cuts)
         """Per group, chunks from the first on that were offered to be stored."""
         self.most_tokens = _limit(request, "max_offload_tokens")
-        """Of the request's tokens, how many may be stored, as its client says."""
+        """How many of the request's tokens may be stored, as its client says."""
         self.most_loaded = _limit(request, "max_load_tokens")
-        """The same of tokens that may be loaded, beyond those that the engine itself has."""
+        """How many may be loaded, beyond those that the engine itself has."""
         self._names = names.of(_context(request, adapter))
         self._known_adapter = adapter != ""
         self._cuts = cuts

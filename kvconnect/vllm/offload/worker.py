@@ -57,7 +57,7 @@ class OffloadWorker:
         self._adapters = worker_adapters(vllm_config)
         self._counts: Counter[str] = Counter()
         self.answered: list[tuple[JobDone, float]] = []
-        """Of any job, with its time; since the last but one `collect`."""
+        """The ends of all jobs, with their times, since the last but one `collect`."""
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe the caches, open memory and disk, start the thread."""

@@ -45,7 +45,7 @@ class P2pNcclConfig(PeerConfig, frozen=True, kw_only=True):
     mem_pool_size_gb: Number | None = None
     """GiB of memory that KV on its way may take: ``staging_bytes`` is no more."""
     kv_buffer_size: Number | None = None
-    """The same in bytes. Less than 1 MiB (prefill's ``1e1`` in vLLM's examples) says nothing."""
+    """``mem_pool_size_gb`` in bytes. Less than 1 MiB (``1e1`` in vLLM's examples) is ignored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

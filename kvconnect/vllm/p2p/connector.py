@@ -64,4 +64,4 @@ class KVConnectP2pNccl(PeerConnector):
 
 
 class P2pNcclConnector(KVConnectP2pNccl):
-    """The same under the name that vLLM had until 0.23."""
+    """KVConnectP2pNccl under the name that vLLM had until 0.23."""

@@ -1,7 +1,7 @@
 """Request ids that name two engines, as the routers of vLLM's P2pNcclConnector make them.
 
 ``___prefill_addr_{host:port}___decode_addr_{host:port}_{uuid}``, sent as X-Request-Id to both
-engines. vLLM puts ``cmpl-`` or ``chatcmpl-`` before it, ``-0`` (which prompt) behind it, and for
+engines. vLLM puts ``cmpl-`` or ``chatcmpl-`` before it, ``-0`` (which prompt) after it, and for
 ``n`` answers ``0_`` (which answer) before all, alike in both; and ``-`` and 8 random hex digits
 at the end, which differ. The rest is the name under which the two engines know the request.
 
