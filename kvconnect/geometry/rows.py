@@ -15,6 +15,7 @@ from kvconnect.geometry.blocks import Heads, Part
 from kvconnect.geometry.intersect import NO_BLOCK, Rect, part_pairs, tiles_of
 
 MAX_ROWS_PER_LAYER = 1 << 16
+MAX_ROWS = (1 << 31) - 1  # in all blocks: their indices are int32
 
 
 class Memory(NamedTuple):
@@ -196,6 +197,11 @@ class Route:
 
 
 def _table(rows: np.ndarray, num_blocks: np.ndarray, memory: Memory) -> RowTable:
+    if (count := int(num_blocks.sum())) > MAX_ROWS:
+        raise GeometryError(
+            f"{count} rows in all blocks of a rank, expected at most {MAX_ROWS}; use fewer blocks "
+            "per rank, or the staged path"
+        )
     starts = np.concatenate(([0], np.cumsum(num_blocks)[:-1])) if len(num_blocks) else num_blocks
     return RowTable(np.column_stack([rows, num_blocks]), starts, memory.kind, memory.device)
 
@@ -209,6 +215,4 @@ def _check_range(ids: np.ndarray, num_blocks: int, whose: str) -> None:
 
 def _indices(found: list[np.ndarray]) -> np.ndarray:
     joined = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
-    if len(joined) and joined.max() > np.iinfo(np.int32).max:
-        raise GeometryError(f"row index {joined.max()} exceeds 32 bits; use fewer blocks per rank")
     return joined.astype(np.int32)

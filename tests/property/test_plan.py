@@ -348,6 +348,16 @@ def test_rows_beyond_reason_are_refused():
         Route(rects, DRAM, DRAM)
 
 
+def test_rows_that_have_no_index_are_no_route():
+    """Each fetch used to fail, where the staged path can do it: a route was made all the same."""
+    model = Model(layers=2)
+    ours, theirs = Cache(model, 4), Cache(model, 6)
+    (rects,) = assign(ours.shard.views, [theirs.shard.views], 0)
+    large = [r._replace(src=structs.replace(r.src, num_blocks=1 << 30)) for r in rects]
+    with pytest.raises(GeometryError, match=r"2147483648 rows .* at most 2147483647"):
+        Route(large, DRAM, DRAM)
+
+
 def test_rows_that_touch_in_one_block_only_are_not_joined():
     """K and V side by side in block 0 and elsewhere in all others."""
     memory = np.arange(256, dtype=np.uint8)

@@ -497,7 +497,7 @@ def test_a_lease_that_ended_is_not_gathered():
         ({"runs": ((0, 9), (0, 0))}, "wanted"),
         ({"group": 3}, "group"),
         ({"first": 5}, "slices"),
-        ({"nbytes": 1 << 30}, "bytes"),
+        ({"nbytes": 1 << 30}, "expected at most our slots'"),
         ({"lease_id": "another"}, "no such lease"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
