@@ -1,6 +1,7 @@
 """`MessageTransport` over a library that does exactly what the test says."""
 
 import time
+import weakref
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.rows import RowTable
 from kvconnect.transport.base import Op, Work
 from kvconnect.transport.ucx import agent, messages
-from kvconnect.transport.ucx.messages import SERVED, WINDOW, MessageTransport
+from kvconnect.transport.ucx.messages import KEPT_BUFFERS, SERVED, WINDOW, MessageTransport
 
 ROW, ROWS = 64, 32
 
@@ -159,6 +160,22 @@ def test_at_most_a_window_of_batches_is_under_way(rig):
     (done,) = rig.go_on()
     assert (done.transfer_id, done.error, done.descriptors) == (transfer_id, None, ROWS)
     assert np.array_equal(rig.ours.memory, rig.theirs.memory)
+
+
+def test_buffers_for_a_crowd_of_peers_are_given_back(rig):
+    """All used to be kept for ever: 16 of 1.25 MB for each peer that was read at one time."""
+    names = [f"peer {n}" for n in range(2 * KEPT_BUFFERS // WINDOW)]
+    index = np.arange(ROWS, dtype=np.int32)
+    for name in names:
+        rig.ours.transport.add_peer(name, rig.theirs.transport.hello())
+        tables = rig.ours.table, index, rig.theirs.table, index
+        rig.ours.transport.submit(Work(Op.READ, name, *tables, ROWS * ROW))
+    rooms = [room for line in rig.ours.post.lines for room, _ in line.rooms.values()]
+    buffers = [weakref.ref(room.base) for room in rooms]
+    del rooms
+    assert len(buffers) == 2 * KEPT_BUFFERS
+    assert len(rig.go_on(rounds=100)) == len(names)
+    assert sum(buffer() is not None for buffer in buffers) <= KEPT_BUFFERS
 
 
 def test_a_cancelled_read_ends_at_once_and_what_still_arrives_is_not_placed(rig):

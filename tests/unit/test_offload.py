@@ -155,6 +155,14 @@ def test_what_other_engines_hold_is_loaded_when_every_rank_sees_it():
     assert not one.has(A)
 
 
+def test_what_is_said_to_have_left_before_it_was_said_to_have_come_does_not_count():
+    """It used to be one less than nothing, for ever: it came, and was not seen."""
+    one = tier()
+    one.other_engines([], [A])
+    one.other_engines([A], [])
+    assert one.has(A)
+
+
 def test_what_every_rank_found_is_known_and_the_rest_forgotten():
     kept, extra = common([[A, B, C], [C, A, D]])
     assert (kept, extra) == ([A, C], [{B}, {D}])

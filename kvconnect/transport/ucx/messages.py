@@ -30,6 +30,7 @@ from kvconnect.transport.ucx.post import Handle, Post, RequestLine
 logger = logging.getLogger(f"vllm.{__name__}")
 
 WINDOW = 8
+KEPT_BUFFERS = 32  # free ones, of 1.25 MB
 SERVED = 64  # requests of peers under way; the others wait in the library
 SERVED_S = 10.0  # after which a reply that its asker does not take makes way, if others wait
 RETIRE_S = 20.0  # that a dropped line's requests get to leave; libraries leak if cut off there
@@ -109,6 +110,7 @@ class MessageTransport:
                 else:
                     self._drop(name, f"peer {name} closed the connection")
             self._retired = [peer for peer in self._retired if not self._is_gone(peer)]
+            del self._buffers[KEPT_BUFFERS:]
         return self._transfers.ended()
 
     def cancel(self, transfer_id: TransferId) -> None:
