@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit test-deploy test-ray test-versions crash chaos hung soak fuzz lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-deploy test-ray test-versions crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -61,6 +61,9 @@ soak: setup ## a million transfers between engines in one process, with faults (
 
 fuzz: setup ## a million mutated frames and descriptions, and ten thousand params at real engines
 	@$(RUN) python tests/fuzz.py && python tests/e2e/clients.py $(ARGS)
+
+identity: setup ## models and adapters of one name: no foreign answer; what the digest costs (five minutes)
+	@$(RUN) python tests/e2e/identity.py $(ARGS)
 
 lifecycle: setup ## reset, pause, sleep and shutdown of real engines with leases out (two minutes)
 	@$(RUN) python tests/e2e/lifecycle.py $(ARGS)
