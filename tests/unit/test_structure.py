@@ -292,3 +292,22 @@ def methods_of(name):
             if isinstance(node, ast.ClassDef) and node.name == name:
                 return {f.name for f in node.body if isinstance(f, ast.FunctionDef)}
     return None
+
+
+def test_tests_that_the_evidence_names_exist():
+    """docs/evidence/defects.md says of each defect which test would see it again."""
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT.parent / "docs/evidence/defects.md").read_text()
+    )
+    assert len(named) > 50
+    missing = [
+        f"{file}::{name}"
+        for file, name in set(named)
+        if name
+        not in {
+            node.name
+            for node in parsed(ROOT.parent / file).body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+    ]
+    assert not missing
