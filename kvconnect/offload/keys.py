@@ -24,7 +24,6 @@ import msgspec
 
 VERSION = 2
 KEY_BYTES = 32
-NO_KEY = bytes(KEY_BYTES)
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
