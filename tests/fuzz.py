@@ -44,7 +44,7 @@ ASKED = (wire.Open, wire.Close, wire.Renew, wire.Stage, wire.Want)
 REAL = wire.encode
 
 
-class Said:
+class LineMessage:
     """What was encoded in honest transfers, and a way to have something else encoded instead."""
 
     def __init__(self):
@@ -122,7 +122,7 @@ class Fuzz:
 
     def __init__(self, seed):
         self.rng, self.seen, self.problems = random.Random(seed), Counter(), []
-        self.world, self.said, self.number = World(), Said(), 0
+        self.world, self.said, self.number = World(), LineMessage(), 0
         wire.encode = self.said.encode
         self.lender, self.reader = self.engine("auto"), self.engine("auto")
         self.liar = self.engine("auto")  # whom the reader fetches from

@@ -22,9 +22,9 @@ from kvconnect.transport.nccl.words import (
     AskSpans,
     Bye,
     LineFailed,
+    LineMessage,
     Ping,
     Ready,
-    Said,
     SpansRefused,
     WriteFinished,
 )
@@ -77,7 +77,7 @@ class NcclLine:
         self.broken: str | None = None
         """Why it was given up."""
 
-    def say(self, said: Said) -> None:
+    def say(self, said: LineMessage) -> None:
         """Send this."""
         self._channel.send(self.link, msgspec.msgpack.encode(said))
 
@@ -122,7 +122,7 @@ class NcclLine:
             if not self.broken:
                 self._step(exchange)
 
-    def heard(self, said: Said) -> None:
+    def heard(self, said: LineMessage) -> None:
         """Take in what is no request; raises TransportError if that ends the line."""
         self._heard_at = self._clock()
         if isinstance(said, Ping):

@@ -8,18 +8,18 @@ from kvconnect.errors import TransportError
 from kvconnect.transport.base import Op
 
 
-class Said(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class LineMessage(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Base of what is said on a line."""
 
 
-class OpenLine(Said, frozen=True, tag="Open"):
+class OpenLine(LineMessage, frozen=True, tag="Open"):
     """The first word. ``key`` is that of the other side's hello."""
 
     key: bytes
     unique_id: Annotated[bytes, msgspec.Meta(min_length=128, max_length=128)]
 
 
-class AskSpans(Said, frozen=True, tag="Ask"):
+class AskSpans(LineMessage, frozen=True, tag="Ask"):
     """Read or write spans: ``addresses`` are <i8 and ``sizes`` <u4 each."""
 
     number: int
@@ -28,33 +28,33 @@ class AskSpans(Said, frozen=True, tag="Ask"):
     sizes: bytes
 
 
-class Ping(Said, frozen=True):
+class Ping(LineMessage, frozen=True):
     """The side that opened the line is still there."""
 
 
-class Bye(Said, frozen=True):
+class Bye(LineMessage, frozen=True):
     """The side that opened the line has given it up."""
 
 
-class Ready(Said, frozen=True):
+class Ready(LineMessage, frozen=True):
     """Our half of an exchange is posted: post yours."""
 
     number: int
 
 
-class WriteFinished(Said, frozen=True, tag="Finished"):
+class WriteFinished(LineMessage, frozen=True, tag="Finished"):
     """What was written has reached its place."""
 
     number: int
 
 
-class SpansRefused(Said, frozen=True, tag="Refused"):
+class SpansRefused(LineMessage, frozen=True, tag="Refused"):
     """Spans lie outside our regions; nothing is posted."""
 
     number: int
 
 
-class LineFailed(Said, frozen=True, tag="Failed"):
+class LineFailed(LineMessage, frozen=True, tag="Failed"):
     """The serving side has given the line up."""
 
     why: str
@@ -64,12 +64,12 @@ _ANSWERS = msgspec.msgpack.Decoder(Ready | WriteFinished | SpansRefused | LineFa
 _REQUESTS = msgspec.msgpack.Decoder(OpenLine | AskSpans | Ping | Bye)
 
 
-def decode(data: bytes | None, answers: bool) -> Said:
+def decode(data: bytes | None, answers: bool) -> LineMessage:
     """What was said; raises TransportError. ``answers``: by the rank that was asked."""
     if data is None:
         raise TransportError("the peer closed the connection")
     try:
-        said: Said = (_ANSWERS if answers else _REQUESTS).decode(data)
+        said: LineMessage = (_ANSWERS if answers else _REQUESTS).decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise TransportError(f"the peer says what nobody understands: {e}") from e
     return said
