@@ -10,7 +10,7 @@ from kvconnect.errors import StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.jobs import Fill, Save, Spill
 from kvconnect.offload.store import numa
-from kvconnect.offload.store.limits import Room
+from kvconnect.offload.store.limits import MemoryLimit
 from kvconnect.offload.store.slot_layout import SlotLayout
 from kvconnect.ops import load
 from kvconnect.vllm.offload import opening as module
@@ -98,10 +98,10 @@ def test_memory_that_cannot_be_had_is_an_error(opened, tmp_path):
 
 def test_memory_beyond_a_container_s_limit_is_an_error_at_the_start(opened, monkeypatch):
     """The kernel would end the engine when it fills it."""
-    monkeypatch.setattr(module, "memory_room", lambda: Room(MEMORY // 2, "the limit in /x"))
+    monkeypatch.setattr(module, "memory_room", lambda: MemoryLimit(MEMORY // 2, "the limit in /x"))
     with pytest.raises(StoreError, match=r"more than the limit in /x, \d+ bytes; give less"):
         opened()
-    monkeypatch.setattr(module, "memory_room", lambda: Room(MEMORY, "the limit in /x"))
+    monkeypatch.setattr(module, "memory_room", lambda: MemoryLimit(MEMORY, "the limit in /x"))
     opened()
 
 

@@ -12,20 +12,20 @@ from typing import NamedTuple
 ROOT = Path("/")
 
 
-class Room(NamedTuple):
+class MemoryLimit(NamedTuple):
     """``nbytes`` of memory, by the word of ``source``."""
 
     nbytes: int
     source: str
 
 
-def memory_room(root: Path = ROOT) -> Room:
+def memory_room(root: Path = ROOT) -> MemoryLimit:
     """The least of all limits; ``root`` is where /proc and /sys are."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([Room(pages, "the host's memory"), *_limits(root)])
+    return min([MemoryLimit(pages, "the host's memory"), *_limits(root)])
 
 
-def _limits(root: Path) -> Iterator[Room]:
+def _limits(root: Path) -> Iterator[MemoryLimit]:
     """What our control group and all that it is in may use, by version 2 and by version 1.
 
     A path that is of the host, and not there in the container, leaves the mount's own file.
@@ -46,6 +46,8 @@ def _limits(root: Path) -> Iterator[Room]:
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # not there; "max": none
                 limit = folder / name
-                yield Room(int(limit.read_text()), f"the limit in /{limit.relative_to(root)}")
+                yield MemoryLimit(
+                    int(limit.read_text()), f"the limit in /{limit.relative_to(root)}"
+                )
             if folder == mount:
                 break
