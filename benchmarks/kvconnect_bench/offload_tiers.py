@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kvconnect.offload.store.arena import attach, make
-from kvconnect.offload.store.backing import Filed, Wrap, anonymous, mapped
+from kvconnect.offload.store.backing import FileBacking, Wrap, anonymous, mapped
 from kvconnect.offload.store.disk import DiskStore
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.host import HostStore
@@ -70,7 +70,7 @@ class StoringRank:
         self.nbytes = count * block_bytes * MODEL.itemsize
         self._cache = cache  # which the slot_layout points into
         self._host = make(spec)
-        arena, _ = claim(folder, spec, Filed)
+        arena, _ = claim(folder, spec, FileBacking)
         disk = DiskStore(SlotIndex(arena), IoThreads(2, 2 * count))
         self._vault = TieredStore(HostStore(SlotIndex(self._host), [slot_layout]), disk)
         self._close_disk = disk.close
@@ -179,7 +179,7 @@ def restarts(folder: Path | None, rounds: int) -> Iterator[Restart]:
     """Restarts over a full arena of HEADERS slots, in a mapped file and in one that is not."""
     place = Path(tempfile.mkdtemp(dir=folder))
     spec = Spec(HEADERS, 64, FINGERPRINT)
-    wraps: dict[str, Wrap] = {"mapped file": mapped, "file": Filed}
+    wraps: dict[str, Wrap] = {"mapped file": mapped, "file": FileBacking}
     try:
         for name, wrap in wraps.items():
             path = place / name

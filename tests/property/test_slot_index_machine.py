@@ -45,13 +45,13 @@ class ShelfMachine(RuleBasedStateMachine):
 
     def content(self, slot):
         arena = self.index.arena
-        if isinstance(arena.backing, backing.Filed):
+        if isinstance(arena.backing, backing.FileBacking):
             return int.from_bytes(os.pread(arena.backing.fd, 8, arena.offset(slot)), "little")
         return int.from_bytes(arena.payload(slot)[:8].tobytes(), "little")
 
     def write(self, slot, raw):
         arena = self.index.arena
-        if isinstance(arena.backing, backing.Filed):
+        if isinstance(arena.backing, backing.FileBacking):
             os.pwrite(arena.backing.fd, raw, arena.offset(slot))
         else:
             arena.payload(slot)[:8] = list(raw)
@@ -132,7 +132,7 @@ class ShelfMachine(RuleBasedStateMachine):
 
 
 class FiledShelfMachine(ShelfMachine):
-    wrap = backing.Filed
+    wrap = backing.FileBacking
 
 
 def case(machine):

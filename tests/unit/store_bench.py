@@ -5,7 +5,7 @@ import time
 import numpy as np
 from faulty_file import FaultyFile
 
-from kvconnect.offload.store.backing import Filed, mapped
+from kvconnect.offload.store.backing import FileBacking, mapped
 from kvconnect.offload.store.disk import DiskStore, system_file
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.host import HostStore
@@ -60,8 +60,8 @@ class Bench:
         """Raised by whoever opens a file."""
         if disk_slots:
             spec = Spec(disk_slots, nbytes, FINGERPRINT)
-            disk, path = claim(folder / "disk", spec, Filed)
-            beside = neighbours_of(folder / "disk", path, Filed) if share else None
+            disk, path = claim(folder / "disk", spec, FileBacking)
+            beside = neighbours_of(folder / "disk", path, FileBacking) if share else None
             self.neighbours += [beside] if share else []
             self.disk = DiskStore(SlotIndex(disk), IoThreads(2, most_jobs), beside, self.open_file)
         self.now = 0.0
@@ -119,10 +119,10 @@ class Bench:
 
     def flip(self, arena, seed, at=0):
         """Damage the payload of ``seed``, in memory or on disk."""
-        index = (self.disk if isinstance(arena.backing, Filed) else self.host).index
+        index = (self.disk if isinstance(arena.backing, FileBacking) else self.host).index
         entry = index.use(key_of(seed))
         index.done(entry)
-        if isinstance(arena.backing, Filed):
+        if isinstance(arena.backing, FileBacking):
             file = system_file(arena)
             page = np.zeros(4096, np.uint8)
             place = arena.offset(entry.slot) + at // 4096 * 4096

@@ -24,14 +24,14 @@ def key(number):
 
 def write(arena, slot, content):
     """As whoever owns the payload does, of either kind."""
-    if isinstance(arena.backing, backing.Filed):
+    if isinstance(arena.backing, backing.FileBacking):
         os.pwrite(arena.backing.fd, content, arena.offset(slot))
     else:
         arena.payload(slot)[: len(content)] = list(content)
 
 
 def read(arena, slot, nbytes):
-    if isinstance(arena.backing, backing.Filed):
+    if isinstance(arena.backing, backing.FileBacking):
         return os.pread(arena.backing.fd, nbytes, arena.offset(slot))
     return arena.payload(slot)[:nbytes].tobytes()
 
@@ -42,7 +42,7 @@ def store(arena, slot, number, nbytes=5000):
     return arena.commit(slot, key(number), 0, 16, nbytes, number)
 
 
-@pytest.fixture(params=[backing.mapped, backing.Filed], ids=["mapped", "filed"])
+@pytest.fixture(params=[backing.mapped, backing.FileBacking], ids=["mapped", "filed"])
 def wrap(request):
     return request.param
 
@@ -282,7 +282,7 @@ def test_another_format_is_not_read(path, monkeypatch):
 
 
 def test_a_header_that_cannot_be_written_is_told_and_changes_nothing(path, monkeypatch):
-    arena = attach(SPEC, path, backing.Filed)
+    arena = attach(SPEC, path, backing.FileBacking)
     store(arena, 0, 1)
 
     def broken(*arguments):

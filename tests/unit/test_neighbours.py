@@ -10,7 +10,7 @@ from store_bench import FINGERPRINT, Bench, key_of
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import neighbours as module
 from kvconnect.offload.store.arena import Arena
-from kvconnect.offload.store.backing import Filed, mapped
+from kvconnect.offload.store.backing import FileBacking, mapped
 from kvconnect.offload.store.header import Spec
 from kvconnect.offload.store.neighbours import OFF_S, Neighbours, claim, other_paths
 from kvconnect.testing.clock import FakeClock
@@ -18,7 +18,7 @@ from kvconnect.testing.clock import FakeClock
 SPEC = Spec(8, 64, FINGERPRINT)
 
 
-@pytest.fixture(params=[mapped, Filed], ids=["mapped", "filed"])
+@pytest.fixture(params=[mapped, FileBacking], ids=["mapped", "filed"])
 def wrap(request):
     return request.param
 
@@ -234,7 +234,7 @@ def test_a_neighbours_file_that_goes_while_it_is_read_is_a_miss(pair, tmp_path, 
     other.close()
     if comes_back:
         spec = other.disk.index.arena.spec._replace(slots=2)
-        assert claim(tmp_path / "disk", spec, Filed)[1] == path
+        assert claim(tmp_path / "disk", spec, FileBacking)[1] == path
     else:
         path.unlink()
     mine.store.look_around()

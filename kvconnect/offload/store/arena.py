@@ -81,7 +81,7 @@ class Arena:
         self.new = opened.new
         """Whether it was made just now, empty."""
         self._seed = header.seed_of(spec.fingerprint)
-        if isinstance(opened, backing.Filed):
+        if isinstance(opened, backing.FileBacking):
             opened.extend(spec.payload_offset)
         table = opened.bytes[HEAD_BYTES : HEAD_BYTES + spec.slots * SLOT.itemsize]
         self._table: np.ndarray = table.view(SLOT)

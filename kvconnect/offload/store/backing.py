@@ -121,7 +121,7 @@ def mapped(fd: int, to_write: bool, new: bool, nodes: numa.Nodes = ()) -> Mapped
     return Mapped(_in_huge_pages(memory), fd, new, nodes)
 
 
-class Filed:
+class FileBacking:
     """A file of which the header and the table are in memory of our own."""
 
     def __init__(self, fd: int, to_write: bool, new: bool) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from kvconnect.offload.jobs import JobDone
 from kvconnect.offload.store.arena import Arena, SlotEntry
-from kvconnect.offload.store.backing import Filed
+from kvconnect.offload.store.backing import FileBacking
 from kvconnect.offload.store.header import pages
 from kvconnect.offload.store.io_threads import File, IoThreads, SystemFile
 from kvconnect.offload.store.neighbours import Neighbours
@@ -33,7 +33,7 @@ Open = Callable[[Arena], File]
 
 def system_file(arena: Arena) -> File:
     """The file that an arena lies in."""
-    assert isinstance(arena.backing, Filed)
+    assert isinstance(arena.backing, FileBacking)
     return SystemFile(arena.backing.fd, arena.backing.to_write)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Union
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.store.arena import Arena, make
-from kvconnect.offload.store.backing import Filed, Wrap, mapped
+from kvconnect.offload.store.backing import FileBacking, Wrap, mapped
 from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.limits import memory_room
@@ -211,7 +211,7 @@ def _neighbours(
     return Neighbours(other_paths(folder, fingerprint, own), fingerprint, wrap)
 
 
-_filed: Wrap = Filed
+_filed: Wrap = FileBacking
 
 
 def _spec(room: int, nbytes: int, fingerprint: bytes, option: str) -> Spec:
