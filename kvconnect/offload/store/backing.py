@@ -55,7 +55,7 @@ Wrap = Callable[[int, bool, bool], Backing]
 """(descriptor, to write?, new?) → the backing, which owns the descriptor from then on."""
 
 
-class Mapped:
+class MappedBacking:
     """Memory, all of it, wished on ``nodes`` if it is new. ``bytes`` is valid until `close`."""
 
     def __init__(
@@ -85,13 +85,13 @@ class Mapped:
             self.fd = -1
 
 
-def anonymous(nbytes: int, nodes: numa.Nodes = ()) -> Mapped:
+def anonymous(nbytes: int, nodes: numa.Nodes = ()) -> MappedBacking:
     """Zeros that no other process sees."""
     try:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as e:
         raise StoreError(Reason.FULL, f"{nbytes} bytes of memory: {e.strerror}") from e
-    return Mapped(_in_huge_pages(memory), nodes=nodes)
+    return MappedBacking(_in_huge_pages(memory), nodes=nodes)
 
 
 def _in_huge_pages(memory: mmap.mmap) -> mmap.mmap:
@@ -101,7 +101,7 @@ def _in_huge_pages(memory: mmap.mmap) -> mmap.mmap:
     return memory
 
 
-def nameless(nbytes: int, nodes: numa.Nodes = ()) -> Mapped:
+def nameless(nbytes: int, nodes: numa.Nodes = ()) -> MappedBacking:
     """Zeros that other processes of ours can map, by way of /proc, as long as we live."""
     fd = -1
     try:
@@ -114,11 +114,11 @@ def nameless(nbytes: int, nodes: numa.Nodes = ()) -> Mapped:
         raise StoreError(Reason.FULL, f"{nbytes} bytes of shared memory: {e.strerror}") from e
 
 
-def mapped(fd: int, to_write: bool, new: bool, nodes: numa.Nodes = ()) -> Mapped:
+def mapped(fd: int, to_write: bool, new: bool, nodes: numa.Nodes = ()) -> MappedBacking:
     """All of a file as memory."""
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if to_write else 0)
     memory = mmap.mmap(fd, 0, prot=protection)  # empty: ValueError
-    return Mapped(_in_huge_pages(memory), fd, new, nodes)
+    return MappedBacking(_in_huge_pages(memory), fd, new, nodes)
 
 
 class FileBacking:
