@@ -18,7 +18,7 @@ import numpy as np
 from kvconnect.offload.store.arena import attach, make
 from kvconnect.offload.store.backing import FileBacking, Wrap, anonymous, mapped
 from kvconnect.offload.store.disk import DiskStore
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.io_threads import IoThreads, SystemFile
 from kvconnect.offload.store.neighbours import claim
@@ -66,7 +66,7 @@ class StoringRank:
         count = nbytes // (block_bytes * MODEL.itemsize)
         cache = Cache(MODEL, count)
         slot_layout = SlotLayout(cache.shard, 0, 1, load("cpu"))
-        spec = Spec(count, slot_bytes([slot_layout]), FINGERPRINT)
+        spec = ArenaSpec(count, slot_bytes([slot_layout]), FINGERPRINT)
         self.nbytes = count * block_bytes * MODEL.itemsize
         self._cache = cache  # which the slot_layout points into
         self._host = make(spec)
@@ -178,7 +178,7 @@ def tiers(folder: Path | None, mb: int, rounds: int) -> list[TierRow]:
 def restarts(folder: Path | None, rounds: int) -> Iterator[Restart]:
     """Restarts over a full arena of HEADERS slots, in a mapped file and in one that is not."""
     place = Path(tempfile.mkdtemp(dir=folder))
-    spec = Spec(HEADERS, 64, FINGERPRINT)
+    spec = ArenaSpec(HEADERS, 64, FINGERPRINT)
     wraps: dict[str, Wrap] = {"mapped file": mapped, "file": FileBacking}
     try:
         for name, wrap in wraps.items():
@@ -193,7 +193,7 @@ def restarts(folder: Path | None, rounds: int) -> Iterator[Restart]:
         shutil.rmtree(place)
 
 
-def _found_again(spec: Spec, path: Path, wrap: Wrap, rounds: int) -> Iterator[float]:
+def _found_again(spec: ArenaSpec, path: Path, wrap: Wrap, rounds: int) -> Iterator[float]:
     for _ in range(rounds):
         started = time.perf_counter()
         arena = attach(spec, path, wrap)

@@ -16,7 +16,7 @@ from late import LateKernels
 
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.store.arena import attach
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
@@ -43,7 +43,7 @@ class HostMachine(RuleBasedStateMachine):
             [SlotLayout(cache.shard, g, CHUNK, self.kernels) for g in range(GROUPS)]
             for cache in self.caches
         ]
-        self.spec = Spec(slots, slot_bytes(self.slot_layouts[0]), b"\x02" * 32)
+        self.spec = ArenaSpec(slots, slot_bytes(self.slot_layouts[0]), b"\x02" * 32)
         self.tickets = 0
         self.engine = 0
         self.held = {}  # key → whether it is damaged

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvconnect.offload.store import backing
 from kvconnect.offload.store.arena import attach, look
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.slot_index import SlotIndex
 
 picks = st.integers(0, 1 << 16)
@@ -28,7 +28,7 @@ class ShelfMachine(RuleBasedStateMachine):
     def start(self, slots):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "arena"
-        self.spec = Spec(slots, 64, b"\x01" * 32)
+        self.spec = ArenaSpec(slots, 64, b"\x01" * 32)
         self.contents = 0
         self.held = {}  # key → content
         self.filling = {}  # slot → (key, content)

@@ -7,7 +7,7 @@ from faulty_file import FaultyFile
 
 from kvconnect.offload.store.backing import FileBacking, mapped
 from kvconnect.offload.store.disk import DiskStore, system_file
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.io_threads import IoThreads
 from kvconnect.offload.store.neighbours import Neighbours, claim, other_paths
@@ -49,7 +49,7 @@ class Bench:
         self.cache = cache or Cache(model, BLOCKS, layout)
         self.slot_layout = SlotLayout(self.cache.shard, 0, CHUNK, kernels or load("cpu"))
         nbytes = slot_bytes([self.slot_layout])
-        host, path = claim(folder / "host", Spec(slots, nbytes, FINGERPRINT))
+        host, path = claim(folder / "host", ArenaSpec(slots, nbytes, FINGERPRINT))
         beside = neighbours_of(folder / "host", path, mapped) if share else None
         self.host = HostStore(SlotIndex(host), [self.slot_layout], beside)
         self.neighbours = [beside] if share else []
@@ -59,7 +59,7 @@ class Bench:
         self.open_error = None
         """Raised by whoever opens a file."""
         if disk_slots:
-            spec = Spec(disk_slots, nbytes, FINGERPRINT)
+            spec = ArenaSpec(disk_slots, nbytes, FINGERPRINT)
             disk, path = claim(folder / "disk", spec, FileBacking)
             beside = neighbours_of(folder / "disk", path, FileBacking) if share else None
             self.neighbours += [beside] if share else []

@@ -12,10 +12,10 @@ from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import arena as arenas
 from kvconnect.offload.store import backing, header
 from kvconnect.offload.store.arena import attach, look, make
-from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
+from kvconnect.offload.store.header import HEAD_BYTES, SLOT, ArenaSpec
 from kvconnect.offload.store.slot_index import SlotIndex
 
-SPEC = Spec(slots=8, slot_bytes=5000, fingerprint=b"\x07" * 32)
+SPEC = ArenaSpec(slots=8, slot_bytes=5000, fingerprint=b"\x07" * 32)
 
 
 def key(number):

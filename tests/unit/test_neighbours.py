@@ -11,11 +11,11 @@ from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import neighbours as module
 from kvconnect.offload.store.arena import Arena
 from kvconnect.offload.store.backing import FileBacking, mapped
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.neighbours import OFF_S, Neighbours, claim, other_paths
 from kvconnect.testing.clock import FakeClock
 
-SPEC = Spec(8, 64, FINGERPRINT)
+SPEC = ArenaSpec(8, 64, FINGERPRINT)
 
 
 @pytest.fixture(params=[mapped, FileBacking], ids=["mapped", "filed"])

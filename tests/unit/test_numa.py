@@ -14,10 +14,10 @@ import pytest
 from kvconnect.offload.store import numa
 from kvconnect.offload.store.arena import attach, look, make
 from kvconnect.offload.store.backing import mapped
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.numa import of_cores, prefer, wanted
 
-SPEC = Spec(slots=8, slot_bytes=1 << 18, fingerprint=b"\x07" * 32)
+SPEC = ArenaSpec(slots=8, slot_bytes=1 << 18, fingerprint=b"\x07" * 32)
 DEFAULT, PREFERRED, BIND, INTERLEAVE = range(4)
 OF_ADDRESS, PAGE_S_NODE = 2, 1
 SET_MEMPOLICY = numa.GET_MEMPOLICY + (-1 if platform.machine() == "x86_64" else 1)

@@ -7,7 +7,7 @@ from store_bench import BLOCKS, CHUNK, FINGERPRINT, MODEL, key_of
 
 from kvconnect.errors import StoreError
 from kvconnect.offload.store.arena import make
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.pinning import Pinning
 from kvconnect.offload.store.slot_index import SlotIndex
@@ -143,7 +143,7 @@ def test_who_closes_does_not_wait_for_all_of_it():
 def test_slots_serve_as_they_become_ready():
     cache = Cache(MODEL, BLOCKS)
     slot_layout = SlotLayout(cache.shard, 0, CHUNK, load("cpu"))
-    arena = make(Spec(4, slot_bytes([slot_layout]), FINGERPRINT))
+    arena = make(ArenaSpec(4, slot_bytes([slot_layout]), FINGERPRINT))
     ready = 4
     store = HostStore(SlotIndex(arena, lambda: ready), [slot_layout])
     for seed in range(4):

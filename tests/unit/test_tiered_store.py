@@ -14,7 +14,7 @@ from kvconnect.geometry.blocks import BlockView, Heads
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.store.arena import make as make_arena
 from kvconnect.offload.store.disk import MOST_FAILURES
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
@@ -136,7 +136,7 @@ def test_a_slot_of_another_group_is_not_loaded():
     """Of as many bytes and tokens."""
     cache = Cache(Model(layers=2, heads=2, block_tokens=4, content=32, groups=2), BLOCKS)
     slot_layouts = [SlotLayout(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
-    arena = make_arena(Spec(2, slot_bytes(slot_layouts), FINGERPRINT))
+    arena = make_arena(ArenaSpec(2, slot_bytes(slot_layouts), FINGERPRINT))
     store = HostStore(SlotIndex(arena), slot_layouts)
     assert store.store(1, key_of(1), 0, (0, 1))
     store.poll()
@@ -150,7 +150,7 @@ def test_a_stage_without_layers_of_a_group_has_nothing_to_move_and_moves_it():
     slot_layouts = [SlotLayout(cache.shard, group, CHUNK, load("cpu")) for group in (0, 1)]
     assert slot_layouts[1].block_bytes == 0
     assert slot_layouts[0].format != slot_layouts[1].format
-    arena = make_arena(Spec(2, slot_bytes(slot_layouts), FINGERPRINT))
+    arena = make_arena(ArenaSpec(2, slot_bytes(slot_layouts), FINGERPRINT))
     store = HostStore(SlotIndex(arena), slot_layouts)
     assert store.store(1, key_of(1), 1, (0, 1))
     assert not store.poll()[0].error

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from kvconnect.offload.store.backing import DRAFT_NAME
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.limits import memory_room
 from kvconnect.offload.store.neighbours import claim
 from kvconnect.offload.store.unused import DAY_S, remove_unused
@@ -17,7 +17,7 @@ OURS, OTHER = b"\x01" * 32, b"\x02" * 32
 
 
 def spec(fingerprint):
-    return Spec(2, 4096, fingerprint)
+    return ArenaSpec(2, 4096, fingerprint)
 
 
 def leave_one(folder, fingerprint=OTHER):

@@ -43,7 +43,7 @@ from kvconnect.offload.store.header import (
     HELD,
     SLOT,
     SLOT_MAGIC,
-    Spec,
+    ArenaSpec,
 )
 from kvconnect.offload.store.numa import Nodes
 
@@ -74,7 +74,7 @@ class Scan(NamedTuple):
 class Arena:
     """See the module's contract; made by `make`, `attach` or `look`."""
 
-    def __init__(self, spec: Spec, opened: backing.Backing, identity: bytes) -> None:
+    def __init__(self, spec: ArenaSpec, opened: backing.Backing, identity: bytes) -> None:
         self.spec = spec
         self.identity = identity
         self.backing = opened
@@ -215,7 +215,7 @@ class Arena:
             self.backing.close()
 
 
-def make(spec: Spec, followed: bool = False, nodes: Nodes = ()) -> Arena:
+def make(spec: ArenaSpec, followed: bool = False, nodes: Nodes = ()) -> Arena:
     """An arena in memory of our own, empty; ``followed``: one that other processes `look` at.
 
     ``nodes``: where it had better lie. Raises StoreError.
@@ -226,7 +226,7 @@ def make(spec: Spec, followed: bool = False, nodes: Nodes = ()) -> Arena:
     return Arena(spec, opened, identity)
 
 
-def attach(spec: Spec, path: Path, wrap: backing.Wrap = backing.mapped) -> Arena:
+def attach(spec: ArenaSpec, path: Path, wrap: backing.Wrap = backing.mapped) -> Arena:
     """The arena in the file at ``path``, with its content, ourselves its writer.
 
     Made anew where there is none, or one that is not as ``spec`` says; a file that never was an

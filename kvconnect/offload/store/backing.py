@@ -23,7 +23,7 @@ import numpy as np
 
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import numa
-from kvconnect.offload.store.header import HEAD_BYTES, Spec
+from kvconnect.offload.store.header import HEAD_BYTES, ArenaSpec
 
 OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM}
 DRAFT_NAME = "{}.{}.new"  # of a file that is being made
@@ -176,7 +176,7 @@ def _used(fd: int) -> None:
         os.utime(fd)
 
 
-def create(path: Path, spec: Spec, head: bytes, wrap: Wrap) -> Backing:
+def create(path: Path, spec: ArenaSpec, head: bytes, wrap: Wrap) -> Backing:
     """A new file with ``head``, zeros after it, and ourselves its writer."""
     draft = path.with_name(DRAFT_NAME.format(path.name, secrets.token_hex(4)))
     fd = -1

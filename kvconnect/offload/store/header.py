@@ -60,7 +60,7 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 _PLACES = np.arange(WORDS - 1, dtype=np.uint64)
 
 
-class Spec(NamedTuple):
+class ArenaSpec(NamedTuple):
     """What an arena is made for; an existing one is used only if all of it is equal."""
 
     slots: int
@@ -93,7 +93,7 @@ def pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def arena_head(spec: Spec, identity: bytes) -> bytes:
+def arena_head(spec: ArenaSpec, identity: bytes) -> bytes:
     """An arena's own header, `HEAD_BYTES` long."""
     head = np.zeros((), ARENA)
     head["magic"], head["format"], head["slot_header_bytes"] = ARENA_MAGIC, FORMAT, SLOT.itemsize
@@ -104,7 +104,7 @@ def arena_head(spec: Spec, identity: bytes) -> bytes:
     return head.tobytes().ljust(HEAD_BYTES, b"\0")
 
 
-def read_head(raw: bytes) -> tuple[Spec, bytes] | str:
+def read_head(raw: bytes) -> tuple[ArenaSpec, bytes] | str:
     """Spec and identity of an arena by its header, or what is wrong with it."""
     if len(raw) < ARENA.itemsize:
         return f"is {len(raw)} bytes long, expected at least {HEAD_BYTES}"
@@ -115,7 +115,7 @@ def read_head(raw: bytes) -> tuple[Spec, bytes] | str:
         return f"has format {head['format']}, expected {FORMAT}"
     if not np.array_equal(head["check"], _head_check(head)):
         return "has a damaged header"
-    spec = Spec(int(head["slots"]), int(head["slot_bytes"]), head["fingerprint"].tobytes())
+    spec = ArenaSpec(int(head["slots"]), int(head["slot_bytes"]), head["fingerprint"].tobytes())
     return spec, head["identity"].tobytes()
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store.arena import Arena, SlotEntry, attach, look
 from kvconnect.offload.store.backing import Wrap, mapped
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -39,7 +39,7 @@ class Find(NamedTuple):
     entry: SlotEntry
 
 
-def claim(folder: Path, spec: Spec, wrap: Wrap = mapped) -> tuple[Arena, Path]:
+def claim(folder: Path, spec: ArenaSpec, wrap: Wrap = mapped) -> tuple[Arena, Path]:
     """The first arena in ``folder`` that nobody else writes to, with what it holds.
 
     Raises StoreError.

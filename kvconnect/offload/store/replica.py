@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from kvconnect.offload.jobs import JobDone, Loss
 from kvconnect.offload.store.arena import make
-from kvconnect.offload.store.header import Spec
+from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.neighbours import Neighbours
 from kvconnect.offload.store.slot_index import SlotIndex
@@ -50,7 +50,9 @@ class ReplicaReader:
     ) -> None:
         """``found``: what the leader held in memory and on disk when it started; ``ready``: how
         many of its slots our device can read by now, by default all."""
-        none = make(Spec(1, 1, bytes(32)))  # a store wants one of its own; nothing is put there
+        none = make(
+            ArenaSpec(1, 1, bytes(32))
+        )  # a store wants one of its own; nothing is put there
         self.host = HostStore(SlotIndex(none), slot_layouts, leader)
         self._leader = leader
         self._found = found

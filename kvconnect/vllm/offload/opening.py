@@ -12,7 +12,7 @@ from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.store.arena import Arena, make
 from kvconnect.offload.store.backing import FileBacking, Wrap, mapped
-from kvconnect.offload.store.header import HEAD_BYTES, SLOT, Spec
+from kvconnect.offload.store.header import HEAD_BYTES, SLOT, ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.limits import memory_room
 from kvconnect.offload.store.neighbours import Neighbours, claim, other_paths
@@ -214,9 +214,9 @@ def _neighbours(
 _filed: Wrap = FileBacking
 
 
-def _spec(room: int, nbytes: int, fingerprint: bytes, option: str) -> Spec:
+def _spec(room: int, nbytes: int, fingerprint: bytes, option: str) -> ArenaSpec:
     """As many slots as fit into ``room`` bytes."""
-    one = Spec(1, nbytes, fingerprint)
+    one = ArenaSpec(1, nbytes, fingerprint)
     slots = (room - HEAD_BYTES - one.table_bytes) // (one.stride + SLOT.itemsize)
     if slots < 1:
         raise StoreError(
@@ -224,7 +224,7 @@ def _spec(room: int, nbytes: int, fingerprint: bytes, option: str) -> Spec:
             f"{option} leaves {room} bytes to a rank, where one chunk of KV has {one.stride}; "
             "give more, or a smaller block_size",
         )
-    return Spec(slots, nbytes, fingerprint)
+    return ArenaSpec(slots, nbytes, fingerprint)
 
 
 def _check_memory(nbytes: int) -> None:
