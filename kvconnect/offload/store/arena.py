@@ -63,7 +63,7 @@ class SlotEntry(NamedTuple):
     order: int
 
 
-class Scan(NamedTuple):
+class ArenaScan(NamedTuple):
     """What an arena holds. ``entries`` in the order in which they were committed."""
 
     entries: list[SlotEntry]
@@ -145,12 +145,12 @@ class Arena:
         """Whether the slot held the same all the time since ``entry`` was read."""
         return self.entry(entry.slot) == entry
 
-    def scan(self) -> Scan:
+    def scan(self) -> ArenaScan:
         """All that is held now."""
         rows, held = self._snapshot()
         found = np.flatnonzero(held)[np.argsort(rows["order"][held], kind="stable")]
         empty = ~held & (rows["state"] == FREE) & (rows["check"] == 0)
-        return Scan(_entries(rows[found], found), np.flatnonzero(~held & ~empty).tolist())
+        return ArenaScan(_entries(rows[found], found), np.flatnonzero(~held & ~empty).tolist())
 
     def _flush(self, slot: int) -> None:
         self.backing.flush(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
