@@ -57,7 +57,7 @@ class ConsumerContext:
     """Remotes that have become READY or FAILED, until `Remotes.take_changed`."""
 
 
-class Choice(NamedTuple):
+class PathChoice(NamedTuple):
     """Which path is taken; ``descriptors``: how many the direct one takes or would take."""
 
     staged: bool
@@ -76,15 +76,15 @@ class PeerPath:
 
     def choose_staged(
         self, tables: Sequence[Sequence[int]], blocks: Sequence[Sequence[tuple[int, int]]]
-    ) -> Choice:
+    ) -> PathChoice:
         """How a transfer (see `Route.select`) is to be made."""
         if self.route is None:
-            return Choice(True, 0)
+            return PathChoice(True, 0)
         found = self.route.descriptors(tables, blocks)
         if self.staged is None:
-            return Choice(False, found)
+            return PathChoice(False, found)
         staged = self.costs.choose_staged(found, self.route.nbytes(blocks))
-        return Choice(staged and (self.staged.fast or self.costs.direct_fails), found)
+        return PathChoice(staged and (self.staged.fast or self.costs.direct_fails), found)
 
 
 class Remote:
