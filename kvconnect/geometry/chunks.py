@@ -65,7 +65,7 @@ class Kind(NamedTuple):
     """Whether blocks move whole, and "tokens" are rows of a packed part."""
 
 
-class Held(NamedTuple):
+class SourceSlice(NamedTuple):
     """A head slice as the source has it; see `Kind`."""
 
     copy: Copy
@@ -230,7 +230,7 @@ def copy_of(view: BlockView, part: Part, head_slice: HeadSlice, factor: float) -
     )
 
 
-def source_copy(views: dict[str, BlockView], asked: HeadSlice) -> Held:
+def source_copy(views: dict[str, BlockView], asked: HeadSlice) -> SourceSlice:
     """The source's half of a head slice that a reader asked for.
 
     Raises GeometryError if our caches do not hold it, or not so.
@@ -256,7 +256,7 @@ def source_copy(views: dict[str, BlockView], asked: HeadSlice) -> Held:
         raise GeometryError(
             f"layer {asked.layer}: {view.dtype} cannot be converted to {asked.dtype}"
         )
-    return Held(copy_of(view, part, asked, asked.factor), view.group, whole)
+    return SourceSlice(copy_of(view, part, asked, asked.factor), view.group, whole)
 
 
 def _pairs(rect: Rect, most_bytes: int) -> list[tuple[Part, Part]]:

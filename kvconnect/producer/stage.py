@@ -29,7 +29,7 @@ from kvconnect.control.listener import Incoming, Listener
 from kvconnect.costs import Average
 from kvconnect.errors import GeometryError, TransportError, contained
 from kvconnect.geometry.blocks import MAX_ADDRESS, Shard
-from kvconnect.geometry.chunks import Held, segments, source_copy
+from kvconnect.geometry.chunks import SourceSlice, segments, source_copy
 from kvconnect.geometry.rows import RowTable
 from kvconnect.lease import Clock, Terms
 from kvconnect.ops import Copy, Kernels, Launch, Prepared, chunk_bytes
@@ -67,7 +67,7 @@ class Reader:
     name: str
     arena: wire.Granules
     table: RowTable
-    held: list[Held]
+    held: list[SourceSlice]
     prepared: dict[tuple[int, int], PreparedSlices] = field(default_factory=dict)
     heard_at: float = 0.0
     """When it staged, or a chunk was last gathered for it or written to it."""
