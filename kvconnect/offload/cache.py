@@ -47,7 +47,7 @@ class Admission(NamedTuple):
     evicted: list[Key]
 
 
-class Change(NamedTuple):
+class KeyChange(NamedTuple):
     """For KV events: a key that came to be held, or was and is not any more."""
 
     key: Key
@@ -64,7 +64,7 @@ class CacheTier:
         self._threshold = threshold
         self._known: dict[Key, Pin] = {}
         self._offers: OrderedDict[Key, int] = OrderedDict()
-        self._changes: list[Change] = []
+        self._changes: list[KeyChange] = []
         self._waiting: dict[Key, list[Sequence[Key]]] = {}  # what `ended` waits for
 
     @property
@@ -125,7 +125,7 @@ class CacheTier:
             return self._leave(key)
         known.standing = KeyState.HELD
         self._release(known)
-        self._changes.append(Change(key, True))
+        self._changes.append(KeyChange(key, True))
         return []
 
     def pin(self, keys: Iterable[Key]) -> list[Pin]:
@@ -192,7 +192,7 @@ class CacheTier:
         held = [key for key in self._known if self.holds(key)]
         return [left for key in held for left in self._leave(key)]
 
-    def take_changes(self) -> list[Change]:
+    def take_changes(self) -> list[KeyChange]:
         """Since the last call."""
         changes, self._changes = self._changes, []
         return changes
@@ -224,7 +224,7 @@ class CacheTier:
     def _gone(self, key: Key) -> None:
         known = self._known.pop(key)
         if known.standing is KeyState.HELD:
-            self._changes.append(Change(key, False))
+            self._changes.append(KeyChange(key, False))
         known.standing = KeyState.ABSENT
         self._wake(key)
 

@@ -12,7 +12,7 @@ from typing import Any
 from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvconnect.offload.cache import Change
+from kvconnect.offload.cache import KeyChange
 from kvconnect.offload.eviction import Key
 from kvconnect.vllm.offload.identity import Cut
 
@@ -61,7 +61,7 @@ class Events:
         if key in self._saved and not self._saved[key].media:
             del self._saved[key]
 
-    def take(self, changes: Mapping[str, Sequence[Change]]) -> list[Any]:
+    def take(self, changes: Mapping[str, Sequence[KeyChange]]) -> list[Any]:
         """Events of what has changed in each tier, by its name."""
         found: list[Any] = []
         for tier, of_tier in changes.items():
