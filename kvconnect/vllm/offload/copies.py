@@ -16,7 +16,7 @@ from kvconnect.errors import StoreError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.store.numa import Nodes
 from kvconnect.offload.store.slot_layout import SlotLayout
-from kvconnect.vllm.offload.opening import Lead, OpenStore, Pin, open_replica, open_store
+from kvconnect.vllm.offload.opening import LeaderInfo, OpenStore, Pin, open_replica, open_store
 
 if TYPE_CHECKING:
     from kvconnect.vllm.engine import Rank
@@ -74,7 +74,7 @@ def _together(
             store = open_store(config, copies, fingerprint, slot_layouts, pin, nodes, followed=True)
         except StoreError as e:
             problem = str(e)
-    leads: dict[int, Lead | None] = dict(gather((index, store and store.lead)))
+    leads: dict[int, LeaderInfo | None] = dict(gather((index, store and store.lead)))
     lead = leads[leader]
     if index != leader and lead is not None:
         try:

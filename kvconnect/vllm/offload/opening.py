@@ -47,7 +47,7 @@ class Closes(Protocol):
         """Idempotent."""
 
 
-class Lead(NamedTuple):
+class LeaderInfo(NamedTuple):
     """What replicas must know of the rank that stores for them."""
 
     path: str
@@ -65,7 +65,7 @@ class OpenStore(NamedTuple):
     """What is loaded from: this rank's, or its leader's."""
     stores: bool
     """Whether it is this rank's."""
-    lead: Lead
+    lead: LeaderInfo
     """What it can hold, and held from before."""
     parts: tuple[Closes, ...]
     """To be closed in this order, after the thread has stopped."""
@@ -140,14 +140,14 @@ def open_store(
     runner = Runner(tiers, [slot_layout.block_bytes for slot_layout in slot_layouts], counts)
     disk_slots = disk.index.arena.spec.slots if disk else 0
     passing = min(PASSING_SLOTS, spec.slots // 2) if config.share and disk else 0
-    lead = Lead(str(arena.path), arena.identity, spec.slots - passing, disk_slots, keys)
+    lead = LeaderInfo(str(arena.path), arena.identity, spec.slots - passing, disk_slots, keys)
     parts = [part for part in (disk, neighbours, pinning, arena) if part is not None]
     return OpenStore(runner, arena, True, lead, tuple(parts), pinning)
 
 
 def open_replica(
     config: OffloadConfig,
-    lead: Lead,
+    lead: LeaderInfo,
     fingerprint: bytes,
     slot_layouts: Sequence[SlotLayout],
     pin: Pin = no_device,
