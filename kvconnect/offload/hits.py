@@ -31,14 +31,14 @@ class Group(NamedTuple):
     window_tokens: int | None = None
 
 
-class Need(NamedTuple):
+class ChunkRange(NamedTuple):
     """Chunks ``[first, end)`` of a group."""
 
     first: int
     end: int
 
 
-def needed(group: Group, local_tokens: int, tokens: int) -> Need:
+def needed(group: Group, local_tokens: int, tokens: int) -> ChunkRange:
     """Which chunks a request needs whose first ``local_tokens`` are here, to go on at ``tokens``.
 
     A window counts from ``tokens - 1``: after a full hit vLLM computes the last token again.
@@ -47,8 +47,8 @@ def needed(group: Group, local_tokens: int, tokens: int) -> Need:
     if group.window_tokens is not None:
         first = max(first, tokens - group.window_tokens)
     if first >= tokens:
-        return Need(0, 0)
-    return Need(first // group.chunk_tokens, -(-tokens // group.chunk_tokens))
+        return ChunkRange(0, 0)
+    return ChunkRange(first // group.chunk_tokens, -(-tokens // group.chunk_tokens))
 
 
 def hit_tokens(

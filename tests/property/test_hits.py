@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect.offload.hits import Group, Need, hit_tokens, needed
+from kvconnect.offload.hits import ChunkRange, Group, hit_tokens, needed
 
 groups = st.lists(
     st.builds(Group, st.sampled_from([2, 4]), st.sampled_from([None, None, 1, 3, 5])),
@@ -50,8 +50,8 @@ def test_it_is_the_farthest_end_whose_chunks_are_all_there(groups, local_blocks,
 
 def test_what_is_here_need_not_be_loaded():
     full, window = Group(4), Group(4, 6)
-    assert needed(full, 8, 16) == Need(2, 4)
-    assert needed(full, 10, 16) == Need(2, 4), "of the chunk in the middle only some blocks"
-    assert needed(window, 0, 40) == Need(8, 10)
-    assert needed(window, 36, 40) == Need(9, 10)
-    assert needed(full, 16, 16) == Need(0, 0)
+    assert needed(full, 8, 16) == ChunkRange(2, 4)
+    assert needed(full, 10, 16) == ChunkRange(2, 4), "of the chunk in the middle only some blocks"
+    assert needed(window, 0, 40) == ChunkRange(8, 10)
+    assert needed(window, 36, 40) == ChunkRange(9, 10)
+    assert needed(full, 16, 16) == ChunkRange(0, 0)
