@@ -18,7 +18,7 @@ from kvconnect.offload.keys import Identity
 from kvconnect.vllm.adapter_reports import AdapterReport, Loaded
 from kvconnect.vllm.offload import scheduler as module
 from kvconnect.vllm.offload.identity import cuts
-from kvconnect.vllm.offload.messages import Found, Wanted, WorkerResults
+from kvconnect.vllm.offload.messages import Found, WantedChunk, WorkerResults
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 
 BLOCK = 4
@@ -468,7 +468,7 @@ def test_a_load_from_disk_that_has_no_room_fails_and_is_not_tried_again(make):
     assert work.loads["other"] == ((work.jobs[0].number,), problem)
     engine.answer(work)
     assert engine.half.get_num_new_matched_tokens(other, 0) == 0
-    assert engine.half.spares(other, [Wanted(0, 0, (11,))]) == [(None, "")]
+    assert engine.half.spares(other, [WantedChunk(0, 0, (11,))]) == [(None, "")]
 
 
 def test_tokens_are_counted_by_where_they_come_from_and_told_once(make):
@@ -487,7 +487,7 @@ def test_a_spare_from_disk_makes_room_in_memory(make):
     engine.stored(request(), ([1, 2, 3],))
     first, second, _ = engine.half.keys_of("r")[0]
     named(engine, Found(1, 8, [first], [second]))
-    ((fill, source_of),) = engine.half.spares(request(), [Wanted(0, 1, (11,))])
+    ((fill, source_of),) = engine.half.spares(request(), [WantedChunk(0, 1, (11,))])
     assert (fill.blocks, source_of) == ((11,), "disk")
     assert engine.step().jobs == [Forget(first, False)]
 

@@ -14,7 +14,7 @@ from kvconnect.offload.jobs import Fill
 from kvconnect.orders import Cancel, Fetch, Offer, Release
 from kvconnect.vllm import _compat
 from kvconnect.vllm.engine import this_rank
-from kvconnect.vllm.offload.messages import Wanted
+from kvconnect.vllm.offload.messages import WantedChunk
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 from kvconnect.vllm.offload.worker import OffloadWorker
 from kvconnect.vllm.scheduler import Scheduler
@@ -114,7 +114,7 @@ class ChainScheduler:
                 if not ours:
                     continue
                 ids = tuple(ours.get(place, NO_BLOCK) for place in range(first, first + size))
-                wanted.append(Wanted(group, first // size, ids))
+                wanted.append(WantedChunk(group, first // size, ids))
                 last = min((max(ours) + 1) * each, end)
                 units.append(LoadUnit(group, tuple(ours.items()), last, last - min(ours) * each))
         units = _counted_once(units)

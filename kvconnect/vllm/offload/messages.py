@@ -25,7 +25,7 @@ class Found(KVConnectorHandshakeMetadata):
     disk: list[bytes]
 
 
-class Wanted(NamedTuple):
+class WantedChunk(NamedTuple):
     """A chunk that a chain asks for, by its number in a group; ``blocks`` as of `KeyedChunk`."""
 
     group: int

@@ -23,7 +23,7 @@ from kvconnect.offload.tiers import Effects, KeyedChunk, OffloadTier, Writes, co
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
 from kvconnect.vllm.offload.identity import Cut, cuts, identity
-from kvconnect.vllm.offload.messages import Found, Loading, StepJobs, Wanted, WorkerResults
+from kvconnect.vllm.offload.messages import Found, Loading, StepJobs, WantedChunk, WorkerResults
 from kvconnect.vllm.offload.tracked import Tracked
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class OffloadScheduler:
         self._work.loads[request.request_id] = Loading(fills, problem)
         self._absorb(result)
 
-    def spares(self, request: Any, chunks: Sequence[Wanted]) -> list[tuple[Fill | None, str]]:
+    def spares(self, request: Any, chunks: Sequence[WantedChunk]) -> list[tuple[Fill | None, str]]:
         """A fill for each chunk, to be carried out or declined by every rank, and from where.
 
         None where it is not here. For a chain: this scheduler's own workers hear nothing of it.
