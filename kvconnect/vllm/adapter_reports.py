@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from kvconnect.vllm.adapters import Adapters, Noted
+    from kvconnect.vllm.adapters import Adapters, LoadedAdapters
 
 
 class Loaded(NamedTuple):
@@ -39,7 +39,7 @@ def merged(one: AdapterReport | None, other: AdapterReport | None) -> AdapterRep
 
 
 class NoAdapters:
-    """Stands for `Adapters` and for `Noted` in an engine that serves no adapters.
+    """Stands for `Adapters` and for `LoadedAdapters` in an engine that serves no adapters.
 
     Requests have none then. One that names one all the same has KV that is nobody else's.
     """
@@ -50,7 +50,7 @@ class NoAdapters:
     def bound(self, step: int) -> None:
         pass
 
-    def take(self, rank: int) -> None:  # noqa: ARG002 - as `Noted` has it
+    def take(self, rank: int) -> None:  # noqa: ARG002 - as `LoadedAdapters` has it
         return None
 
     def received(self, report: AdapterReport | None) -> None:
@@ -86,10 +86,10 @@ def scheduler_adapters(vllm_config: Any) -> "Adapters | NoAdapters":
     return Adapters(vllm_config.parallel_config.world_size)
 
 
-def worker_adapters(vllm_config: Any) -> "Noted | NoAdapters":
+def worker_adapters(vllm_config: Any) -> "LoadedAdapters | NoAdapters":
     """What a worker's half says of the adapters that its process loads, from now on."""
     if vllm_config.lora_config is None:
         return NoAdapters()
-    from kvconnect.vllm.adapters import Noted
+    from kvconnect.vllm.adapters import LoadedAdapters
 
-    return Noted()
+    return LoadedAdapters()

@@ -23,7 +23,7 @@ from kvconnect.vllm.adapter_reports import (
     scheduler_adapters,
     worker_adapters,
 )
-from kvconnect.vllm.adapters import Adapters, Noted, digest_of, note
+from kvconnect.vllm.adapters import Adapters, LoadedAdapters, digest_of, note
 from kvconnect.vllm.protocol import RouterProtocol
 
 
@@ -78,7 +78,7 @@ class Worker:
     """What vLLM's worker does to load an adapter, and what it tells us."""
 
     def __init__(self, rank=0):
-        self.noted = Noted()
+        self.noted = LoadedAdapters()
         self.manager = Manager()
         self.rank = rank
 
@@ -182,7 +182,7 @@ def test_engines_without_adapters_are_left_alone():
 def test_engines_with_adapters_are_not():
     some = SimpleNamespace(lora_config=object(), parallel_config=SimpleNamespace(world_size=2))
     assert isinstance(scheduler_adapters(some), Adapters)
-    assert isinstance(worker_adapters(some), Noted)
+    assert isinstance(worker_adapters(some), LoadedAdapters)
 
 
 def test_pages_of_a_large_tensor_are_read_to_its_end():
@@ -456,7 +456,7 @@ def test_a_request_that_ends_before_its_adapter_is_known_lets_its_lease_go(pair)
 def test_notes_of_one_digest_are_no_change():
     note(1, "x")
     note(1, "x")
-    assert Noted().take(0).loaded == {1: {0: Loaded("x", 0)}}
+    assert LoadedAdapters().take(0).loaded == {1: {0: Loaded("x", 0)}}
     note(1, "")
     note(1, "")
-    assert Noted().take(0).loaded == {1: {0: Loaded("", 2)}}
+    assert LoadedAdapters().take(0).loaded == {1: {0: Loaded("", 2)}}
