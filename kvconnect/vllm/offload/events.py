@@ -14,7 +14,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvconnect.offload.cache import KeyChange
 from kvconnect.offload.eviction import Key
-from kvconnect.vllm.offload.identity import Cut
+from kvconnect.vllm.offload.identity import GroupOffloadConfig
 
 MEDIA = {"host": MEDIUM_CPU, "disk": MEDIUM_STORAGE}
 
@@ -32,7 +32,7 @@ class _SavedChunk:
 class Events:
     """Made where ``--kv-events-config`` asks for events."""
 
-    def __init__(self, cuts: list[Cut], hash_tokens: int) -> None:
+    def __init__(self, cuts: list[GroupOffloadConfig], hash_tokens: int) -> None:
         self._cuts = cuts
         self._hash_tokens = hash_tokens
         self._saved: dict[Key, _SavedChunk] = {}

@@ -18,7 +18,7 @@ from kvconnect.vllm.fingerprint import all_weights, fingerprint
 UNNAMED = "compared apart"
 
 
-class Cut(NamedTuple):
+class GroupOffloadConfig(NamedTuple):
     """How one transferred KV cache group is cut into chunks."""
 
     group_id: int
@@ -28,7 +28,7 @@ class Cut(NamedTuple):
     group: Group
 
 
-def cuts(kv_cache_config: Any, config: OffloadConfig) -> list[Cut]:
+def cuts(kv_cache_config: Any, config: OffloadConfig) -> list[GroupOffloadConfig]:
     """How each transferred group is cut into chunks; raises ConfigError for what cannot be."""
     found = []
     for group_id in _compat.transfer_group_ids(kv_cache_config):
@@ -50,13 +50,13 @@ def cuts(kv_cache_config: Any, config: OffloadConfig) -> list[Cut]:
                 f"block_size is {tokens}, expected a multiple of the engine's {block}; both are "
                 "in tokens"
             )
-        found.append(Cut(group_id, block, tokens // block, Group(tokens, window)))
+        found.append(GroupOffloadConfig(group_id, block, tokens // block, Group(tokens, window)))
     return found
 
 
 def identity(
     vllm_config: Any,
-    cut: list[Cut],
+    cut: list[GroupOffloadConfig],
     model_id: str | None = None,
     seed: str | None = None,
     unknown: str = "not known",

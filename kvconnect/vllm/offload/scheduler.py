@@ -22,7 +22,7 @@ from kvconnect.offload.keys import Names
 from kvconnect.offload.tiers import Effects, KeyedChunk, OffloadTier, Writes, common
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
-from kvconnect.vllm.offload.identity import Cut, cuts, identity
+from kvconnect.vllm.offload.identity import GroupOffloadConfig, cuts, identity
 from kvconnect.vllm.offload.messages import Found, Loading, StepJobs, WantedChunk, WorkerResults
 from kvconnect.vllm.offload.tracked import Tracked
 
@@ -336,7 +336,7 @@ class OffloadScheduler:
                 tracked.no_loads = True
 
 
-def _events(vllm_config: Any, cuts: list[Cut], hash_tokens: int) -> "Events | None":
+def _events(vllm_config: Any, cuts: list[GroupOffloadConfig], hash_tokens: int) -> "Events | None":
     """KV events, where they are asked for."""
     config = vllm_config.kv_events_config
     if config is None or not config.enable_kv_cache_events:

@@ -5,7 +5,7 @@ from typing import Any
 
 from kvconnect.offload.eviction import Key
 from kvconnect.offload.keys import Context, Item, Names
-from kvconnect.vllm.offload.identity import Cut
+from kvconnect.vllm.offload.identity import GroupOffloadConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -22,7 +22,7 @@ class Tracked:
         self,
         request: Any,
         names: Names,
-        cuts: list[Cut],
+        cuts: list[GroupOffloadConfig],
         hash_tokens: int,
         adapter: str | None = None,
     ) -> None:
