@@ -6,8 +6,8 @@ itself once it has been pushed out of its cache. So only what loads an adapter k
 
 * `watch`, in each worker's process, has vLLM's own loading note a digest of the tensors that it
   loaded; of adapters that come in another way it notes that they are not known.
-* A worker's `LoadedAdapters` tells the scheduler's half, `Adapters`, with each step's results: what it
-  loaded, and the number of the step before which that was all.
+* A worker's `LoadedAdapters` tells the scheduler's half, `Adapters`, with each step's results:
+  what it loaded, and the number of the step before which that was all.
 * An adapter that no worker has loaded yet, or that ranks do not all know, is not known; a request
   with it is computed here, and its KV is neither handed over nor stored.
 * A request for an adapter that is loaded in place waits for the results of one step, which were
