@@ -14,7 +14,7 @@ from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.keys import Names
 from kvconnect.vllm import weights
 from kvconnect.vllm.offload.identity import cuts, identity, kept_apart
-from kvconnect.vllm.offload.tracked import NO_LIMIT, Tracked
+from kvconnect.vllm.offload.request_chunks import NO_LIMIT, RequestChunks
 
 BLOCK = 16
 
@@ -204,7 +204,7 @@ def request(**changes):
 
 def tracked(chunk=BLOCK, adapter=None, **changes):
     names = Names(identity(engine(), cut()))
-    return Tracked(request(**changes), names, cut(block_size=chunk), BLOCK, adapter)
+    return RequestChunks(request(**changes), names, cut(block_size=chunk), BLOCK, adapter)
 
 
 def picture(name, offset=0):
@@ -253,7 +253,7 @@ def test_a_session_that_says_something_else_has_other_keys():
 
 def test_chunks_of_all_groups_are_in_the_order_in_which_they_end():
     names = Names(identity(engine(), cut(groups=2)))
-    one = Tracked(request(), names, cut(groups=2), BLOCK)
+    one = RequestChunks(request(), names, cut(groups=2), BLOCK)
     first, second = one.keys()
     assert one.in_order() == [key for pair in zip(first, second, strict=True) for key in pair]
 
@@ -275,4 +275,4 @@ def test_hashes_may_be_of_less_than_a_block():
     """As vLLM has them where groups have blocks of several sizes."""
     of_whole = tracked(block_hashes=[bytes([n]) * 32 for n in (1, 3)]).keys()
     names = Names(identity(engine(), cut()))
-    assert Tracked(request(), names, cut(), BLOCK // 2).keys() == of_whole
+    assert RequestChunks(request(), names, cut(), BLOCK // 2).keys() == of_whole

@@ -24,7 +24,7 @@ from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
 from kvconnect.vllm.offload.identity import GroupOffloadConfig, cuts, identity
 from kvconnect.vllm.offload.messages import Found, Loading, StepJobs, WantedChunk, WorkerResults
-from kvconnect.vllm.offload.tracked import Tracked
+from kvconnect.vllm.offload.request_chunks import RequestChunks
 
 if TYPE_CHECKING:
     from kvconnect.vllm.offload.events import Events
@@ -54,7 +54,7 @@ class OffloadScheduler:
         self._ranks = 1
         self._pool: Any = None
         self._adapters = scheduler_adapters(vllm_config)
-        self._requests: dict[str, Tracked] = {}
+        self._requests: dict[str, RequestChunks] = {}
         self._held: dict[int, tuple[Key, list[Any]]] = {}  # number of a save → blocks of the pool
         self._answers: dict[int, tuple[int, int]] = {}  # so far: ranks, failures
         self._declined: Counter[int] = Counter()  # of those ranks
@@ -249,18 +249,18 @@ class OffloadScheduler:
 
     # -- inside --------------------------------------------------------------------------
 
-    def _track(self, request: Any) -> Tracked:
+    def _track(self, request: Any) -> RequestChunks:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
             if self._names is None:  # late: vLLM draws its hash seed after we are made
                 told = self._config.model_id, hash_seed(), secrets.token_hex(16)
                 self._names = Names(identity(self._vllm_config, self.cuts, *told))
             adapter = self._adapters.begin(request)
-            tracked = Tracked(request, self._names, self.cuts, self._hash_tokens, adapter)
+            tracked = RequestChunks(request, self._names, self.cuts, self._hash_tokens, adapter)
             self._requests[request.request_id] = tracked
         return tracked
 
-    def _chunks_to_load(self, tracked: Tracked, blocks: Any, tokens: int) -> list[KeyedChunk]:
+    def _chunks_to_load(self, tracked: RequestChunks, blocks: Any, tokens: int) -> list[KeyedChunk]:
         found = []
         for index, (cut, keys) in enumerate(zip(self.cuts, tracked.keys(), strict=True)):
             table = blocks.blocks[cut.group_id]
@@ -289,7 +289,7 @@ class OffloadScheduler:
                 counts[TOKENS_FROM[source]] += wanted * self.cuts[0].block_tokens
         return counts
 
-    def _store(self, tracked: Tracked, tables: Any, scheduled: int) -> None:
+    def _store(self, tracked: RequestChunks, tables: Any, scheduled: int) -> None:
         """Offer chunks that this step completes."""
         assert self._tier is not None
         request = tracked.request

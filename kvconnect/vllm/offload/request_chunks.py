@@ -12,7 +12,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 NO_LIMIT = 1 << 62
 
 
-class Tracked:
+class RequestChunks:
     """One request; see the module. ``hash_tokens``: how many a block hash stands for.
 
     ``adapter``: the digest of the request's; "" if it is not known: nothing is stored or loaded.
