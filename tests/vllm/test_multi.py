@@ -25,7 +25,7 @@ from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
 from kvconnect.vllm.multi.messages import MultiEvents
 from kvconnect.vllm.multi.metrics import ChainStats, MultiPromMetrics, rebuild
 from kvconnect.vllm.multi.params import APART, labels, merged, split
-from kvconnect.vllm.offload.messages import Found, WorkerResults
+from kvconnect.vllm.offload.messages import StoreHandshake, WorkerResults
 
 UNIT = "tests/v1/kv_connector/unit"
 # vLLM's tests that cannot hold for ours, and why.
@@ -507,7 +507,7 @@ def test_what_a_rank_declined_of_the_disk_has_not_come_to_memory(monkeypatch):
     asks = request(blocks=1)
     engine.half.get_num_new_matched_tokens(asks, 0)
     ((key,),) = engine.half.keys_of("r")
-    found = Found(16, 16, [], [key])
+    found = StoreHandshake(16, 16, [], [key])
     engine.half.set_xfer_handshake_metadata({(0, 0): found, (0, 1): found})
     both = chain(engine, Peer(BLOCK))
     both.get_num_new_matched_tokens(asks, 0)
@@ -527,7 +527,7 @@ def test_engines_below_in_trees_multi_connector_are_told_by_their_workers(monkey
     """It gave this one another child's handshake: until both ranks have spoken, "ask again"."""
     half = Engine(monkeypatch, ranks=2).half
     half.waits_for_workers = True
-    found = Found(16, 0, [], [])
+    found = StoreHandshake(16, 0, [], [])
     assert half.get_num_new_matched_tokens(request(), 0) is None
     half.update_connector_output(WorkerResults(found={1: found}))
     assert half.get_num_new_matched_tokens(request(), 0) is None

@@ -18,7 +18,7 @@ from kvconnect.offload.keys import Identity
 from kvconnect.vllm.adapter_reports import AdapterReport, Loaded
 from kvconnect.vllm.offload import scheduler as module
 from kvconnect.vllm.offload.identity import cuts
-from kvconnect.vllm.offload.messages import Found, WantedChunk, WorkerResults
+from kvconnect.vllm.offload.messages import StoreHandshake, WantedChunk, WorkerResults
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 
 BLOCK = 4
@@ -103,7 +103,7 @@ class Engine:
             ),
             config,
         )
-        found = Found(slots, 0, [], [])
+        found = StoreHandshake(slots, 0, [], [])
         if named:
             self.half.set_xfer_handshake_metadata({(0, r): found for r in range(ranks)})
         self.pool = Pool()
@@ -321,7 +321,7 @@ def test_what_ranks_found_is_had_by_all_or_forgotten(make):
     stored = engine.stored(request(), ([1, 2, 3],)).saves
     keys = [save.key for save in stored]
     engine.half.set_xfer_handshake_metadata(
-        {(0, 0): Found(8, 0, keys, []), (0, 1): Found(8, 0, keys[:2], [])}
+        {(0, 0): StoreHandshake(8, 0, keys, []), (0, 1): StoreHandshake(8, 0, keys[:2], [])}
     )
     assert engine.half.get_num_new_matched_tokens(request("other"), 0) == 8
     assert [job.key for job in engine.step().jobs] == [keys[2]]
@@ -386,7 +386,7 @@ def named(engine, *found):
 
 def test_the_rank_with_the_least_room_decides(make):
     engine = make()
-    named(engine, Found(2, 1, [], []), Found(8, 4, [], []))
+    named(engine, StoreHandshake(2, 1, [], []), StoreHandshake(8, 4, [], []))
     one = request()
     engine.half.get_num_new_matched_tokens(one, 0)
     work = engine.step(one, ([1, 2, 3],), 13)
@@ -399,14 +399,14 @@ def test_what_some_ranks_found_on_disk_is_forgotten_there(make):
     engine = make()
     engine.half.get_num_new_matched_tokens(request(), 0)
     a, b, _ = engine.half.keys_of("r")[0]
-    named(engine, Found(8, 8, [], [a, b]), Found(8, 8, [], [a]))
+    named(engine, StoreHandshake(8, 8, [], [a, b]), StoreHandshake(8, 8, [], [a]))
     assert engine.step().jobs == [Forget(b, True)]
     assert engine.half.get_num_new_matched_tokens(request("other"), 0) == BLOCK
 
 
 def test_with_write_back_the_disk_gets_what_memory_evicts(make):
     engine = make(disk_path="/d", disk_bytes=1 << 20, write_policy="write-back")
-    named(engine, Found(3, 8, [], []))
+    named(engine, StoreHandshake(3, 8, [], []))
     engine.stored(request(), ([1, 2, 3],))
     assert engine.step().empty
     work = engine.stored(request("other", seed=1), ([4, 5, 6],))
@@ -457,7 +457,7 @@ def test_a_load_from_disk_that_has_no_room_fails_and_is_not_tried_again(make):
     engine = make(slots=1)
     engine.stored(request(), ([1],))
     keys = engine.half.keys_of("r")[0]
-    named(engine, Found(1, 8, [], keys))
+    named(engine, StoreHandshake(1, 8, [], keys))
     other = request("other")
     assert engine.half.get_num_new_matched_tokens(other, 0) == 12
     blocks = SimpleNamespace(blocks=[[engine.pool.blocks[n] for n in (11, 12, 13)]])
@@ -486,7 +486,7 @@ def test_a_spare_from_disk_makes_room_in_memory(make):
     engine = make()
     engine.stored(request(), ([1, 2, 3],))
     first, second, _ = engine.half.keys_of("r")[0]
-    named(engine, Found(1, 8, [first], [second]))
+    named(engine, StoreHandshake(1, 8, [first], [second]))
     ((fill, source_of),) = engine.half.spares(request(), [WantedChunk(0, 1, (11,))])
     assert (fill.blocks, source_of) == ((11,), "disk")
     assert engine.step().jobs == [Forget(first, False)]
@@ -643,7 +643,7 @@ def test_who_loaded_well_may_load_again_after_preemption(make):
 
 def test_what_is_offered_again_is_still_told_when_it_leaves_the_disk(make):
     engine = make()
-    named(engine, Found(8, 8, [], []))
+    named(engine, StoreHandshake(8, 8, [], []))
     engine.stored(request(), ([1, 2, 3],))
     engine.answer(engine.step())
     assert len(engine.half.take_events()) == 6

@@ -14,7 +14,7 @@ from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm import _compat
 from kvconnect.vllm.base import HalvesConnector
 from kvconnect.vllm.offload.identity import kept_apart
-from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
+from kvconnect.vllm.offload.messages import StepJobs, StoreHandshake, WorkerResults
 from kvconnect.vllm.offload.metrics import OffloadStats
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 from kvconnect.vllm.offload.worker import OffloadWorker
@@ -34,7 +34,7 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
     """KV that left the device is kept in host memory and on disk, and loaded from there."""
 
     config_type = OffloadConfig
-    handshake_type = Found
+    handshake_type = StoreHandshake
     stats_type = OffloadStats
     _cache_hit_source = _compat.HOST_HIT_SOURCE
 

@@ -15,7 +15,7 @@ from kvconnect.vllm.adapter_reports import AdapterReport, merged
 
 
 @dataclass
-class Found(KVConnectorHandshakeMetadata):
+class StoreHandshake(KVConnectorHandshakeMetadata):
     """What a rank can hold, and what it held when the engine started."""
 
     slots: int
@@ -63,7 +63,7 @@ class WorkerResults(KVConnectorWorkerMetadata):
     answers: dict[int, tuple[int, int]] = field(default_factory=dict)
     declined: Counter[int] = field(default_factory=Counter)
     """How many of those ranks were not to carry it out: another source gave the chunk."""
-    found: dict[int, Found] = field(default_factory=dict)
+    found: dict[int, StoreHandshake] = field(default_factory=dict)
     """By rank, once: for a scheduler that did not hear of it at the start."""
     lost: list[Loss] = field(default_factory=list)
     gained: Counter[bytes] = field(default_factory=Counter)

@@ -23,7 +23,13 @@ from kvconnect.offload.tiers import Effects, KeyedChunk, OffloadTier, Writes, co
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
 from kvconnect.vllm.offload.identity import GroupOffloadConfig, cuts, identity
-from kvconnect.vllm.offload.messages import Found, Loading, StepJobs, WantedChunk, WorkerResults
+from kvconnect.vllm.offload.messages import (
+    Loading,
+    StepJobs,
+    StoreHandshake,
+    WantedChunk,
+    WorkerResults,
+)
 from kvconnect.vllm.offload.request_chunks import RequestChunks
 
 if TYPE_CHECKING:
@@ -58,14 +64,14 @@ class OffloadScheduler:
         self._held: dict[int, tuple[Key, list[Any]]] = {}  # number of a save → blocks of the pool
         self._answers: dict[int, tuple[int, int]] = {}  # so far: ranks, failures
         self._declined: Counter[int] = Counter()  # of those ranks
-        self._found: dict[int, Found] = {}  # by rank, as workers introduced themselves
+        self._found: dict[int, StoreHandshake] = {}  # by rank, as workers introduced themselves
         self.waits_for_workers = False
         """Whether they will say what `named` could not."""
         self._work = StepJobs()
         self._counts: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
 
-    def set_xfer_handshake_metadata(self, found: Mapping[tuple[int, int], Found]) -> None:
+    def set_xfer_handshake_metadata(self, found: Mapping[tuple[int, int], StoreHandshake]) -> None:
         """All ranks are up, and have said what they can hold and what they held before."""
         ranks = [one for _, one in sorted(found.items())]
         self._ranks, self.waits_for_workers = len(ranks), False

@@ -28,7 +28,7 @@ from kvconnect.vllm.layout import TpRank, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
 from kvconnect.vllm.offload.identity import cuts, identity
 from kvconnect.vllm.offload.loads import RunningLoads
-from kvconnect.vllm.offload.messages import Found, StepJobs, WorkerResults
+from kvconnect.vllm.offload.messages import StepJobs, StoreHandshake, WorkerResults
 from kvconnect.vllm.offload.opening import OpenStore, remove_unused_arenas
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class OffloadWorker:
         self._device: torch.device | None = None
         self._kernels: Kernels | None = None
         self._store: OpenStore | None = None
-        self._found: Found | None = None
+        self._found: StoreHandshake | None = None
         self._begun: StepJobs | None = None
         self._saves: list[Save] = []  # of the step that runs
         self._loads = RunningLoads()
@@ -92,7 +92,7 @@ class OffloadWorker:
         store.runner.start(use_device(self._device))
         self.serve(store)
         lead, stride = store.lead, store.memory.spec.stride
-        self._introduce(rank.index, Found(lead.slots, lead.disk_slots, *lead.keys))
+        self._introduce(rank.index, StoreHandshake(lead.slots, lead.disk_slots, *lead.keys))
         logger.info(
             "kvconnect: rank %d of %d %s %d chunks (%.2f GB) in memory, %d on disk; found %d "
             "and %d from before",
@@ -105,7 +105,7 @@ class OffloadWorker:
         """Carry out jobs on ``store`` from now on."""
         self._store = store
 
-    def get_handshake_metadata(self) -> Found | None:
+    def get_handshake_metadata(self) -> StoreHandshake | None:
         """What this rank can hold; None before `register`."""
         return self._found
 
@@ -179,7 +179,7 @@ class OffloadWorker:
         if self._store is not None:
             self._store.close()
 
-    def _introduce(self, rank: int, found: Found) -> None:
+    def _introduce(self, rank: int, found: StoreHandshake) -> None:
         """Twice: in-tree MultiConnector gives all its children the handshake of the first."""
         self._found = found
         self._done.found[rank] = found
