@@ -69,7 +69,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     more: tuple[tuple[str, str], ...] = ()
 
 
-class Names:
+class ChunkKeys:
     """Keys of one engine's chunks."""
 
     def __init__(self, identity: Identity) -> None:
@@ -82,7 +82,7 @@ class Names:
 
 
 class RequestNames:
-    """Keys of one request's chunks; made by `Names.of`."""
+    """Keys of one request's chunks; made by `ChunkKeys.of`."""
 
     def __init__(self, start: "hashlib.blake2b", context: Context) -> None:
         start.update(_encoded([context.cache_salt, context.lora, context.more]))

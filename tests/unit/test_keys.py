@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect.offload.keys import Context, Identity, Item, Names, arena_fingerprint
+from kvconnect.offload.keys import ChunkKeys, Context, Identity, Item, arena_fingerprint
 
 ENGINE = Identity(
     model="llama",
@@ -27,7 +27,7 @@ CHUNK = (b"\x01" * 32, 0, 64)
 
 
 def key(engine=ENGINE, context=None, chunk=CHUNK):
-    return Names(engine).of(context or Context()).key(*chunk)
+    return ChunkKeys(engine).of(context or Context()).key(*chunk)
 
 
 def changed(value):

@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, UniformType
 from kvconnect.config import parse
 from kvconnect.errors import ConfigError
 from kvconnect.offload.config import OffloadConfig
-from kvconnect.offload.keys import Names
+from kvconnect.offload.keys import ChunkKeys
 from kvconnect.vllm import weights
 from kvconnect.vllm.offload.identity import cuts, identity, kept_apart
 from kvconnect.vllm.offload.request_chunks import NO_LIMIT, RequestChunks
@@ -203,7 +203,7 @@ def request(**changes):
 
 
 def tracked(chunk=BLOCK, adapter=None, **changes):
-    names = Names(identity(engine(), cut()))
+    names = ChunkKeys(identity(engine(), cut()))
     return RequestChunks(request(**changes), names, cut(block_size=chunk), BLOCK, adapter)
 
 
@@ -252,7 +252,7 @@ def test_a_session_that_says_something_else_has_other_keys():
 
 
 def test_chunks_of_all_groups_are_in_the_order_in_which_they_end():
-    names = Names(identity(engine(), cut(groups=2)))
+    names = ChunkKeys(identity(engine(), cut(groups=2)))
     one = RequestChunks(request(), names, cut(groups=2), BLOCK)
     first, second = one.keys()
     assert one.in_order() == [key for pair in zip(first, second, strict=True) for key in pair]
@@ -274,5 +274,5 @@ def test_a_limit_is_kept():
 def test_hashes_may_be_of_less_than_a_block():
     """As vLLM has them where groups have blocks of several sizes."""
     of_whole = tracked(block_hashes=[bytes([n]) * 32 for n in (1, 3)]).keys()
-    names = Names(identity(engine(), cut()))
+    names = ChunkKeys(identity(engine(), cut()))
     assert RequestChunks(request(), names, cut(), BLOCK // 2).keys() == of_whole

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from kvconnect.offload.eviction import Key
-from kvconnect.offload.keys import Context, Item, Names
+from kvconnect.offload.keys import ChunkKeys, Context, Item
 from kvconnect.vllm.offload.identity import GroupOffloadConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -21,7 +21,7 @@ class RequestChunks:
     def __init__(
         self,
         request: Any,
-        names: Names,
+        names: ChunkKeys,
         cuts: list[GroupOffloadConfig],
         hash_tokens: int,
         adapter: str | None = None,

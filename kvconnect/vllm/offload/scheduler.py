@@ -18,7 +18,7 @@ from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.eviction import Key, make
 from kvconnect.offload.hits import hit_tokens, needed
 from kvconnect.offload.jobs import Fill, Forget, Save
-from kvconnect.offload.keys import Names
+from kvconnect.offload.keys import ChunkKeys
 from kvconnect.offload.tiers import Effects, KeyedChunk, OffloadTier, Writes, common
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
@@ -55,7 +55,7 @@ class OffloadScheduler:
         self._hash_tokens = hash_tokens(vllm_config, kv_cache_config)
         self._volatile = volatile_tokens(vllm_config)
         self._events = _events(vllm_config, self.cuts, self._hash_tokens)
-        self._names: Names | None = None
+        self._names: ChunkKeys | None = None
         self._tier: OffloadTier | None = None
         self._ranks = 1
         self._pool: Any = None
@@ -260,7 +260,7 @@ class OffloadScheduler:
         if tracked is None or tracked.request is not request:
             if self._names is None:  # late: vLLM draws its hash seed after we are made
                 told = self._config.model_id, hash_seed(), secrets.token_hex(16)
-                self._names = Names(identity(self._vllm_config, self.cuts, *told))
+                self._names = ChunkKeys(identity(self._vllm_config, self.cuts, *told))
             adapter = self._adapters.begin(request)
             tracked = RequestChunks(request, self._names, self.cuts, self._hash_tokens, adapter)
             self._requests[request.request_id] = tracked
