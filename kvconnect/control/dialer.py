@@ -214,7 +214,7 @@ class Dialer:
             elif peer.at.key:
                 self._take(peer, wire.decode(frame.data))
             else:
-                self._told(peer, wire.decode(frame.data.removeprefix(wire.PLAIN)))
+                self._take_key(peer, wire.decode(frame.data.removeprefix(wire.PLAIN)))
         except WireError as e:
             logger.warning("peer %s: frame dropped: %s", peer, e)
 
@@ -225,10 +225,10 @@ class Dialer:
             self.fail(peer, "closed the connection; has the engine ended?")
             return
         peer.refused += refused
-        if peer.at.key and peer.refused >= MAX_REFUSED:  # who told the key was up already
+        if peer.at.key and peer.refused >= MAX_REFUSED:  # whoever told us the key was up already
             self.fail(peer, "is not there any more; has it ended, or was it restarted?")
 
-    def _told(self, peer: Peer, message: wire.Message) -> None:
+    def _take_key(self, peer: Peer, message: wire.Message) -> None:
         """A key port has told the key: the link that is wanted goes elsewhere."""
         if not isinstance(message, wire.KeyTold) or not self._same_version(peer, message.version):
             return

@@ -49,12 +49,12 @@ FULL = f"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(HERE)!r})
-from store_bench import Bench, claim, key_of, Filed, FINGERPRINT, Spec
+from store_bench import Bench, claim, key_of, FileBacking, FINGERPRINT, ArenaSpec
 from kvconnect.errors import Reason, StoreError
 folder = Path(sys.argv[1])
-for wrap in (Filed, None):
+for wrap in (FileBacking, None):
     try:
-        claim(folder / "big", Spec(1000, 4096, FINGERPRINT), *([wrap] if wrap else []))
+        claim(folder / "big", ArenaSpec(1000, 4096, FINGERPRINT), *([wrap] if wrap else []))
     except StoreError as e:
         assert e.reason is Reason.FULL, e
     else:

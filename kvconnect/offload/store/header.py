@@ -105,7 +105,7 @@ def arena_head(spec: ArenaSpec, identity: bytes) -> bytes:
 
 
 def read_head(raw: bytes) -> tuple[ArenaSpec, bytes] | str:
-    """Spec and identity of an arena by its header, or what is wrong with it."""
+    """What an arena is made for, and its identity, by its header, or what is wrong with it."""
     if len(raw) < ARENA.itemsize:
         return f"is {len(raw)} bytes long, expected at least {HEAD_BYTES}"
     head = np.frombuffer(raw[: ARENA.itemsize], ARENA)[0]
