@@ -58,7 +58,7 @@ class KernelTimes:
 
 def kernels(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    rounds: Annotated[int, typer.Option(help="KernelTimes that each row is measured.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Times that each row is measured.")] = 15,
     call_mib: Annotated[int, typer.Option(help="MiB a call; 0: 64, on a GPU 512.")] = 0,
     pool_mib: Annotated[int, typer.Option(help="MiB to choose from; 0: 1024, GPU 8192.")] = 0,
     max_ctas: Annotated[int, typer.Option(help="CTAs of a launch at most; 0: all that fit.")] = 0,

@@ -71,7 +71,7 @@ def transport(
     row_kib: Annotated[str, typer.Option(help="KiB of a block of a layer.")] = "4,16,64",
     total_mib: Annotated[int, typer.Option(help="MiB of a transfer.")] = 128,
     staging_mib: Annotated[int, typer.Option(help="MiB of staging memory a side.")] = 64,
-    rounds: Annotated[int, typer.Option(help="TransferTimes that each is measured.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Times that each is measured.")] = 15,
     out: options.Json = None,
 ) -> None:
     """Staged against direct against auto, two processes on this machine, in the same run."""
