@@ -2,7 +2,8 @@
 
 * A slot is free, taken, or quarantined: a remote may still write to it. A quarantined slot is
   free again when its user says that the remote has answered, or after `QUARANTINE_S`; after
-  `ENDED_S` if the remote's process has ended, for only what is on the wire can still arrive.
+  `ENDED_S` if its connection broke: nearly always its process has ended then, and only what is on
+  the wire can still arrive. (Else it is as with the slots below that are used again early.)
 * The pool is small and remotes decide how long a slot is held, so each slot is taken for an owner,
   a peer, and counts as the owner's until it is free again, its quarantine included. An owner gets
   another slot only while it would hold no more than half of what is free without it (and one, if

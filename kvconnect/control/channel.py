@@ -79,7 +79,9 @@ MAX_QUEUED = 256  # frames that wait inside ZMQ per connection that dialled us
 BROKE = zmq.EVENT_DISCONNECTED
 # nobody is there, or somebody with another key, so that ZMQ tries again; or no key at all
 REFUSED = zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-HEARTBEAT_MS = 20_000  # a host that vanished without a word is noticed after three of these
+# A host that vanished without a word is noticed after four of these at most; so is a connection on
+# which one end waits for the rest of a frame, a flipped bit having made its length another.
+HEARTBEAT_MS = 3_000
 
 
 class NamedContexts:

@@ -222,7 +222,8 @@ class Dialer:
         """A connection did: ZMQ makes another one."""
         if peer.state is PeerState.READY:  # while greeting, the listener may only just come up
             peer.ended = True
-            self.fail(peer, "closed the connection; has the engine ended?")
+            why = "closed the connection, or was silent for seconds; has the engine ended?"
+            self.fail(peer, why)
             return
         peer.refused += refused
         if peer.at.key and peer.refused >= MAX_REFUSED:  # whoever told us the key was up already

@@ -47,7 +47,7 @@ class Peer:
         self.fingerprint: Mapping[str, str] = {}
         self.gone: dict[str, None] = {}
         """Lease ids that the peer said are over, the last `MAX_GONE` in their order."""
-        self.ended = False  # its connection broke: its process has ended, if not its host
+        self.ended = False  # its connection broke: most likely its process has ended
         self.resend_at = 0.0
         self.resend_s = RESEND_S
         self.at = address

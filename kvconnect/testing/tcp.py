@@ -1,4 +1,5 @@
-"""A TCP proxy that spoils what passes: cuts, delays, blocks one way, flips bits.
+"""A TCP proxy that spoils what passes: cuts, delays, blocks one way, flips bits,
+puts bytes in.
 
 * `TcpFaults` listens, and carries bytes between whoever connects and one target. It knows nothing
   of what it carries, so it can stand before any listener: a control channel, an HTTP server.
@@ -33,6 +34,8 @@ class TcpFaults:
         """A bit is flipped in about one of so many bytes; 0: none."""
         self.refuses = False
         """Whether new connections are closed at once."""
+        self.inserted: dict[Way, bytes] = {}
+        """Bytes to put, once, before what passes next: a length, say, of what never comes."""
         self.carried: dict[Way, int] = {"there": 0, "back": 0}
         """Bytes that passed."""
         self.flipped = 0
@@ -52,6 +55,7 @@ class TcpFaults:
     def heal(self) -> None:
         """No faults from now on."""
         self.delay_s, self.blocked, self.flip_every, self.refuses = 0.0, frozenset(), 0, False
+        self.inserted = {}
 
     def cut(self) -> None:
         """Break all connections."""
@@ -126,6 +130,7 @@ class TcpFaults:
                 while way in self.blocked and not writer.is_closing():
                     await asyncio.sleep(LOOK_S)
                 self.carried[way] += len(data)
+                writer.write(self.inserted.pop(way, b""))
                 writer.write(self._flipped(data, rng) if self.flip_every else data)
                 await writer.drain()
 
