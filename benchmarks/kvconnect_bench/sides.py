@@ -194,7 +194,15 @@ class _TransferSide:
         staging = Staging(Region(address, size), staging_slot_bytes(size))
         cached = () if mode == "staged" else self.cache.shard.regions
         transport = self._make(*cached, staging.region)
-        settings = Settings(0, 1, {"model": "bench"}, self._case.transport, mode=mode)
+        settings = Settings(
+            0,
+            1,
+            {"model": "bench"},
+            self._case.transport,
+            mode=mode,
+            handshake_timeout_s=LEASE_S,  # a machine that is busy is slow, and no fault
+            load_timeout_s=LEASE_S,
+        )
         channel = ZmqChannel(HOST)
         mover = Mover(
             settings, self.cache.shard, transport, channel, staging=staging, kernels=load("cpu")

@@ -11,6 +11,7 @@ from kvconnect.cli import main
 from kvconnect_bench.sides import MODES, ConsumerSide, Fetched, ProducerSide, TransferCase
 
 MIB = 1 << 20
+PATIENCE_S = 100.0
 CASE = TransferCase("nixl", "tcp", 4096, 2 * MIB, MIB)
 # by import_module, since the package's own transport is the command
 transport = importlib.import_module("kvconnect_bench.transport")
@@ -41,16 +42,18 @@ def test_other_bytes_than_the_supplier_s_are_noticed():
     supplier, reader = (side(CASE, None) for side in (ProducerSide, ConsumerSide))
     try:
         for mode in MODES:
-            right = reader.fetch(mode, *supplier.lend(mode), 30.0)
+            right = reader.fetch(mode, *supplier.lend(mode), PATIENCE_S)
             assert (right.error, right.staged) == ("", mode == "staged")
         lent = supplier.blocks[5]
         layer = supplier.cache.layers[-1]
         supplier.cache.cells(layer, 1)[lent, 0, 0, 0, 0, 0] ^= 1
         for mode in MODES:
-            assert "memory is not" in reader.fetch(mode, *supplier.lend(f"{mode} 2"), 30.0).error
+            assert (
+                "memory is not" in reader.fetch(mode, *supplier.lend(f"{mode} 2"), PATIENCE_S).error
+            )
         supplier.cache.cells(layer, 1)[lent, 0, 0, 0, 0, 0] ^= 1
         reader.wiped[0] ^= 1  # a guard byte, as if a transfer had changed it
-        assert "memory is not" in reader.fetch("direct", *supplier.lend("again"), 30.0).error
+        assert "memory is not" in reader.fetch("direct", *supplier.lend("again"), PATIENCE_S).error
     finally:
         reader.close()
         supplier.close()
