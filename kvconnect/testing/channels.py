@@ -13,7 +13,7 @@ from kvconnect.control.channel import Channel, Frame, Link, key_answer
 from kvconnect.control.wire import Address
 from kvconnect.errors import WireError
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 SHORT_S = 0.02
 
 MakeChannel = Callable[[], Channel]

@@ -24,7 +24,7 @@ from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.rows import RowTable
 from kvconnect.transport.base import Done, Op, TransferId, Transport, Work
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 REGION_BYTES = 4096
 ROW_BYTES = 24
 STRIDE = 64

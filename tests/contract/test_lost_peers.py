@@ -30,7 +30,7 @@ def loaded(world, p, d, name, blocks):
     p.put(Grant(terms))
     wanted = tuple(enumerate(blocks))
     d.put(Fetch(name, p.source(terms), (wanted,), 12, b"d"))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while name not in d.ended and time.monotonic() < deadline:
         world.go_on(1)
         time.sleep(0.0005)

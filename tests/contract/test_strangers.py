@@ -28,7 +28,7 @@ from kvconnect_bench.caches import Cache, Model
 
 HOST = "127.0.0.1"
 SECRET = b"a secret of 16 b"
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 QUIET_S = 0.3
 TABLE = (3, 1, 6)
 TERMS = Terms("request", "the id of a lease", (TABLE,), 12, b"digest", 60.0)

@@ -1,5 +1,6 @@
 """Every transport keeps the same contract, the fakes included."""
 
+import gc
 import importlib
 import os
 import signal
@@ -150,7 +151,7 @@ class Reader:
             Work(Op.READ, "peer", ours, shifted, theirs, index, self.memory.nbytes)
         )
 
-    def poll(self, until, seconds=20.0):
+    def poll(self, until, seconds=60.0):
         """Poll until so many transfers have ended; those that have."""
         ended, deadline = [], time.monotonic() + seconds
         while len(ended) < until and time.monotonic() < deadline:
@@ -302,7 +303,7 @@ def test_mooncake_engines_find_each_other_through_a_metadata_server(name):
     )
     url = f"http://127.0.0.1:{port}/metadata"
     options = {"mooncake_protocol": "tcp", "metadata_server": url}
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
 
     def make_rig(*sides):
         while True:  # until the server is up
@@ -337,7 +338,7 @@ CHECKS["a_read_moves_exactly_the_rows_named"](
 @pytest.mark.parametrize("name", [real("nixl"), real("mooncake"), real("ucx")])
 def test_peers_are_reached_by_an_ipv6_address(name):
     """Mooncake took ::1:15000 for no address. A process of its own: it reads how to once."""
-    subprocess.run([sys.executable, "-c", ON_IPV6, name], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", ON_IPV6, name], check=True, timeout=110)
 
 
 @pytest.mark.parametrize("name", [real("nixl"), real("mooncake"), real("ucx")])
@@ -351,7 +352,8 @@ def test_a_transfer_of_many_rows_keeps_nobody_waiting(name):
         RowTable(np.array([[m.ctypes.data, size, 2 * size, rows]]), np.zeros(1, int), "DRAM", 0)
         for m in memory
     ]
-    # what this thread did, not how long others kept it from the processor
+    gc.collect()  # what this thread does for the transport, and for nothing else
+    gc.disable()
     longest, ended, index = 0.0, [], np.arange(rows, dtype=np.int32)
     work = Work(Op.READ, "p", tables[0], index, tables[1], index, rows * size)
     for step in range(200):
@@ -364,10 +366,11 @@ def test_a_transfer_of_many_rows_keeps_nobody_waiting(name):
         theirs.poll()
         if ended:
             break
+    gc.enable()
     ours.close()
     theirs.close()
     assert not ended or ended[0].error is None
-    assert longest < 0.05
+    assert longest < 0.15, "all at once took 0.34 s"
 
 
 @pytest.mark.parametrize("name", [real("mooncake")])

@@ -141,7 +141,7 @@ def forget(engine: Client) -> None:
     def done() -> bool:
         return json.dumps(engine.request("POST", "/reset_prefix_cache")[1]).count("true") == 1
 
-    eventually(done, 20, "the prefix cache is empty")
+    eventually(done, 60, "the prefix cache is empty")
 
 
 def stored(engine: Client, prompt: list[int], blocks: int) -> None:

@@ -65,7 +65,7 @@ class Solo(Client):
 
     def forget(self) -> None:
         """Empty the engine's own prefix cache, once nothing is being saved any more."""
-        eventually(self._reset, 20, "the prefix cache is empty")
+        eventually(self._reset, 60, "the prefix cache is empty")
 
     def wait_written(self) -> None:
         """Until nothing more is written to disk: an engine goes on stepping until then."""

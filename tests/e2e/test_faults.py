@@ -191,8 +191,8 @@ def test_a_killed_prefill_engine_costs_its_requests_nothing_but_time(pair: Pair)
     for asked, given, answer in zip((prompt, waiting), params, right, strict=True):
         started = time.monotonic()
         assert pair.decode.tokens(asked, kv_transfer_params=given) == answer
-        assert time.monotonic() - started < 60
-    eventually(lambda: pair.decode.metric(USAGE) == 0, 30, "all blocks are freed")
+        assert time.monotonic() - started < 120
+    eventually(lambda: pair.decode.metric(USAGE) == 0, 60, "all blocks are freed")
     again = pair.start("prefill")
     pair.fleet.wait_up([again], START_TIMEOUT_S)
     pair.prefill = Client(again, pair.prefill.model)

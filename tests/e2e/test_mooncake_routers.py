@@ -150,11 +150,11 @@ def test_a_prefill_leg_that_never_comes_is_recomputed_in_time(routed_pair: Pair)
     legs = Legs(pair, words(300, seed=73))
     began = time.monotonic()
     assert legs.decode() == pair.prefill.tokens(legs.prompt)
-    assert time.monotonic() - began < pair.setup.extra["prefill_timeout"] + 10
+    assert time.monotonic() - began < pair.setup.extra["prefill_timeout"] + 60
     assert pair.decode.metric(FAILED) == failed + 1
     legs.prefill()  # late: nobody reads it, and its blocks are freed when the lease is over
     eventually(
-        lambda: pair.prefill.metric("vllm:kv_cache_usage_perc") < 0.01, 30, "blocks are freed"
+        lambda: pair.prefill.metric("vllm:kv_cache_usage_perc") < 0.01, 90, "blocks are freed"
     )
 
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_found_is_prefilled_here(routed_pair: Pair, changed: dict
     legs = Legs(pair, words(200, seed=74 + len(str(changed))))
     began = time.monotonic()
     assert legs.decode(**changed) == pair.prefill.tokens(legs.prompt)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     assert pair.decode.metric(INVALID) == invalid + 1
 
 

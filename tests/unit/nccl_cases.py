@@ -14,7 +14,7 @@ from kvconnect.errors import TransportError
 from kvconnect.ops.cuda import CudaKernels
 
 DEVICES = [0, 0]  # of rank 0 and rank 1
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 SIZES = (1, 1000, 300_000)  # the last is more than a socket takes at once
 
 

@@ -42,7 +42,7 @@ class Ranks:
         self.config = parse({"cpu_bytes_to_use": 1 << 20} | options, OffloadConfig, "test")
         self.caches = [Cache(model, BLOCKS) for model in models]
         self.given = [None] * len(models)
-        self.barrier = threading.Barrier(len(models), timeout=10)
+        self.barrier = threading.Barrier(len(models), timeout=60)
         with ThreadPoolExecutor(len(models)) as pool:
             self.places = list(pool.map(self.open, range(len(models))))
         self.numbers = 0

@@ -24,7 +24,7 @@ from kvconnect_bench.caches import Model, engine
 
 HOST = "127.0.0.1"
 MODEL = Model(layers=3, heads=4, block_tokens=4, content=8, itemsize=2)
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 SECRET = {"KVCONNECT_AUTH_SECRET": "what all engines here know"}
 EXPORTED = """\
 # HELP vllm:kvconnect_staged_bytes_per_second Rate of staged reads

@@ -113,7 +113,7 @@ class Rig:
             self.meet()
 
     def meet(self):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.transport.is_meeting and time.monotonic() < deadline:
             time.sleep(1e-3)
 

@@ -48,7 +48,7 @@ def make():
     made = []
 
     def make(engine_id, role, secret=None, shape=None, **options):
-        config = MooncakeConfig(handshake_timeout=5.0, **options)
+        config = MooncakeConfig(handshake_timeout=60.0, **options)
         us = EngineInfo(engine_id, secret, 30.0, role)
         contract = MooncakeProtocol(
             us, config, SimpleNamespace(parallel_config=shape or parallel())
@@ -74,7 +74,7 @@ class Pair:
         """As vLLM's scheduler asks: again and again."""
         ask = request(params)
         prompt = Prompt(ask, backoff=backoff)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while (found := self.d.unused(ask) if unused else self.d.offer(ask, prompt)) is None:
             assert time.monotonic() < until
             time.sleep(0.002)

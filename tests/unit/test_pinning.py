@@ -134,7 +134,7 @@ def test_who_closes_does_not_wait_for_all_of_it():
     pinning.start()
     pinning.go_on(threads=1)
     for _ in range(2):
-        device.reached.acquire(timeout=10)
+        device.reached.acquire(timeout=60)
     threading.Timer(0.01, device.gate.set).start()
     pinning.close()
     assert len(device.seen) < 1000

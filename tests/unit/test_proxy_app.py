@@ -174,8 +174,8 @@ def stream_that_breaks(*chunks: bytes) -> Behaviour:
 def impatient_with(behaviour: Behaviour, kind: type[Engine]) -> dict[str, float]:
     """Limits only where one has to run out: a busy machine makes good engines slow, too."""
     if kind is Swallows:
-        return {"connect_timeout_s": 0.4}
-    return {"silence_timeout_s": 0.4} if kind is Engine and behaviour is hangs else {}
+        return {"connect_timeout_s": 1.5}
+    return {"silence_timeout_s": 1.5} if kind is Engine and behaviour is hangs else {}
 
 
 prefills = says(json.dumps({"id": "p", "choices": [], "kv_transfer_params": PARAMS}).encode())
@@ -228,7 +228,7 @@ async def rig(prefill: list[Engine], decode: list[Engine], **settings: Any) -> A
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scenario, 10))
+    asyncio.run(asyncio.wait_for(scenario, 100))
 
 
 # --- the walk ----------------------------------------------------------------------------------
@@ -687,7 +687,7 @@ async def hangs_alive(engine: Engine, request: web.Request) -> web.StreamRespons
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(legs, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(legs, "HEALTH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(legs, "HEALTH_TIMEOUT_S", 1.0)
 
 
 def test_an_engine_that_hangs_loses_its_requests_to_another(monkeypatch):
@@ -742,7 +742,7 @@ def test_an_engine_that_is_only_slow_or_the_last_one_is_waited_for(slow, monkeyp
             if not is_last:
                 await r.ask()
             r.clock.now += 3
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(1.5)
             assert not waiting.done()
             waiting.cancel()
 
@@ -901,7 +901,7 @@ def test_an_answer_that_is_given_up_is_closed():
         failing, good = Engine(then(streams(LOAD_FAILED), hangs)), Engine(answers)
         async with rig([Engine(prefills)], [failing, good]) as r:
             assert await r.ask() == (200, ANSWER)
-            await asyncio.wait_for(failing.aborted.wait(), 2)
+            await asyncio.wait_for(failing.aborted.wait(), 60)
             assert [state["in_flight"] for state in (await r.health())["decode"]] == [0, 0]
 
     run(scenario())
@@ -925,7 +925,7 @@ def test_an_engine_that_falls_silent_while_its_answer_is_held_back_is_down(monke
 
     async def scenario() -> None:
         silent, good = Engine(then(streams(ROLE), hangs)), Engine(answers)
-        async with rig([Engine(prefills)], [silent, good], silence_timeout_s=0.2) as r:
+        async with rig([Engine(prefills)], [silent, good], silence_timeout_s=2.0) as r:
             assert await r.ask(CHAT) == (200, ANSWER)
             assert not (await r.health())["decode"][0]["up"]
 
@@ -987,7 +987,7 @@ def test_a_client_that_goes_during_prefill_ends_it():
             await p.reached.wait()
             assert (await r.health())["prefill"][0]["in_flight"] == 1
             asking.cancel()
-            await asyncio.wait_for(p.aborted.wait(), 2)
+            await asyncio.wait_for(p.aborted.wait(), 60)
             assert d.bodies == []
             assert await r.counters() == {"requests": 1, "aborted": 1}
             assert (await r.health())["prefill"][0]["in_flight"] == 0
@@ -1005,7 +1005,7 @@ def test_a_client_that_goes_before_decode_answered_ends_it(behaviour):
             asking = asyncio.create_task(r.ask(CHAT, stream=True))
             await d.reached.wait()
             asking.cancel()
-            await asyncio.wait_for(d.aborted.wait(), 2)
+            await asyncio.wait_for(d.aborted.wait(), 60)
             assert await r.counters() == {"requests": 1, "aborted": 1}
             assert (await r.health())["decode"][0]["in_flight"] == 0
 
@@ -1020,7 +1020,7 @@ def test_a_client_that_goes_amid_the_answer_ends_it():
                 await response.content.readany()
                 assert (await r.health())["decode"][0]["in_flight"] == 1
                 response.close()
-            await asyncio.wait_for(d.aborted.wait(), 2)
+            await asyncio.wait_for(d.aborted.wait(), 60)
             assert (await r.health())["decode"][0]["in_flight"] == 0
             assert await r.counters() == {"requests": 1, "aborted": 1}
             assert (await r.health())["decode"][0]["up"]

@@ -92,7 +92,7 @@ class Engine:
 
     def steps(self, kinds):
         """Steps until there are orders, of these kinds."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while not (orders := self.scheduler.take_orders()):
             assert time.monotonic() < until
             time.sleep(0.002)

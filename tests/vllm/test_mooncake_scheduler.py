@@ -170,7 +170,7 @@ def test_requests_that_wait_to_be_looked_up_are_bounded(d, monkeypatch):
 
 def test_what_cannot_be_found_is_prefilled_here(p, d):
     request = d.arrives(decode(p, remote_engine_id="another"))
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while (tokens := d.scheduler.get_num_new_matched_tokens(request, 0)) is None:
         d.scheduler.take_orders()
         assert time.monotonic() < until

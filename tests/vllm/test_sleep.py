@@ -34,7 +34,7 @@ from kvconnect.vllm.engine import Rank
 from kvconnect.vllm.worker import RankMetadata, Worker
 from kvconnect_bench.caches import Cache
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.mark.parametrize(
