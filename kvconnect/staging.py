@@ -11,7 +11,9 @@
 * Where so many peers hang that nothing is free, the slot that has been longest in quarantine is
   used again once it was there for `SCARCE_S`. A write may still arrive in it when a stopped peer
   goes on; the checksums of the chunk that uses it then fail, and so does that load, and nothing
-  wrong is served. The alternative is that nobody loads for a minute.
+  wrong is served. The alternative is that nobody loads for a minute. Likewise an owner whose whole
+  share is in quarantine uses its own slots again after `SCARCE_S`: a peer that was stopped and goes
+  on is greeted anew, and will never answer what it was asked over the link that broke.
 * Knows addresses, no transports; allocates nothing.
 
 Rejected: a spare set of slots that only replaces quarantined ones, since memory that is registered
@@ -35,7 +37,7 @@ from kvconnect.lease import Clock
 GRANULE_BYTES = 64 << 10  # what is written to a slot is a multiple of this
 MOST_SLOT_BYTES = 4 << 20
 QUARANTINE_S, ENDED_S = 60.0, 3.0
-SCARCE_S = 10.0  # of quarantine, where nothing else is free
+SCARCE_S = 10.0  # of quarantine, where there is nothing else for who wants a slot
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,16 @@ class Slots:
     def may_take(self, owner: Hashable) -> bool:
         """Whether `take` would give this owner a slot."""
         held = self._held[owner]
-        return held < share(held, self._available())
+        return held < share(held, self._available()) or self._longest(owner) is not None
 
     def take(self, owner: Hashable) -> int | None:
         """A slot for ``owner``, if there is one and its share is not used up."""
-        if not self.may_take(owner):
-            return None
-        if not self._free:
+        held = self._held[owner]
+        if held >= share(held, self._available()):
+            if (own := self._longest(owner)) is None:
+                return None
+            self.give(own)
+        elif not self._free:
             self.give(next(iter(self._quarantined)))
         slot = self._free.pop()
         self._owners[slot] = owner
@@ -144,6 +149,14 @@ class Slots:
         now = self._clock()
         for slot in [s for s, q in self._quarantined.items() if now >= q.until or q.is_over()]:
             self.give(slot)
+
+    def _longest(self, owner: Hashable) -> int | None:
+        """Of this owner's slots the one longest in quarantine, if it may be used again."""
+        since = self._clock() - SCARCE_S
+        own = (
+            s for s, q in self._quarantined.items() if self._owners[s] == owner and q.since <= since
+        )
+        return next(own, None)
 
     def _available(self) -> int:
         """Free slots or, where there are none, whether a quarantined one may be used."""

@@ -254,6 +254,18 @@ def test_a_source_that_hung_is_used_again_when_it_goes_on():
     assert Load(p, d, "again").seconds() < 1.0
 
 
+def test_a_source_that_hung_is_used_again_though_its_link_broke():
+    """What it was asked over that one it never answers: its share was out of use for a minute."""
+    world, (p,), _, d = hung_source()
+    world.go_on(100, seconds=0.1)
+    dialer = d.movers[0].dialer
+    dialer.fail(dialer.greet(p.addresses[0]), "was silent for seconds")
+    p.transports[0].forget_plans()
+    resume(p)
+    world.go_on(30, seconds=0.3)
+    assert Load(p, d, "again").seconds() < 1.0
+
+
 def test_slots_of_a_source_that_goes_on_are_free_when_it_has_answered():
     """All are: of half of them each, a load of another source gets all it may."""
     world, (p,), good, d = hung_source()
