@@ -59,3 +59,8 @@ class Deadlines(Generic[K]):
             else:
                 return queued
         return None
+
+
+def soonest(*times: float | None) -> float | None:
+    """Of deadlines, some of which may not be."""
+    return min((at for at in times if at is not None), default=None)

@@ -19,7 +19,7 @@ from kvconnect.consumer.wake_queue import WakeQueue
 from kvconnect.control import wire
 from kvconnect.control.calls import Call
 from kvconnect.control.peer import Peer, PeerState
-from kvconnect.deadlines import Deadlines
+from kvconnect.deadlines import Deadlines, soonest
 from kvconnect.orders import LeaseKey, Release, Source
 
 CLOSE_TIMEOUT_S = 10.0
@@ -159,8 +159,7 @@ class Releaser:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = (self._shared_due.next(), self.wake_queue.next_deadline())
-        return min((at for at in times if at is not None), default=None)
+        return soonest(self._shared_due.next(), self.wake_queue.next_deadline())
 
     def _can_close(self, request_id: str, releasing: _Releasing) -> bool:
         """Whether to wait no longer: for the greeting, or for the source to know the lease."""

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from kvconnect.control import wire
 from kvconnect.control.channel import Channel
 from kvconnect.control.peer import RESEND_S, Peer, PeerState
-from kvconnect.deadlines import Deadlines
+from kvconnect.deadlines import Deadlines, soonest
 from kvconnect.lease import Clock
 
+LOOK_S = 3.0  # how often a peer that is to answer is looked at
 MAX_RESEND_S = 8.0  # readers that wait at a busy prefill engine: ten thousands of calls
 
 
@@ -50,6 +51,8 @@ class Calls:
         self._running: dict[Peer, dict[int, Call]] = {}
         self._due: Deadlines[Call] = Deadlines()
         self._ended: dict[str, None] = {}  # askers of calls that are over
+        self.awaited: Deadlines[Peer] = Deadlines()
+        """When to look whether a peer that is to answer says anything at all."""
 
     def send(
         self,
@@ -66,11 +69,18 @@ class Calls:
         seq = next(self._seq)
         call = Call(peer, seq, make(seq), accepts, deadline, asker)
         if peer.state is PeerState.READY:
+            if not self.wait_for(peer):
+                peer.silent = 0
+                self.awaited.set(peer, self._clock() + LOOK_S)
             self._running.setdefault(peer, {})[seq] = call
             self._resend(call)
         else:
             self._fail(call, peer.error or "not greeted yet")
         return call
+
+    def wait_for(self, peer: Peer) -> bool:
+        """Whether a call to the peer has no answer yet."""
+        return bool(self._running.get(peer))
 
     def cancel(self, call: Call) -> None:
         """No answer is wanted any more: stop repeating."""
@@ -91,6 +101,7 @@ class Calls:
 
     def fail(self, peer: Peer, error: str) -> None:
         """The peer has FAILED: all its calls end."""
+        self.awaited.drop(peer)
         for call in self._running.pop(peer, {}).values():
             self._due.drop(call)
             self._fail(call, error)
@@ -114,7 +125,7 @@ class Calls:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        return self._due.next()
+        return soonest(self._due.next(), self.awaited.next())
 
     def _resend(self, call: Call) -> None:
         self.tell(call.peer, call.message)

@@ -19,12 +19,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 from kvconnect.control import wire
-from kvconnect.control.calls import MAX_RESEND_S, Calls
+from kvconnect.control.calls import LOOK_S, MAX_RESEND_S, Calls
 from kvconnect.control.channel import Channel, Frame, Link
 from kvconnect.control.peer import LeaseRef, Peer, PeerState
 from kvconnect.control.proof import DIALER, LISTENER, prove, why_not_proved, why_unlike
 from kvconnect.control.wire import Address
-from kvconnect.deadlines import Deadlines
+from kvconnect.deadlines import Deadlines, soonest
 from kvconnect.errors import GeometryError, WireError
 from kvconnect.geometry.blocks import check_views
 from kvconnect.lease import Clock
@@ -36,6 +36,7 @@ MAX_IN_LINE = 4096  # that wait for one of those to end
 BACKOFF_S = (0.5, 4.0)  # between greetings of an address that fails: first, at most
 MAX_BACKOFFS = 1024
 MAX_GONE = 4096
+MAX_SILENT = 2  # greetings in a row that a READY peer left unanswered, before it is given up
 MAX_REFUSED = 3  # connections, one after the other, before a peer is given up
 
 HUNG_UP = "we hung up"
@@ -183,7 +184,23 @@ class Dialer:
             self._look_at_greeting(peer, now)
             if peer.state is PeerState.GREETING:
                 self._look_at(peer)
+        for peer in self.calls.awaited.take(now):
+            if self.calls.wait_for(peer):
+                self._look_for_silence(peer, now)
         self.calls.tick()
+
+    def _look_for_silence(self, peer: Peer, now: float) -> None:
+        """Give up a link that carries nothing: its peer is stopped, or it is broken unnoticed.
+
+        A call may wait long, so the peer is greeted again: it answers that at once.
+        """
+        if peer.silent > MAX_SILENT:
+            self.fail(peer, f"has answered nothing for {peer.silent * LOOK_S:g} s; is it stopped?")
+            return
+        if peer.silent:
+            self._send_greeting(peer)
+        peer.silent += 1
+        self.calls.awaited.set(peer, now + LOOK_S)
 
     def _look_at_greeting(self, peer: Peer, now: float) -> None:
         if now >= peer.deadline:
@@ -200,14 +217,14 @@ class Dialer:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = (self._due.next(), self.calls.next_deadline())
-        return min((at for at in times if at is not None), default=None)
+        return soonest(self._due.next(), self.calls.next_deadline())
 
     def receive(self, frame: Frame) -> None:
         """Take in a frame of a link that we dialled."""
         peer = self._by_link.get(frame.link)
         if peer is None:
             return
+        peer.silent = 0
         try:
             if frame.data is None:
                 self._broke(peer, frame.refused)
@@ -222,8 +239,7 @@ class Dialer:
         """A connection did: ZMQ makes another one."""
         if peer.state is PeerState.READY:  # while greeting, the listener may only just come up
             peer.ended = True
-            why = "closed the connection, or was silent for seconds; has the engine ended?"
-            self.fail(peer, why)
+            self.fail(peer, "closed the connection; has the engine ended?")
             return
         peer.refused += refused
         if peer.at.key and peer.refused >= MAX_REFUSED:  # whoever told us the key was up already

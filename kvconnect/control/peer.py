@@ -48,6 +48,8 @@ class Peer:
         self.gone: dict[str, None] = {}
         """Lease ids that the peer said are over, the last `MAX_GONE` in their order."""
         self.ended = False  # its connection broke: most likely its process has ended
+        self.silent = 0
+        """How often it was looked at, while it was to answer us, since it last said anything."""
         self.resend_at = 0.0
         self.resend_s = RESEND_S
         self.at = address

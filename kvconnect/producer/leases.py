@@ -21,7 +21,7 @@ from kvconnect.control import wire
 from kvconnect.control.calls import MAX_RESEND_S
 from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming, Listener
-from kvconnect.deadlines import Deadlines
+from kvconnect.deadlines import Deadlines, soonest
 from kvconnect.lease import Clock, LeaseBook, LeaseState, Terms
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -132,8 +132,7 @@ class LeaseServer:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        times = (self._book.next_deadline(), self._early.next_deadline())
-        return min((t for t in times if t is not None), default=None)
+        return soonest(self._book.next_deadline(), self._early.next_deadline())
 
     def take_freed(self) -> set[str]:
         """Requests whose blocks may be freed, each reported once."""

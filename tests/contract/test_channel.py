@@ -2,6 +2,8 @@
 
 import resource
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,3 +164,29 @@ def test_hosts_that_are_not_found_leave_no_files_open(monkeypatch):
         assert time.monotonic() < until, f"{left} files are left open"
         time.sleep(0.1)
     channel.close()
+
+
+FLOODED = """
+import time
+from kvconnect.control.channel import ZmqChannel
+ours, theirs = ZmqChannel("127.0.0.1", 0), ZmqChannel("127.0.0.1", 0)
+link = theirs.dial(ours.address)
+theirs.send(link, b"x")
+while not ours.poll(0.1):
+    pass
+for _ in range(5000):
+    theirs.send(link, bytes(5000))
+time.sleep(0.5)
+theirs.close()
+time.sleep(7.0)
+print(sum(len(ours.poll(0.1)) for _ in range(20)))
+"""
+
+
+def test_a_peer_that_floods_us_and_goes_ends_nothing():
+    """With heartbeats, libzmq aborted the process of a mover that was busy meanwhile."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FLOODED], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) > 0, "nothing arrived"

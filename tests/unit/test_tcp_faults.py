@@ -10,7 +10,7 @@ import time
 import pytest
 from kit.engines import Engine, World
 
-from kvconnect.control import channel
+from kvconnect.control.calls import LOOK_S
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.control.wire import Address
 from kvconnect.orders import Fetch
@@ -227,8 +227,9 @@ def test_fetches_through_a_spoiled_side_channel_are_right_or_failed_and_go_well_
 @pytest.mark.parametrize("way", ["there", "back"])
 def test_a_link_that_waits_for_bytes_that_never_come_is_noticed(way, monkeypatch):
     """As after a flipped bit in a length: TCP is well, and nothing on it is a frame any more."""
-    assert 4 * channel.HEARTBEAT_MS <= 15_000, "that may take seconds"
-    monkeypatch.setattr(channel, "HEARTBEAT_MS", 500)
+    assert 4 * LOOK_S <= 15.0, "that may take seconds"
+    monkeypatch.setattr("kvconnect.control.calls.LOOK_S", 0.3)
+    monkeypatch.setattr("kvconnect.control.dialer.LOOK_S", 0.3)
     with contextlib.ExitStack() as stack:
         engines = Engines(stack)
         assert any(map(engines.fetch, range(5))), "none goes well on a machine without faults"
