@@ -47,10 +47,11 @@ def test_what_is_dropped_while_the_due_are_taken_is_not_taken():
 
 def test_a_deadline_that_is_put_off_keeps_its_one_entry():
     deadlines = Deadlines()
-    for when in range(1000):
+    deadlines.set("first", 0)
+    for when in range(1, 1000):
         deadlines.set("renewed", when)
-        deadlines.next()
-    assert len(deadlines) == 1
+        assert deadlines.next() == 0
+    assert len(deadlines) == 2
 
 
 def test_a_deadline_that_moves_both_ways_leaves_nothing_once_its_times_have_passed():
