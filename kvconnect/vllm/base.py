@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvconnect.config import parse
 from kvconnect.vllm.engine import check_parallelism
 from kvconnect.vllm.metrics import Metrics, SummedStats
+from kvconnect.vllm.transfer_fields import check_fields
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -79,11 +80,19 @@ class HalvesConnector(KVConnectorBase_V1, SupportsHMA, Generic[S, W]):
     handshake_type: ClassVar[type[Any]]
     """What a worker's half says of its rank."""
     stats_type: ClassVar[type[SummedStats]]
+    own_fields: ClassVar[Mapping[str, str]] = {}
+    """Fields of KVTransferConfig of this connector; see `check_fields`."""
 
     def __init__(
         self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        check_fields(
+            self._kv_transfer_config,
+            type(self).__name__,
+            self.own_fields,
+            warns=role == KVConnectorRole.SCHEDULER,
+        )
         options = self._kv_transfer_config.kv_connector_extra_config or {}
         config = parse(options, self.config_type, type(self).__name__)
         check_parallelism(vllm_config.parallel_config)

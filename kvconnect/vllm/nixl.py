@@ -1,5 +1,8 @@
 """``KVConnectNixl``: prefill → decode over NIXL."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from kvconnect.config import NixlConfig
 from kvconnect.vllm.connector import PeerConnector
 
@@ -8,6 +11,10 @@ class KVConnectNixl(PeerConnector):
     """The decode engine reads leased blocks of the prefill engine, with NIXL."""
 
     config_type = NixlConfig
+    own_fields: ClassVar[Mapping[str, str]] = {
+        "kv_buffer_device": "KV cannot wait in buffers on another device; leave the field out. "
+        "With transfer_mode 'staged' transports reach staging_bytes alone and not the KV caches"
+    }
 
 
 class NixlConnector(KVConnectNixl):

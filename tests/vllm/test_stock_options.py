@@ -1,13 +1,21 @@
 """Every option that the installed vLLM's own connectors read is one that ours know."""
 
+import dataclasses
+import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import vllm
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+import kvconnect.vllm as ours
 from kvconnect.config import MooncakeConfig, NixlConfig
+from kvconnect.errors import ConfigError
 from kvconnect.offload.config import OffloadConfig
+from kvconnect.vllm.transfer_fields import HONOURED, INERT_FIELDS
 
 ROOT = Path(vllm.__file__).parent
 CONNECTORS = ROOT / "distributed/kv_transfer/kv_connector/v1"
@@ -54,3 +62,77 @@ def test_the_documentation_says_what_becomes_of_each(connector):
     page = (Path(__file__).parents[2] / "docs/options.md").read_text()
     for name, why in schema.inert.items():
         assert f"| `{name}` | no effect: {why} |" in page
+
+
+# -- the fields of --kv-transfer-config itself --------------------------------------------------
+
+DOCUMENTED = Path(__file__).parents[2] / "docs/options.md"
+CONNECTORS_OF_OURS = [
+    "KVConnectNixl",
+    "NixlConnector",
+    "KVConnectMooncake",
+    "KVConnectP2pNccl",
+    "KVConnectOffloading",
+    "KVConnectMulti",
+]
+OTHER = {"kv_buffer_device": "cuda", "enable_permute_local_kv": True, "kv_port": 21001}
+
+
+def said_at_the_start(caplog, connector, role=KVConnectorRole.SCHEDULER, **fields):
+    """Warnings of ``connector`` of a vLLM that has ``fields``: it stops at options it has not."""
+    name = KVTransferConfig(kv_connector=connector, kv_role="kv_both", **fields)
+    if connector != "KVConnectMulti":  # which stops because it has no children
+        name.kv_connector_extra_config = {"not_an_option": 1}
+    config = SimpleNamespace(kv_transfer_config=name, scheduler_config=None)
+    with caplog.at_level(logging.WARNING, "vllm.kvconnect"), pytest.raises(ConfigError) as e:
+        getattr(ours, connector)(config, role, None)
+    return str(e.value), [r.getMessage() for r in caplog.records if "no effect" in r.getMessage()]
+
+
+def test_every_field_that_vllm_has_is_one_that_ours_know():
+    fields = {field.name for field in dataclasses.fields(KVTransferConfig)}
+    assert fields - HONOURED - INERT_FIELDS.keys() == set()
+
+
+@pytest.mark.parametrize("connector", CONNECTORS_OF_OURS)
+def test_defaults_say_nothing(connector, caplog):
+    why, said = said_at_the_start(caplog, connector)
+    assert "not_an_option" in why or "connectors" in why
+    assert said == []
+
+
+@pytest.mark.parametrize("field", OTHER)
+@pytest.mark.parametrize("connector", CONNECTORS_OF_OURS)
+def test_what_is_set_is_honoured_or_refused_or_said_to_have_no_effect(connector, field, caplog):
+    """vLLM's own NIXL connector has no buffers on "cuda" for an engine on a CPU either."""
+    why, said = said_at_the_start(caplog, connector, **{field: OTHER[field]})
+    if field == "kv_buffer_device" and "Nixl" in connector:
+        assert "kv_buffer_device is 'cuda', expected 'cpu', which is the default" in why
+    elif field == "kv_port" and connector == "KVConnectP2pNccl":
+        assert said == []
+    else:
+        assert said == [
+            f"{connector}: {field} ({OTHER[field]!r}) has no effect: {INERT_FIELDS[field]}"
+        ]
+
+
+def test_host_buffers_for_an_engine_on_a_gpu_are_refused(monkeypatch, caplog):
+    """In-tree copies KV through host memory there; ours cannot, and says what to do instead."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    why, _ = said_at_the_start(caplog, "NixlConnector", kv_buffer_device="cpu")
+    assert "kv_buffer_device is 'cpu', expected 'cuda'" in why
+    assert "leave the field out" in why
+
+
+def test_it_is_said_by_the_scheduler_alone(caplog):
+    worker = KVConnectorRole.WORKER
+    _, said = said_at_the_start(caplog, "KVConnectNixl", worker, enable_permute_local_kv=True)
+    assert said == []
+
+
+def test_the_documentation_has_every_field():
+    page = DOCUMENTED.read_text()
+    for name, why in INERT_FIELDS.items():
+        assert re.search(rf"^\| `{name}` \|.*no effect: {re.escape(why)} \|$", page, re.M), name

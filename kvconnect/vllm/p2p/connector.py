@@ -1,7 +1,8 @@
 """``KVConnectP2pNccl``: prefill → decode over NCCL or UCX, in place of vLLM's P2pNcclConnector."""
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from kvconnect.config import read_secret
 from kvconnect.control.wire import Address
@@ -18,6 +19,7 @@ class KVConnectP2pNccl(PeerConnector):
     """As `KVConnectNixl`, over other transports; also for routers that name engines in ids."""
 
     config_type = P2pNcclConfig
+    own_fields: ClassVar[Mapping[str, str]] = {"kv_port": "honoured"}
     protocol_type = P2pProtocol
     _pings: Pings | None = None
 

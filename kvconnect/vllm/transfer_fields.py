@@ -1,0 +1,66 @@
+"""Fields of ``--kv-transfer-config`` itself, which vLLM has for its own connectors.
+
+Each that none of ours reads has no effect, which is said once; a default says nothing. One that
+would have vLLM's own connector do what ours cannot is refused.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import MISSING
+from typing import Any
+
+from kvconnect.errors import ConfigError
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+HONOURED = {
+    "kv_connector",
+    "kv_connector_module_path",
+    "kv_connector_extra_config",
+    "kv_role",
+    "engine_id",
+    "kv_load_failure_policy",
+}
+"""vLLM itself acts on these, or ours do."""
+
+INERT_FIELDS = {
+    "kv_buffer_device": "KV is read from where the engine has it, by way of staging_bytes there",
+    "enable_permute_local_kv": "KV of another layout is converted whether or not it is set",
+    "kv_port": "VLLM_NIXL_SIDE_CHANNEL_PORT is the first rank's port; free ones by default",
+    "kv_buffer_size": "staging_bytes bounds KV on its way (P2P: kv_buffer_size in the extra config)",
+    "kv_ip": "VLLM_NIXL_SIDE_CHANNEL_HOST is where peers reach this engine",
+    "kv_rank": "engines know each other by their ids",
+    "kv_parallel_size": "as many engines may take part as come",
+}
+"""Those that have no effect, and why. vLLM 0.32 has removed the last four."""
+
+
+def check_fields(transfer: Any, connector: str, own: Mapping[str, str], warns: bool) -> None:
+    """Refuse, or say that it has no effect, what is set in ``transfer`` and not ``connector``'s.
+
+    ``own`` has the fields that are this connector's: "honoured", or why it refuses the field.
+    ``warns``: whether this is the process that is to say so, of several.
+    """
+    for name in INERT_FIELDS:
+        value = getattr(transfer, name, None)
+        if value == (default := _default(transfer, name)):
+            continue
+        says = own.get(name)
+        if says is None and warns:
+            logger.warning(
+                "%s: %s (%r) has no effect: %s", connector, name, value, INERT_FIELDS[name]
+            )
+        elif says is not None and says != "honoured":
+            raise ConfigError(
+                f"{connector}: {name} is {value!r}, expected {default!r}, which is the default: "
+                f"{says}"
+            )
+
+
+def _default(transfer: Any, name: str) -> Any:
+    field = getattr(type(transfer), "__dataclass_fields__", {}).get(name)
+    if field is None:
+        return getattr(transfer, name, None)
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
