@@ -169,3 +169,32 @@ def tokens_per_hash(vllm_config: Any, kv_cache_config: Any) -> int:
     if resolve is not None:
         return int(resolve(kv_cache_config, vllm_config)[1])
     return math.gcd(*(group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups))
+
+
+# -- of KV events -----------------------------------------------------------------------------
+
+_SPEC_KIND = _find(_SPECS, "get_kv_cache_spec_kind")
+_SPEC_WINDOW = _find(_SPECS, "get_kv_cache_spec_sliding_window")
+_UNTAGGED = _find("vllm.v1.core.kv_cache_utils", "to_event_extra_keys") or list
+
+
+def event_fields_of_spec(spec: Any) -> dict[str, Any]:
+    """What a BlockStored says of its group, where vLLM's own has it (0.32)."""
+    fields: dict[str, Any] = {}
+    if _SPEC_KIND is not None:
+        fields["kv_cache_spec_kind"] = _SPEC_KIND(spec).value
+    if _SPEC_WINDOW is not None:
+        fields["kv_cache_spec_sliding_window"] = _SPEC_WINDOW(spec)
+    return fields
+
+
+def event_fields_of_request(request: Any, starts: range) -> dict[str, Any]:
+    """What a BlockStored says of ``request``'s blocks that begin at the tokens ``starts``: what
+    else than tokens their hashes are of, and in whose session they were saved."""
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    keys, item = [], 0
+    for start in starts:
+        of_block, item = generate_block_hash_extra_keys(request, start, start + starts.step, item)
+        keys.append(of_block)
+    return {"extra_keys": _UNTAGGED(keys), "session_id": getattr(request, "session_id", None)}

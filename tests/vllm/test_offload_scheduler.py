@@ -159,6 +159,7 @@ def request(name="r", blocks=3, seed=0, params=None, extra=1):
         skip_reading_prefix_cache=False,
         lora_request=None,
         mm_features=None,
+        prompt_embeds=None,
         cache_salt=None,
         kv_transfer_params=params,
     )

@@ -1,7 +1,7 @@
 """KV events of what is stored, for routers that follow them: BlockStored, BlockRemoved by medium.
 
 An event names a stored chunk by the hashes of its blocks, as vLLM's own events name those on the
-device. What was found at the start has no event until it is stored again: its tokens are not known.
+device, and says what a router needs to hash them itself and to tell windows from full attention. What was found at the start has no event until it is stored again: its tokens are not known.
 Work and memory grow with the chunks that are saved, not with the length of their prompts.
 """
 
@@ -14,6 +14,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvconnect.offload.cache import KeyChange
 from kvconnect.offload.eviction import Key
+from kvconnect.vllm import _compat
 from kvconnect.vllm.offload.identity import GroupOffloadConfig
 
 MEDIA = {"host": MEDIUM_CPU, "disk": MEDIUM_STORAGE}
@@ -26,14 +27,21 @@ class _SavedChunk:
     tokens: list[int]
     lora: Any
     group_id: int
+    fields: dict[str, Any]
     media: set[str] = field(default_factory=set)
 
 
 class Events:
     """Made where ``--kv-events-config`` asks for events."""
 
-    def __init__(self, cuts: list[GroupOffloadConfig], hash_tokens: int) -> None:
+    def __init__(
+        self, cuts: list[GroupOffloadConfig], kv_cache_config: Any, hash_tokens: int
+    ) -> None:
         self._cuts = cuts
+        groups = [kv_cache_config.kv_cache_groups[cut.group_id] for cut in cuts]
+        self._of_specs = [
+            _known(_compat.event_fields_of_spec(group.kv_cache_spec)) for group in groups
+        ]
         self._hash_tokens = hash_tokens
         self._saved: dict[Key, _SavedChunk] = {}
 
@@ -53,6 +61,10 @@ class Events:
             list(request.all_token_ids[first:end_token]),
             request.lora_request,
             cut.group_id,
+            self._of_specs[group]
+            | _known(
+                _compat.event_fields_of_request(request, range(first, end_token, self._hash_tokens))
+            ),
             before.media if before else set(),
         )
 
@@ -87,7 +99,13 @@ class Events:
             medium=medium,
             lora_name=lora.name if lora else None,
             group_idx=chunk.group_id,
+            **chunk.fields,
         )
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that this vLLM's event has."""
+    return {k: v for k, v in fields.items() if k in BlockStored.__struct_fields__}
 
 
 def _removed(chunk: _SavedChunk, medium: str) -> BlockRemoved:

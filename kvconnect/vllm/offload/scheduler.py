@@ -54,7 +54,7 @@ class OffloadScheduler:
         self._groups = [cut.group for cut in self.cuts]
         self._hash_tokens = hash_tokens(vllm_config, kv_cache_config)
         self._volatile = volatile_tokens(vllm_config)
-        self._events = _events(vllm_config, self.cuts, self._hash_tokens)
+        self._events = _events(vllm_config, kv_cache_config, self.cuts, self._hash_tokens)
         self._names: ChunkKeys | None = None
         self._tier: OffloadTier | None = None
         self._ranks = 1
@@ -342,14 +342,16 @@ class OffloadScheduler:
                 tracked.no_loads = True
 
 
-def _events(vllm_config: Any, cuts: list[GroupOffloadConfig], hash_tokens: int) -> "Events | None":
+def _events(
+    vllm_config: Any, kv_cache_config: Any, cuts: list[GroupOffloadConfig], hash_tokens: int
+) -> "Events | None":
     """KV events, where they are asked for."""
     config = vllm_config.kv_events_config
     if config is None or not config.enable_kv_cache_events:
         return None
     from kvconnect.vllm.offload.events import Events
 
-    return Events(cuts, hash_tokens)
+    return Events(cuts, kv_cache_config, hash_tokens)
 
 
 def _is_empty(block: Any) -> bool:
