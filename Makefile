@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit test-deploy test-ray test-versions crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
+.PHONY: help setup demo test test-unit test-deploy test-ray test-versions test-routers test-hosts crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -47,6 +47,12 @@ crash: setup ## kill -9 during stores
 
 test-versions: setup ## four versions of vLLM, alone and in pairs of two; writes docs/compat.md
 	@$(RUN) PYTHONPATH=benchmarks python tests/e2e/versions.py $(ARGS)
+
+test-routers: setup ## unmodified routers before two engines of each connector: transferred of total (five minutes)
+	@$(RUN) python tests/e2e/routers.py $(ARGS)
+
+test-hosts: setup ## two engines of each connector on this host, no port set, and over ::1 (three minutes)
+	@$(RUN) python tests/e2e/hosts.py $(ARGS)
 
 chaos: setup ## ranks and engines killed and stopped, side channels spoiled, over every transport (an hour)
 	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one; done

@@ -6,7 +6,7 @@ would have vLLM's own connector do what ours cannot is refused.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from kvconnect.errors import ConfigError
@@ -27,7 +27,7 @@ INERT_FIELDS = {
     "kv_buffer_device": "KV is read from where the engine has it, by way of staging_bytes there",
     "enable_permute_local_kv": "KV of another layout is converted whether or not it is set",
     "kv_port": "VLLM_NIXL_SIDE_CHANNEL_PORT is the first rank's port; free ones by default",
-    "kv_buffer_size": "staging_bytes bounds KV on its way (P2P: kv_buffer_size in the extra config)",
+    "kv_buffer_size": "staging_bytes bounds KV on its way (P2P: this name in the extra config)",
     "kv_ip": "VLLM_NIXL_SIDE_CHANNEL_HOST is where peers reach this engine",
     "kv_rank": "engines know each other by their ids",
     "kv_parallel_size": "as many engines may take part as come",
@@ -58,9 +58,8 @@ def check_fields(transfer: Any, connector: str, own: Mapping[str, str], warns: b
 
 
 def _default(transfer: Any, name: str) -> Any:
-    field = getattr(type(transfer), "__dataclass_fields__", {}).get(name)
-    if field is None:
+    found = [one for one in fields(transfer) if one.name == name] if is_dataclass(transfer) else []
+    if not found:  # this vLLM has no such field
         return getattr(transfer, name, None)
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return None if field.default is MISSING else field.default
+    (field,) = found
+    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -14,7 +14,7 @@ import multi
 import pytest
 from identities import copy_of, write_adapter
 from nursery import Nursery
-from pair import SPOIL_FILE, Pair, Setup
+from pair import IPV6, SPOIL_FILE, Pair, Setup, has_ipv6
 from solo import SharersSetup, Solo, SoloSetup
 from xpyd import XpydSetup
 
@@ -88,8 +88,9 @@ def identity_pair(folder: Path) -> Setup:
 
 
 def hybrid_pair(folder: Path) -> Setup:
-    """Sliding-window and full-attention layers: several KV cache groups."""
-    return Setup(model("KVCONNECT_HMA_MODEL"))
+    """Sliding-window and full-attention layers: several KV cache groups. Over IPv6, if there is."""
+    host = IPV6 if has_ipv6() else HOST
+    return Setup(model("KVCONNECT_HMA_MODEL"), env={"VLLM_NIXL_SIDE_CHANNEL_HOST": host})
 
 
 def hybrid_blocks_pair(folder: Path) -> Setup:

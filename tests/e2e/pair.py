@@ -5,6 +5,7 @@ import http.client
 import json
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,6 +165,18 @@ class Pair:
     def transferred(self) -> float:
         """Bytes that the decode engine read."""
         return self.decode.metric("vllm:nixl_bytes_transferred_sum")
+
+
+IPV6 = "::1"
+
+
+def has_ipv6() -> bool:
+    """Whether this host has an IPv6 loopback address."""
+    try:
+        with socket.create_server((IPV6, 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 def words(length: int, seed: int) -> list[int]:

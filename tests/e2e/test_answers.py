@@ -1,9 +1,10 @@
 """Right answers: through a transfer as from the engine's own prefix cache."""
 
+import re
 from typing import Any
 
 import pytest
-from pair import Client, Pair, eventually, in_parallel, words
+from pair import IPV6, Client, Pair, eventually, has_ipv6, in_parallel, words
 
 BLOCK = 128  # vLLM's default on CPU
 LENGTHS = [1, 2, 5, 31, 64, 127, 128, 129, 130, 200, 255, 256, 257, 300, 383, 384, 385, 500]
@@ -96,6 +97,18 @@ def test_sliding_window_and_full_attention_groups(hybrid_pair: Pair):
     With a window of 256 and blocks of 128 that shows at prompts of 128 k + 127 tokens.
     """
     check_windows(hybrid_pair)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6 loopback address")
+def test_kv_goes_over_ipv6_whose_addresses_are_in_brackets_in_logs(hybrid_pair: Pair):
+    prompt = words(500, seed=71)
+    lent = hybrid_pair.prefilled(prompt)
+    assert lent["remote_host"] == IPV6
+    answer = hybrid_pair.decode.tokens(prompt, 8, kv_transfer_params=lent)
+    assert answer == hybrid_pair.prefill.tokens(prompt, 8)
+    for client in (hybrid_pair.prefill, hybrid_pair.decode):
+        assert re.search(rf"offers .* at \[{IPV6}\]:\d+", client.server.log.read_text())
+    assert hybrid_pair.decode.metric("vllm:nixl_num_failed_transfers_total") == 0
 
 
 def test_sliding_windows_with_blocks_of_32_to_128_tokens(hybrid_blocks_pair: Pair):

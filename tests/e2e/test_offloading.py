@@ -1,5 +1,6 @@
 """Stored KV on real engines: host memory, disk, a restart, damage, tensor parallelism."""
 
+import re
 import time
 
 import pytest
@@ -210,5 +211,8 @@ def test_tp_2_with_sliding_windows_few_blocks_preemption_and_eviction(crowded_ke
     assert loaded > 0
     assert crowded_keeper.offloaded("evictions") > 0
     assert crowded_keeper.offloaded("failed_chunks") == 0
+    log = crowded_keeper.server.log.read_text()
+    for rank in range(2):
+        assert re.search(rf"rank {rank} of 2 .* \(0.01 GiB; all ranks together 0.02 GiB\)", log)
     preempted = crowded_keeper.metric("vllm:num_preemptions_total")
     assert preempted > 0, "the engine had room for all: the test shows nothing"

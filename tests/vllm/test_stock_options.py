@@ -1,6 +1,7 @@
 """Every option that the installed vLLM's own connectors read is one that ours know."""
 
 import dataclasses
+import json
 import logging
 import re
 from pathlib import Path
@@ -8,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import vllm
-from vllm.config import KVTransferConfig
+from vllm.config import CacheConfig, KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import kvconnect.vllm as ours
-from kvconnect.config import MooncakeConfig, NixlConfig
+from kvconnect.config import MooncakeConfig, NixlConfig, parse
 from kvconnect.errors import ConfigError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm.transfer_fields import HONOURED, INERT_FIELDS
@@ -136,3 +139,46 @@ def test_the_documentation_has_every_field():
     page = DOCUMENTED.read_text()
     for name, why in INERT_FIELDS.items():
         assert re.search(rf"^\| `{name}` \|.*no effect: {re.escape(why)} \|$", page, re.M), name
+
+
+# -- through vLLM's own configuration ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gib", [1, 1.5])
+def test_kv_offloading_size_is_the_memory_of_all_ranks_together(gib):
+    """`--kv-offloading-size` counts in GiB; vLLM hands bytes on, as a float."""
+    config = VllmConfig(
+        cache_config=CacheConfig(kv_offloading_size=gib),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="OffloadingConnector",
+            kv_connector_module_path="kvconnect.vllm",
+            kv_role="kv_both",
+        ),
+    )
+    transfer = config.kv_transfer_config
+    assert transfer.kv_connector_module_path == "kvconnect.vllm"  # vLLM leaves it
+    options = transfer.kv_connector_extra_config
+    assert parse(options, OffloadConfig, "t").cpu_bytes_to_use == gib * (1 << 30)
+
+
+def test_what_helm_writes_goes_through_vllms_own_argument():
+    written = {
+        "kv_connector": "OffloadingConnector",
+        "kv_connector_module_path": "kvconnect.vllm",
+        "kv_role": "kv_both",
+        "kv_port": 14579,
+        "kv_connector_extra_config": {
+            "cpu_bytes_to_use": "10GiB",
+            "blocks_per_chunk": 4.0,
+            "store_threshold": "2",
+            "offload_prompt_only": "true",
+            "disk_bytes": 2e9,
+            "disk_path": "/kv",
+        },
+    }
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    made = parser.parse_args(["--kv-transfer-config", json.dumps(written)]).kv_transfer_config
+    found = parse(made.kv_connector_extra_config, OffloadConfig, "t")
+    assert (found.cpu_bytes_to_use, found.disk_bytes) == (10 << 30, 2_000_000_000)
+    assert (found.blocks_per_chunk, found.store_threshold) == (4, 2)
+    assert found.offload_prompt_only is True

@@ -1,7 +1,8 @@
 """KV events of what is stored, for routers that follow them: BlockStored, BlockRemoved by medium.
 
 An event names a stored chunk by the hashes of its blocks, as vLLM's own events name those on the
-device, and says what a router needs to hash them itself and to tell windows from full attention. What was found at the start has no event until it is stored again: its tokens are not known.
+device, and says what a router needs to hash them itself and to tell windows from full attention.
+What was found at the start has no event until it is stored again: its tokens are not known.
 Work and memory grow with the chunks that are saved, not with the length of their prompts.
 """
 

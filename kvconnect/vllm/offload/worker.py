@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
+GIB = 1 << 30
+
 
 class OffloadWorker:
     """Made at construction of the connector; works from `register` on."""
@@ -94,10 +96,11 @@ class OffloadWorker:
         lead, stride = store.lead, store.memory.spec.stride
         self._introduce(rank.index, StoreHandshake(lead.slots, lead.disk_slots, *lead.keys))
         logger.info(
-            "kvconnect: rank %d of %d %s %d chunks (%.2f GB) in memory, %d on disk; found %d "
-            "and %d from before",
+            "kvconnect: rank %d of %d %s %d chunks (%.2f GiB; all ranks together %.2f GiB) in "
+            "memory, %d on disk; found %d and %d from before",
             *(rank.index, rank.count, "stores" if store.stores else "reads another's"),
-            *(lead.slots, lead.slots * stride / 1e9, lead.disk_slots),
+            *(lead.slots, lead.slots * stride / GIB, self._config.cpu_bytes_to_use / GIB),
+            lead.disk_slots,
             *(len(keys) for keys in lead.keys),
         )
 

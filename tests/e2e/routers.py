@@ -1,0 +1,232 @@
+"""Routers, unmodified, in front of two real engines of each connector that they work with.
+
+    python tests/e2e/routers.py             # or some: toy plain
+
+Prints a line of JSON for each router and connector, and exits with 1 if anything was wrong. Answers
+are compared in float32 with those of the prefill engine alone. docs/routers.md is what it found.
+"""
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+import multi
+from conftest import model
+from nursery import Nursery
+from pair import PREFILL, Client, Pair, Setup, eventually, words
+
+from kvconnect.cli.engines import engine_env, proxy_command
+from kvconnect.cli.processes import HOST, Fleet
+
+SOURCES = Path(os.environ.get("KVCONNECT_VLLM_SRC", ""))
+EXAMPLES = SOURCES / "examples/disaggregated"
+LENGTHS = (40, 129, 257, 400, 640, 900)
+SHORT = ["--max-model-len", "2048"]
+
+
+def free_port():
+    with socket.create_server((HOST, 0)) as taken:
+        return taken.getsockname()[1]
+
+
+# -- engines ---------------------------------------------------------------------------------
+
+
+def nixl(smol):
+    return Setup(smol, both=SHORT)
+
+
+def stock(smol):
+    """vLLM's own name, as configurations that were written for it have it."""
+    names = {"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"}
+    return Setup(smol, both=SHORT, names=names)
+
+
+def several(smol):
+    names = {"kv_connector": "KVConnectMulti"}
+    children = [multi.nixl(), multi.offloading()]
+    return Setup(smol, both=SHORT, names=names, extra={"connectors": children})
+
+
+def mooncake(smol):
+    env = {"VLLM_MOONCAKE_BOOTSTRAP_PORT": str(free_port())}
+    return Setup(smol, both=SHORT, connector="mooncake", env=env)
+
+
+def p2p(smol):
+    """Both engines are told where the one that prefills is, and nothing else."""
+    port = free_port()
+    at = {"prefill_address": f"{HOST}:{port}"}
+    return Setup(
+        smol,
+        both=SHORT,
+        connector="p2p",
+        prefill_names={"kv_port": port},
+        extra=at,
+        policy="recompute",
+    )
+
+
+# -- routers ---------------------------------------------------------------------------------
+
+
+def port_of(client):
+    return client.netloc.rpartition(":")[2]
+
+
+def of_vllm(script):
+    """One of vLLM's own, which take engines so."""
+
+    def command(pair):
+        engines = ["--prefiller-host", HOST, "--prefiller-port", port_of(pair.prefill)]
+        engines += ["--decoder-host", HOST, "--decoder-port", port_of(pair.decode)]
+        start = [sys.executable, str(script), "--host", HOST, *engines]
+        return lambda port: [*start, "--port", str(port)]
+
+    return command
+
+
+def mooncakes(pair):
+    bootstrap = pair.setup.env["VLLM_MOONCAKE_BOOTSTRAP_PORT"]
+    script = EXAMPLES / "mooncake_connector/mooncake_connector_proxy.py"
+    engines = ["--prefill", pair.prefill.server.url, bootstrap, "--decode", pair.decode.server.url]
+    return lambda port: [sys.executable, str(script), "--port", str(port), *engines]
+
+
+def rust(pair):
+    """github.com/vllm-project/router, from its wheel."""
+    bootstrap = pair.setup.env.get("VLLM_MOONCAKE_BOOTSTRAP_PORT")
+    kind = "mooncake" if bootstrap else "nixl"
+    engines = ["--prefill", pair.prefill.server.url, *([bootstrap] if bootstrap else [])]
+    engines += ["--decode", pair.decode.server.url, "--policy", "round_robin"]
+    mode = ["--vllm-pd-disaggregation", "--kv-connector", kind, "--host", HOST]
+    start = [sys.executable, "-P", "-m", "vllm_router.launch_router", *mode, *engines]
+    start += ["--prometheus-port", str(free_port())]
+    return lambda port: [*start, "--port", str(port)]
+
+
+def ours(pair):
+    return proxy_command([pair.prefill.server.url], [pair.decode.server.url])
+
+
+@contextmanager
+def behind(command, pair):
+    """Asks the router that ``command`` starts."""
+    server = pair.fleet.start("router", command(pair), engine_env())
+    client = Client(server, pair.prefill.model)
+
+    def serves():
+        server.is_up()  # raises once it has ended
+        try:
+            return client.post(words(40, seed=1), max_tokens=1)[0] == 200
+        except OSError:
+            return False
+
+    try:
+        eventually(serves, 60, f"{server.name} serves; its log: {server.log}")
+        yield client.post
+    finally:
+        server.kill()
+        pair.fleet.servers.remove(server)
+
+
+def started(command):
+    return lambda pair: behind(command, pair)
+
+
+def through_float64(text):
+    return int(float(text))
+
+
+@contextmanager
+def llm_d(pair):
+    """llm-d's sidecar: its two bodies, and numbers as Go hands them on."""
+
+    def ask(prompt, **options):
+        headers = {"x-request-id": str(uuid.uuid4())}
+        legs = {"max_tokens": 1, "stream": False, "kv_transfer_params": PREFILL}
+        status, lent = pair.prefill.post(prompt, headers, **{**options, **legs})
+        assert status == 200, lent
+        handed = json.dumps(lent["kv_transfer_params"])
+        params = json.loads(handed, parse_int=through_float64)
+        return pair.decode.post(prompt, headers, **options, kv_transfer_params=params)
+
+    yield ask
+
+
+@contextmanager
+def plain(pair):
+    """production-stack's disaggregated_prefill: one id to both engines, and no params."""
+
+    def ask(prompt, **options):
+        headers = {"X-Request-Id": str(uuid.uuid4())}
+        status, answer = pair.prefill.post(prompt, headers, **{**options, "max_tokens": 1})
+        assert status == 200, answer
+        return pair.decode.post(prompt, headers, **options)
+
+    yield ask
+
+
+TOY = SOURCES / "tests/v1/kv_connector/nixl_integration/toy_proxy_server.py"
+MULTI_TURN = EXAMPLES / "disaggregated_serving/disagg_proxy_multiturn.py"
+ROUTERS = {
+    "toy": ("vLLM toy_proxy_server.py", started(of_vllm(TOY)), [nixl, stock, several, p2p]),
+    "multiturn": ("vLLM disagg_proxy_multiturn.py", started(of_vllm(MULTI_TURN)), [nixl]),
+    "rust": ("vllm-router", started(rust), [nixl, stock, several, mooncake]),
+    "ours": ("kvconnect proxy", started(ours), [nixl, several, p2p, mooncake]),
+    "llm-d": ("llm-d sidecar (its bodies)", llm_d, [nixl, several]),
+    "mooncake": ("vLLM mooncake_connector_proxy.py", started(mooncakes), [mooncake]),
+    "plain": ("production-stack disaggregated_prefill (its requests)", plain, [p2p]),
+}
+ENGINES = (nixl, stock, several, mooncake, p2p)
+
+
+def check(router, connect, pair, setup, seed):
+    """What came of some prompts behind one router."""
+    source = "vllm:prompt_tokens_by_source_total"
+    prompts = [words(length, seed + n) for n, length in enumerate(LENGTHS)]
+    equal = transferred = 0
+    with connect(pair) as ask:
+        before = pair.decode.metric(source, source="external_kv_transfer")
+        answers = [ask(prompt, max_tokens=12) for prompt in prompts]
+        transferred = pair.decode.metric(source, source="external_kv_transfer") - before
+    for prompt, (status, answer) in zip(prompts, answers, strict=True):
+        assert status == 200, answer
+        _, alone = pair.prefill.post(prompt, max_tokens=12)
+        equal += answer["choices"][0]["text"] == alone["choices"][0]["text"]
+    total = sum(LENGTHS)
+    return {
+        "router": router,
+        "connector": setup.__name__,
+        "equal": f"{equal} of {len(prompts)}",
+        "transferred": f"{transferred:.0f} of {total}",
+        # the last token of each prompt is decode's own, and counted by one protocol and not another
+        "ok": equal == len(prompts) and transferred in (total, total - len(prompts)),
+    }
+
+
+def main():
+    chosen = sys.argv[1:] or list(ROUTERS)
+    smol, wrong = model("KVCONNECT_TP_MODEL"), 0
+    assert TOY.is_file(), f"{TOY} is missing: run `make setup`"
+    with Nursery() as nursery, tempfile.TemporaryDirectory() as folder:
+        for setup in ENGINES:
+            rows = [ROUTERS[name] for name in chosen if setup in ROUTERS[name][2]]
+            if not rows:
+                continue
+            with Fleet(Path(folder) / setup.__name__, nursery.launch) as fleet:
+                pair: Pair = setup(smol).start(fleet)
+                for number, (router, connect, _) in enumerate(rows):
+                    row = check(router, connect, pair, setup, 20_000 + 100 * number)
+                    wrong += not row["ok"]
+                    print(json.dumps(row), flush=True)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
