@@ -2,15 +2,24 @@
 
 The file named by STOP_FILE says once which: "GROUP PORT", the engine's process group and the port
 of its control channel. It is looked at whenever a transfer starts or a chunk is asked for.
+
+A worker whose mover is in one step for longer than a second, or which runs no Python for so long,
+says `STOOD_STILL` in its log, and where.
 """
 
+import faulthandler
 import os
 import signal
+import sys
+import threading
+import time
+import traceback
 from pathlib import Path
 
 import kvconnect.consumer.fetch
 import kvconnect.vllm.worker
 from kvconnect.consumer.stage import ChunkReceiver
+from kvconnect.mover import Mover
 from kvconnect.vllm.mooncake.connector import KVConnectMooncake
 from kvconnect.vllm.nixl import KVConnectNixl
 from kvconnect.vllm.p2p.connector import KVConnectP2pNccl
@@ -19,6 +28,9 @@ __all__ = ["KVConnectMooncake", "KVConnectNixl", "KVConnectP2pNccl"]
 
 STOP_FILE = "KVCONNECT_TEST_STOP_FILE"
 FILE = Path(os.environ.get(STOP_FILE, "/nowhere"))
+STOOD_STILL = "Timeout (0:00:01"
+"""As `faulthandler` begins what it writes."""
+LONGEST_S, LOOK_S = 1.0, 0.25
 
 
 def stop_if_told(peer: str) -> None:
@@ -51,6 +63,36 @@ class StoppingReceiver(ChunkReceiver):
         stop_if_told("")
 
 
+class WatchedMover(Mover):
+    """Its steps, but for their wait for a frame, are timed."""
+
+    def start(self, on_start=lambda: None):
+        self.late_at, self.thread = float("inf"), 0
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        super().start(on_start)
+
+    def step(self, wait_s=0.0):
+        self.thread, self.late_at = threading.get_ident(), time.monotonic() + wait_s + LONGEST_S
+        try:
+            return super().step(wait_s)
+        finally:
+            self.late_at = float("inf")
+
+    def _watch(self):
+        told = 0.0
+        while not self._closed:
+            # it writes from a thread of C, even while some call keeps all of Python waiting
+            faulthandler.dump_traceback_later(LONGEST_S, file=2)
+            time.sleep(LOOK_S)
+            late_at, frames = self.late_at, sys._current_frames()
+            if told != late_at < time.monotonic() and self.thread in frames:
+                told = late_at
+                where = "".join(traceback.format_stack(frames[self.thread]))
+                print(f"{STOOD_STILL}) of the mover's step:\n{where}", file=sys.stderr, flush=True)
+        faulthandler.cancel_dump_traceback_later()
+
+
+kvconnect.vllm.worker.Mover = WatchedMover
 original_make = kvconnect.vllm.worker.make_transport
 kvconnect.vllm.worker.make_transport = make_transport
 kvconnect.consumer.fetch.ChunkReceiver = StoppingReceiver
