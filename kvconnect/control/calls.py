@@ -69,7 +69,7 @@ class Calls:
         seq = next(self._seq)
         call = Call(peer, seq, make(seq), accepts, deadline, asker)
         if peer.state is PeerState.READY:
-            if not self.wait_for(peer):
+            if not self.waits_for(peer):
                 peer.silent = 0
                 self.awaited.set(peer, self._clock() + LOOK_S)
             self._running.setdefault(peer, {})[seq] = call
@@ -78,7 +78,7 @@ class Calls:
             self._fail(call, peer.error or "not greeted yet")
         return call
 
-    def wait_for(self, peer: Peer) -> bool:
+    def waits_for(self, peer: Peer) -> bool:
         """Whether a call to the peer has no answer yet."""
         return bool(self._running.get(peer))
 

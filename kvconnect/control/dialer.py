@@ -185,7 +185,7 @@ class Dialer:
             if peer.state is PeerState.GREETING:
                 self._look_at(peer)
         for peer in self.calls.awaited.take(now):
-            if self.calls.wait_for(peer):
+            if self.calls.waits_for(peer):
                 self._look_for_silence(peer, now)
         self.calls.tick()
 

@@ -190,3 +190,23 @@ def test_a_peer_that_floods_us_and_goes_ends_nothing():
     )
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) > 0, "nothing arrived"
+
+
+def test_hosts_that_vanish_are_noticed_by_tcp():
+    """Else what they dialled stays open for ever: nobody sends anything over it."""
+    ours, theirs = ZmqChannel("127.0.0.1", 0), ZmqChannel("127.0.0.1", 0)
+    theirs.send(theirs.dial(ours.address), b"x")
+    deadline = time.monotonic() + 60
+    while timers_of(ours.address.port) != ["02", "02"]:  # once what was sent is acknowledged
+        assert time.monotonic() < deadline, "TCP keeps no watch over both ends of the connection"
+        ours.poll(0.1)
+    for channel in (ours, theirs):
+        channel.close()
+
+
+def timers_of(port):
+    """Of TCP connections from or to a port, the timers that run: 02 is keepalive's (proc(5))."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for t in tables if t.exists() for line in t.read_text().splitlines()]
+    ends = (f for f in lines if f[3] == "01" and f":{port:04X}" in (f[1][-5:], f[2][-5:]))
+    return [f[5][:2] for f in ends]

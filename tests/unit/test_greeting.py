@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvconnect.control import dialer as dialer_module
 from kvconnect.control import listener as listener_module
 from kvconnect.control import wire
+from kvconnect.control.calls import LOOK_S
 from kvconnect.control.channel import Frame, Link
 from kvconnect.control.dialer import Dialer
 from kvconnect.control.listener import Listener
@@ -498,6 +499,25 @@ def test_a_call_is_repeated_ever_less_often():
         pair.clock.advance(0.1)
     assert not call.error and not call.reply
     assert 6 <= len(pair.incoming) <= 11, "after 1, 3, 7, and then every 8 seconds"
+
+
+def test_a_peer_that_once_left_a_call_unanswered_has_as_long_for_the_next():
+    pair = Pair()
+    peer = pair.greet()
+    pair.network.held = True
+
+    def pass_time(seconds):
+        for _ in range(int(seconds / LOOK_S)):
+            pair.clock.advance(LOOK_S)
+            pair.dialer.tick()
+
+    pair.call(peer, seconds=3 * LOOK_S)
+    pass_time(3 * LOOK_S)
+    pair.call(peer, seconds=100)
+    pass_time(3 * LOOK_S)
+    assert peer.state is PeerState.READY, "given up for what it did not answer before"
+    pass_time(LOOK_S)
+    assert "has answered nothing for 9 s" in peer.error
 
 
 # -- calls ---------------------------------------------------------------------------------

@@ -7,10 +7,13 @@ from kit.engines import Engine, World
 from late import LateKernels
 
 from kvconnect.errors import TransportError
+from kvconnect.geometry.blocks import Region
 from kvconnect.lease import Terms
 from kvconnect.ops import load
 from kvconnect.orders import Fetch, Grant
 from kvconnect.producer.stage import STALLED_S
+from kvconnect.staging import GRANULE_BYTES, SCARCE_S, Slots, Staging
+from kvconnect.testing.clock import FakeClock
 from kvconnect.testing.faulty import Fault, Plan
 from kvconnect_bench.caches import Model
 
@@ -264,6 +267,17 @@ def test_a_source_that_hung_is_used_again_though_its_link_broke():
     resume(p)
     world.go_on(30, seconds=0.3)
     assert Load(p, d, "again").seconds() < 1.0
+
+
+def test_a_sources_own_slots_stay_in_quarantine_for_a_while():
+    """What it was asked a moment ago it may still be writing."""
+    clock = FakeClock()
+    slots = Slots(Staging(Region(GRANULE_BYTES, 8 * GRANULE_BYTES), GRANULE_BYTES), clock)
+    for _ in range(4):
+        slots.quarantine(slots.take("hung"), 60.0, lambda: False)
+    assert slots.take("hung") is None
+    clock.advance(SCARCE_S)
+    assert slots.take("hung") is not None
 
 
 def test_slots_of_a_source_that_goes_on_are_free_when_it_has_answered():
