@@ -19,6 +19,7 @@ import argparse
 import http.client
 import itertools
 import os
+import re
 import signal
 import statistics
 import sys
@@ -126,8 +127,7 @@ def window(load, victim, hold_s, stop_file=None):
         began = time.monotonic()
         try:
             if stop_file:
-                port = tickets[0][2]["remote_port"] if victim.role == "prefill" else 0
-                stop_file.write_text(f"{victim.process.pid} {port}")
+                stop_file.write_text(f"{victim.process.pid} {control_port(victim)}")
             legs = [pool.submit(load.decode, pair[1], at, given) for pair, at, given in tickets]
             while stop_file and stop_file.exists():
                 assert time.monotonic() < began + AGAIN_S, "no transfer of the engine has begun"
@@ -138,6 +138,11 @@ def window(load, victim, hold_s, stop_file=None):
             if stop_file:
                 os.killpg(victim.process.pid, signal.SIGCONT)
         return began, time.monotonic(), [leg.result() for leg in legs]
+
+
+def control_port(engine):
+    """Of its control channel, as it says in its log; peers are named by it."""
+    return re.search(r"kvconnect: rank .* at [^ ]*:(\d+), key port", engine.log.read_text())[1]
 
 
 def hang(load, victim, stop_file, hold_s):

@@ -3,11 +3,11 @@
 The file named by STOP_FILE says once which: "GROUP PORT", the engine's process group and the port
 of its control channel. It is looked at whenever a transfer starts or a chunk is asked for.
 
-A worker whose mover is in one step for longer than a second, or which runs no Python for so long,
-says `STOOD_STILL` in its log, and where.
+A worker whose mover is in one step for longer than a second says `STOOD_STILL` in its log, and
+where; one that ran no Python for so long says that it did not. (`faulthandler` would say where that
+was, but reads the frames of running threads: it ended workers that went on after a stop.)
 """
 
-import faulthandler
 import os
 import signal
 import sys
@@ -16,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-import kvconnect.consumer.fetch
+import kvconnect.consumer.reads
 import kvconnect.vllm.worker
 from kvconnect.consumer.stage import ChunkReceiver
 from kvconnect.mover import Mover
@@ -28,8 +28,7 @@ __all__ = ["KVConnectMooncake", "KVConnectNixl", "KVConnectP2pNccl"]
 
 STOP_FILE = "KVCONNECT_TEST_STOP_FILE"
 FILE = Path(os.environ.get(STOP_FILE, "/nowhere"))
-STOOD_STILL = "Timeout (0:00:01"
-"""As `faulthandler` begins what it writes."""
+STOOD_STILL = "stood still for longer than a second"
 LONGEST_S, LOOK_S = 1.0, 0.25
 
 
@@ -81,18 +80,18 @@ class WatchedMover(Mover):
     def _watch(self):
         told = 0.0
         while not self._closed:
-            # it writes from a thread of C, even while some call keeps all of Python waiting
-            faulthandler.dump_traceback_later(LONGEST_S, file=2)
+            looked = time.monotonic()
             time.sleep(LOOK_S)
-            late_at, frames = self.late_at, sys._current_frames()
-            if told != late_at < time.monotonic() and self.thread in frames:
+            late_at, frames, now = self.late_at, sys._current_frames(), time.monotonic()
+            if now - looked > LOOK_S + LONGEST_S:
+                print(f"all of Python {STOOD_STILL}", file=sys.stderr, flush=True)
+            elif told != late_at < now and self.thread in frames:
                 told = late_at
                 where = "".join(traceback.format_stack(frames[self.thread]))
-                print(f"{STOOD_STILL}) of the mover's step:\n{where}", file=sys.stderr, flush=True)
-        faulthandler.cancel_dump_traceback_later()
+                print(f"the mover's step {STOOD_STILL}:\n{where}", file=sys.stderr, flush=True)
 
 
 kvconnect.vllm.worker.Mover = WatchedMover
 original_make = kvconnect.vllm.worker.make_transport
 kvconnect.vllm.worker.make_transport = make_transport
-kvconnect.consumer.fetch.ChunkReceiver = StoppingReceiver
+kvconnect.consumer.reads.ChunkReceiver = StoppingReceiver
