@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 from kvconnect.config import parse
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm.offload.events import Events
-from kvconnect.vllm.offload.identity import cuts
+from kvconnect.vllm.offload.identity import group_configs
 
 BLOCKS = 6
 OF_THE_PLACE = {"medium", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window"}
@@ -86,8 +86,8 @@ def of_the_device(one):
 def of_ours(one, blocks_per_chunk, window=None):
     options = {"cpu_bytes_to_use": 1 << 20, "blocks_per_chunk": blocks_per_chunk}
     config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec(window))])
-    cut = cuts(config, parse(options, OffloadConfig, "test"))
-    events = Events(cut, config, BLOCK)
+    chunking = group_configs(config, parse(options, OffloadConfig, "test"))
+    events = Events(chunking, config, BLOCK)
     keys = list(range(BLOCKS // blocks_per_chunk))
     for key in keys:
         events.saving(one, key, 0, (key + 1) * blocks_per_chunk * BLOCK)

@@ -13,7 +13,7 @@ from kvconnect.errors import ConfigError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.offload.keys import ChunkKeys
 from kvconnect.vllm import weights
-from kvconnect.vllm.offload.identity import cuts, identity, kept_apart
+from kvconnect.vllm.offload.identity import group_configs, identity, kept_apart
 from kvconnect.vllm.offload.request_chunks import NO_LIMIT, RequestChunks
 
 BLOCK = 16
@@ -23,10 +23,10 @@ def spec(block=BLOCK):
     return FullAttentionSpec(block_size=block, num_kv_heads=1, head_size=8, dtype=torch.float32)
 
 
-def cut(groups=1, **options):
+def chunking(groups=1, **options):
     config = parse({"cpu_bytes_to_use": 1 << 20} | options, OffloadConfig, "test")
     one = [SimpleNamespace(kv_cache_spec=spec()) for _ in range(groups)]
-    return cuts(SimpleNamespace(kv_cache_groups=one), config)
+    return group_configs(SimpleNamespace(kv_cache_groups=one), config)
 
 
 class HfConfig:
@@ -83,17 +83,20 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_another_engine_s_kv_has_another_name(other):
-    assert identity(other, cut()) != identity(engine(), cut())
-    assert identity(engine(), cut()) == identity(engine(), cut())
+    assert identity(other, chunking()) != identity(engine(), chunking())
+    assert identity(engine(), chunking()) == identity(engine(), chunking())
 
 
 def test_another_cut_or_seed_has_another_name(monkeypatch):
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    found = [identity(engine(), cut(), seed=seed) for seed in ("", "1", "2")]
-    found += [identity(engine(), cut(block_size=2 * BLOCK)), identity(engine(), cut(groups=2))]
+    found = [identity(engine(), chunking(), seed=seed) for seed in ("", "1", "2")]
+    found += [
+        identity(engine(), chunking(block_size=2 * BLOCK)),
+        identity(engine(), chunking(groups=2)),
+    ]
     for seed in ("3", "4"):
         monkeypatch.setenv("PYTHONHASHSEED", seed)
-        found.append(identity(engine(), cut()))
+        found.append(identity(engine(), chunking()))
     assert len(set(map(repr, found))) == len(found)
 
 
@@ -104,7 +107,7 @@ def test_names_revisions_paths_and_speculation_without_kv_do_not_matter():
         engine("ngram"),
     ]
     for other in others:
-        assert identity(other, cut()) == identity(engine(), cut())
+        assert identity(other, chunking()) == identity(engine(), chunking())
 
 
 # -- weights ---------------------------------------------------------------------------------------
@@ -119,20 +122,20 @@ def started_later(monkeypatch):
 def test_weights_that_were_written_anew_have_another_name(tmp_path, started_later):
     """Even of equal size and time, as ``rsync -t`` and layers of images leave them."""
     path = checkpoints.write(tmp_path / "a", {"q": 1})
-    before, stat = identity(engine(model=str(tmp_path / "a")), cut()), path.stat()
+    before, stat = identity(engine(model=str(tmp_path / "a")), chunking()), path.stat()
     checkpoints.write(tmp_path / "b", {"q": 1})
-    assert identity(engine(model=str(tmp_path / "b")), cut()) == before, "another path"
+    assert identity(engine(model=str(tmp_path / "b")), chunking()) == before, "another path"
     checkpoints.write(tmp_path / "a", {"q": 2})
     weights.os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert identity(engine(model=str(tmp_path / "a")), cut()).model != before.model
+    assert identity(engine(model=str(tmp_path / "a")), chunking()).model != before.model
 
 
 def test_weights_may_be_named(tmp_path):
     here, there = engine(model=str(tmp_path)), engine(model="/elsewhere")
-    named = identity(here, cut(), "llama")
-    assert named == identity(there, cut(), "llama") != identity(here, cut(), "other")
-    named_as_a_digest = identity(here, cut(), identity(engine(), cut()).model)
-    assert named_as_a_digest != identity(engine(), cut())
+    named = identity(here, chunking(), "llama")
+    assert named == identity(there, chunking(), "llama") != identity(here, chunking(), "other")
+    named_as_a_digest = identity(here, chunking(), identity(engine(), chunking()).model)
+    assert named_as_a_digest != identity(engine(), chunking())
 
 
 FAR = engine(model_weights="s3://bucket/latest")
@@ -161,16 +164,18 @@ def test_nothing_else_is_refused():
 
 
 def test_keys_of_weights_that_are_not_known_are_unlike_any_others():
-    one, other = (identity(FAR, cut(), unknown=name) for name in "ab")
+    one, other = (identity(FAR, chunking(), unknown=name) for name in "ab")
     assert one.model == "a" and other.model == "b"
-    assert identity(FAR, cut()) == identity(FAR, cut()), "ranks of an engine have one arena"
+    assert identity(FAR, chunking()) == identity(FAR, chunking()), (
+        "ranks of an engine have one arena"
+    )
 
 
 def test_layers_of_one_kind_are_cut_as_their_group_says():
     of_each = {"a": spec(), "b": replace(spec(), head_size=16)}
     group = SimpleNamespace(kv_cache_spec=UniformTypeKVCacheSpecs(BLOCK, of_each))
     config = parse({"cpu_bytes_to_use": 1 << 20}, OffloadConfig, "test")
-    assert cuts(SimpleNamespace(kv_cache_groups=[group]), config) == cut()
+    assert group_configs(SimpleNamespace(kv_cache_groups=[group]), config) == chunking()
 
 
 def test_recurrent_state_is_refused():
@@ -178,13 +183,13 @@ def test_recurrent_state_is_refused():
     groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=state)])
     config = parse({"cpu_bytes_to_use": 1 << 20}, OffloadConfig, "test")
     with pytest.raises(ConfigError, match="group 0 keeps MambaSpec state, which cannot be"):
-        cuts(groups, config)
+        group_configs(groups, config)
 
 
 def test_what_cannot_be_cut_is_refused():
-    assert cut(blocks_per_chunk=3) == cut(block_size=3 * BLOCK)
+    assert chunking(blocks_per_chunk=3) == chunking(block_size=3 * BLOCK)
     with pytest.raises(ConfigError, match="block_size is 24, expected a multiple of the engine's"):
-        cut(block_size=24)
+        chunking(block_size=24)
 
 
 # -- requests ------------------------------------------------------------------------------------
@@ -203,8 +208,8 @@ def request(**changes):
 
 
 def tracked(chunk=BLOCK, adapter=None, **changes):
-    names = ChunkKeys(identity(engine(), cut()))
-    return RequestChunks(request(**changes), names, cut(block_size=chunk), BLOCK, adapter)
+    names = ChunkKeys(identity(engine(), chunking()))
+    return RequestChunks(request(**changes), names, chunking(block_size=chunk), BLOCK, adapter)
 
 
 def picture(name, offset=0):
@@ -252,8 +257,8 @@ def test_a_session_that_says_something_else_has_other_keys():
 
 
 def test_chunks_of_all_groups_are_in_the_order_in_which_they_end():
-    names = ChunkKeys(identity(engine(), cut(groups=2)))
-    one = RequestChunks(request(), names, cut(groups=2), BLOCK)
+    names = ChunkKeys(identity(engine(), chunking(groups=2)))
+    one = RequestChunks(request(), names, chunking(groups=2), BLOCK)
     first, second = one.keys()
     assert one.in_order() == [key for pair in zip(first, second, strict=True) for key in pair]
 
@@ -274,5 +279,5 @@ def test_a_limit_is_kept():
 def test_hashes_may_be_of_less_than_a_block():
     """As vLLM has them where groups have blocks of several sizes."""
     of_whole = tracked(block_hashes=[bytes([n]) * 32 for n in (1, 3)]).keys()
-    names = ChunkKeys(identity(engine(), cut()))
-    assert RequestChunks(request(), names, cut(), BLOCK // 2).keys() == of_whole
+    names = ChunkKeys(identity(engine(), chunking()))
+    assert RequestChunks(request(), names, chunking(), BLOCK // 2).keys() == of_whole

@@ -17,7 +17,7 @@ from kvconnect.offload.jobs import Forget, Loss, Spill
 from kvconnect.offload.keys import Identity
 from kvconnect.vllm.adapter_reports import AdapterReport, Loaded
 from kvconnect.vllm.offload import scheduler as module
-from kvconnect.vllm.offload.identity import cuts
+from kvconnect.vllm.offload.identity import group_configs
 from kvconnect.vllm.offload.messages import StoreHandshake, WantedChunk, WorkerResults
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 
@@ -85,7 +85,7 @@ class Engine:
         **options,
     ):
         speculative = SimpleNamespace(num_speculative_tokens=draft) if draft else None
-        seeded = lambda config, cuts, model_id, seed, unknown: replace(IDENTITY, hashing=seed)  # noqa: E731
+        seeded = lambda config, groups, model_id, seed, unknown: replace(IDENTITY, hashing=seed)  # noqa: E731
         monkeypatch.setattr(module, "identity", seeded)
         monkeypatch.setattr(module, "hash_tokens", lambda *_: BLOCK)
         groups = [SimpleNamespace(kv_cache_spec=spec(window)) for window in windows]
@@ -340,7 +340,7 @@ def test_a_chunk_must_be_of_whole_blocks():
     config = parse({"cpu_bytes_to_use": 1 << 20, "block_size": 6}, OffloadConfig, "test")
     groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec())])
     with pytest.raises(ConfigError, match="block_size is 6, expected a multiple"):
-        cuts(groups, config)
+        group_configs(groups, config)
 
 
 def test_events_tell_what_came_to_be_held_and_what_left(make):

@@ -34,7 +34,9 @@ class ChainScheduler:
             kv_cache_config.kv_cache_groups[g].kv_cache_spec.block_size for g in self._groups
         ]
         self._chunk_blocks = (
-            [cut.chunk_blocks for cut in store.cuts] if store else [1] * len(self._groups)
+            [config.chunk_blocks for config in store.group_configs]
+            if store
+            else [1] * len(self._groups)
         )
         self._local: dict[str, int] = {}  # tokens cached here, as vLLM last said
         self._sources: dict[str, Counter[Any]] = {}  # of the load that is under way

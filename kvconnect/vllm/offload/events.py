@@ -36,10 +36,10 @@ class Events:
     """Made where ``--kv-events-config`` asks for events."""
 
     def __init__(
-        self, cuts: list[GroupOffloadConfig], kv_cache_config: Any, hash_tokens: int
+        self, group_configs: list[GroupOffloadConfig], kv_cache_config: Any, hash_tokens: int
     ) -> None:
-        self._cuts = cuts
-        groups = [kv_cache_config.kv_cache_groups[cut.group_id] for cut in cuts]
+        self._group_configs = group_configs
+        groups = [kv_cache_config.kv_cache_groups[config.group_id] for config in group_configs]
         self._of_specs = [
             _known(_compat.event_fields_of_spec(group.kv_cache_spec)) for group in groups
         ]
@@ -52,8 +52,8 @@ class Events:
 
     def saving(self, request: Any, key: Key, group: int, end_token: int) -> None:
         """The chunk of ``request`` that ends there is being saved as ``key``."""
-        cut = self._cuts[group]
-        first = end_token - cut.group.chunk_tokens
+        config = self._group_configs[group]
+        first = end_token - config.group.chunk_tokens
         start, end = first // self._hash_tokens, end_token // self._hash_tokens
         before = self._saved.get(key)
         self._saved[key] = _SavedChunk(
@@ -61,7 +61,7 @@ class Events:
             maybe_convert_block_hash(request.block_hashes[start - 1]) if start else None,
             list(request.all_token_ids[first:end_token]),
             request.lora_request,
-            cut.group_id,
+            config.group_id,
             self._of_specs[group]
             | _known(
                 _compat.event_fields_of_request(request, range(first, end_token, self._hash_tokens))

@@ -28,7 +28,7 @@ class GroupOffloadConfig(NamedTuple):
     group: Group
 
 
-def cuts(kv_cache_config: Any, config: OffloadConfig) -> list[GroupOffloadConfig]:
+def group_configs(kv_cache_config: Any, config: OffloadConfig) -> list[GroupOffloadConfig]:
     """How each transferred group is cut into chunks; raises ConfigError for what cannot be."""
     found = []
     for group_id in _compat.transfer_group_ids(kv_cache_config):
@@ -56,7 +56,7 @@ def cuts(kv_cache_config: Any, config: OffloadConfig) -> list[GroupOffloadConfig
 
 def identity(
     vllm_config: Any,
-    cut: list[GroupOffloadConfig],
+    group_configs: list[GroupOffloadConfig],
     model_id: str | None = None,
     seed: str | None = None,
     unknown: str = "not known",
@@ -79,11 +79,11 @@ def identity(
         kv_dtype=str(cache.cache_dtype),
         quantization=model.quantization,
         speculative=fields["speculation"],
-        block_tokens=cut[0].block_tokens,
-        chunk_blocks=cut[0].chunk_blocks,
+        block_tokens=group_configs[0].block_tokens,
+        chunk_blocks=group_configs[0].chunk_blocks,
         hashing=f"{cache.prefix_caching_hash_algo} {seed}",
         more=(
-            ("groups", repr([tuple(one) for one in cut])),
+            ("groups", repr([tuple(one) for one in group_configs])),
             ("model", "named" if model_id else "by content"),
             ("sizes", fields["sizes"]),
             *weights.items(),

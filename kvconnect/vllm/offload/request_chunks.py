@@ -21,8 +21,8 @@ class RequestChunks:
     def __init__(
         self,
         request: Any,
-        names: ChunkKeys,
-        cuts: list[GroupOffloadConfig],
+        chunk_keys: ChunkKeys,
+        group_configs: list[GroupOffloadConfig],
         hash_tokens: int,
         adapter: str | None = None,
     ) -> None:
@@ -33,17 +33,17 @@ class RequestChunks:
         """A load has failed; another would too, and the request must get on."""
         self.looked = False
         """Whether the workers were given a step to say what other engines hold."""
-        self.offered = [0] * len(cuts)
+        self.offered = [0] * len(group_configs)
         """Per group, chunks from the first on that were offered to be stored."""
         self.most_tokens = _limit(request, "max_offload_tokens")
         """How many of the request's tokens may be stored, as its client says."""
         self.most_loaded = _limit(request, "max_load_tokens")
         """How many may be loaded, beyond those that the engine itself has."""
-        self._names = names.of(_context(request, adapter))
+        self._chunk_keys = chunk_keys.of(_context(request, adapter))
         self._known_adapter = adapter != ""
-        self._cuts = cuts
+        self._group_configs = group_configs
         self._hash_tokens = hash_tokens
-        self._keys: list[list[Key]] = [[] for _ in cuts]
+        self._keys: list[list[Key]] = [[] for _ in group_configs]
         self._known = 0  # hashes of which keys were made, and the last of them
         self._last = b""
 
@@ -54,23 +54,27 @@ class RequestChunks:
         hashes = self.request.block_hashes
         known = self._known
         if known and (len(hashes) < known or hashes[known - 1] != self._last):
-            self._keys = [[] for _ in self._cuts]  # a session took back what it had said
+            self._keys = [[] for _ in self._group_configs]  # a session took back what it had said
             self._known = known = 0
         if len(hashes) > known:
             self._known, self._last = len(hashes), hashes[-1]
-            for index, (cut, keys) in enumerate(zip(self._cuts, self._keys, strict=True)):
-                tokens = cut.group.chunk_tokens
+            for index, (config, keys) in enumerate(
+                zip(self._group_configs, self._keys, strict=True)
+            ):
+                tokens = config.group.chunk_tokens
                 per_chunk = tokens // self._hash_tokens
                 for chunk in range(len(keys), len(hashes) // per_chunk):
                     last = hashes[(chunk + 1) * per_chunk - 1]  # it chains all before it
-                    keys.append(self._names.key(last, index, (chunk + 1) * tokens))
+                    keys.append(self._chunk_keys.key(last, index, (chunk + 1) * tokens))
         return self._keys
 
     def in_order(self) -> list[Key]:
         """All keys that were asked for, as their chunks end, of all groups."""
         found = [
-            ((chunk + 1) * cut.group.chunk_tokens, index, key)
-            for index, (cut, keys) in enumerate(zip(self._cuts, self._keys, strict=True))
+            ((chunk + 1) * config.group.chunk_tokens, index, key)
+            for index, (config, keys) in enumerate(
+                zip(self._group_configs, self._keys, strict=True)
+            )
             for chunk, key in enumerate(keys)
         ]
         return [key for _, _, key in sorted(found)]

@@ -22,7 +22,7 @@ from kvconnect.offload.keys import ChunkKeys
 from kvconnect.offload.tiers import Effects, KeyedChunk, OffloadTier, Writes, common
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.offload.hashing import hash_seed, hash_tokens, volatile_tokens
-from kvconnect.vllm.offload.identity import GroupOffloadConfig, cuts, identity
+from kvconnect.vllm.offload.identity import GroupOffloadConfig, group_configs, identity
 from kvconnect.vllm.offload.messages import (
     Loading,
     StepJobs,
@@ -50,12 +50,12 @@ class OffloadScheduler:
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: OffloadConfig) -> None:
         self._vllm_config = vllm_config
         self._config = config
-        self.cuts = cuts(kv_cache_config, config)
-        self._groups = [cut.group for cut in self.cuts]
+        self.group_configs = group_configs(kv_cache_config, config)
+        self._groups = [config.group for config in self.group_configs]
         self._hash_tokens = hash_tokens(vllm_config, kv_cache_config)
         self._volatile = volatile_tokens(vllm_config)
-        self._events = _events(vllm_config, kv_cache_config, self.cuts, self._hash_tokens)
-        self._names: ChunkKeys | None = None
+        self._events = _events(vllm_config, kv_cache_config, self.group_configs, self._hash_tokens)
+        self._chunk_keys: ChunkKeys | None = None
         self._tier: OffloadTier | None = None
         self._ranks = 1
         self._pool: Any = None
@@ -258,25 +258,29 @@ class OffloadScheduler:
     def _track(self, request: Any) -> RequestChunks:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
-            if self._names is None:  # late: vLLM draws its hash seed after we are made
+            if self._chunk_keys is None:  # late: vLLM draws its hash seed after we are made
                 told = self._config.model_id, hash_seed(), secrets.token_hex(16)
-                self._names = ChunkKeys(identity(self._vllm_config, self.cuts, *told))
+                self._chunk_keys = ChunkKeys(identity(self._vllm_config, self.group_configs, *told))
             adapter = self._adapters.begin(request)
-            tracked = RequestChunks(request, self._names, self.cuts, self._hash_tokens, adapter)
+            tracked = RequestChunks(
+                request, self._chunk_keys, self.group_configs, self._hash_tokens, adapter
+            )
             self._requests[request.request_id] = tracked
         return tracked
 
     def _chunks_to_load(self, tracked: RequestChunks, blocks: Any, tokens: int) -> list[KeyedChunk]:
         found = []
-        for index, (cut, keys) in enumerate(zip(self.cuts, tracked.keys(), strict=True)):
-            table = blocks.blocks[cut.group_id]
-            need = needed(cut.group, tracked.local_tokens, tokens)
+        for index, (config, keys) in enumerate(
+            zip(self.group_configs, tracked.keys(), strict=True)
+        ):
+            table = blocks.blocks[config.group_id]
+            need = needed(config.group, tracked.local_tokens, tokens)
             for number in range(need.first, need.end):
-                first = number * cut.chunk_blocks
-                places = range(first, first + cut.chunk_blocks)
+                first = number * config.chunk_blocks
+                places = range(first, first + config.chunk_blocks)
                 wanted = tuple(
                     table[place].block_id
-                    if place * cut.block_tokens < tokens and _is_empty(table[place])
+                    if place * config.block_tokens < tokens and _is_empty(table[place])
                     else NO_BLOCK
                     for place in places
                 )
@@ -292,7 +296,7 @@ class OffloadScheduler:
             if chunk.group == 0:
                 wanted = sum(block != NO_BLOCK for block in chunk.blocks)
                 source = self._tier.source_of(chunk.key) or "beside"
-                counts[TOKENS_FROM[source]] += wanted * self.cuts[0].block_tokens
+                counts[TOKENS_FROM[source]] += wanted * self.group_configs[0].block_tokens
         return counts
 
     def _store(self, tracked: RequestChunks, tables: Any, scheduled: int) -> None:
@@ -306,8 +310,14 @@ class OffloadScheduler:
         if self._config.offload_prompt_only:
             most = min(most, request.num_prompt_tokens)
         chunks: list[tuple[int, KeyedChunk]] = []
-        for index, (cut, keys) in enumerate(zip(self.cuts, tracked.keys(), strict=True)):
-            table, size, tokens = tables[cut.group_id], cut.chunk_blocks, cut.group.chunk_tokens
+        for index, (config, keys) in enumerate(
+            zip(self.group_configs, tracked.keys(), strict=True)
+        ):
+            table, size, tokens = (
+                tables[config.group_id],
+                config.chunk_blocks,
+                config.group.chunk_tokens,
+            )
             end = min(most // tokens, len(keys), len(table) // size)
             for number in range(tracked.offered[index], end):
                 blocks = tuple(table[number * size : (number + 1) * size])
@@ -343,7 +353,10 @@ class OffloadScheduler:
 
 
 def _events(
-    vllm_config: Any, kv_cache_config: Any, cuts: list[GroupOffloadConfig], hash_tokens: int
+    vllm_config: Any,
+    kv_cache_config: Any,
+    group_configs: list[GroupOffloadConfig],
+    hash_tokens: int,
 ) -> "Events | None":
     """KV events, where they are asked for."""
     config = vllm_config.kv_events_config
@@ -351,7 +364,7 @@ def _events(
         return None
     from kvconnect.vllm.offload.events import Events
 
-    return Events(cuts, kv_cache_config, hash_tokens)
+    return Events(group_configs, kv_cache_config, hash_tokens)
 
 
 def _is_empty(block: Any) -> bool:

@@ -26,7 +26,7 @@ from kvconnect.vllm.adapter_reports import worker_adapters
 from kvconnect.vllm.engine import kernels_for, this_rank, use_device
 from kvconnect.vllm.layout import TpRank, describe
 from kvconnect.vllm.offload.copies import gather_over_tp, open_copy
-from kvconnect.vllm.offload.identity import cuts, identity
+from kvconnect.vllm.offload.identity import group_configs, identity
 from kvconnect.vllm.offload.loads import RunningLoads
 from kvconnect.vllm.offload.messages import StepJobs, StoreHandshake, WorkerResults
 from kvconnect.vllm.offload.opening import OpenStore, remove_unused_arenas
@@ -46,7 +46,7 @@ class OffloadWorker:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._config = config
-        self._cuts = cuts(kv_cache_config, config)
+        self._group_configs = group_configs(kv_cache_config, config)
         self._device: torch.device | None = None
         self._kernels: Kernels | None = None
         self._store: OpenStore | None = None
@@ -72,14 +72,14 @@ class OffloadWorker:
         check_share(self._config, self._device)
         kernels = self._kernels = kernels_for(self._device)
         slot_layouts = [
-            SlotLayout(shard, index, cut.chunk_blocks, kernels)
-            for index, cut in enumerate(self._cuts)
+            SlotLayout(shard, index, config.chunk_blocks, kernels)
+            for index, config in enumerate(self._group_configs)
         ]
         formats = {f"format {index}": one.format for index, one in enumerate(slot_layouts)}
 
         def fingerprint_of(index: int) -> bytes:
             parts = {"rank": f"{index} of {rank.count}"} | formats
-            found = identity(self._vllm_config, self._cuts, self._config.model_id)
+            found = identity(self._vllm_config, self._group_configs, self._config.model_id)
             return arena_fingerprint(found, parts)
 
         try:
