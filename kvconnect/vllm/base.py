@@ -9,7 +9,7 @@
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import msgspec
@@ -80,8 +80,9 @@ class HalvesConnector(KVConnectorBase_V1, SupportsHMA, Generic[S, W]):
     handshake_type: ClassVar[type[Any]]
     """What a worker's half says of its rank."""
     stats_type: ClassVar[type[SummedStats]]
-    own_fields: ClassVar[Mapping[str, str]] = {}
-    """Fields of KVTransferConfig of this connector; see `check_fields`."""
+    honoured_fields: ClassVar[Collection[str]] = ()
+    refused_fields: ClassVar[Mapping[str, str]] = {}
+    """Fields of KVTransferConfig that this connector reads; and that it refuses, and why."""
 
     def __init__(
         self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
@@ -90,7 +91,8 @@ class HalvesConnector(KVConnectorBase_V1, SupportsHMA, Generic[S, W]):
         check_fields(
             self._kv_transfer_config,
             type(self).__name__,
-            self.own_fields,
+            self.honoured_fields,
+            self.refused_fields,
             warns=role == KVConnectorRole.SCHEDULER,
         )
         options = self._kv_transfer_config.kv_connector_extra_config or {}

@@ -11,7 +11,7 @@ class KVConnectNixl(PeerConnector):
     """The decode engine reads leased blocks of the prefill engine, with NIXL."""
 
     config_type = NixlConfig
-    own_fields: ClassVar[Mapping[str, str]] = {
+    refused_fields: ClassVar[Mapping[str, str]] = {
         "kv_buffer_device": "KV cannot wait in buffers on another device; leave the field out. "
         "With transfer_mode 'staged' transports reach staging_bytes alone and not the KV caches"
     }

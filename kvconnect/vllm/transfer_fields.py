@@ -5,7 +5,7 @@ would have vLLM's own connector do what ours cannot is refused.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -35,26 +35,29 @@ INERT_FIELDS = {
 """Those that have no effect, and why. vLLM 0.32 has removed the last four."""
 
 
-def check_fields(transfer: Any, connector: str, own: Mapping[str, str], warns: bool) -> None:
-    """Refuse, or say that it has no effect, what is set in ``transfer`` and not ``connector``'s.
+def check_fields(
+    transfer: Any,
+    connector: str,
+    honoured: Collection[str],
+    refused: Mapping[str, str],
+    warns: bool,
+) -> None:
+    """Refuse, or say that it has no effect, what is set in ``transfer`` and not ``honoured``.
 
-    ``own`` has the fields that are this connector's: "honoured", or why it refuses the field.
-    ``warns``: whether this is the process that is to say so, of several.
+    ``refused``: fields, and why this connector refuses them. ``warns``: whether this is the process
+    that is to say so, of several.
     """
-    for name in INERT_FIELDS:
+    for name, no_effect in INERT_FIELDS.items():
         value = getattr(transfer, name, None)
-        if value == (default := _default(transfer, name)):
+        if name in honoured or value == (default := _default(transfer, name)):
             continue
-        says = own.get(name)
-        if says is None and warns:
-            logger.warning(
-                "%s: %s (%r) has no effect: %s", connector, name, value, INERT_FIELDS[name]
-            )
-        elif says is not None and says != "honoured":
+        if name in refused:
             raise ConfigError(
                 f"{connector}: {name} is {value!r}, expected {default!r}, which is the default: "
-                f"{says}"
+                f"{refused[name]}"
             )
+        if warns:
+            logger.warning("%s: %s (%r) has no effect: %s", connector, name, value, no_effect)
 
 
 def _default(transfer: Any, name: str) -> Any:

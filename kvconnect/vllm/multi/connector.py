@@ -42,7 +42,7 @@ class KVConnectMulti(in_tree.MultiConnector):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         warns = role == KVConnectorRole.SCHEDULER
-        check_fields(vllm_config.kv_transfer_config, type(self).__name__, {}, warns)
+        check_fields(vllm_config.kv_transfer_config, type(self).__name__, (), {}, warns)
         super().__init__(checked(vllm_config, kv_cache_config), role, kv_cache_config)
         self._labels = labels(vllm_config)
         self._params: dict[str, dict[str, Any]] = {}  # request → child's label → its params

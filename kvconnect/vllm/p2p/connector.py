@@ -1,7 +1,7 @@
 """``KVConnectP2pNccl``: prefill → decode over NCCL or UCX, in place of vLLM's P2pNcclConnector."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from kvconnect.config import read_secret
@@ -19,7 +19,7 @@ class KVConnectP2pNccl(PeerConnector):
     """As `KVConnectNixl`, over other transports; also for routers that name engines in ids."""
 
     config_type = P2pNcclConfig
-    own_fields: ClassVar[Mapping[str, str]] = {"kv_port": "honoured"}
+    honoured_fields: ClassVar[Collection[str]] = ("kv_port",)
     protocol_type = P2pProtocol
     _pings: Pings | None = None
 
