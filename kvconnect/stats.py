@@ -4,6 +4,9 @@ Names and units follow vLLM ``kv_connector/v1/nixl/stats.py``: lists of observat
 and bytes, so that dashboards made for the in-tree connector go on working. AVERAGES are ours: at
 each transfer, the running averages of the peer that it was with (`kvconnect.costs`). Counts are
 numbers. `kvconnect.vllm.metrics` says how each of them is exported.
+
+vLLM asks in every step. While an engine makes none, or where nobody ever asks, the mover goes on
+measuring: of each list the latest `KEPT` observations are kept.
 """
 
 from collections.abc import Mapping
@@ -23,6 +26,8 @@ AVERAGES = (
     "gather_seconds_per_byte",  # by the producer
     "write_seconds_per_byte",  # by the producer
 )
+
+KEPT = 1024
 
 
 def add(to: StatsData, more: Mapping[str, Any]) -> None:
@@ -63,8 +68,11 @@ class Stats:
             add(self._data, {name: times})
 
     def add(self, data: StatsData) -> None:
-        """What another one has taken."""
+        """What another one has taken; its lists are ours from now on."""
         add(self._data, data)
+        for name in data:
+            if isinstance(observed := self._data[name], list):
+                del observed[:-KEPT]
 
     def take(self) -> StatsData | None:
         """What was observed since the last call; None if nothing."""

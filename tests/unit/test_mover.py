@@ -18,6 +18,7 @@ from kvconnect.orders import (
     Revoke,
     Withdraw,
 )
+from kvconnect.stats import KEPT, Stats
 from kvconnect.testing import Faulty
 from kvconnect.testing.network import Network
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
@@ -181,6 +182,20 @@ def test_what_was_measured_is_told_once():
     assert stats["bytes_transferred"] == [8]
     assert len(stats["transfer_duration"]) == 1
     assert d.movers[0].take_stats() is None
+
+
+def test_what_nobody_asks_for_is_kept_to_a_bound():
+    """An engine without steps asks for nothing, whatever its mover measures."""
+    reported, measured = Stats(), Stats()
+    for number in range(KEPT + 2):
+        measured.average("descriptor_seconds", number)
+        measured.count("num_fallbacks")
+        reported.add(measured.take())
+    stats = reported.take()
+    assert stats == {
+        "descriptor_seconds": list(range(2, KEPT + 2)),  # the latest
+        "num_fallbacks": KEPT + 2,
+    }
 
 
 def test_expiries_are_counted():
