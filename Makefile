@@ -62,7 +62,7 @@ chaos: setup ## ranks and engines killed and stopped, side channels spoiled, ove
 hung: setup ## engines stopped amid transfers, over every transport: what the healthy ones lose
 	@$(RUN) python tests/e2e/hung_engines.py $(ARGS)
 
-soak: setup ## a million transfers between engines in one process, with faults (half an hour)
+soak: setup ## a million transfers between engines in one process, with faults (ten minutes of two cores)
 	@$(RUN) python tests/soak.py $(ARGS)
 
 fuzz: setup ## a million mutated frames and descriptions, and ten thousand params at real engines

@@ -1,10 +1,13 @@
 """The mover's own business: fences, its thread, faults, stats, waiting."""
 
+import os
 import threading
+import time
 from collections import Counter
 
 import pytest
 from kit.engines import Engine, World
+from kit.memory import held
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.mover import IDLE_WAIT_S, THREAD_NAME, Mover
@@ -266,6 +269,29 @@ def make_threaded(channel, fabric, engine):
     mover = Mover(engine.settings, cache.shard, transport, channel)
     mover.start()
     return mover
+
+
+def test_movers_that_ended_leave_no_thread_file_or_memory():
+    """A process may start its engine anew; a ZMQ context has two threads and several files."""
+    looks = []
+    for number in range(15):
+        world = World()
+        p, d = Engine(world), Engine(world)
+        movers = [make_threaded(ZmqChannel("127.0.0.1", 0), world.fabric, one) for one in (p, d)]
+        p.movers, p.addresses = movers[:1], [movers[0].address]
+        terms = p.lend("r", [1], seed=1, ttl_s=300)
+        movers[1].put([Fetch("d", p.source(terms), (((0, 1),),), 1, terms.digest)])
+        until = time.monotonic() + PATIENCE_S
+        while "d" not in (ended := movers[1].take()).received and time.monotonic() < until:
+            time.sleep(0.001)
+        assert ended.received == {"d"} and not ended.failed
+        for mover in movers:
+            mover.close()
+        if number >= 5:  # what is made once is there
+            looks.append((held(), len(os.listdir("/proc/self/task"))))
+    (first, threads_first), (last, threads_last) = looks[0], looks[-1]
+    assert (last.files, threads_last) == (first.files, threads_first)
+    assert last.in_use - first.in_use < 18 * 20_000  # of 18 movers, each several times as large
 
 
 @pytest.mark.slow
