@@ -83,7 +83,14 @@ def scheduler_adapters(vllm_config: Any) -> "Adapters | NoAdapters":
         return NoAdapters()
     from kvconnect.vllm.adapters import Adapters
 
-    return Adapters(vllm_config.parallel_config.world_size)
+    return Adapters(vllm_config.parallel_config.world_size, _applied(vllm_config.lora_config))
+
+
+def _applied(config: Any) -> str:
+    """To which of a model's modules this engine applies adapters; "": to all that they are for."""
+    modules = sorted(getattr(config, "target_modules", None) or ())
+    encoders = " and encoders" if getattr(config, "enable_tower_connector_lora", False) else ""
+    return f"{' '.join(modules)}{encoders}"
 
 
 def worker_adapters(vllm_config: Any) -> "LoadedAdapters | NoAdapters":

@@ -174,9 +174,10 @@ class _AdapterUse:
 class Adapters:
     """What requests' adapters stand for. Not thread-safe: vLLM's scheduler calls it."""
 
-    def __init__(self, ranks: int) -> None:
-        """``ranks``: how many must have said what they loaded."""
+    def __init__(self, ranks: int, applied: str = "") -> None:
+        """``ranks``: how many must have said what they loaded; ``applied``: to which modules."""
         self._ranks = ranks
+        self._applied = applied
         self._loaded: dict[int, dict[int, Loaded]] = {}
         self._digests: dict[int, set[str]] = {}  # number → the first two that it stood for
         self._numbers: dict[tuple[str, str], set[int]] = {}  # name and path → numbers
@@ -240,7 +241,7 @@ class Adapters:
         if not now[0] or asked is None or asked.first != now:
             self._warn(lora)
             return ""
-        return f"{now[0]} {getattr(lora, 'is_3d_lora_weight', False)}"
+        return f"{now[0]} {getattr(lora, 'is_3d_lora_weight', False)} {self._applied}".rstrip()
 
     def mixed(self, request: Any) -> bool:
         """Whether vLLM's prefix cache may have given it KV of what the adapter was before.

@@ -21,6 +21,33 @@ from kvconnect.vllm.weights import Weights, unlike_any, weights_of
 # differs where its weights only say that it does.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 POSITIONS = ("rope_parameters", "rope_scaling", "rope_theta", "sliding_window")
+REACH = ("max_position_embeddings", "original_max_position_embeddings")
+"""Positions depend on these with ``dynamic`` and ``longrope`` alone; users change them freely."""
+COMPUTED = (
+    "activation_function",
+    "attention_chunk_size",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "attn_temperature_tuning",
+    "embedding_multiplier",
+    "hidden_act",
+    "hidden_activation",
+    "index_topk",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "moe_top_k",
+    "n_group",
+    "norm_eps",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "rms_norm_eps",
+    "routed_scaling_factor",
+    "scoring_func",
+    "topk_group",
+)
+"""With the same weights other KV comes of other ones: of a config, or of ``--hf-overrides``."""
 DRAFT_LAYERS = ("n_predict", "num_nextn_predict_layers")
 LONGEST = 400  # characters of a field; wire.Name allows 512
 NO_KV = {"ngram", "[ngram]", "ngram_gpu", "suffix", "medusa", "mlp_speculator"}
@@ -38,7 +65,9 @@ def fingerprint(vllm_config: Any, model_id: str | None) -> dict[str, str]:
     fields = {
         "architectures": ", ".join(model.hf_config.architectures or ()),
         "sizes": _told(text, SIZES),
-        "positions": _told(text, [p for p in POSITIONS if not (rope and p in POSITIONS[1:3])]),
+        "positions": _told(text, [p for p in POSITIONS if not (rope and p in POSITIONS[1:3])])
+        + _reach(model, text, rope),
+        "computation": _told(text, COMPUTED),
         "quantization": str(model.quantization),
         "speculation": _speculation(vllm_config),
     }
@@ -71,6 +100,21 @@ def _speculation(vllm_config: Any) -> str:
     draft = speculative.draft_model_config
     sizes = _told(draft.hf_text_config, (*SIZES, *DRAFT_LAYERS)) if draft is not None else ""
     return f"{speculative.method} {sizes}".strip()
+
+
+def _reach(model: Any, text: Any, rope: Any) -> str:
+    """How far positions were meant to go, where they are turned by it; "" elsewhere.
+
+    vLLM takes the long factors of ``longrope`` where ``max_model_len`` is beyond the original's.
+    """
+    told = rope or getattr(text, "rope_scaling", None) or {}
+    each = [one for one in (told, *told.values()) if isinstance(one, dict)]
+    kinds = {one.get("rope_type", one.get("type")) for one in each}
+    if not kinds & {"dynamic", "longrope"}:
+        return ""
+    original = [one[REACH[1]] for one in each if REACH[1] in one]
+    long = any(model.max_model_len > most for most in original or [getattr(text, REACH[1], 0)])
+    return f" {_told(text, REACH)} {'long' if long else 'short'}"
 
 
 def _told(config: Any, names: Sequence[str]) -> str:

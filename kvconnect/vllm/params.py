@@ -108,6 +108,8 @@ class Prompt:
             h.update(msgspec.msgpack.encode(list(ids[:tokens])))
         if (embeds := request.prompt_embeds) is not None:
             h.update(b"embeds" + embeds[:tokens].float().numpy().tobytes())
+            if (kinds := token_kinds(request)) is not None:
+                h.update(b"tokens" + bytes(map(bool, kinds[:tokens])))
         media = [
             (f.mm_hash or f.identifier, f.mm_position.offset, f.mm_position.length)
             for f in request.mm_features or ()
@@ -115,6 +117,15 @@ class Prompt:
         ]
         h.update(msgspec.msgpack.encode((tokens, self._adapter, request.cache_salt, media)))
         return h.digest()
+
+
+def token_kinds(request: Any) -> list[bool] | None:
+    """Of a prompt that is made of both, whether each is a token and no embedding; None of others.
+
+    Not every vLLM has them.
+    """
+    kinds: list[bool] | None = getattr(request, "prompt_is_token_ids", None)
+    return kinds
 
 
 def wants_remote_prefill(params: Any) -> bool:

@@ -22,7 +22,7 @@ from kvconnect.planner import Planner
 from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat, leaving
 from kvconnect.vllm.adapter_reports import scheduler_adapters
-from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket
+from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket, token_kinds
 from kvconnect.vllm.protocol import NOWHERE, EngineInfo, RouterProtocol
 from kvconnect.vllm.undecided import Undecided
 from kvconnect.vllm.windows import Windows, held_from
@@ -327,9 +327,11 @@ class Scheduler:
             return
         if request.get_skip_reading_prefix_cache():
             return
-        if request.prompt_token_ids is not None:
-            del request.prompt_token_ids[-backoff:]
-        else:
+        # a prompt may be of both; vLLM's workers end where its parts are not of one length
+        for tokens in (request.prompt_token_ids, token_kinds(request)):
+            if tokens is not None:
+                del tokens[-backoff:]
+        if request.prompt_embeds is not None:
             request.prompt_embeds = request.prompt_embeds[:-backoff]
         del request._all_token_ids[-backoff:]
         request.num_prompt_tokens -= backoff

@@ -393,6 +393,18 @@ def test_digests_differ_among_those_too():
     assert len(digests) == len(OTHERS) + 5
 
 
+def test_which_of_a_prompt_are_embeddings_is_part_of_it():
+    """vLLM computes either the token or the embedding of a place, as the mask says."""
+    both = {
+        "prompt_embeds": embeds(*[[1.0]] * 4),
+        "prompt_is_token_ids": [True, True, False, False],
+    }
+    other = both | {"prompt_is_token_ids": [True, False, False, False]}
+    one = prompt(range(4), **both)
+    assert one.digest(4) != prompt(range(4), **other).digest(4)
+    assert one.digest(1) == prompt(range(4), **other).digest(1)
+
+
 def test_an_adapter_is_its_weights_whatever_its_name():
     """Two adapters of one name used to be taken for one, and one of two names for two."""
     asked = [request(lora_request=SimpleNamespace(lora_name=name)) for name in ("a", "b")]

@@ -185,6 +185,24 @@ def test_engines_with_adapters_are_not():
     assert isinstance(worker_adapters(some), LoadedAdapters)
 
 
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj"]}, {"enable_tower_connector_lora": True}]
+)
+def test_an_adapter_that_is_applied_to_other_modules_is_another(options):
+    """``--lora-target-modules`` on one engine: the same adapter computes other KV there."""
+
+    def digest(**options):
+        lora = SimpleNamespace(**{"target_modules": None} | options)
+        parallel = SimpleNamespace(world_size=1)
+        adapters = scheduler_adapters(SimpleNamespace(lora_config=lora, parallel_config=parallel))
+        adapters.received(AdapterReport(adapters.next_step(), {1: {0: Loaded("x", 0)}}))
+        adapters.arrived(asked := request())
+        return adapters.begin(asked)
+
+    assert digest() != digest(**options)
+    assert digest(target_modules=["a", "b"]) == digest(target_modules=["b", "a"])
+
+
 def test_pages_of_a_large_tensor_are_read_to_its_end():
     helper = SimpleNamespace(r=8)
     whole = torch.zeros(4 << 20, dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ import pytest
 
 from kvconnect.control import wire
 from kvconnect.vllm import weights
-from kvconnect.vllm.fingerprint import fingerprint
+from kvconnect.vllm.fingerprint import COMPUTED, fingerprint
 
 ROPE = {"rope_theta": 10_000.0, "rope_type": "default"}
 DUMMY = SimpleNamespace(load_format="dummy")  # the same weights everywhere
@@ -59,6 +59,7 @@ OTHER = {
     "sizes": config(text={"num_hidden_layers": 3}),
     "positions": config(text={"rope_parameters": {**ROPE, "rope_theta": 5e5}}),
     "quantization": config(quantization="fp8"),
+    "computation": config(text={"num_experts_per_tok": 1}),
 }
 
 
@@ -83,6 +84,37 @@ def test_a_model_without_named_architectures_has_none():
 def test_what_kv_depends_on_is_named(field, other):
     found = fingerprint(other, None)
     assert {name for name in found if found[name] != REFERENCE[name]} == {field}
+
+
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, {"full_attention": LONGROPE, "sliding": ROPE}])
+def test_factors_that_vllm_chooses_by_the_longest_prompt_tell_models_apart(rope):
+    """The same Phi-3, served with ``--max-model-len`` 4096 and with 8192, has two rotations."""
+    text = {"rope_parameters": rope}
+    short, long, longer = (
+        fingerprint(config(text=text, max_model_len=n), None) for n in (4096, 8192, 16384)
+    )
+    assert short["positions"] != long["positions"]
+    assert long == longer
+
+
+def test_rope_that_is_scaled_to_a_length_tells_models_apart_by_it():
+    def reaching(most, rope):
+        text = {"rope_parameters": rope, "max_position_embeddings": most}
+        return fingerprint(config(text=text, max_model_len=64), None)
+
+    assert reaching(2048, DYNAMIC) != reaching(4096, DYNAMIC)
+    assert reaching(2048, ROPE) == reaching(4096, ROPE)
+
+
+@pytest.mark.parametrize("field", COMPUTED)
+def test_what_a_config_has_computed_otherwise_tells_models_apart(field):
+    """Of ``--hf-overrides``, or of another config.json beside the same weights."""
+    changed = fingerprint(config(text={field: 0.5}), None)
+    assert {name for name in changed if changed[name] != REFERENCE[name]} == {"computation"}
 
 
 def test_rope_as_older_configs_have_it_tells_models_apart():

@@ -6,7 +6,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from halves import Block, Engine
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.request import RequestStatus
 
 from kvconnect.config import MooncakeConfig
@@ -85,6 +87,23 @@ def test_a_prompt_is_shortened_once_however_many_connectors_see_it(make, monkeyp
     request = one.arrives(PREFILL)
     other.scheduler.on_new_request(request)
     assert request.num_prompt_tokens == len(request.prompt_token_ids) == 39
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["of both", "of embeddings"])
+def test_a_prompt_of_embeddings_is_shortened_in_all_its_parts(make, ids):
+    """Used to be: its embeddings were not, of a prompt of both, and vLLM's worker ended by it."""
+    kinds = {"prompt_is_token_ids": [True] * 20 + [False] * 20} if ids else {}
+    tokens = {} if ids else {"prompt_token_ids": None}
+    request = make("P", "kv_producer", mamba=True).arrives(
+        PREFILL, prompt_embeds=torch.zeros(40, 2), **kinds, **tokens
+    )
+    assert (
+        length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        == len(request._all_token_ids)
+        == request.num_prompt_tokens
+        == 39
+    )
+    assert not ids or len(request.prompt_is_token_ids) == 39
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
