@@ -21,6 +21,7 @@ import contextlib
 import ipaddress
 import itertools
 import logging
+import os
 import resource
 import secrets
 import select
@@ -74,6 +75,7 @@ MAX_FRAMES_A_POLL = 64
 MAX_QUESTION_BYTES = 1 << 10  # at the key port
 MAX_SOCKETS = 1 << 15  # of a context: three for each rank that is dialled
 FILES = 1 << 14  # as many may be open at least, if the system lets us: five for each such rank
+SPARE_FILES = 64  # that dialling leaves free: libzmq aborts the process where a context finds none
 NAMES = 64  # sockets of one context for hosts that have to be looked up
 MAX_QUEUED = 256  # frames that wait inside ZMQ per connection that dialled us
 BROKE = zmq.EVENT_DISCONNECTED
@@ -190,13 +192,14 @@ class ZmqChannel:
 
     def dial(self, address: Address) -> Link:
         link = Link(True, str(next(self._numbers)).encode())
-        context = self._named.take() if _is_name(address.host) else None
-        if context is not None:
-            self._contexts[link] = context
+        context = None
         try:
+            self._check_files()
+            if _is_name(address.host):
+                context = self._contexts[link] = self._named.take()
             dealer = self._socket(zmq.DEALER, context)
             monitor = dealer.get_monitor_socket(BROKE | REFUSED)
-        except zmq.ZMQError as e:  # each dialled peer takes some, until its greeting times out
+        except OSError as e:  # ZMQError too: each peer takes files until its greeting times out
             self._leave_context(link)
             raise WireError(f"{address} cannot be dialled ({e.strerror})") from e
         try:
@@ -292,6 +295,12 @@ class ZmqChannel:
             monitor.close()
             dealer.close(linger=100)
             self._leave_context(link)
+
+    def _check_files(self) -> None:
+        """Raises OSError where fewer than `SPARE_FILES` can be opened."""
+        with contextlib.ExitStack() as spare:
+            for _ in range(SPARE_FILES):
+                spare.callback(os.close, os.dup(self._epoll.fileno()))
 
     def _leave_context(self, link: Link) -> None:
         if (context := self._contexts.pop(link, None)) is not None:

@@ -183,6 +183,36 @@ print(sum(len(ours.poll(0.1)) for _ in range(20)))
 """
 
 
+EXHAUSTED = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from kvconnect.control.channel import ZmqChannel
+from kvconnect.control.wire import Address
+from kvconnect.errors import WireError
+channel, links, refused = ZmqChannel("127.0.0.1", 0), [], 0
+for number in range(300):
+    host = "127.0.0.1" if number % 5 else f"kvconnect-no-host-{number}"
+    try:
+        links.append(channel.dial(Address(host, 1 + number)))
+    except WireError:
+        refused += 1
+files = [open("/dev/null") for _ in range(32)]
+for link in links:
+    channel.drop(link)
+print(len(links), refused)
+"""
+
+
+def test_a_process_without_files_dials_nobody_and_lives():
+    """Used to be: libzmq aborted it, where a host had to be looked up; clients name hosts."""
+    ended = subprocess.run(
+        [sys.executable, "-c", EXHAUSTED], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    dialled, refused = map(int, ended.stdout.split())
+    assert dialled and refused, "it did not run out of files"
+
+
 def test_a_peer_that_floods_us_and_goes_ends_nothing():
     """With heartbeats, libzmq aborted the process of a mover that was busy meanwhile."""
     ended = subprocess.run(
