@@ -83,12 +83,16 @@ BROKE = zmq.EVENT_DISCONNECTED
 REFUSED = zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 # Of TCP: a host that vanished without a word is noticed after 20 s and 4 × 10 s. Not by heartbeats
 # of ZMQ: libzmq 4.3 aborts the process where one is due for a connection that ended while its queue
-# was full (`Assertion failed: !_io_error`, libzmq's issue 4364).
+# was full (`Assertion failed: !_io_error`, libzmq's issue 4364). What was sent and is not
+# acknowledged holds TCP's own probes up, and by itself is given up after 15 minutes: so it may be
+# as old as an idle link gets. Else nobody would notice a dead link that only carries renewals.
+UNACKNOWLEDGED_MS = 60_000
 KEEPALIVE = {
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 20,
     zmq.TCP_KEEPALIVE_INTVL: 10,
     zmq.TCP_KEEPALIVE_CNT: 4,
+    zmq.TCP_MAXRT: UNACKNOWLEDGED_MS,
 }
 
 

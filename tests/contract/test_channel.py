@@ -1,5 +1,7 @@
 """ZMQ and the in-memory network keep the same contract."""
 
+import contextlib
+import os
 import resource
 import socket
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvconnect.control.channel import FILES, ZmqChannel
+from kvconnect.control.channel import FILES, UNACKNOWLEDGED_MS, ZmqChannel
 from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError
 from kvconnect.testing.channels import CHECKS, check_channel
@@ -232,6 +234,29 @@ def test_hosts_that_vanish_are_noticed_by_tcp():
         ours.poll(0.1)
     for channel in (ours, theirs):
         channel.close()
+
+
+def test_links_over_which_nothing_is_acknowledged_are_noticed_by_tcp():
+    """Keepalive waits while something is under way: a dead link with renewals stayed for 15 min."""
+    ours, theirs = ZmqChannel("127.0.0.1", 0), ZmqChannel("127.0.0.1", 0)
+    link = theirs.dial(ours.address)
+    deadline = time.monotonic() + 60
+    while not ours.poll(0.1):
+        assert time.monotonic() < deadline, "nothing arrived"
+        theirs.send(link, b"x")
+    assert waits_of(ours.address.port) == [UNACKNOWLEDGED_MS, UNACKNOWLEDGED_MS]
+    for channel in (ours, theirs):
+        channel.close()
+
+
+def waits_of(port):
+    """For how long our connections from or to a port wait until what was sent is acknowledged."""
+    found = []
+    for file in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(file)) as one:
+            if port in (one.getsockname()[1], one.getpeername()[1]):
+                found.append(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+    return found
 
 
 def timers_of(port):
