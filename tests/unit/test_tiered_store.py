@@ -18,7 +18,7 @@ from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
-from kvconnect.offload.store.tiered_store import PATIENCE_S
+from kvconnect.offload.store.tiered_store import DISK_S, HANGS, PATIENCE_S
 from kvconnect.ops import load
 from kvconnect_bench.caches import LAYOUTS, Cache, Model
 
@@ -444,6 +444,30 @@ def test_a_load_from_disk_does_not_wait_for_a_slot_for_ever(make):
     assert ended.id == ticket and ended.error
     bench.file.let_go()
     bench.settle()
+
+
+def test_a_disk_that_hangs_fails_its_loads_in_time_and_no_others(make):
+    """Used to be: a load waited for ever for a server of files that was down."""
+    bench = make(slots=4, most_jobs=1)
+    for seed in (1, 2, 3):
+        on_disk_only(bench, seed)
+    assert bench.save(4)
+    bench.file.hold()
+    tickets = [bench.ticket() for _ in range(3)]
+    for ticket, seed in zip(tickets, (1, 1, 2), strict=True):
+        assert bench.store.load(ticket, key_of(seed), 0, (10, 11))
+    assert not bench.store.poll()
+    bench.now += DISK_S
+    assert {one.id: one.error for one in bench.store.poll()} == dict.fromkeys(tickets, HANGS)
+    assert not bench.load(3) and not bench.spill(4), "nothing more is asked of it"
+    ticket = bench.ticket()
+    assert bench.store.load(ticket, key_of(4), 0, (10, 11))
+    assert [(one.id, one.error) for one in bench.store.poll()] == [(ticket, "")], "from memory"
+    free = bench.host.index.free
+    bench.file.let_go()
+    bench.settle()
+    assert bench.host.index.free == free + 1 and key_of(1) not in bench.host.index
+    assert bench.load(1) and bench.load(2) and bench.load(3), "it answers again"
 
 
 def test_no_slot_to_promote_to_is_a_miss(make):

@@ -5,6 +5,8 @@
   of a neighbour's disk it only passes through, and the slot is free again.
 * Such a load waits for a slot, and for room in the disk's queue, while something is under way
   that may make it free; `PATIENCE_S` after the last promotion began or ended it fails.
+* A promotion that takes `DISK_S` fails whoever waits for it; its slot stays the disk's until it
+  ends. Meanwhile the disk hangs (a server of files that is down) and is asked for nothing more.
 * A load falls back within itself: what is damaged in memory is taken from disk if it is there.
 * Decides nothing about who stays: slots must have been freed by `forget`. Where there is none,
   the save is skipped, or the load fails.
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from kvconnect.offload.store.disk import DiskStore
 
 PATIENCE_S = 5.0
+DISK_S = 30.0
+HANGS = f"the disk has not answered for {DISK_S:.0f} s"
 
 
 class _Wanted(NamedTuple):
@@ -45,7 +49,8 @@ class _Promotion:
     slot: int
     entry: SlotEntry  # on disk
     passing: bool  # it is a neighbour's
-    waiting: list[_Wanted]
+    since_s: float
+    waiting: list[_Wanted]  # nobody: it was given up
 
 
 class TieredStore:
@@ -141,7 +146,7 @@ class TieredStore:
 
         False: dropped, or not needed.
         """
-        if self.disk is None or key in self.disk.index:
+        if self.disk is None or key in self.disk.index or self._hangs:
             return False
         entry = self.host.index.use(key)
         if entry is None:
@@ -176,6 +181,7 @@ class TieredStore:
                 self._ended.append(done._replace(id=self._saves.pop(done.id)))
             else:
                 self._loaded(*self._loads.pop(done.id), done)
+        self._give_up_fetches()
         self._start_fetches()
         ended, self._ended = self._ended, []
         return ended
@@ -189,11 +195,25 @@ class TieredStore:
 
     def _fetch(self, wanted: _Wanted) -> bool:
         """Promote what is wanted, once there is a slot for it; False: it is on no disk."""
-        if self.disk is None or not self.disk.has(wanted.key):
+        if self.disk is None or self._hangs or not self.disk.has(wanted.key):
             return False
         self._queued.append((wanted, self._clock()))
         self._start_fetches()
         return True
+
+    @property
+    def _hangs(self) -> bool:
+        overdue_s = self._clock() - DISK_S
+        return any(fetch.since_s <= overdue_s for fetch in self._fetches.values())
+
+    def _give_up_fetches(self) -> None:
+        if not self._hangs:
+            return
+        for fetch in self._fetches.values():
+            waiting, fetch.waiting = fetch.waiting, []
+            self._ended += [JobDone(wanted.job, HANGS) for wanted in waiting]
+        self._ended += [JobDone(wanted.job, HANGS) for wanted, _ in self._queued]
+        self._queued.clear()
 
     def _start_fetches(self) -> None:
         while self.disk is not None and self._queued:
@@ -220,14 +240,14 @@ class TieredStore:
             self._ended.append(JobDone(wanted.job, "not read"))
             return
         self._promoted_at = self._clock()
-        fetch = _Promotion(wanted.key, slot, entry, passing, [wanted])
+        fetch = _Promotion(wanted.key, slot, entry, passing, self._clock(), [wanted])
         self._fetches[number] = self._fetching[wanted.key] = fetch
 
     def _fetched(self, fetch: _Promotion, done: JobDone) -> None:
         del self._fetching[fetch.key]
         self._promoted_at = self._clock()
         index, entry = self.host.index, fetch.entry
-        if done.error:
+        if done.error or not fetch.waiting:
             index.abandon(fetch.slot)
             for wanted in fetch.waiting:
                 self._ended.append(done._replace(id=wanted.job))
