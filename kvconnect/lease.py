@@ -30,7 +30,7 @@ Why it is so, and what was rejected:
 
 import enum
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from kvconnect.deadlines import Deadlines
@@ -46,7 +46,7 @@ class Terms:
 
     request_id: str
     lease_id: str
-    tables: tuple[tuple[int, ...], ...]
+    tables: Sequence[Sequence[int]]
     """``tables[g][i]``: block of tokens ``[i, i + 1) * block_tokens``, or plan.NO_BLOCK."""
     tokens: int
     digest: bytes
@@ -105,11 +105,12 @@ class LeaseBook:
         self._promised[lease_id] = name
         self._named(name, lease_id)
 
-    def grant(self, terms: Terms) -> None:
-        """The blocks hold the KV now; the lease runs from here."""
+    def grant(self, terms: Terms, reading: Collection[Hashable] = ()) -> None:
+        """The blocks hold the KV now; the lease runs from here. ``reading``: who began before."""
         self._promised.pop(terms.lease_id, None)
         now = self._clock()
-        lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s)
+        lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s, reading=set(reading))
+        self._reading += bool(reading)
         self._leases[terms.lease_id] = lease
         self._named(_name(terms), terms.lease_id)
         self._deadlines.set(terms.lease_id, lease.deadline)

@@ -40,6 +40,7 @@ from kvconnect.orders import (
     Grant,
     Order,
     Outcome,
+    Progress,
     Promise,
     Release,
     ReleaseOwn,
@@ -131,7 +132,7 @@ class Mover:
         self,
         orders: Sequence[Order],
         fence: Fence | None = None,
-        fenced: tuple[type[Order], ...] = (Fetch,),
+        fenced: tuple[type[Order], ...] = (Fetch, Progress),
     ) -> None:
         """Give orders; carried out in sequence, those of the kinds in ``fenced`` once ``fence``
         says so, and at once where they need not wait for the device.
@@ -311,10 +312,12 @@ class Mover:
         match order:
             case Promise():
                 self._lease_server.promise(order.name or order.request_id, order.lease_id)
+            case Progress():
+                self._lease_server.progress(order)
             case Grant():
                 self._lease_server.grant(order.terms)
             case Withdraw():
-                self._lease_server.withdraw(order.lease_id)
+                self._lease_server.withdraw(order.lease_id, order.successor)
             case Revoke():
                 self._revoke(order)
             case ReleaseOwn():

@@ -52,7 +52,8 @@ class Offer(NamedTuple):
 
 
 Blocks = tuple[tuple[tuple[int, int], ...], ...]
-"""Blocks to fill: of each group, pairs (place in the request's block table, our block id)."""
+"""Blocks to fill: of each group, pairs (place in the request's block table, our block id), in the
+order of their places."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,18 @@ class Promise:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Producer: more blocks of a promised request are complete. See docs/adr/0008-streaming.md."""
+
+    lease_id: str
+    blocks: tuple[tuple[int, ...], ...]
+    """Of each group, those that follow the ones told before; none where all come with the Grant."""
+    tokens: int
+    digest: bytes
+    """What the lease will hold, as in `kvconnect.lease.Terms`."""
+
+
+@dataclass(frozen=True)
 class Grant:
     """Producer: the request's blocks hold its KV; lease them."""
 
@@ -74,9 +87,11 @@ class Grant:
 
 @dataclass(frozen=True)
 class Withdraw:
-    """Producer: a promised request ended without KV to lease."""
+    """Producer: a promised request ended without KV to lease, or is computed anew."""
 
     lease_id: str
+    successor: str = ""
+    """The lease id under which it is promised anew."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,7 @@ class EngineAddresses:
 
 Order = (
     Promise
+    | Progress
     | Grant
     | Withdraw
     | Revoke

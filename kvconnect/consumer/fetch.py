@@ -32,6 +32,7 @@ import enum
 import logging
 from dataclasses import dataclass, field
 
+from kvconnect.consumer.follow import Follower, RankTables
 from kvconnect.consumer.reads import RankReads
 from kvconnect.consumer.release import Releaser
 from kvconnect.consumer.remote import ConsumerContext, Remote, Remotes
@@ -76,12 +77,22 @@ class FetchState:
     transfers: dict[TransferId, int] = field(default_factory=dict)  # running → index of the rank
     receivers: dict[int, ChunkReceiver] = field(default_factory=dict)  # index of the rank → running
     began: dict[int, float] = field(default_factory=dict)  # index of the rank → when, by its path
-    fell_back: set[int] = field(default_factory=set)  # ranks whose first path has failed
+    fell_back: dict[int, bool] = field(default_factory=dict)  # whose path has failed → staged now?
     expected: dict[int, int] = field(default_factory=dict)  # index of the rank → descriptors
+    told: dict[int, RankTables] = field(default_factory=dict)  # index of the rank → its blocks
 
     @property
     def is_reading(self) -> bool:
         return self.phase is Phase.READING
+
+    def reads(self, index: int) -> bool:
+        """Whether something reads from a rank now."""
+        return index in self.receivers or index in self.transfers.values()
+
+    @property
+    def has_all(self) -> bool:
+        """Whether every rank has told of all its blocks."""
+        return len(self.told) == len(self.opens) and not any(t.more for t in self.told.values())
 
     def lease_id_at(self, index: int) -> str | None:
         """That rank's lease id; failing that, another rank's; failing that, the ticket's."""
@@ -117,6 +128,7 @@ class Fetcher:
         self.wake_queue = WakeQueue(context.clock)
         self._fetches: dict[str, FetchState] = {}
         self._reads = RankReads(context, remotes, stats, self._fail)
+        self._follower = Follower(context, releaser, self._reads)
         self._waiting = SlotQueue()
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
@@ -228,10 +240,14 @@ class Fetcher:
         if fetch.phase is Phase.GREETING and fetch.remote.state is PeerState.READY:
             self._open(fetch)
         if fetch.phase is Phase.OPENING and all(c.reply for c in fetch.opens.values()):
-            self._read(fetch)
+            fetch.phase = Phase.READING
         if fetch.phase is Phase.READING:
             self._reads.receive(fetch)
-        if fetch.phase is Phase.READING and not fetch.transfers and not fetch.receivers:
+            if self._follower.go_on(fetch):
+                fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
+                self.wake_queue.wake_at(fetch.deadline, fetch.order.request_id)
+        running = fetch.transfers or fetch.receivers
+        if fetch.phase is Phase.READING and not running and fetch.has_all:
             self._close(fetch)
             fetch.phase = Phase.CLOSING
         if fetch.phase is Phase.CLOSING:
@@ -262,6 +278,9 @@ class Fetcher:
             elif late and index in fetch.opens:
                 self._stats.count("num_late_reads")
                 self._fail(fetch, "the lease was over before the read had ended")
+        for told in fetch.told.values():
+            if told.asked is not None and told.asked.error:
+                self._fail(fetch, told.asked.error)
         if remote.state is PeerState.FAILED:
             greeted = fetch.phase is not Phase.GREETING
             self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)
@@ -269,7 +288,7 @@ class Fetcher:
     def _check_time(self, fetch: FetchState) -> None:
         if self._clock() < fetch.deadline:
             return
-        opened = fetch.phase in (Phase.READING, Phase.CLOSING)
+        opened = fetch.phase in (Phase.READING, Phase.CLOSING) and fetch.has_all
         waited = 0.0 if opened else fetch.order.source.wait_s
         self._fail(fetch, f"not loaded within {self._load_timeout_s + waited:g} s")
         if fetch.transfers and fetch.remote.state is not PeerState.FAILED:
@@ -277,25 +296,14 @@ class Fetcher:
             fetch.remote.fail("a read did not end in time")
 
     def _open(self, fetch: FetchState) -> None:
-        order, source = fetch.order, fetch.order.source
+        source = fetch.order.source
         if source.lease_id and any(source.lease_id in p.gone for p in fetch.remote.peers):
             self._fail(fetch, "the lease is over")
             return
         for index, path in enumerate(fetch.remote.paths):
             if path is not None:
-                peer, prompt = fetch.remote.peers[index], (order.tokens, order.digest)
-                fetch.opens[index] = self._releaser.open(
-                    peer, order.request_id, source, fetch.deadline, *prompt
-                )
+                self._follower.open(fetch, index)
         fetch.phase = Phase.OPENING
-
-    def _read(self, fetch: FetchState) -> None:
-        fetch.phase = Phase.READING
-        fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
-        self.wake_queue.wake_at(fetch.deadline, fetch.order.request_id)
-        for index in fetch.opens:
-            if fetch.phase is Phase.READING:
-                self._reads.start(fetch, index)
 
     def _close(self, fetch: FetchState) -> None:
         """Tell every rank of the source that we are done with its blocks."""
@@ -310,7 +318,8 @@ class Fetcher:
         fetch.phase, fetch.error = Phase.FAILING, error
         if not fetch.aborted:
             self._stats.count(counted_as)
-        for call in fetch.opens.values():
+        asked = [told.asked for told in fetch.told.values() if told.asked]
+        for call in (*fetch.opens.values(), *asked):
             self._dialer.calls.cancel(call)
         for transfer_id in fetch.transfers:
             self._transport.cancel(transfer_id)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from kvconnect.consumer.remote import ConsumerContext, PeerPath, Remotes
 from kvconnect.consumer.stage import ChunkReceiver
-from kvconnect.control import wire
 from kvconnect.errors import GeometryError
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, Op, TransferId, Work
 
 if TYPE_CHECKING:
     from kvconnect.consumer.fetch import FetchState
+    from kvconnect.consumer.follow import RankTables
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -37,6 +37,8 @@ class RankReads:
         self._remotes = remotes
         self._stats = stats
         self._fail = fail
+        self.begin_anew: Callable[[FetchState, int], bool] = lambda *_: False
+        """Whether a rank that ended the lease is read anew; set by who asks ranks for blocks."""
         self._direct: dict[TransferId, FetchState] = {}
         self._receiving: set[str] = set()  # requests with chunks to come
 
@@ -67,23 +69,24 @@ class RankReads:
 
     def start(self, fetch: "FetchState", index: int, staged: bool | None = None) -> None:
         """Begin to read a rank on this path; None: on the one that costs less."""
-        path, opened = fetch.remote.paths[index], fetch.opens[index].reply
-        assert path is not None and isinstance(opened, wire.Opened)
+        path, told = fetch.remote.paths[index], fetch.told[index]
+        assert path is not None
         try:
             if staged is None:
-                found = path.choose_staged(opened.tables, fetch.order.blocks)
+                found = path.choose_staged(told.tables, fetch.order.blocks, told.stretch)
                 staged, fetch.expected[index] = found
+                staged = fetch.fell_back.get(index, staged)
             if staged:
                 self._start_receiver(fetch, index, path)
             else:
-                self._submit(fetch, index, path, opened)
+                self._submit(fetch, index, path, told)
         except (GeometryError, IndexError) as e:
             self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
 
-    def _submit(self, fetch: "FetchState", index: int, path: PeerPath, opened: wire.Opened) -> None:
+    def _submit(self, fetch: "FetchState", index: int, path: PeerPath, told: "RankTables") -> None:
         route = path.route
         assert route is not None
-        chosen = route.select(opened.tables, fetch.order.blocks)
+        chosen = route.select(told.tables, fetch.order.blocks, told.stretch)
         if not len(chosen.src):
             return
         fetch.began[index] = self._context.clock()
@@ -120,6 +123,8 @@ class RankReads:
         """A staged transfer failed, and touches our blocks no more: read directly instead."""
         path = fetch.remote.paths[index]
         assert path is not None
+        if receiver.lease_is_over and self.begin_anew(fetch, index):
+            return
         if receiver.only_this_path:
             path.costs.failed(True, self._context.clock() - fetch.began[index])
         if not receiver.only_this_path or path.route is None or index in fetch.fell_back:
@@ -128,7 +133,7 @@ class RankReads:
             self._fall_back(fetch, index, receiver.error, staged=False)
 
     def _fall_back(self, fetch: "FetchState", index: int, error: str, staged: bool) -> None:
-        fetch.fell_back.add(index)
+        fetch.fell_back[index] = staged
         self._stats.count("num_fallbacks")
         logger.warning(
             "request %s: the other path is taken to peer %s: %s",
@@ -141,7 +146,8 @@ class RankReads:
     def _start_receiver(self, fetch: "FetchState", index: int, path: PeerPath) -> None:
         assert path.staged is not None
         hello = self._context.transport.hello()
-        receiver = ChunkReceiver(path.staged, fetch.order, hello, fetch.deadline)
+        stretch = fetch.told[index].stretch
+        receiver = ChunkReceiver(path.staged, fetch.order, hello, fetch.deadline, stretch)
         if not receiver.done:
             fetch.receivers[index], fetch.began[index] = receiver, self._context.clock()
             self._receiving.add(fetch.order.request_id)
@@ -149,9 +155,7 @@ class RankReads:
     def receive(self, fetch: "FetchState") -> None:
         """Move the staged transfers of a fetch on."""
         for index, receiver in list(fetch.receivers.items()):
-            lease_id = fetch.lease_id_at(index)
-            assert lease_id is not None
-            receiver.advance(lease_id, self._context.rank)
+            receiver.advance(fetch.told[index].lease_id, self._context.rank)
             if receiver.error and not receiver.touches_blocks:
                 receiver.abandon()
                 del fetch.receivers[index]

@@ -84,8 +84,12 @@ class Releaser:
         deadline: float,
         tokens: int = 0,
         digest: bytes = b"",
+        stream: bool = False,
     ) -> Call:
-        """Ask one rank of a source to open a lease; with no prompt it refuses, if it knows it."""
+        """Ask one rank of a source to open a lease; with no prompt it refuses, if it knows it.
+
+        ``stream``: already when it is promised, to take its blocks as they are computed.
+        """
         return self._dialer.calls.send(
             peer,
             lambda seq: wire.Open(
@@ -96,6 +100,7 @@ class Releaser:
                 tokens=tokens,
                 digest=digest,
                 early_ms=round(source.wait_s * 1000),
+                stream=stream,
             ),
             (wire.Opened, wire.Refused),
             deadline,

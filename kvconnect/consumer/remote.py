@@ -23,9 +23,9 @@ from kvconnect.errors import GeometryError, TransportError, contained
 from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.blocks import Shard as Memory
 from kvconnect.geometry.chunks import ChunkPlan
-from kvconnect.geometry.intersect import Rect, assign, why_not_direct
+from kvconnect.geometry.intersect import ALL, Rect, Stretch, assign, why_not_direct
+from kvconnect.geometry.rows import DstBlocks, Route
 from kvconnect.geometry.rows import Memory as MemoryKind
-from kvconnect.geometry.rows import Route
 from kvconnect.lease import Clock
 from kvconnect.ops import Kernels
 from kvconnect.orders import Source
@@ -75,15 +75,15 @@ class PeerPath:
     """Whether a direct read has ever ended well: if one then fails, greeting anew may help."""
 
     def choose_staged(
-        self, tables: Sequence[Sequence[int]], blocks: Sequence[Sequence[tuple[int, int]]]
+        self, tables: Sequence[Sequence[int]], blocks: DstBlocks, stretch: Stretch = ALL
     ) -> PathChoice:
         """How a transfer (see `Route.select`) is to be made."""
         if self.route is None:
             return PathChoice(True, 0)
-        found = self.route.descriptors(tables, blocks)
+        found = self.route.descriptors(tables, blocks, stretch)
         if self.staged is None:
             return PathChoice(False, found)
-        staged = self.costs.choose_staged(found, self.route.nbytes(blocks))
+        staged = self.costs.choose_staged(found, self.route.nbytes(blocks, stretch))
         return PathChoice(staged and (self.staged.fast or self.costs.direct_fails), found)
 
 

@@ -23,6 +23,7 @@ from kvconnect.control.dialer import Dialer
 from kvconnect.control.peer import Peer
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.chunks import Chunk, ChunkPlan
+from kvconnect.geometry.intersect import ALL, Stretch
 from kvconnect.lease import Clock
 from kvconnect.ops import Kernels, Launch, Prepared
 from kvconnect.orders import Fetch
@@ -158,11 +159,14 @@ class ChunkReceiver:
         order: Fetch,
         hello: bytes,
         deadline: float,
+        stretch: Stretch = ALL,
     ) -> None:
-        """Raises GeometryError."""
+        """Raises GeometryError. ``stretch``: only what the source has in these of its blocks."""
         self._staged = staged
         # made one by one while others are under way, of which the next is known
-        self._chunks = staged.chunk_plan.chunks(order.blocks, order.tokens, order.needed_from)
+        self._chunks = staged.chunk_plan.chunks(
+            order.blocks, order.tokens, order.needed_from, stretch
+        )
         self._next = next(self._chunks, None)
         self._hello = hello
         self._deadline = deadline
@@ -173,6 +177,8 @@ class ChunkReceiver:
         """Why the pull has failed; then it is only to be abandoned."""
         self.only_this_path = False
         """Whether it failed by reason of the path, so that another one may do."""
+        self.lease_is_over = False
+        """Whether it failed because the source says so."""
         self.nbytes = 0
         """Bytes of the chunks that were asked for."""
         self.chunks = 0
@@ -222,6 +228,7 @@ class ChunkReceiver:
             return
         if not path.probe(lease_id, reader):
             self._fail("the lease is over", only_this_path=False)
+            self.lease_is_over = True
         elif now - max(path.heard_at, self._since) >= SILENT_S:
             self._fail(
                 f"peer {path.peer} has answered nothing for {SILENT_S:g} s; is it stopped, or its "
@@ -304,7 +311,8 @@ class ChunkReceiver:
         if refused.cause not in LOST or not may_help:
             path.stage_anew()  # for the next pull: who knows what the source has kept
             error = f"peer {path.peer} refused a chunk: {refused.detail}"
-            self._fail(error, only_this_path=refused.cause != "gone")
+            self.lease_is_over = refused.cause == "gone"
+            self._fail(error, only_this_path=not self.lease_is_over)
             return
         if asked.times_staged == path.times_staged:  # else another chunk was refused before
             path.stage_anew()

@@ -14,7 +14,7 @@ from kvconnect.errors import WireError
 from kvconnect.geometry.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
 from kvconnect.geometry.chunks import MAX_RUNS, HeadSlice
 
-VERSION = (3, 0)
+VERSION = (3, 1)
 """(major, minor); docs/wire.md says what each changed."""
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -161,6 +161,8 @@ class Open(Message, frozen=True):
     digest: Short
     early_ms: Count = 0
     """How long it waits for a name that is not even expected yet; 0: not at all."""
+    stream: bool = False
+    """Whether it takes blocks of a promised lease as they are computed. (3.1)"""
 
 
 class Opened(Message, frozen=True):
@@ -169,6 +171,26 @@ class Opened(Message, frozen=True):
     seq: Seq
     lease_id: LeaseId
     tables: Annotated[tuple[Table, ...], msgspec.Meta(max_length=4096)]
+    more: bool = False
+    """Whether it is still computed: these blocks are complete, and for others one asks. (3.1)"""
+
+
+class Follow(Message, frozen=True):
+    """A reader has read what it was told of a promised lease, and waits for more. (3.1)"""
+
+    seq: Seq
+    lease_id: LeaseId
+    reader: Rank
+    have: Annotated[tuple[Count, ...], msgspec.Meta(max_length=4096)]
+    """How many blocks of each group it was told of."""
+
+
+class Computed(Message, frozen=True):
+    """These blocks follow those that the reader has; ``more``: and others will. (3.1)"""
+
+    seq: Seq
+    tables: Annotated[tuple[Table, ...], msgspec.Meta(max_length=4096)]
+    more: bool
 
 
 class Refused(Message, frozen=True):
@@ -270,6 +292,8 @@ AnyMessage = (
     | Reject
     | Open
     | Opened
+    | Follow
+    | Computed
     | Refused
     | Renew
     | Gone
@@ -281,7 +305,7 @@ AnyMessage = (
     | Filled
 )
 
-Reply = Opened | Refused | Closed | Staged | Filled
+Reply = Opened | Computed | Refused | Closed | Staged | Filled
 """What answers a request of the same ``seq``."""
 
 Decoded = TypeVar("Decoded")

@@ -11,7 +11,9 @@ tiles and dtypes of the two never meet.
 * Knows no peers, slots or transports. `kvconnect.ops` moves the bytes.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -19,7 +21,7 @@ import numpy as np
 
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import DENSE, BlockView, Extent, Name, Part, Size
-from kvconnect.geometry.intersect import NO_BLOCK, Rect, joined, part_pairs
+from kvconnect.geometry.intersect import ALL, NO_BLOCK, Rect, Stretch, joined, part_pairs
 from kvconnect.ops import NUMBERS, Copy, Type, chunk_bytes
 
 MAX_RUNS = 1 << 14
@@ -63,6 +65,8 @@ class Kind(NamedTuple):
     """Tokens of a block on our side."""
     whole: bool
     """Whether blocks move whole, and "tokens" are rows of a packed part."""
+    src_block_tokens: int
+    """Tokens of a block on the source's side; rows likewise."""
 
 
 class SourceSlice(NamedTuple):
@@ -97,7 +101,9 @@ class ChunkPlan:
                 copy = copy_of(rect.dst, dst, head_slice, factor)
                 self.copies.append(copy)
                 whole = rect.dst.layout != DENSE
-                kinds.append(Kind(rect.src.group, rect.dst.group, copy.block_tokens, whole))
+                size = copy.block_tokens
+                src_size = size if whole else rect.src.block_tokens
+                kinds.append(Kind(rect.src.group, rect.dst.group, size, whole, src_size))
         self.slice_groups = list(_slice_groups(self.copies, kinds, slot_bytes))
 
     def chunks(
@@ -105,10 +111,13 @@ class ChunkPlan:
         blocks: Sequence[Sequence[tuple[int, int]]],
         tokens: int,
         needed_from: Sequence[int] = (),
+        stretch: Stretch = ALL,
     ) -> Iterator[Chunk]:
         """Chunks that fill ``blocks`` (`order.Fetch`) with the first ``tokens`` tokens.
 
         Of group ``g`` nothing before token ``needed_from[g]`` is asked for, where that is given.
+        ``stretch``: only what the source has in these blocks; all of them, one after the other,
+        fill the same cells as one that holds everything.
         """
         packed: dict[tuple[Kind, int], list[tuple[Runs, np.ndarray]]] = {}
         for slices in self.slice_groups:
@@ -118,7 +127,8 @@ class ChunkPlan:
             kept = packed.setdefault((slices.kind, slices.tokens), [])
             group = slices.kind.dst_group
             start = needed_from[group] if group < len(needed_from) else 0
-            for runs, found in known or self._runs(slices, blocks[group], start, tokens):
+            runs_of = self._runs(slices, blocks[group], start, tokens, stretch)
+            for runs, found in known or runs_of:
                 if known is None:
                     kept.append((runs, found))
                 total = sum(count for _, count in runs)
@@ -127,7 +137,12 @@ class ChunkPlan:
                 yield Chunk(slices, runs, found, sizes[total])
 
     def _runs(
-        self, slices: SliceGroup, blocks: Sequence[tuple[int, int]], start: int, tokens: int
+        self,
+        slices: SliceGroup,
+        blocks: Sequence[tuple[int, int]],
+        start: int,
+        tokens: int,
+        stretch: Stretch,
     ) -> Iterator[tuple[Runs, np.ndarray]]:
         """What to ask for, chunk by chunk, and where in our blocks it goes.
 
@@ -138,7 +153,12 @@ class ChunkPlan:
         Cells 0 and 1 of block 7, and 1 to 3 of block 9, belong to no token that is wanted: they
         are filled with those of their block that are, over and over (see `_filled`).
         """
-        _, _, block_tokens, whole = slices.kind
+        group, _, block_tokens, whole, src_size = slices.kind
+        first, end = stretch.of(group)
+        since, until = first * src_size, end * src_size
+        if stretch is not ALL:  # places ascend then
+            first, end = since // block_tokens, until / block_tokens
+            blocks = blocks[bisect_left(blocks, (first,)) : bisect_left(blocks, (end,))]
         table = np.full(max((p for p, _ in blocks), default=-1) + 1, NO_BLOCK)
         for place, block in blocks:
             table[place] = block
@@ -147,7 +167,7 @@ class ChunkPlan:
         wanted = (
             span
             for place, _ in blocks
-            for span in _filled(place * block_tokens, block_tokens, start, tokens)
+            for span in _filled(place * block_tokens, block_tokens, start, tokens, since, until)
         )
         for spans in _packed(wanted, slices.tokens):
             runs = tuple((first, count) for first, _, count in spans)
@@ -163,18 +183,24 @@ class Span(NamedTuple):
     tokens: int
 
 
-def _filled(begin: int, size: int, start: int, tokens: int) -> Iterator[Span]:
+def _filled(
+    begin: int, size: int, start: int, tokens: int, since: int = 0, until: float = inf
+) -> Iterator[Span]:
     """What fills the block of tokens ``[begin, begin + size)``, of which only those from ``start``
-    and below ``tokens`` are wanted.
+    and below ``tokens`` are wanted: so far as the source has it in ``[since, until)``.
 
     vLLM zeroes no block that is loaded, so a cell that was left as it was may hold NaN, which a
     kernel that masks it still multiplies by nought. Each cell without a token gets a wanted
-    token's content: finite, and of this very prompt.
+    token's content: finite, and of this very prompt. That is done with the last wanted token.
     """
     low, high = max(begin, start), min(begin + size, tokens)
     if low >= high:
         return
-    yield Span(low, low, high - low)
+    first, end = max(low, since), int(min(high, until))
+    if first < end:
+        yield Span(first, first, end - first)
+    if not since < high <= until:
+        return
     for first, end in ((begin, low), (high, begin + size)):
         for at in range(first, end, high - low):
             yield Span(low, at, min(high - low, end - at))

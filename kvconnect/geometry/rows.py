@@ -4,6 +4,7 @@ Rows are at the same place in every block and never change for a peer, so a tran
 them once (`Route`); a request only selects some by index. Knows addresses, no requests.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import Heads, Part
-from kvconnect.geometry.intersect import NO_BLOCK, Rect, part_pairs, tiles_of
+from kvconnect.geometry.intersect import ALL, NO_BLOCK, Rect, Stretch, part_pairs, tiles_of
 
 MAX_ROWS_PER_LAYER = 1 << 16
 MAX_ROWS = (1 << 31) - 1  # in all blocks: their indices are int32
@@ -121,6 +122,10 @@ class Selection:
     nbytes: int
 
 
+DstBlocks = Sequence[Sequence[tuple[int, int]]]
+"""Blocks to fill, per group: see `kvconnect.orders.Blocks`."""
+
+
 class Route:
     """Rows from one source shard to the destination shard, made once per peer."""
 
@@ -140,15 +145,18 @@ class Route:
             for s, d in np.unique(groups, axis=0)
         }
 
-    def nbytes(self, dst_blocks: Sequence[Sequence[tuple[int, int]]]) -> int:
+    def nbytes(self, dst_blocks: DstBlocks, stretch: Stretch = ALL) -> int:
         """Bytes that fill ``dst_blocks``, as in `select`."""
         return sum(
-            int(self.dst.rows[rows, 1].sum()) * len(dst_blocks[group])
-            for (_, group), rows in self.rows_by_group.items()
+            int(self.dst.rows[rows, 1].sum()) * len(_within(dst_blocks[group], src, stretch))
+            for (src, group), rows in self.rows_by_group.items()
         )
 
     def descriptors(
-        self, src_tables: Sequence[Sequence[int]], dst_blocks: Sequence[Sequence[tuple[int, int]]]
+        self,
+        src_tables: Sequence[Sequence[int]],
+        dst_blocks: DstBlocks,
+        stretch: Stretch = ALL,
     ) -> int:
         """Runs of bytes that a selection has once neighbours are joined, as in `select`.
 
@@ -156,7 +164,7 @@ class Route:
         """
         total = 0
         for (src_group, dst_group), rows in self.rows_by_group.items():
-            pairs = np.array(dst_blocks[dst_group], dtype=np.int64).reshape(-1, 2)
+            pairs = _within(dst_blocks[dst_group], src_group, stretch)
             table = np.array(src_tables[src_group], dtype=np.int64)
             if not len(pairs) or pairs[:, 0].max() >= len(table):
                 continue
@@ -167,17 +175,20 @@ class Route:
         return total
 
     def select(
-        self, src_tables: Sequence[Sequence[int]], dst_blocks: Sequence[Sequence[tuple[int, int]]]
+        self,
+        src_tables: Sequence[Sequence[int]],
+        dst_blocks: DstBlocks,
+        stretch: Stretch = ALL,
     ) -> Selection:
         """Rows that fill ``dst_blocks`` from the blocks at the same place of ``src_tables``.
 
         ``src_tables[g][i]`` is the source's block of tokens ``[i, i + 1) * block_tokens`` in
-        group ``g`` or NO_BLOCK; ``dst_blocks[g]`` are pairs ``(i, block id)``. Raises
-        GeometryError for a place the source does not hold.
+        group ``g`` or NO_BLOCK; ``dst_blocks[g]`` are pairs ``(i, block id)``. Only places in
+        ``stretch`` are taken. Raises GeometryError for a place the source does not hold.
         """
         src, dst, nbytes = [], [], 0
         for (src_group, dst_group), rows in self.rows_by_group.items():
-            pairs = np.array(dst_blocks[dst_group], dtype=np.int64).reshape(-1, 2)
+            pairs = _within(dst_blocks[dst_group], src_group, stretch)
             table = np.array(src_tables[src_group], dtype=np.int64)
             if not len(pairs):
                 continue
@@ -194,6 +205,14 @@ class Route:
             dst.append((self.dst.starts[rows][:, None] + dst_ids).reshape(-1))
             nbytes += int(self.dst.rows[rows, 1].sum()) * len(pairs)
         return Selection(_indices(src), _indices(dst), nbytes)
+
+
+def _within(blocks: Sequence[tuple[int, int]], group: int, stretch: Stretch) -> np.ndarray:
+    """Those pairs whose place is in the stretch of a source's group: int64 ``[n, 2]``."""
+    if stretch is not ALL:  # places ascend then
+        since, until = stretch.of(group)
+        blocks = blocks[bisect_left(blocks, (since,)) : bisect_left(blocks, (until,))]
+    return np.array(blocks, dtype=np.int64).reshape(-1, 2)
 
 
 def _table(rows: np.ndarray, num_blocks: np.ndarray, memory: Memory) -> RowTable:

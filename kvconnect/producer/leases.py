@@ -12,24 +12,20 @@
 
 import hmac
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from kvconnect.control import wire
-from kvconnect.control.calls import MAX_RESEND_S
 from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming, Listener
-from kvconnect.deadlines import Deadlines, soonest
+from kvconnect.deadlines import soonest
 from kvconnect.lease import Clock, LeaseBook, LeaseState, Terms
+from kvconnect.orders import Progress
+from kvconnect.producer.promises import OpenPromises
+from kvconnect.producer.waiting import EarlyReaders, ParkedReaders
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-MAX_PARKED = 1 << 14  # of one link, which is one rank of a decode engine
-MAX_EARLY = 1 << 14  # likewise
-MAX_WAIT_S = 60.0
-SILENT_S = 3 * MAX_RESEND_S
 REMEMBERED_CLOSES = 4096
 
 
@@ -42,8 +38,8 @@ class LeaseServer:
         self._clock = clock
         self._book = LeaseBook(clock, max_duration_s)
         self._early = EarlyReaders(clock)
-        self._parked: dict[str, dict[tuple[Link, int], _Parked]] = {}
-        self._parked_of: Counter[Link] = Counter()
+        self._parked = ParkedReaders(clock)
+        self._promises = OpenPromises()
         self._freed: set[str] = set()
         self._closed: OrderedDict[tuple[Link, int], bool] = OrderedDict()  # (…, seq) → stood
         self.expired = 0
@@ -54,14 +50,14 @@ class LeaseServer:
     @property
     def reading(self) -> bool:
         """Whether a reader is between open and close: the transport needs progress."""
-        return self._book.reading
+        return self._book.reading or self._promises.reading
 
     def held(self) -> dict[str, int]:
         """See `Mover.held`."""
         return {
             "leases": len(self._book),
             "promises": self._book.promises,
-            "parked_readers": sum(map(len, list(self._parked.values()))),
+            "parked_readers": len(self._parked),
             "early_readers": len(self._early),
         }
 
@@ -77,20 +73,34 @@ class LeaseServer:
         for link, message in self._early.take(name):
             self._park(link, message, lease_id)
 
+    def progress(self, order: Progress) -> None:
+        """More of a promised request's blocks are complete; one that is over is late."""
+        if self._book.standing(order.lease_id) is LeaseState.PROMISED:
+            self._promises.progress(order)
+            self._answer_parked(order.lease_id, streaming=True)
+
     def grant(self, terms: Terms) -> None:
         """Lease a request's blocks, and answer whoever waits for them."""
-        self._book.grant(terms)
+        reading, closes = self._promises.end(terms.lease_id)
+        self._book.grant(terms, reading)
         self._listener.known(terms.lease_id, terms.name or terms.request_id)
         for link, message in self._early.take(terms.name or terms.request_id):
             self._open(link, message)
-        for link, message in self._take_parked(terms.lease_id):
-            self._open(link, message)
+        self._answer_parked(terms.lease_id)
+        for close in closes:  # gave up before it was granted
+            if freed := self._book.close(terms.lease_id, *close)[1]:
+                self._freed.add(freed)
 
-    def withdraw(self, lease_id: str) -> None:
-        """A promised request ended without KV."""
+    def withdraw(self, lease_id: str, successor: str = "") -> None:
+        """A promised request ended without KV, or is promised as ``successor`` from now on."""
         self._book.withdraw(lease_id)
-        for link, message in self._take_parked(lease_id):
-            self._refuse(link, message, "withdrawn", "the request ended without KV to hand over")
+        self._promises.end(lease_id)
+        for link, message in self._parked.take(lease_id):
+            if successor and isinstance(message, wire.Open):
+                self._open(link, message)
+            else:
+                why = "the request ended without KV to hand over, or is computed anew"
+                self._refuse(link, message, "withdrawn", why)
 
     def release_own(self, lease_id: str | None, name: str) -> None:
         """The reader of a lease is this very engine: the lease ends, if nobody else reads it."""
@@ -107,6 +117,8 @@ class LeaseServer:
         link, message = incoming
         if isinstance(message, wire.Open):
             self._open(link, message)
+        elif isinstance(message, wire.Follow):
+            self._follow(link, message)
         elif isinstance(message, wire.Close):
             self._close(link, message)
         elif isinstance(message, wire.Renew):
@@ -117,7 +129,12 @@ class LeaseServer:
                 self._listener.answer(link, wire.Gone(lease_ids=gone))
 
     def opened(self, lease_id: str, reader: tuple[Link, int]) -> Terms | None:
-        """What is leased, if the lease stands and this reader of it is between open and close."""
+        """What is leased, if the lease stands and this reader of it is between open and close.
+
+        Of a promised lease: what of it is complete by now.
+        """
+        if self._promises.is_open(lease_id, reader):
+            return self._promises.terms(lease_id)
         is_open = self._book.is_open(lease_id, reader)
         return self._book.terms(lease_id) if is_open else None
 
@@ -142,7 +159,8 @@ class LeaseServer:
     def _open(self, link: Link, message: wire.Open) -> None:
         lease_id = self._lease_id(message)
         standing = self._book.standing(lease_id) if lease_id else LeaseState.GONE
-        if lease_id and standing is LeaseState.PROMISED:
+        told = self._promises.terms(lease_id) if lease_id and message.stream else None
+        if lease_id and standing is LeaseState.PROMISED and told is None:
             self._park(link, message, lease_id)
             return
         if not lease_id and self._may_be_early(link, message):
@@ -150,7 +168,7 @@ class LeaseServer:
         if not lease_id or standing is LeaseState.GONE:
             self._refuse(link, message, "gone", "no such lease, or it is over")
             return
-        terms = self._book.terms(lease_id)
+        terms = told or self._book.terms(lease_id)
         same = hmac.compare_digest(terms.digest, message.digest)
         if message.tokens != terms.tokens or not same:
             self._refuse(
@@ -161,16 +179,36 @@ class LeaseServer:
                 f"{message.tokens}",
             )
             return
-        self._book.open(lease_id, (link, message.reader))
-        self._book.renew(lease_id)
-        self._listener.answer(
-            link,
-            wire.Opened(
-                seq=message.seq,
-                lease_id=lease_id,
-                tables=terms.tables,
-            ),
-        )
+        if told is None:
+            self._book.open(lease_id, (link, message.reader))
+            self._book.renew(lease_id)
+        else:
+            self._promises.open(lease_id, (link, message.reader))
+        tables, more = tuple(map(tuple, terms.tables)), told is not None
+        opened = wire.Opened(seq=message.seq, lease_id=lease_id, tables=tables, more=more)
+        self._listener.answer(link, opened)
+
+    def _follow(self, link: Link, message: wire.Follow) -> None:
+        """A reader has read all that it was told of."""
+        lease_id, reader = message.lease_id, (link, message.reader)
+        terms = self.opened(lease_id, reader)
+        if terms is None:
+            self._refuse(link, message, "gone", "no such lease that you opened, or it is over")
+            return
+        tables = tuple(tuple(t[n:]) for t, n in zip(terms.tables, message.have, strict=False))
+        more = self._promises.asks(lease_id, reader, answered=any(tables))
+        if more and not any(tables):
+            self._park(link, message, lease_id)
+        else:
+            computed = wire.Computed(seq=message.seq, tables=tables, more=more)
+            self._listener.answer(link, computed)
+
+    def _answer_parked(self, lease_id: str, streaming: bool = False) -> None:
+        for link, message in self._parked.take(lease_id, streaming):
+            if isinstance(message, wire.Open):
+                self._open(link, message)
+            else:
+                self._follow(link, message)
 
     def _close(self, link: Link, message: wire.Close) -> None:
         stood = self._closed.get((link, message.seq))
@@ -188,8 +226,11 @@ class LeaseServer:
             return False
         reader = (link, message.reader)
         if not message.final:
-            return self._book.standing(lease_id) is LeaseState.GRANTED
-        self._unpark(lease_id, link, message.reader)
+            granted = self._book.standing(lease_id) is LeaseState.GRANTED
+            return granted or self.opened(lease_id, reader) is not None
+        self._parked.forget(lease_id, link, message.reader)
+        if self._promises.close(lease_id, reader, message.reader, message.readers):
+            return False
         stood, freed = self._book.close(lease_id, reader, message.reader, message.readers)
         if freed:
             self._freed.add(freed)
@@ -205,118 +246,11 @@ class LeaseServer:
         """Whether the reader waits for a request that has not arrived."""
         return not self._book.is_over(message.request_id or "") and self._early.admit(link, message)
 
-    def _park(self, link: Link, message: wire.Open, lease_id: str) -> None:
-        waiting = self._parked.get(lease_id, {})
-        if (link, message.seq) not in waiting:  # else it repeats itself
-            if self._parked_of[link] >= MAX_PARKED:
-                self._refuse(link, message, "busy", f"{MAX_PARKED} of your readers wait here")
-                return
-            self._parked_of[link] += 1
-        self._parked.setdefault(lease_id, {})[link, message.seq] = _Parked(message, self._clock())
+    def _park(self, link: Link, message: wire.Open | wire.Follow, lease_id: str) -> None:
+        if not self._parked.park(link, message, lease_id):
+            self._refuse(link, message, "busy", "too many of your readers wait here")
 
-    def _unpark(self, lease_id: str, link: Link, reader: int) -> None:
-        """A reader gave up waiting: opened later, it would never close."""
-        waiting = self._parked.get(lease_id, {})
-        for key in [k for k, p in waiting.items() if (k[0], p.message.reader) == (link, reader)]:
-            del waiting[key]
-            self._one_less(link)
-        if not waiting:
-            self._parked.pop(lease_id, None)
-
-    def _take_parked(self, lease_id: str) -> list[tuple[Link, wire.Open]]:
-        """Who waits for the lease and still repeats itself: one that died would never close."""
-        waiting, now = self._parked.pop(lease_id, {}), self._clock()
-        for link, _ in waiting:
-            self._one_less(link)
-        return [(k[0], p.message) for k, p in waiting.items() if now < p.heard + SILENT_S]
-
-    def _one_less(self, link: Link) -> None:
-        self._parked_of[link] -= 1
-        if not self._parked_of[link]:
-            del self._parked_of[link]
-
-    def _refuse(self, link: Link, message: wire.Open, cause: str, detail: str) -> None:
+    def _refuse(
+        self, link: Link, message: wire.Open | wire.Follow, cause: str, detail: str
+    ) -> None:
         self._listener.answer(link, wire.Refused(seq=message.seq, cause=cause, detail=detail))
-
-
-class _Parked(NamedTuple):
-    message: wire.Open
-    heard: float
-
-
-@dataclass
-class _Early:
-    message: wire.Open
-    until: float
-    heard: float
-
-
-class EarlyReaders:
-    """Readers of one rank that came before the request whose lease they ask for.
-
-    * Only readers that say how long they would wait do so, and none longer than `MAX_WAIT_S`.
-    * A reader repeats its Open every few seconds. One that stops, because it gave up, its link
-      broke or its process ended, is forgotten after `SILENT_S`.
-    * Bounded: a reader is refused that finds `MAX_EARLY` others of its link here.
-    * A step costs nothing for those that go on waiting.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._waiting: dict[str, dict[tuple[Link, int], _Early]] = {}  # name → (…, seq)
-        self._counts: Counter[Link] = Counter()
-        self._ends: Deadlines[tuple[str, tuple[Link, int]]] = Deadlines()  # of (name, key)
-
-    def __len__(self) -> int:
-        return self._counts.total()
-
-    def admit(self, link: Link, message: wire.Open) -> bool:
-        """Whether the reader may wait, or go on waiting, for the lease that it names."""
-        name, key, now = message.request_id, (link, message.seq), self._clock()
-        if message.lease_id is not None or not name or not message.early_ms:
-            return False
-        waiting = self._waiting.get(name, {}).get(key)
-        if waiting is None:
-            if self._counts[link] >= MAX_EARLY:
-                return False
-            waiting = _Early(message, now + min(message.early_ms / 1000, MAX_WAIT_S), now)
-            self._waiting.setdefault(name, {})[key] = waiting
-            self._counts[link] += 1
-        waiting.heard = now
-        self._ends.set((name, key), min(waiting.until, now + SILENT_S))
-        return True
-
-    def take(self, name: str) -> list[tuple[Link, wire.Open]]:
-        """Who waited for ``name``: it is known from now on."""
-        taken = self._waiting.pop(name, {})
-        for key in taken:
-            self._counts[key[0]] -= 1
-            self._ends.drop((name, key))
-        return [(link, waiting.message) for (link, _), waiting in taken.items()]
-
-    def forget(self, name: str, link: Link, reader: int) -> None:
-        """A reader of ``link`` gave up."""
-        for key, waiting in list(self._waiting.get(name, {}).items()):
-            if (key[0], waiting.message.reader) == (link, reader):
-                self._drop(name, key)
-
-    def tick(self) -> list[tuple[Link, wire.Open]]:
-        """Forget readers that have fallen silent; returns those that have waited for too long."""
-        now, late = self._clock(), []
-        for name, key in self._ends.take(now):
-            waiting = self._waiting[name][key]
-            self._drop(name, key)
-            if now >= waiting.until:
-                late.append((key[0], waiting.message))
-        return late
-
-    def next_deadline(self) -> float | None:
-        """When `tick` is worth calling next."""
-        return self._ends.next()
-
-    def _drop(self, name: str, key: tuple[Link, int]) -> None:
-        del self._waiting[name][key]
-        self._ends.drop((name, key))
-        self._counts[key[0]] -= 1
-        if not self._waiting[name]:
-            del self._waiting[name]

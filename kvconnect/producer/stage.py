@@ -140,7 +140,7 @@ class ChunkSender:
         self._slots = slots
         self._readers: OrderedDict[Link, Reader] = OrderedDict()
         self._names = 0
-        self._tables: tuple[str, list[np.ndarray]] = "", []  # lease_id, of the last chunk's lease
+        self._tables: tuple[str, dict[int, np.ndarray]] = "", {}  # of the last chunk's lease
         # of each reader that has some; who was served last is last
         self._waiting: OrderedDict[Link, deque[wire.Want]] = OrderedDict()
         self._num_waiting = 0
@@ -362,12 +362,14 @@ class ChunkSender:
         self._filling.append(_Sending(link, want, slot, launch, self._clock(), started_at))
 
     def _table(self, terms: Terms, group: int) -> np.ndarray:
-        """A lease's table as an array, made anew for the first of many chunks."""
-        of, tables = self._tables
-        if of != terms.lease_id:
-            tables = [np.array(table, dtype=np.int64) for table in terms.tables]
-            self._tables = terms.lease_id, tables
-        return tables[group]
+        """A lease's table as an array, made for the first of many chunks. It only ever grows."""
+        if self._tables[0] != terms.lease_id:
+            self._tables = terms.lease_id, {}
+        table, known = terms.tables[group], self._tables[1].get(group, np.empty(0, np.int64))
+        if len(known) < len(table):
+            more = np.array(table[len(known) :], dtype=np.int64)
+            known = self._tables[1][group] = np.concatenate((known, more))
+        return known
 
     def _write(self, filling: _Sending) -> None:
         link, want = filling.link, filling.want

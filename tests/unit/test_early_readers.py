@@ -9,8 +9,9 @@ from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming
 from kvconnect.lease import Terms
 from kvconnect.orders import Cancel, Fetch, Grant, Promise, Release, RenewLease, Source, Withdraw
-from kvconnect.producer import leases
-from kvconnect.producer.leases import MAX_WAIT_S, SILENT_S, EarlyReaders, LeaseServer
+from kvconnect.producer import waiting
+from kvconnect.producer.leases import LeaseServer
+from kvconnect.producer.waiting import MAX_WAIT_S, SILENT_S, EarlyReaders
 from kvconnect.testing import FakeClock, Fault
 
 NEAR, FAR = Link(False, b"engine 1"), Link(False, b"engine 2")
@@ -144,7 +145,7 @@ def test_a_lease_that_is_over_is_not_waited_for(rig):
 
 
 def test_waiting_readers_are_bounded(rig, monkeypatch):
-    monkeypatch.setattr(leases, "MAX_EARLY", 2)
+    monkeypatch.setattr(waiting, "MAX_EARLY", 2)
     rig.send(ask(1)), rig.send(ask(2, request_id="another"))
     ((_, refused),) = rig.send(ask(3))
     assert refused.cause == "gone"

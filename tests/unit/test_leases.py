@@ -10,7 +10,9 @@ from kvconnect.control.listener import Incoming
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.lease import Terms
 from kvconnect.producer import leases as leases_module
-from kvconnect.producer.leases import SILENT_S, LeaseServer
+from kvconnect.producer import waiting
+from kvconnect.producer.leases import LeaseServer
+from kvconnect.producer.waiting import SILENT_S
 from kvconnect.testing import FakeClock
 
 NEAR, FAR = Link(False, b"engine 1"), Link(False, b"engine 2")
@@ -151,7 +153,7 @@ def test_an_early_reader_that_gave_up_is_not_opened(rig):
 
 
 def test_parked_readers_are_bounded(rig, monkeypatch):
-    monkeypatch.setattr(leases_module, "MAX_PARKED", 2)
+    monkeypatch.setattr(waiting, "MAX_PARKED", 2)
     rig.server.promise("r", "g")
     rig.open(seq=1), rig.open(seq=2)
     (refused,) = rig.open(seq=3)

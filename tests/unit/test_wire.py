@@ -35,6 +35,8 @@ MESSAGES = [
         pieces=(wire.HeadSlice("model.layers.0", "k", 2, 4, 64, "fp8_e4m3", 0.5),),
     ),
     wire.Staged(seq=3),
+    wire.Follow(seq=5, lease_id="g", reader=1, have=(3, 0)),
+    wire.Computed(seq=5, tables=((4, 2), ()), more=True),
     wire.Want(
         seq=4,
         lease_id="g",

@@ -1,0 +1,100 @@
+"""Promised leases of one rank whose blocks are read before the last of them is computed.
+
+* Of a lease that is here some blocks are complete, and what it will hold as a whole is known.
+* What a reader took of it counts only if the lease is granted, and stands when the reader closes:
+  nothing here has to be fenced, and a promise ends without asking its readers.
+* A reader that asks for more reads nothing meanwhile.
+* Holds no blocks: they are the running request's.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from kvconnect.lease import Terms
+from kvconnect.orders import Progress
+
+Closing = tuple[Hashable, int, int]
+"""A reader, its rank, and how many ranks will close; as `LeaseBook.close` takes it."""
+
+
+@dataclass
+class _Promised:
+    terms: Terms
+    tables: list[list[int]]
+    """Those of the terms: they grow."""
+    reading: set[Hashable] = field(default_factory=set)
+    asking: set[Hashable] = field(default_factory=set)
+    closes: list[Closing] = field(default_factory=list)
+
+
+class OpenPromises:
+    """Not thread-safe: the mover's thread owns it."""
+
+    def __init__(self) -> None:
+        self._promised: dict[str, _Promised] = {}  # by lease id
+        self._read = 0  # how many of them somebody is reading
+
+    @property
+    def reading(self) -> bool:
+        """Whether some reader may be reading now."""
+        return self._read > 0
+
+    def progress(self, order: Progress) -> None:
+        """These blocks are complete as well."""
+        promised = self._promised.get(order.lease_id)
+        if promised is None:
+            tables: list[list[int]] = [[] for _ in order.blocks]
+            terms = Terms("", order.lease_id, tables, order.tokens, order.digest, 0.0)
+            promised = self._promised[order.lease_id] = _Promised(terms, tables)
+        for table, more in zip(promised.tables, order.blocks, strict=True):
+            table += more
+
+    def terms(self, lease_id: str) -> Terms | None:
+        """What is complete of a promised lease; None if nothing was said of it."""
+        promised = self._promised.get(lease_id)
+        return promised.terms if promised else None
+
+    def open(self, lease_id: str, reader: Hashable) -> None:
+        """A reader starts to read what is complete."""
+        promised = self._promised[lease_id]
+        self._read += not promised.reading
+        promised.asking.discard(reader)
+        promised.reading.add(reader)
+
+    def is_open(self, lease_id: str, reader: Hashable) -> bool:
+        """Whether ``reader`` is between open and close."""
+        promised = self._promised.get(lease_id)
+        return promised is not None and reader in promised.reading | promised.asking
+
+    def asks(self, lease_id: str, reader: Hashable, answered: bool) -> bool:
+        """A reader asks for more, and there is some or not; False if it is no promise any more."""
+        if (promised := self._promised.get(lease_id)) is None:
+            return False
+        if answered:
+            self.open(lease_id, reader)
+        else:
+            self._reads_no_more(promised, reader)
+            promised.asking.add(reader)
+        return True
+
+    def close(self, lease_id: str, reader: Hashable, rank: int, readers: int) -> bool:
+        """A reader gives up; whether it had opened the promise."""
+        if not self.is_open(lease_id, reader):
+            return False
+        promised = self._promised[lease_id]
+        self._reads_no_more(promised, reader)
+        promised.asking.discard(reader)
+        promised.closes.append((reader, rank, readers))
+        return True
+
+    def end(self, lease_id: str) -> tuple[set[Hashable], list[Closing]]:
+        """It is granted or withdrawn; returns who has it open, and who gave up."""
+        if (promised := self._promised.pop(lease_id, None)) is None:
+            return set(), []
+        self._read -= bool(promised.reading)
+        return promised.reading | promised.asking, promised.closes
+
+    def _reads_no_more(self, promised: _Promised, reader: Hashable) -> None:
+        if reader in promised.reading:
+            promised.reading.remove(reader)
+            self._read -= not promised.reading
