@@ -1,0 +1,368 @@
+"""Streaming hand-over between whole movers: blocks cross while the rest is computed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from kit.engines import Engine, World
+from kit.prefill import Prefill, fetch_early, scribble
+from late import LateKernels
+from msgspec import structs
+
+from kvconnect.control import wire
+from kvconnect.ops import load
+from kvconnect.orders import Cancel
+from kvconnect.testing import Fault
+from kvconnect_bench.caches import Model
+
+MODEL = Model(layers=3, heads=4, block_tokens=4, content=8, itemsize=2)
+STAGING = (8, 1)
+
+
+def make(world, model=MODEL, **options):
+    return Engine(world, model, **({"num_blocks": 20, "staging": STAGING} | options))
+
+
+def holds(engine, table, seed, tokens):
+    return all(c.holds_fill(tuple(enumerate(table)), seed, tokens) for c in engine.caches)
+
+
+def nothing_is_held(*engines):
+    for engine in engines:
+        for mover, transport in zip(engine.movers, engine.transports, strict=True):
+            held = mover.held()
+            held.pop("staged_readers", None)
+            assert not any(held.values()), held
+            assert transport.running == 0
+            assert mover.wait_s() > 0.5, "an idle mover spins"
+
+
+@pytest.mark.parametrize("mode", ["auto", "staged", "direct"])
+@pytest.mark.parametrize("tp", [(1, 1), (2, 1), (1, 2)], ids=str)
+def test_blocks_cross_while_the_rest_is_computed(mode, tp):
+    world = World()
+    p, d = make(world, tp_size=tp[0], mode=mode), make(world, tp_size=tp[1], mode=mode)
+    prefill, table = Prefill(p, 30, seed=1), (5, 4, 9, 8, 1, 0, 2, 3)
+    fetch_early(d, "d", prefill, table)
+    for tokens in (0, 8, 13, 24):
+        prefill.compute(tokens)
+        world.go_on(30)
+        assert holds(d, table[: tokens // 4], 1, tokens // 4 * 4), f"at {tokens} tokens"
+        assert d.ended == {}, "nothing is received before the lease is granted"
+        assert all(m.held().get("receive_slots", 0) == 0 for m in d.movers), "no slot waits"
+        assert all(m.wait_s() > 0.01 for m in p.movers), "prefill polls only while it is read"
+    prefill.finish()
+    world.go_on(30)
+    assert d.ended == {"d": [None] * tp[1]}
+    assert holds(d, table, 1, 30)
+    assert p.sent == [prefill.request_id] * tp[0]
+    nothing_is_held(p, d)
+
+
+def test_what_has_crossed_does_not_cross_again():
+    world = World()
+    p, d = make(world, mode="direct"), make(world, mode="direct")
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    for tokens in (8, 16, 24):
+        prefill.compute(tokens)
+        world.go_on(30)
+    prefill.finish()
+    world.go_on(30)
+    assert d.ended == {"d": [None]}
+    (transport,) = d.transports
+    rows = [len(work.local_index) for work in transport.submitted]
+    assert len(rows) == 4 and len(set(rows)) == 1, "two blocks each time"
+
+
+@pytest.mark.parametrize("sizes", [(4, 16), (16, 4), (6, 4), (4, 6)], ids=str)
+@pytest.mark.parametrize("tp", [(1, 1), (2, 1), (1, 2)], ids=str)
+def test_any_block_size_and_tp(sizes, tp):
+    world = World()
+    p, d = (
+        make(world, replace(MODEL, block_tokens=size), tp_size=ranks, mode="staged", layout=layout)
+        for size, ranks, layout in zip(sizes, tp, ("LBHNC", "BLNHC"), strict=True)
+    )
+    prefill, table = Prefill(p, 45, seed=3), tuple(reversed(range(-(-45 // sizes[1]))))
+    fetch_early(d, "d", prefill, table)
+    for tokens in (5, 12, 31, 33, 44):
+        prefill.compute(tokens)
+        world.go_on(40)
+        complete = tokens // sizes[0] * sizes[0]
+        assert holds(d, table[: -(-complete // sizes[1])], 3, complete)
+    prefill.finish()
+    world.go_on(40)
+    assert d.ended == {"d": [None] * tp[1]}
+    assert holds(d, table, 3, 45)
+    nothing_is_held(p, d)
+
+
+def test_dtypes_are_converted():
+    world = World()
+    p = make(world, replace(MODEL, dtype="bfloat16"), tp_size=2)
+    fp8 = replace(MODEL, dtype="fp8_e4m3", scales=(0.5, 2.0), block_tokens=16)
+    d = make(world, fp8)
+    prefill = Prefill(p, 30, seed=3)
+    fetch_early(d, "d", prefill, (4, 7))
+    prefill.compute(20)
+    world.go_on(40)
+    assert holds(d, (4, 7), 3, 20)
+    prefill.finish()
+    world.go_on(40)
+    assert d.ended == {"d": [None]}
+    assert holds(d, (4, 7), 3, 30)
+
+
+def test_cells_without_tokens_are_filled_as_in_a_pull():
+    world = World()
+    p = make(world, mode="staged")
+    sixteens = replace(MODEL, block_tokens=16)
+    streaming, pulling = (make(world, sixteens, mode="staged") for _ in range(2))
+    prefill = Prefill(p, 21, seed=3)
+    fetch_early(streaming, "d", prefill, (4, 7))
+    for tokens in (4, 18, 20):
+        prefill.compute(tokens)
+        world.go_on(40)
+    prefill.finish()
+    fetch_early(pulling, "d", prefill, (4, 7))
+    world.go_on(40)
+    assert streaming.ended == pulling.ended == {"d": [None]}
+    for layer in MODEL.names:
+        for part in range(2):
+            blocks = [e.caches[0].cells(layer, part)[[4, 7]] for e in (streaming, pulling)]
+            assert np.array_equal(*blocks)
+
+
+def test_blocks_of_our_own_prefix_are_left_alone():
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    d.caches[0].fill((5, 4, 9), 1)
+    before = d.caches[0].memory.copy()
+    fetch_early(d, "d", prefill, ((3, 8), (4, 1), (5, 0), (6, 2), (7, 3)))
+    prefill.compute(12)
+    world.go_on(30)
+    assert np.array_equal(d.caches[0].memory, before), "it has all of that"
+    prefill.compute(20)
+    world.go_on(30)
+    assert holds(d, (5, 4, 9, 8, 1), 1, 20)
+    prefill.finish()
+    world.go_on(30)
+    assert d.ended == {"d": [None]}
+    assert holds(d, (5, 4, 9, 8, 1, 0, 2, 3), 1, 30)
+
+
+@pytest.mark.parametrize("mode", ["auto", "staged"])
+@pytest.mark.parametrize("at", range(12))
+def test_a_preempted_request_is_read_anew(mode, at):
+    world = World()
+    p, d = make(world, tp_size=2, mode=mode), make(world, mode=mode)
+    prefill, table = Prefill(p, 30, seed=1), (5, 4, 9, 8, 1, 0, 2, 3)
+    fetch_early(d, "d", prefill, table)
+    prefill.compute(8)
+    world.go_on(6)
+    prefill.compute(24)
+    world.go_on(at)
+    prefill.preempt()
+    world.go_on(at)
+    prefill.compute(12)
+    world.go_on(30)
+    assert d.ended == {}
+    prefill.finish()
+    world.go_on(40)
+    assert d.ended == {"d": [None]}
+    assert holds(d, table, 1, 30)
+    nothing_is_held(p, d)
+
+
+@pytest.mark.parametrize("mode", ["auto", "staged"])
+def test_a_request_that_ends_without_kv_fails_at_once(mode):
+    world = World()
+    p, d = make(world, mode=mode), make(world, mode=mode)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    prefill.compute(16)
+    world.go_on(30)
+    prefill.abort()
+    world.go_on(30)
+    ((reason,),) = d.ended.values()
+    assert "over" in reason or "without KV" in reason
+    nothing_is_held(p, d)
+
+
+@pytest.mark.parametrize("at", range(14))
+def test_an_aborted_reader_keeps_no_blocks(at):
+    """Used to: a Close before the grant was lost, and the lease stood until it expired."""
+    world = World()
+    p, d = make(world), make(world, tp_size=2)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    prefill.compute(16)
+    world.go_on(10)
+    prefill.compute(24)
+    world.go_on(at)
+    d.put(Cancel("d"))
+    world.go_on(20)
+    assert d.ended == {"d": [None, None]}, "an abort is not reported as failed"
+    prefill.finish()
+    world.go_on(5)
+    assert p.sent == [prefill.request_id]
+    nothing_is_held(p, d)
+
+
+def test_who_gives_up_does_not_end_the_lease_of_who_reads_on():
+    world = World()
+    p, gone, stays = make(world), make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    for engine in (gone, stays):
+        fetch_early(engine, "d", prefill, range(8))
+    prefill.compute(16)
+    world.go_on(20)
+    gone.put(Cancel("d"))
+    world.go_on(20)
+    prefill.finish()
+    world.go_on(30)
+    assert stays.ended == {"d": [None]} and holds(stays, range(8), 1, 30)
+    assert p.sent == [prefill.request_id]
+
+
+@pytest.mark.parametrize("tokens", [28, 32])
+def test_another_end_than_was_said_is_another_lease(tokens):
+    """What crossed under the old one may be right, but nobody has checked that."""
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    prefill.compute(16)
+    world.go_on(30)
+    prefill.finish(tokens)
+    world.go_on(30)
+    ((reason,),) = d.ended.values()
+    assert "another prompt" in reason
+    world.go_on(10, seconds=1.0)
+    assert p.sent == [prefill.request_id]
+    nothing_is_held(p, d)
+
+
+def test_blocks_that_changed_without_a_word_are_another_lease():
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    prefill.compute(16)
+    world.go_on(30)
+    moved, prefill.blocks[1] = prefill.blocks[1], prefill.free.pop()
+    scribble(p.caches[0], [moved])
+    d.caches[0].fill(range(8), 99)  # so that it shows what is read anew
+    prefill.finish()
+    world.go_on(40)
+    assert d.ended == {"d": [None]}
+    assert holds(d, range(8), 1, 30)
+
+
+@pytest.mark.parametrize("side", ["p", "d"])
+def test_without_streaming_at_one_side_it_is_the_pull_of_before(side, monkeypatch):
+    """As with a 3.0 engine: prefill that knows no Progress, decode that asks for no stream."""
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    encode = wire.encode
+    if side == "d":  # what a 3.0 engine sends is what ours does without the new fields
+        plain = {wire.Open: {"stream": False}}
+        monkeypatch.setattr(
+            wire,
+            "encode",
+            lambda m: encode(structs.replace(m, **plain.get(type(m), {}))),
+        )
+    fetch_early(d, "d", prefill, range(8))
+    if side == "d":
+        prefill.compute(16)
+    world.go_on(30)
+    assert not d.transports[0].submitted
+    prefill.finish()
+    world.go_on(30)
+    assert d.ended == {"d": [None]} and holds(d, range(8), 1, 30)
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST, Fault.UNREPORTED])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_direct_read_that_fails_is_staged_from_then_on(fault, at):
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    for step, tokens in enumerate((8, 16, 30)):
+        if step == at:
+            d.transports[0].plan(fault, 0, 0)
+        prefill.finish() if tokens == 30 else prefill.compute(tokens)
+        world.go_on(30)
+    assert d.ended == {"d": [None]} and holds(d, range(8), 1, 30)
+    assert len(d.transports[0].submitted) == at + 1, "then it is staged"
+    nothing_is_held(p, d)
+
+
+def test_late_kernels_of_a_step_that_was_withdrawn_do_not_count():
+    """A gather that began before the preemption ends after it, of blocks that are another's."""
+    world = World()
+    late = LateKernels(load("cpu"))
+    late.asked = 6
+    p, d = make(world, mode="staged", kernels=late), make(world, mode="staged")
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    prefill.compute(16)
+    for _ in range(8):
+        world.go_on(1)
+    prefill.preempt()
+    world.go_on(30)
+    assert d.ended == {}
+    prefill.finish()
+    world.go_on(80)
+    assert d.ended == {"d": [None]} and holds(d, range(8), 1, 30)
+
+
+def test_prefill_that_dies_fails_the_fetch():
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    prefill.compute(16)
+    world.go_on(30)
+    p.stop()
+    world.engines.remove(p)
+    world.go_on(10, seconds=1.0)
+    ((reason,),) = d.ended.values()
+    assert "closed the connection" in reason
+    nothing_is_held(d)
+
+
+def test_decode_that_dies_holds_the_lease_no_longer_than_its_time():
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    prefill.compute(16)
+    world.go_on(30)
+    d.stop()
+    world.engines.remove(d)
+    prefill.finish()
+    world.go_on(8, seconds=1.0)
+    assert p.sent == [prefill.request_id]
+    nothing_is_held(p)
+
+
+def test_a_fetch_waits_for_prefill_no_longer_than_it_said():
+    world = World()
+    p, d = make(world), make(world, load_timeout_s=3.0)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8), wait_s=10.0)
+    prefill.compute(16)
+    world.go_on(20, seconds=0.1)
+    for _ in range(8):
+        world.go_on(1, seconds=1.0)
+    assert d.ended == {}, "it has waited for its load timeout, and may for longer"
+    world.go_on(10, seconds=1.0)
+    ((reason,),) = d.ended.values()
+    assert "13 s" in reason
+    prefill.finish()
+    world.go_on(5)
+    assert p.sent == [prefill.request_id]
