@@ -157,6 +157,9 @@ class NixlConfig(PeerConfig, frozen=True, kw_only=True):
     own_transport: ClassVar[str] = "nixl"
     own_options: ClassVar[type[TransportOptions]] = NixlOptions
 
+    prefill_timeout: Seconds = 480
+    """Decode: seconds that prefill may take, where a router asks both engines at once."""
+
 
 class MooncakeConfig(PeerConfig, frozen=True, kw_only=True):
     """Options of ``KVConnectMooncake``."""

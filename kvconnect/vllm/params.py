@@ -24,6 +24,7 @@ from kvconnect.orders import Offer, Source
 logger = logging.getLogger(f"vllm.{__name__}")
 
 TICKET_KEY = "kvconnect"
+TRANSFER_KEY = "transfer_id"
 MAX_TICKET_CHARS = 1 << 20
 DIGEST_BYTES = 16
 
@@ -160,6 +161,31 @@ def parse_offer(
     if not hmac.compare_digest(digest, ticket.digest):
         raise OfferError("the ticket is for another prompt")
     return Offer(source, ticket.tokens, digest, ticket.held_from)
+
+
+def names_transfer(params: Any) -> bool:
+    """Whether a router that asks both engines at once gave them a name to meet under."""
+    return isinstance(params, dict) and bool(params.get(TRANSFER_KEY))
+
+
+def transfer_name(params: dict[str, Any]) -> str:
+    """The lease's name: apart from request ids, which are names, too. Raises OfferError."""
+    return f"transfer {text_of(params, TRANSFER_KEY)}"
+
+
+def parse_early(
+    params: dict[str, Any], engine_id: str, secret: bytes | None, ttl_s: float, wait_s: float
+) -> Source:
+    """Where a prompt is being computed that both engines were asked for; raises OfferError.
+
+    ``wait_s``: how long that may take.
+    """
+    _ticket(params, secret)
+    name = transfer_name(params)
+    check_engine(text_of(params, "remote_engine_id"), engine_id, None, name)
+    address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
+    warn_unsigned()
+    return Source((address,), name, None, ttl_s, wait_s)
 
 
 def parse_rejected(

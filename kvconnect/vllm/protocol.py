@@ -17,8 +17,11 @@ from kvconnect.vllm.params import (
     Prompt,
     Ticket,
     lent_params,
+    names_transfer,
+    parse_early,
     parse_offer,
     parse_rejected,
+    transfer_name,
     wants_remote_decode,
     wants_remote_prefill,
 )
@@ -44,6 +47,7 @@ class RouterProtocol:
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:  # noqa: ARG002
         """``config`` and ``vllm_config`` are for protocols that have options, or endpoints."""
         self.us = us
+        self._prefill_s = getattr(config, "prefill_timeout", 0.0)
         self.key_addresses: Sequence[Address] = (NOWHERE,)
 
     def addresses_known(self, key_addresses: Sequence[Address]) -> None:
@@ -66,7 +70,11 @@ class RouterProtocol:
 
         None: it is being found out; ask again at the next step.
         """
-        return parse_offer(request.kv_transfer_params, prompt, *self.us[:3])
+        params = request.kv_transfer_params
+        if not self._is_early(params):
+            return parse_offer(params, prompt, *self.us[:3])
+        source = parse_early(params, *self.us[:3], self._prefill_s)
+        return Offer(source, prompt.num_tokens, prompt.digest(prompt.num_tokens))
 
     def asks_about(self, request: Any) -> Hashable:  # noqa: ARG002 - of other contracts
         """What an `offer` of None waits for: requests with the same are answered together."""
@@ -74,7 +82,10 @@ class RouterProtocol:
 
     def unused(self, request: Any) -> Offer | None:
         """As `offer`, of a request that will never run: only its lease."""
-        return parse_rejected(request.kv_transfer_params, *self.us[:3])
+        params = request.kv_transfer_params
+        if not self._is_early(params):
+            return parse_rejected(params, *self.us[:3])
+        return Offer(parse_early(params, *self.us[:3], self._prefill_s), 0, b"")
 
     def unusable(self, request: Any) -> Offer | None:
         """The lease, where it is certain, of an `offer` that raised: it need not wait in vain."""
@@ -85,9 +96,19 @@ class RouterProtocol:
         except OfferError:
             return None
 
-    def name(self, request: Any) -> str:  # noqa: ARG002 - other protocols use it
+    def name(self, request: Any) -> str:
         """Under which name the lease of a request that `lends` is found; "": its request id."""
-        return ""
+        try:
+            return transfer_name(request.kv_transfer_params) if self.is_read_early(request) else ""
+        except OfferError:
+            return ""
+
+    def is_read_early(self, request: Any) -> bool:
+        """Whether who decodes a request that `lends` may have been asked already."""
+        return self._is_early(request.kv_transfer_params)
+
+    def _is_early(self, params: Any) -> bool:
+        return bool(self._prefill_s) and names_transfer(params) and not params.get(TICKET_KEY)
 
     def answer(
         self,

@@ -23,7 +23,7 @@ from kvconnect.loop import Fence
 from kvconnect.mover import Mover
 from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
-from kvconnect.orders import Fetch, Grant, Order, Outcome, Revoke
+from kvconnect.orders import Fetch, Grant, Order, Outcome, Progress, Revoke
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.stats import StatsData
 from kvconnect.transport.registry import make_transport
@@ -86,7 +86,8 @@ class Worker:
         self._arena: Any = None  # owns the staging memory
         self._index = 0  # of the rank
         # what waits for the device: drafted tokens have KV, too, written after the last sampling
-        self._fenced = (Fetch, Grant) if vllm_config.speculative_config else (Fetch,)
+        drafts = (Grant,) if vllm_config.speculative_config else ()
+        self._fenced: tuple[type[Order], ...] = (Fetch, Progress, *drafts)
         self._address_sent = False
         self.adapters = worker_adapters(vllm_config)
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30

@@ -120,6 +120,16 @@ def small_blocks_pair(folder: Path) -> Setup:
     )
 
 
+def streaming_pair(folder: Path) -> Setup:
+    """Prefill computes 256 tokens a step, in blocks of 32; decode has blocks of 128."""
+    return Setup(
+        model("KVCONNECT_MODEL"),
+        prefill=["--block-size", "32", "--max-num-batched-tokens", "256"],
+        decode=["--block-size", "128"],
+        both=SHORT,
+    )
+
+
 def large_blocks_pair(folder: Path) -> Setup:
     """Blocks of 128 tokens at prefill, of 32 at decode; only staging memory can be reached.
 
@@ -297,6 +307,7 @@ SETUPS = (
     hybrid_blocks_pair,
     pipeline_pair,
     small_blocks_pair,
+    streaming_pair,
     large_blocks_pair,
     recurrent_pair,
     quantizing_pair,

@@ -50,7 +50,10 @@ class Engine:
         mamba=False,
         address=("127.0.0.1", 7000),
         lora=False,
+        spec=None,
+        drafts=None,
     ):
+        """``spec``: of the KV cache group, one of vLLM's; None for what has a block size alone."""
         parallel = SimpleNamespace(
             local_engines_only=False,
             data_parallel_index=0,
@@ -62,12 +65,13 @@ class Engine:
             pipeline_parallel_size=1,
             world_size=1,
         )
-        spec = SimpleNamespace(block_size=BLOCK)
+        spec = spec or SimpleNamespace(block_size=BLOCK)
         self.scheduler = Scheduler(
             SimpleNamespace(
                 kv_transfer_config=SimpleNamespace(engine_id=engine_id, kv_role=role),
                 parallel_config=parallel,
                 lora_config=object() if lora else None,
+                speculative_config=drafts,
             ),
             SimpleNamespace(
                 kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)],

@@ -104,6 +104,10 @@ class MooncakeProtocol(RouterProtocol):
         except OfferError:  # then only its request id finds it, which no router of this kind uses
             return ""
 
+    def is_read_early(self, request: Any) -> bool:  # noqa: ARG002
+        """Its readers come early and get all at the end: streaming was not tried with it yet."""
+        return False
+
     def answer(
         self,
         request: Any,

@@ -1,0 +1,95 @@
+"""Requests whose KV is read while it is computed: how far the steps so far have come with each.
+
+* Told are blocks that steps before the present one completed; the worker's half has them wait for
+  the device as it is when this step's metadata arrives, which is after those steps were given.
+* Nothing is told of a request with the step that admits it: what it found in the prefix cache may
+  be computed by that very step, for vLLM enters blocks there when it schedules them.
+* A request that is admitted again, or has fewer tokens than were told, is computed anew.
+* Groups that let go of blocks while they compute, and recurrent state, come with the grant; so does
+  all of a request with an adapter, and of an engine that drafts tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from kvconnect.planner import Planner
+from kvconnect.vllm import _compat
+from kvconnect.vllm.params import Prompt
+
+
+@dataclass
+class _Computed:
+    request: Any
+    name: str
+    admitted: bool = False
+    told: tuple[int, ...] = ()
+    """Blocks of each group."""
+
+
+class Computing:
+    """Of one engine; vLLM's scheduler calls it."""
+
+    def __init__(self, planner: Planner, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._planner = planner
+        self._groups = _compat.transfer_group_ids(kv_cache_config)
+        specs = [kv_cache_config.kv_cache_groups[g].kv_cache_spec for g in self._groups]
+        self._sizes = [spec.block_size if _only_grows(spec) else 0 for spec in specs]
+        self._off = vllm_config.speculative_config is not None or not any(self._sizes)
+        self._requests: dict[str, _Computed] = {}
+
+    def add(self, request: Any, name: str) -> None:
+        """A request was promised whose reader may come before it is computed."""
+        if not self._off and request.lora_request is None:
+            self._requests[request.request_id] = _Computed(request, name)
+
+    def ended(self, request_id: str) -> None:
+        """It is finished. Idempotent."""
+        self._requests.pop(request_id, None)
+
+    def step(self, output: Any) -> None:
+        """vLLM has scheduled a step: tell what those before it have completed."""
+        if not self._requests:
+            return
+        again = {one.req_id for one in output.scheduled_new_reqs}
+        again |= output.scheduled_cached_reqs.resumed_req_ids | (output.preempted_req_ids or set())
+        for request_id, computed in self._requests.items():
+            if request_id in again:
+                self._restart(computed)
+            if request_id in output.num_scheduled_tokens:
+                if computed.admitted:
+                    self._tell(computed, output.kv_connector_block_state)
+                computed.admitted = True
+
+    def _tell(self, computed: _Computed, state: Any) -> None:
+        request = computed.request
+        tokens, most = request.num_computed_tokens, request.num_prompt_tokens
+        complete = tuple(min(tokens, most) // size if size else 0 for size in self._sizes)
+        told = computed.told or (0,) * len(complete)
+        if any(now < before for now, before in zip(complete, told, strict=True)):
+            self._restart(computed)
+            return
+        if complete == told or state is None:
+            return
+        tables = state.get_block_ids(request.request_id)
+        blocks = [
+            tables[group][before:now]
+            for group, before, now in zip(self._groups, told, complete, strict=True)
+        ]
+        digest = Prompt(request).digest(most)
+        self._planner.progress(request.request_id, blocks, most, digest)
+        computed.told = complete
+
+    def _restart(self, computed: _Computed) -> None:
+        self._planner.restart(computed.request.request_id, computed.name)
+        computed.admitted, computed.told = False, ()
+
+
+def _only_grows(spec: Any) -> bool:
+    """Whether a request keeps all blocks of a group, each of so many tokens, while it computes."""
+    layers = getattr(spec, "kv_cache_specs", {"": spec}).values()
+    return all(
+        isinstance(layer, FullAttentionSpec) and _compat.tokens_per_state(layer) == 1
+        for layer in layers
+    )

@@ -1,0 +1,219 @@
+"""What the prefill scheduler's half tells of requests that are read while they are computed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from halves import BLOCK, Block, Engine
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.request import RequestStatus
+
+from kvconnect.config import NixlConfig
+from kvconnect.orders import Fetch, Grant, Promise, RenewLease, Withdraw
+from kvconnect.vllm.protocol import RouterProtocol
+
+TOKENS = 40
+FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32)
+WINDOW = SlidingWindowSpec(
+    block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=32
+)
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "x"}
+DECODE = {
+    "do_remote_prefill": True,
+    "transfer_id": "x",
+    "remote_engine_id": "P",
+    "remote_host": "10.0.0.1",
+    "remote_port": 7777,
+}
+
+
+def blocks(*ids):
+    return SimpleNamespace(blocks=[[Block(i) for i in ids]])
+
+
+class Prefill:
+    """An engine whose test says what vLLM schedules."""
+
+    def __init__(self, spec=FULL, drafts=None):
+        options = {"spec": spec, "drafts": drafts}
+        self.engine = Engine("P", "kv_both", NixlConfig(), RouterProtocol, **options)
+        self.tables = {}
+
+    def arrives(self, params=PREFILL, request_id="r", **fields):
+        request = self.engine.arrives(params, request_id, num_computed_tokens=0, **fields)
+        (promise,) = self.engine.steps([Promise])
+        return request, promise
+
+    def step(self, request, tokens, new=False, resumed=False, preempted=()):
+        """Schedule so many tokens of a request; returns the orders that go with the step."""
+        count = -(-(request.num_computed_tokens + tokens) // BLOCK)
+        table = self.tables.setdefault(request.request_id, [])
+        table += range(100 + len(table), 100 + count)
+        rid = request.request_id
+        output = SimpleNamespace(
+            scheduled_new_reqs=[SimpleNamespace(req_id=rid)] if new else [],
+            scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={rid} if resumed else set()),
+            preempted_req_ids=set(preempted),
+            num_scheduled_tokens={rid: tokens} if tokens else {},
+            kv_connector_block_state=SimpleNamespace(
+                get_block_ids=lambda r: (self.tables[r],) if tokens else None
+            ),
+        )
+        self.engine.scheduler.computing.step(output)
+        orders = self.engine.scheduler.take_orders()
+        request.num_computed_tokens += tokens
+        return orders
+
+    def finishes(self, request):
+        request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        self.engine.scheduler.request_finished(request, (self.tables[request.request_id],))
+        return self.engine.scheduler.take_orders()
+
+
+def test_each_step_tells_what_those_before_it_completed():
+    p = Prefill()
+    request, promise = p.arrives()
+    assert promise.name == "transfer x"
+    assert p.step(request, 10, new=True) == []
+    assert p.step(request, 10) == [], "no block was complete"
+    (first,) = p.step(request, 18)
+    assert (first.lease_id, first.blocks, first.tokens) == (promise.lease_id, ((100,),), TOKENS)
+    (second,) = p.step(request, 2)
+    assert second.blocks == ((101,),)
+    (grant,) = p.finishes(request)
+    assert isinstance(grant, Grant)
+    assert (grant.terms.lease_id, grant.terms.digest) == (promise.lease_id, first.digest)
+    assert grant.terms.tables == ((100, 101, 102),)
+
+
+def test_a_prefix_hit_is_told_with_the_step_after_its_first():
+    """The blocks that it hit may be computed by the same step: vLLM caches what it schedules."""
+    p = Prefill()
+    request, _ = p.arrives()
+    request.num_computed_tokens = 32
+    assert p.step(request, 4, new=True) == []
+    (order,) = p.step(request, 4)
+    assert order.blocks == ((100, 101),)
+
+
+def test_a_preempted_request_is_promised_anew():
+    p = Prefill()
+    request, promise = p.arrives()
+    p.step(request, 16, new=True)
+    assert len(p.step(request, 16)) == 1
+    request.num_computed_tokens, p.tables = 0, {"other": []}
+    again, withdraw = p.step(request, 0, preempted=["r"])
+    assert (type(again), type(withdraw)) == (Promise, Withdraw)
+    assert (again.name, withdraw.lease_id) == ("transfer x", promise.lease_id)
+    assert withdraw.successor == again.lease_id != promise.lease_id
+    p.tables["r"] = [7, 8]
+    assert p.step(request, 20, resumed=True) == []
+    (order,) = p.step(request, 16)
+    assert (order.lease_id, order.blocks) == (again.lease_id, ((7,),))
+
+
+@pytest.mark.parametrize("how", ["new", "resumed"])
+def test_one_that_is_admitted_again_without_a_word_is_promised_anew(how):
+    p = Prefill()
+    request, promise = p.arrives()
+    p.step(request, 16, new=True)
+    p.step(request, 16)
+    request.num_computed_tokens = 0
+    orders = p.step(request, 16, **{how: True})
+    assert [type(o) for o in orders] == [Promise, Withdraw]
+    assert orders[1].lease_id == promise.lease_id
+
+
+def test_one_whose_tokens_are_taken_back_is_promised_anew():
+    """As vLLM does with blocks of a load that has failed."""
+    p = Prefill()
+    request, _ = p.arrives()
+    p.step(request, 16, new=True)
+    p.step(request, 16)
+    request.num_computed_tokens = 0
+    assert [type(o) for o in p.step(request, 16)] == [Promise, Withdraw]
+    (order,) = p.step(request, 16)
+    assert order.blocks == ((100,),)
+
+
+def test_blocks_that_vllm_changed_are_another_lease():
+    p = Prefill()
+    request, promise = p.arrives()
+    p.step(request, 16, new=True)
+    p.step(request, 24)
+    p.tables["r"][0] = 55
+    again, withdraw, grant = p.finishes(request)
+    assert withdraw.lease_id == promise.lease_id
+    assert grant.terms.lease_id == again.lease_id == withdraw.successor
+
+
+@pytest.mark.parametrize("case", ["no name", "window", "drafts", "adapter"])
+def test_nothing_is_told_where_nobody_reads_early_or_blocks_are_let_go(case):
+    p = Prefill(WINDOW if case == "window" else FULL, drafts=object() if case == "drafts" else None)
+    params = {k: v for k, v in PREFILL.items() if case != "no name" or k != "transfer_id"}
+    fields = {"lora_request": object()} if case == "adapter" else {}
+    request, _ = p.arrives(params, **fields)
+    for tokens in (16, 16, 8):
+        assert p.step(request, tokens, new=tokens == 16 and not p.tables["r"][2:]) == []
+
+
+def test_an_aborted_request_is_forgotten():
+    p = Prefill()
+    request, promise = p.arrives()
+    p.step(request, 16, new=True)
+    p.step(request, 16)
+    request.status = RequestStatus.FINISHED_ABORTED
+    p.engine.scheduler.request_finished(request, ([],))
+    (withdraw,) = p.engine.scheduler.take_orders()
+    assert withdraw == Withdraw(promise.lease_id)
+    assert p.step(request, 16) == []
+
+
+def test_decode_is_asked_at_once():
+    d = Engine("D", "kv_both", NixlConfig(prefill_timeout=33), RouterProtocol)
+    request = d.arrives(DECODE, num_computed_tokens=0)
+    (renew,) = d.steps([RenewLease])
+    assert renew.source.request_id == "transfer x" and renew.source.wait_s == 33
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == TOKENS
+    d.scheduler.update_state_after_alloc(request, blocks(7, 8, 9), TOKENS)
+    (fetch,) = d.steps([Fetch])
+    assert (fetch.tokens, fetch.source) == (TOKENS, renew.source)
+
+
+def test_prefill_and_decode_agree_on_name_and_digest():
+    p, d = Prefill(), Engine("D", "kv_both", NixlConfig(), RouterProtocol)
+    request, promise = p.arrives()
+    p.step(request, 16, new=True)
+    (order,) = p.step(request, 24)
+    decoding = d.arrives(DECODE, num_computed_tokens=0)
+    d.scheduler.update_state_after_alloc(decoding, blocks(7, 8, 9), TOKENS)
+    fetch = d.steps([RenewLease, Fetch])[1]
+    assert fetch.source.request_id == promise.name
+    assert (fetch.tokens, fetch.digest) == (order.tokens, order.digest)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"remote_port": "x"},
+        {"remote_host": None},
+        {"remote_engine_id": None},
+        {"transfer_id": 5},
+        {"transfer_id": "\n"},
+        {"remote_engine_id": "D"},
+    ],
+    ids=str,
+)
+def test_bad_params_are_prefilled_here(changed):
+    d = Engine("D", "kv_both", NixlConfig(), RouterProtocol)
+    request = d.arrives(DECODE | changed, num_computed_tokens=0)
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
+
+
+def test_with_a_secret_a_ticket_is_needed(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef")
+    config = NixlConfig(auth_secret_file=str(secret))
+    d = Engine("D", "kv_both", config, RouterProtocol)
+    request = d.arrives(DECODE, num_computed_tokens=0)
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
