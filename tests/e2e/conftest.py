@@ -384,6 +384,7 @@ fixtures = [_fixture(setup) for setup in SETUPS]
     hybrid_blocks_fixture,
     pipeline_fixture,
     small_blocks_fixture,
+    streaming_fixture,
     large_blocks_fixture,
     recurrent_fixture,
     quantizing_fixture,
