@@ -286,7 +286,7 @@ class StreamMachine(RuleBasedStateMachine):
         for engine in self.world.engines:
             for mover, transport in zip(engine.movers, engine.transports, strict=True):
                 held = mover.held()
-                held.pop("staged_readers")
+                held.pop("staged_readers", None)
                 assert not any(held.values()), held
                 assert transport.running == 0
                 assert mover.wait_s() > 0.5, "an idle mover spins"
