@@ -24,6 +24,10 @@ def proxy(
     max_body_mib: Annotated[
         int, typer.Option(min=1, help="Largest request body that is accepted, in MiB.")
     ] = 64,
+    at_once: Annotated[
+        bool,
+        typer.Option(help="Ask decode while prefill computes; all engines run KVConnectNixl."),
+    ] = False,
 ) -> None:
     """Serve completions through prefill engines and decode engines."""
     # here, not above: `kvconnect --help` has no use for an HTTP stack
@@ -40,6 +44,7 @@ def proxy(
             api_key=api_key,
             silence_timeout_s=timeout_s,
             max_body_bytes=max_body_mib * 2**20,
+            at_once=at_once,
         )
         asyncio.run(serve(config, host, port, typer.echo))
     except ConfigError as error:

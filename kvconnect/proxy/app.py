@@ -149,13 +149,10 @@ class Proxy:
                 _query(request),
                 keeper_of=previous_response(body),
             )
-            params: msgspec.Raw | None = None
-            if splittable(ask.path, body):
-                params = await self._legs.prefill(ask)
-            else:
-                counters.not_splittable += 1
-            counters.decode_alone += params is None
-            return await self._decode(request, ask, params)
+            split = splittable(ask.path, body)
+            counters.not_splittable += not split
+            counters.decode_alone += not split
+            return await self._decode(request, ask, split)
         except asyncio.CancelledError:
             counters.aborted += 1
             raise
@@ -175,12 +172,12 @@ class Proxy:
             await request.read(),
             request.match_info.get("response_id"),
         )
-        return await self._decode(request, ask, None)
+        return await self._decode(request, ask, split=False)
 
     async def _decode(
-        self, request: web.Request, ask: LegRequest, params: msgspec.Raw | None
+        self, request: web.Request, ask: LegRequest, split: bool
     ) -> web.StreamResponse:
-        async with self._legs.decode(ask, params) as answer:
+        async with self._legs.decode(ask, split) as answer:
             if answer is None:
                 self._legs.counters.unavailable += 1
                 return _json_error(503, _NO_DECODE)

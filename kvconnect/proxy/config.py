@@ -25,6 +25,9 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Seconds without a byte until an engine counts as down; None waits as long as it takes."""
     max_body_bytes: Annotated[int, msgspec.Meta(gt=0)] = 64 * 2**20
     """Largest request body that is accepted, in bytes."""
+    at_once: bool = False
+    """Ask a decode engine while prefill computes, where prefill can be read meanwhile. For decode
+    engines that run kvconnect's NIXL connector."""
 
     def __post_init__(self) -> None:
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):

@@ -11,6 +11,9 @@ turn it is ``pool``'s.
   not answer that either hangs: it counts as down, and its requests go elsewhere.
 - What prefill cannot do (its 4xx) decode may still: it then works alone, and its word is final.
 - What only a decode engine refuses leaves prefill's KV without a reader: the lease is let go.
+- Where it was chosen (``at_once``), and a prefill engine has said that it can be read while it
+  computes, both are asked at once. If prefill fails, the decode engine's connection is closed, and
+  the request goes on in turn.
 - Remote faults are values or the next engine; none is raised before ``LegAnswer.rest``.
 """
 
@@ -19,8 +22,9 @@ import contextlib
 import io
 import logging
 import re
+import secrets
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -33,10 +37,13 @@ from kvconnect.proxy.policy import (
     RESPONSES,
     TEXT,
     Body,
+    EngineAddress,
     Opening,
     decode_body,
+    early_params,
     judge_opening,
     prefill_body,
+    read_early_at,
     release_body,
     transfer_params,
 )
@@ -85,6 +92,8 @@ class ProxyCounters(msgspec.Struct):
 
     requests: int = 0
     """Completions asked for by clients."""
+    at_once: int = 0
+    """Of which both engines were asked at once."""
     retries: int = 0
     """Legs that were sent again."""
     local_retries: int = 0
@@ -163,6 +172,26 @@ class LegAnswer:
         self.held.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Prefilled:
+    """What came of a prefill leg; without anything: the engine failed."""
+
+    params: msgspec.Raw | None = None
+    answered: bool = False
+    refused: bool = False
+    final: bool = False
+    """Another engine would refuse it, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """What came of a decode leg that was asked for while prefill was."""
+
+    answer: LegAnswer | None = None
+    spent: bool = False
+    """It may have used up the KV."""
+
+
 class Legs:
     """Both pools and the connections to their engines."""
 
@@ -174,6 +203,8 @@ class Legs:
         self._session = engine_session(config.connect_timeout_s, config.silence_timeout_s)
         self._releases: set[asyncio.Task[None]] = set()
         self._watch = asyncio.create_task(self._watch_silent())
+        self._at_once = config.at_once
+        self._read_early: dict[str, EngineAddress] = {}  # prefill engine → where it said it is
         self._keepers: OrderedDict[str, str] = OrderedDict()  # response id → its engine
 
     async def close(self) -> None:
@@ -183,42 +214,13 @@ class Legs:
         await asyncio.gather(*own, return_exceptions=True)
         await self._session.close()
 
-    async def prefill(self, ask: LegRequest) -> msgspec.Raw | None:
-        """Prefill's transfer params; None when decode has to work alone."""
-        data = prefill_body(ask.path, ask.body)
-        refused = False
-        for number, url in enumerate(self.prefillers.candidates()):
-            self.counters.retries += number > 0
-            try:
-                with self.prefillers.busy(url):
-                    async with (
-                        self.prefillers.patience(url),
-                        self._post(url, ask, data) as upstream,
-                    ):
-                        answer = await upstream.read()
-            except LOST as error:
-                self._report_lost(self.prefillers, url, error)
-                continue
-            self._report_status(self.prefillers, url, upstream.status)
-            if upstream.status >= 500 or upstream.status in _ELSEWHERE:
-                refused = upstream.status < 500
-                continue
-            if upstream.status >= 400:
-                refused = True
-                break
-            params = transfer_params(answer)
-            self.counters.no_params += params is None
-            return params
-        self.counters.refused += refused
-        self.counters.no_prefill += not refused
-        return None
-
     @contextlib.asynccontextmanager
-    async def decode(
-        self, ask: LegRequest, params: msgspec.Raw | None
-    ) -> AsyncIterator[LegAnswer | None]:
-        """The answer to pass on; None when no decode engine could be reached."""
-        answer = await self._first_answer(ask, params)
+    async def decode(self, ask: LegRequest, split: bool) -> AsyncIterator[LegAnswer | None]:
+        """The answer to pass on; None when no decode engine could be reached.
+
+        ``split``: a prefill engine computes the prompt, if there is one.
+        """
+        answer = await (self._split(ask) if split else self._first_answer(ask, None))
         if answer is not None and ask.path == RESPONSES:
             self._remember(answer)
         try:
@@ -227,8 +229,130 @@ class Legs:
             if answer is not None:
                 answer.close()
 
-    async def _first_answer(self, ask: LegRequest, params: msgspec.Raw | None) -> LegAnswer | None:
-        engines = deque(self._decoders_for(ask))
+    async def _split(self, ask: LegRequest) -> LegAnswer | None:
+        prefillers = deque(self.prefillers.candidates())
+        address = self._read_early.get(prefillers[0]) if prefillers else None
+        if address is not None and (decoders := deque(self._decoders_for(ask))):
+            return await self._both(ask, prefillers, decoders, address)
+        params = await self._prefill(ask, prefillers)
+        return await self._after(ask, params, None)
+
+    async def _after(
+        self, ask: LegRequest, params: msgspec.Raw | None, decoders: Iterable[str] | None
+    ) -> LegAnswer | None:
+        self.counters.decode_alone += params is None
+        return await self._first_answer(ask, params, decoders)
+
+    async def _both(
+        self,
+        ask: LegRequest,
+        prefillers: deque[str],
+        decoders: deque[str],
+        address: EngineAddress,
+    ) -> LegAnswer | None:
+        """Ask the first of each at once, and go on in turn with what did not come of it."""
+        self.counters.at_once += 1
+        transfer_id = secrets.token_hex(16)
+        params = early_params(address, transfer_id)
+        prefill = asyncio.create_task(self._prefill_at(prefillers.popleft(), ask, transfer_id))
+        opening = asyncio.create_task(self._open_early(decoders, ask, params))
+        given = False
+        try:
+            await asyncio.wait((prefill, opening), return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done() and not prefill.result().answered:
+                # closes its connection: the decode engine waits no longer, and its blocks are free
+                opening.cancel()
+                return await self._after(
+                    ask, await self._prefill(ask, prefillers, prefill.result()), decoders
+                )
+            opened = await opening
+            if opened.answer is not None:
+                given = True
+                return opened.answer
+            if opened.spent:
+                return await self._after(ask, None, decoders)
+            prefilled = await prefill
+            return await self._after(ask, await self._prefill(ask, prefillers, prefilled), decoders)
+        finally:
+            prefill.cancel()
+            opening.cancel()
+            _, early = await asyncio.gather(prefill, opening, return_exceptions=True)
+            if not given and isinstance(early, _Early) and early.answer is not None:
+                early.answer.close()
+
+    async def _open_early(
+        self, decoders: deque[str], ask: LegRequest, params: msgspec.Raw
+    ) -> "_Early":
+        """Ask the first of ``decoders``, and leave those that are to be asked after it."""
+        url = decoders[0]
+        try:
+            answer = await self._open(url, ask, params)
+        except LOST as error:
+            decoders.popleft()
+            self._report_lost(self.decoders, url, error)
+            return _Early(spent=not isinstance(error, _NEVER_ASKED))
+        self._report_status(self.decoders, url, answer.upstream.status)
+        if not answer.faulty and answer.upstream.status not in _ELSEWHERE:
+            return _Early(answer)
+        answer.close()
+        decoders.rotate(-1)
+        return _Early(spent=answer.faulty)
+
+    async def _prefill(
+        self, ask: LegRequest, engines: Iterable[str], first: "_Prefilled | None" = None
+    ) -> msgspec.Raw | None:
+        """Prefill's transfer params; None when decode has to work alone.
+
+        ``first``: what came of an engine that was asked before ``engines``.
+        """
+        waiting, refused = deque(engines), False
+        while first is not None or waiting:
+            if first is None:
+                first = await self._prefill_at(waiting.popleft(), ask, self._transfer_id())
+            if first.answered:
+                self.counters.no_params += first.params is None
+                return first.params
+            refused = first.refused
+            if first.final:
+                break
+            first = None
+            self.counters.retries += bool(waiting)
+        self.counters.refused += refused
+        self.counters.no_prefill += not refused
+        return None
+
+    async def _prefill_at(self, url: str, ask: LegRequest, transfer_id: str | None) -> "_Prefilled":
+        """What one prefill engine says; notes whether it can be read while it computes."""
+        data = prefill_body(ask.path, ask.body, transfer_id)
+        try:
+            with self.prefillers.busy(url):
+                async with (
+                    self.prefillers.patience(url),
+                    self._post(url, ask, data) as upstream,
+                ):
+                    answer = await upstream.read()
+        except LOST as error:
+            self._report_lost(self.prefillers, url, error)
+            self._read_early.pop(url, None)
+            return _Prefilled()
+        status = upstream.status
+        self._report_status(self.prefillers, url, status)
+        if status >= 400:
+            refused = status < 500
+            return _Prefilled(refused=refused, final=refused and status not in _ELSEWHERE)
+        params = transfer_params(answer)
+        self._read_early.pop(url, None)
+        if transfer_id is not None and (address := read_early_at(params, transfer_id)):
+            self._read_early[url] = address
+        return _Prefilled(params, answered=True)
+
+    def _transfer_id(self) -> str | None:
+        return secrets.token_hex(16) if self._at_once else None
+
+    async def _first_answer(
+        self, ask: LegRequest, params: msgspec.Raw | None, decoders: Iterable[str] | None = None
+    ) -> LegAnswer | None:
+        engines = deque(self._decoders_for(ask) if decoders is None else decoders)
         spare = deque(self.decoders.last_resort())
         offered, may_retry, asked = params, True, 0
         while engines or spare:

@@ -128,10 +128,14 @@ def request_id(claimed: str | None) -> str | None:
     return cleaned if _REQUEST_ID.fullmatch(cleaned) else None
 
 
-def prefill_body(path: str, body: Body) -> bytes:
-    """The prefill leg: the same prompt, one token, and its KV kept for a decode engine."""
+def prefill_body(path: str, body: Body, transfer_id: str | None = None) -> bytes:
+    """The prefill leg: the same prompt, one token, and its KV kept for a decode engine.
+
+    ``transfer_id``: the name of the KV, for a decode engine that may come for it early.
+    """
     asked = {key: value for key, value in body.items() if key not in _ANSWER_ONLY}
-    asked |= {"stream": _FALSE, "kv_transfer_params": _with_wishes(_DO_PREFILL, body)}
+    order = _DO_PREFILL if transfer_id is None else _named(_BODY.decode(_DO_PREFILL), transfer_id)
+    asked |= {"stream": _FALSE, "kv_transfer_params": _with_wishes(order, body)}
     if path == RESPONSES:
         return msgspec.json.encode(asked | {"max_output_tokens": _ONE, "store": _FALSE})
     asked["max_tokens"] = _ONE
@@ -150,6 +154,40 @@ def decode_body(body: Body, params: msgspec.Raw | None) -> bytes:
     if params is None:
         return msgspec.json.encode(body)
     return msgspec.json.encode(body | {"kv_transfer_params": _with_wishes(params, body)})
+
+
+class EngineAddress(msgspec.Struct, frozen=True):
+    """Where a prefill engine is that may be read while it computes, as it said itself."""
+
+    remote_engine_id: str
+    remote_host: str
+    remote_port: int
+
+
+class _Offered(msgspec.Struct):
+    transfer_id: str | None = None
+
+
+def read_early_at(params: msgspec.Raw | None, transfer_id: str) -> EngineAddress | None:
+    """Where prefill is whose answer these params are; None if it does not say the name back."""
+    try:
+        if msgspec.json.decode(params or _NULL, type=_Offered).transfer_id != transfer_id:
+            return None
+        return msgspec.json.decode(params or _NULL, type=EngineAddress)
+    except msgspec.ValidationError:
+        return None
+
+
+def early_params(address: EngineAddress, transfer_id: str) -> msgspec.Raw:
+    """Params for a decode engine that is asked while prefill is."""
+    offer = {"do_remote_prefill": True, "do_remote_decode": False}
+    offer |= msgspec.structs.asdict(address)
+    return _named({k: msgspec.Raw(msgspec.json.encode(v)) for k, v in offer.items()}, transfer_id)
+
+
+def _named(params: Body, transfer_id: str) -> msgspec.Raw:
+    name = msgspec.Raw(msgspec.json.encode(transfer_id))
+    return msgspec.Raw(msgspec.json.encode(params | {"transfer_id": name}))
 
 
 def _with_wishes(params: msgspec.Raw, body: Body) -> msgspec.Raw:

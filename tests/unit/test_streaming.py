@@ -59,10 +59,11 @@ def test_blocks_cross_while_the_rest_is_computed(mode, tp):
     nothing_is_held(p, d)
 
 
-def test_what_has_crossed_does_not_cross_again():
+@pytest.mark.parametrize("mode", ["direct", "staged"])
+def test_what_has_crossed_does_not_cross_again(mode):
     world = World()
-    p, d = make(world, mode="direct"), make(world, mode="direct")
-    prefill = Prefill(p, 30, seed=1)
+    p, d = make(world, mode=mode), make(world, mode=mode)
+    prefill = Prefill(p, 32, seed=1)
     fetch_early(d, "d", prefill, range(8))
     for tokens in (8, 16, 24):
         prefill.compute(tokens)
@@ -70,9 +71,9 @@ def test_what_has_crossed_does_not_cross_again():
     prefill.finish()
     world.go_on(30)
     assert d.ended == {"d": [None]}
-    (transport,) = d.transports
-    rows = [len(work.local_index) for work in transport.submitted]
-    assert len(rows) == 4 and len(set(rows)) == 1, "two blocks each time"
+    moved = (d if mode == "direct" else p).transports[0].submitted
+    block_bytes = MODEL.layers * MODEL.heads * MODEL.block_tokens * MODEL.content * MODEL.itemsize
+    assert [work.nbytes for work in moved] == [2 * block_bytes] * 4
 
 
 @pytest.mark.parametrize("sizes", [(4, 16), (16, 4), (6, 4), (4, 6)], ids=str)
@@ -299,6 +300,36 @@ def test_a_direct_read_that_fails_is_staged_from_then_on(fault, at):
     assert d.ended == {"d": [None]} and holds(d, range(8), 1, 30)
     assert len(d.transports[0].submitted) == at + 1, "then it is staged"
     nothing_is_held(p, d)
+
+
+def test_a_path_that_failed_is_left_alone_however_many_steps_there_are():
+    world = World()
+    p, d = make(world, num_blocks=80), make(world, num_blocks=80)
+    prefill = Prefill(p, 320, seed=1)
+    fetch_early(d, "d", prefill, range(80))
+    for _ in range(80):
+        d.transports[0].plan(Fault.LOST, 0, 0)
+    for tokens in range(4, 320, 4):
+        prefill.compute(tokens)
+        world.go_on(12)
+    prefill.finish()
+    world.go_on(30)
+    assert d.ended == {"d": [None]} and holds(d, range(80), 1, 320)
+    assert len(d.transports[0].submitted) == 1
+
+
+def test_a_slow_source_is_asked_whether_the_promise_stands_and_not_read_anew():
+    world = World()
+    late = LateKernels(load("cpu"))
+    late.asked = 30
+    p, d = make(world, mode="staged", kernels=late), make(world, mode="staged")
+    prefill = Prefill(p, 32, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    for tokens in (16, 32):
+        prefill.finish() if tokens == 32 else prefill.compute(tokens)
+        world.go_on(50, seconds=0.1)
+    assert d.ended == {"d": [None]} and holds(d, range(8), 1, 32)
+    assert len(p.transports[0].submitted) == 2, "nothing was gathered twice"
 
 
 def test_late_kernels_of_a_step_that_was_withdrawn_do_not_count():

@@ -153,8 +153,8 @@ def test_nothing_is_told_where_nobody_reads_early_or_blocks_are_let_go(case):
     params = {k: v for k, v in PREFILL.items() if case != "no name" or k != "transfer_id"}
     fields = {"lora_request": object()} if case == "adapter" else {}
     request, _ = p.arrives(params, **fields)
-    for tokens in (16, 16, 8):
-        assert p.step(request, tokens, new=tokens == 16 and not p.tables["r"][2:]) == []
+    for number, tokens in enumerate((16, 16, 8)):
+        assert p.step(request, tokens, new=number == 0) == []
 
 
 def test_an_aborted_request_is_forgotten():
