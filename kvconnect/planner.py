@@ -140,10 +140,9 @@ class Planner:
     ) -> None:
         """More blocks of a promised request are complete; the rest as in `Progress`."""
         if lease_id := self._promised.get(request_id):
-            start = Told(tuple([] for _ in blocks), tokens, digest)
-            for table, more in zip(
-                self._told.setdefault(request_id, start).tables, blocks, strict=True
-            ):
+            nothing = Told(tuple([] for _ in blocks), tokens, digest)
+            told = self._told.setdefault(request_id, nothing)
+            for table, more in zip(told.tables, blocks, strict=True):
                 table += more
             self._orders.append(Progress(lease_id, tuple(map(tuple, blocks)), tokens, digest))
 

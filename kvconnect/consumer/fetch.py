@@ -128,7 +128,7 @@ class Fetcher:
         self.wake_queue = WakeQueue(context.clock)
         self._fetches: dict[str, FetchState] = {}
         self._reads = RankReads(context, remotes, stats, self._fail)
-        self._follower = Follower(context, releaser, self._reads)
+        self._follower = Follower(context, releaser, self._reads, self._fail)
         self._waiting = SlotQueue()
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}
@@ -278,9 +278,6 @@ class Fetcher:
             elif late and index in fetch.opens:
                 self._stats.count("num_late_reads")
                 self._fail(fetch, "the lease was over before the read had ended")
-        for told in fetch.told.values():
-            if told.asked is not None and told.asked.error:
-                self._fail(fetch, told.asked.error)
         if remote.state is PeerState.FAILED:
             greeted = fetch.phase is not Phase.GREETING
             self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)

@@ -9,7 +9,7 @@
 * How long that may go on, and whatever else fails a fetch, is `Fetcher`'s business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ from kvconnect.geometry.intersect import ALL, Stretch
 
 if TYPE_CHECKING:
     from kvconnect.consumer.fetch import FetchState
+
+MAX_TABLE = 1 << 20  # blocks of a group, as of an Opened
 
 
 @dataclass
@@ -47,7 +49,7 @@ class RankTables:
         """As it answers a Follow."""
         since = _lengths(self.tables)
         for table, more in zip(self.tables, computed.tables, strict=False):
-            table += more
+            table += more[: MAX_TABLE - len(table)]  # what is beyond is no prompt's
         self.stretch = Stretch(since, _lengths(self.tables) if computed.more else None)
         self.more, self.asked = computed.more, None
 
@@ -55,7 +57,15 @@ class RankTables:
 class Follower:
     """What the ranks of one rank's fetches tell of their blocks, from opening a lease on."""
 
-    def __init__(self, context: ConsumerContext, releaser: Releaser, reads: RankReads) -> None:
+    def __init__(
+        self,
+        context: ConsumerContext,
+        releaser: Releaser,
+        reads: RankReads,
+        fail: Callable[["FetchState", str], None],
+    ) -> None:
+        """``fail`` ends a fetch, of which a rank does not answer any more."""
+        self._fail = fail
         self._calls = context.dialer.calls
         self._rank = context.rank
         self._releaser = releaser
@@ -84,14 +94,18 @@ class Follower:
                 told = fetch.told[index] = RankTables.opened(opened.reply)
                 began = True
                 self._reads.start(fetch, index)
-            elif told is not None and told.asked is not None and told.asked.reply is not None:
-                if not isinstance(told.asked.reply, wire.Computed):
+            elif told is not None and (asked := told.asked) is not None:
+                if asked.error:
+                    self._fail(fetch, asked.error)
+                elif isinstance(asked.reply, wire.Computed):
+                    told.extend(asked.reply)
+                    began = True
+                    self._reads.start(fetch, index)
+                elif asked.reply is not None:
                     self.begin_anew(fetch, index)
                     continue
-                told.extend(told.asked.reply)
-                began = True
-                self._reads.start(fetch, index)
-            if told is not None and told.more and told.asked is None and not fetch.reads(index):
+            asks = told is not None and told.more and told.asked is None
+            if told is not None and asks and fetch.is_reading and not fetch.reads(index):
                 told.asked = self._ask(fetch, index, told)
         return began and fetch.has_all
 

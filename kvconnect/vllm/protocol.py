@@ -14,6 +14,7 @@ from kvconnect.errors import OfferError
 from kvconnect.orders import Offer
 from kvconnect.vllm.params import (
     TICKET_KEY,
+    TRANSFER_KEY,
     Prompt,
     Ticket,
     lent_params,
@@ -104,18 +105,27 @@ class RouterProtocol:
             return ""
 
     def is_read_early(self, request: Any) -> bool:
-        """Whether who decodes a request that `lends` may have been asked already."""
-        return self._is_early(request.kv_transfer_params)
+        """Whether who decodes a request that `lends` may have been asked already.
+
+        Not where a secret is set: its offers need a ticket, and there is none so early.
+        """
+        return self.us.secret is None and self._is_early(request.kv_transfer_params)
 
     def _is_early(self, params: Any) -> bool:
         return bool(self._prefill_s) and names_transfer(params) and not params.get(TICKET_KEY)
 
     def answer(
         self,
-        request: Any,  # noqa: ARG002 - other protocols use it
+        request: Any,
         ticket: Ticket,
         tables: Sequence[Sequence[int]],
         sizes: dict[str, int],
     ) -> dict[str, Any] | None:
-        """Params that hand the prompt over; arguments as of `lent_params`."""
-        return lent_params(ticket, self.key_addresses[0], self.us.secret, tables, sizes)
+        """Params that hand the prompt over; arguments as of `lent_params`.
+
+        Who named the transfer is told the name, and knows by it that it may be read early.
+        """
+        params = lent_params(ticket, self.key_addresses[0], self.us.secret, tables, sizes)
+        if self.is_read_early(request):
+            params[TRANSFER_KEY] = request.kv_transfer_params[TRANSFER_KEY]
+        return params

@@ -9,6 +9,7 @@ from kit.prefill import Prefill, fetch_early, scribble
 from late import LateKernels
 from msgspec import structs
 
+from kvconnect.consumer import follow
 from kvconnect.control import wire
 from kvconnect.ops import load
 from kvconnect.orders import Cancel
@@ -59,12 +60,12 @@ def test_blocks_cross_while_the_rest_is_computed(mode, tp):
     nothing_is_held(p, d)
 
 
-@pytest.mark.parametrize("mode", ["direct", "staged"])
-def test_what_has_crossed_does_not_cross_again(mode):
+@pytest.mark.parametrize(("mode", "size"), [("direct", 4), ("staged", 4), ("staged", 16)])
+def test_what_has_crossed_does_not_cross_again(mode, size):
     world = World()
-    p, d = make(world, mode=mode), make(world, mode=mode)
+    p, d = make(world, mode=mode), make(world, replace(MODEL, block_tokens=size), mode=mode)
     prefill = Prefill(p, 32, seed=1)
-    fetch_early(d, "d", prefill, range(8))
+    fetch_early(d, "d", prefill, range(32 // size))
     for tokens in (8, 16, 24):
         prefill.compute(tokens)
         world.go_on(30)
@@ -379,6 +380,16 @@ def test_decode_that_dies_holds_the_lease_no_longer_than_its_time():
     world.go_on(8, seconds=1.0)
     assert p.sent == [prefill.request_id]
     nothing_is_held(p)
+
+
+def test_a_peer_that_tells_of_ever_more_blocks_costs_no_memory(monkeypatch):
+    monkeypatch.setattr(follow, "MAX_TABLE", 5)
+    told = follow.RankTables.opened(
+        wire.Opened(seq=1, lease_id="g", tables=((1, 2), ()), more=True)
+    )
+    for _ in range(3):
+        told.extend(wire.Computed(seq=2, tables=((3, 4), (5,), (6,)), more=True))
+    assert told.tables == [[1, 2, 3, 4, 3], [5, 5, 5]]
 
 
 def test_a_fetch_waits_for_prefill_no_longer_than_it_said():

@@ -157,6 +157,31 @@ def test_nothing_is_told_where_nobody_reads_early_or_blocks_are_let_go(case):
         assert p.step(request, tokens, new=number == 0) == []
 
 
+def test_prefill_says_the_name_back_and_a_router_knows_by_that():
+    p = Prefill()
+    request, _ = p.arrives()
+    request.status, p.tables = RequestStatus.FINISHED_LENGTH_CAPPED, {"r": [1, 2, 3]}
+    request.num_computed_tokens = TOKENS
+    _, params = p.engine.scheduler.request_finished(request, ([1, 2, 3],))
+    assert params["transfer_id"] == "x"
+    p.engine.scheduler.take_orders()
+    unnamed, _ = p.arrives({k: v for k, v in PREFILL.items() if k != "transfer_id"}, "r2")
+    unnamed.status, unnamed.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, TOKENS
+    _, params = p.engine.scheduler.request_finished(unnamed, ([4, 5, 6],))
+    assert "transfer_id" not in params
+
+
+def test_with_a_ticket_a_transfer_id_is_only_a_name():
+    """A router that asks in turn passes on all that prefill answered."""
+    p, d = Prefill(), Engine("D", "kv_both", NixlConfig(), RouterProtocol)
+    request, promise = p.arrives()
+    request.status, request.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, TOKENS
+    _, params = p.engine.scheduler.request_finished(request, ([1, 2, 3],))
+    d.arrives(params, num_computed_tokens=0)
+    (renew,) = d.steps([RenewLease])
+    assert (renew.source.lease_id, renew.source.wait_s) == (promise.lease_id, 0)
+
+
 def test_an_aborted_request_is_forgotten():
     p = Prefill()
     request, promise = p.arrives()
@@ -217,3 +242,7 @@ def test_with_a_secret_a_ticket_is_needed(tmp_path):
     d = Engine("D", "kv_both", config, RouterProtocol)
     request = d.arrives(DECODE, num_computed_tokens=0)
     assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
+    p = Engine("P", "kv_both", config, RouterProtocol, spec=FULL)
+    request = p.arrives(PREFILL)
+    assert p.steps([Promise])[0].name == ""
+    assert "transfer_id" not in p.finishes(request)[1], "so a router asks in turn"

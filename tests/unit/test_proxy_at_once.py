@@ -1,0 +1,220 @@
+"""The proxy with ``at_once``: decode is asked while prefill computes; in turn where that fails."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from aiohttp import web
+from test_proxy_app import (
+    ANSWER,
+    DONE,
+    LOAD_FAILED,
+    TEXT,
+    TOKENS,
+    Dead,
+    Engine,
+    answers,
+    breaks,
+    hangs,
+    keeps_nothing,
+    rig,
+    run,
+    says,
+    streams,
+)
+
+WHERE = {"remote_engine_id": "P", "remote_host": "10.0.0.1", "remote_port": 5600}
+TICKET = {"do_remote_prefill": True, "kvconnect": "ticket", **WHERE}
+
+
+async def prefills(engine: Engine, request: web.Request) -> web.StreamResponse:
+    """As our prefill engine: says back the name that it was given."""
+    asked = (await request.json())["kv_transfer_params"]
+    name = {"transfer_id": asked["transfer_id"]} if "transfer_id" in asked else {}
+    return web.json_response({"id": "p", "kv_transfer_params": TICKET | name})
+
+
+async def prefills_when_told(engine: Engine, request: web.Request) -> web.StreamResponse:
+    engine.reached.set()
+    await engine.go_on.wait()
+    return await prefills(engine, request)
+
+
+def params(engine: Engine, at: int = -1) -> dict[str, Any]:
+    return engine.bodies[at].get("kv_transfer_params") or {}
+
+
+def test_both_are_asked_at_once_when_prefill_has_said_that_it_can():
+    async def scenario() -> None:
+        p, d = Engine(prefills, prefills_when_told), Engine(answers, hangs_until(answers))
+        async with rig([p], [d], at_once=True) as r:
+            assert await r.ask() == (200, ANSWER)
+            assert params(d)["kvconnect"] == "ticket", "the first request finds out"
+            asked = asyncio.create_task(r.ask())
+            await asyncio.gather(p.reached.wait(), d.reached.wait())
+            assert params(d) == {
+                "do_remote_prefill": True,
+                "do_remote_decode": False,
+                "transfer_id": params(p)["transfer_id"],
+                **WHERE,
+            }
+            assert params(p, 0)["transfer_id"] != params(p)["transfer_id"]
+            p.go_on.set()
+            d.go_on.set()
+            assert await asked == (200, ANSWER)
+            assert await r.counters() == {"requests": 2, "at_once": 1}
+
+    run(scenario())
+
+
+def hangs_until(behaviour):
+    async def behave(engine: Engine, request: web.Request) -> web.StreamResponse:
+        engine.reached.set()
+        await engine.go_on.wait()
+        return await behaviour(engine, request)
+
+    return behave
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_without_the_option_or_without_a_word_of_prefill_they_are_asked_in_turn(at_once):
+    async def scenario() -> None:
+        silent = says(json.dumps({"kv_transfer_params": TICKET}).encode())
+        p, d = Engine(silent if at_once else prefills), Engine(answers)
+        async with rig([p], [d], at_once=at_once) as r:
+            for _ in range(3):
+                assert await r.ask() == (200, ANSWER)
+                assert params(d) == TICKET
+            assert ("transfer_id" in params(p)) == at_once
+            assert await r.counters() == {"requests": 3}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("status", [400, 422, 429, 500, 503])
+def test_prefill_that_refuses_frees_the_waiting_decode_request(status):
+    async def scenario() -> None:
+        p = Engine(prefills, refuses_when_told(status))
+        d = Engine(answers, hangs, answers)
+        async with rig([p], [d], at_once=True) as r:
+            await r.ask()
+            asked = asyncio.create_task(r.ask())
+            await d.reached.wait()
+            p.go_on.set()
+            await d.aborted.wait()
+            assert await asked == (200, ANSWER)
+            assert params(d) == {}, "decode works alone"
+            counters = await r.counters()
+            assert counters["decode_alone"] == 1
+            assert (counters.get("refused"), counters.get("no_prefill")) == (
+                (1, None) if status < 500 else (None, 1)
+            )
+
+    run(scenario())
+
+
+def refuses_when_told(status):
+    async def behave(engine: Engine, request: web.Request) -> web.StreamResponse:
+        await engine.go_on.wait()
+        return web.Response(status=status)
+
+    return behave
+
+
+async def breaks_when_told(engine: Engine, request: web.Request) -> web.StreamResponse:
+    await engine.go_on.wait()
+    return await breaks(engine, request)
+
+
+def test_prefill_that_breaks_off_is_replaced_by_another():
+    async def scenario() -> None:
+        p, other = Engine(prefills, breaks_when_told), Engine(prefills)
+        d = Engine(answers, answers, hangs, answers)
+        async with rig([p, other], [d], at_once=True) as r:
+            await r.ask()
+            await r.ask()
+            assert len(p.bodies) == len(other.bodies) == 1
+            asked = asyncio.create_task(r.ask())
+            await d.reached.wait()
+            p.go_on.set()
+            await d.aborted.wait()
+            assert await asked == (200, ANSWER)
+            assert params(d)["kvconnect"] == "ticket"
+            assert len(other.bodies) == 2
+            assert await r.counters() == {"requests": 3, "at_once": 1, "retries": 1}
+
+    run(scenario())
+
+
+def test_prefill_that_keeps_nothing_leaves_it_to_decode():
+    async def scenario() -> None:
+        p = Engine(prefills, keeps_nothing)
+        d = Engine(answers)
+        async with rig([p], [d], at_once=True) as r:
+            for _ in range(3):
+                assert await r.ask() == (200, ANSWER)
+            assert params(d) == {}, "and it is not asked at once any more"
+
+    run(scenario())
+
+
+def test_decode_that_cannot_be_reached_is_replaced_and_gets_the_ticket():
+    async def scenario() -> None:
+        p, dead, d = Engine(prefills), Dead(), Engine(answers)
+        async with rig([p], [d, dead], at_once=True) as r:
+            for _ in range(3):
+                assert await r.ask() == (200, ANSWER)
+            tickets = [params(d, at).get("kvconnect") for at in range(3)]
+            assert tickets == ["ticket", "ticket", None], "it was asked at once, after the dead one"
+            assert params(d)["transfer_id"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fault", [breaks, says(b"no", 500), streams(LOAD_FAILED)])
+def test_decode_that_fails_is_asked_once_more_without_kv(fault):
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers, fault, streams(*TOKENS, DONE))
+        async with rig([p], [d], at_once=True) as r:
+            await r.ask()
+            status, body = await r.ask(stream=True)
+            assert (status, body) == (200, b"".join((*TOKENS, DONE)))
+            assert params(d) == {}
+
+    run(scenario())
+
+
+def test_decodes_word_is_final_and_prefill_is_told_to_stop():
+    async def scenario() -> None:
+        p, d = Engine(prefills, hangs), Engine(answers, says(b"bad", 400))
+        async with rig([p], [d], at_once=True) as r:
+            await r.ask()
+            assert await r.ask() == (400, b"bad")
+            await p.aborted.wait()
+
+    run(scenario())
+
+
+def test_a_client_that_goes_ends_both():
+    async def scenario() -> None:
+        p, d = Engine(prefills, hangs), Engine(answers, hangs)
+        async with rig([p], [d], at_once=True) as r:
+            await r.ask()
+            asked = asyncio.create_task(r.ask())
+            await asyncio.gather(p.reached.wait(), d.reached.wait())
+            asked.cancel()
+            await asyncio.gather(p.aborted.wait(), d.aborted.wait())
+
+    run(scenario())
+
+
+def test_what_cannot_be_split_goes_whole_to_decode():
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers)
+        async with rig([p], [d], at_once=True) as r:
+            await r.ask()
+            assert await r.ask(TEXT, n=2) == (200, ANSWER)
+            assert len(p.bodies) == 1 and params(d) == {}
+
+    run(scenario())
