@@ -184,7 +184,7 @@ class _Prefilled:
 
 
 @dataclass(frozen=True, slots=True)
-class _Early:
+class _EarlyAnswer:
     """What came of a decode leg that was asked for while prefill was."""
 
     answer: LegAnswer | None = None
@@ -277,12 +277,12 @@ class Legs:
             prefill.cancel()
             opening.cancel()
             _, early = await asyncio.gather(prefill, opening, return_exceptions=True)
-            if not given and isinstance(early, _Early) and early.answer is not None:
+            if not given and isinstance(early, _EarlyAnswer) and early.answer is not None:
                 early.answer.close()
 
     async def _open_early(
         self, decoders: deque[str], ask: LegRequest, params: msgspec.Raw
-    ) -> "_Early":
+    ) -> "_EarlyAnswer":
         """Ask the first of ``decoders``, and leave those that are to be asked after it."""
         url = decoders[0]
         try:
@@ -290,13 +290,13 @@ class Legs:
         except LOST as error:
             decoders.popleft()
             self._report_lost(self.decoders, url, error)
-            return _Early(spent=not isinstance(error, _NEVER_ASKED))
+            return _EarlyAnswer(spent=not isinstance(error, _NEVER_ASKED))
         self._report_status(self.decoders, url, answer.upstream.status)
         if not answer.faulty and answer.upstream.status not in _ELSEWHERE:
-            return _Early(answer)
+            return _EarlyAnswer(answer)
         answer.close()
         decoders.rotate(-1)
-        return _Early(spent=answer.faulty)
+        return _EarlyAnswer(spent=answer.faulty)
 
     async def _prefill(
         self, ask: LegRequest, engines: Iterable[str], first: "_Prefilled | None" = None
