@@ -129,7 +129,7 @@ async def breaks_when_told(engine: Engine, request: web.Request) -> web.StreamRe
 
 def test_prefill_that_breaks_off_is_replaced_by_another():
     async def scenario() -> None:
-        p, other = Engine(prefills, breaks_when_told), Engine(prefills)
+        p, other = Engine(prefills, breaks_when_told, prefills), Engine(prefills)
         d = Engine(answers, answers, hangs, answers)
         async with rig([p, other], [d], at_once=True) as r:
             await r.ask()
@@ -143,6 +143,11 @@ def test_prefill_that_breaks_off_is_replaced_by_another():
             assert params(d)["kvconnect"] == "ticket"
             assert len(other.bodies) == 2
             assert await r.counters() == {"requests": 3, "at_once": 1, "retries": 1}
+            r.clock.now += 20.0
+            assert await r.ask() == (200, ANSWER)
+            assert len(p.bodies) == 3 and (await r.counters())["at_once"] == 1, (
+                "it is asked in turn until it has said again where it is"
+            )
 
     run(scenario())
 
