@@ -89,6 +89,11 @@ class FetchState:
         """Whether something reads from a rank now."""
         return index in self.receivers or index in self.transfers.values()
 
+    def ends_at(self, load_timeout_s: float) -> float:
+        """When it has failed; sooner while a direct read runs, which prefill does not hold up."""
+        began = [self.began[index] for index in self.transfers.values()]
+        return min([self.deadline, *(at + load_timeout_s for at in began)])
+
     @property
     def has_all(self) -> bool:
         """Whether every rank has told of all its blocks."""
@@ -245,7 +250,8 @@ class Fetcher:
             self._reads.receive(fetch)
             if self._follower.go_on(fetch):
                 fetch.deadline = min(fetch.deadline, self._clock() + self._load_timeout_s)
-                self.wake_queue.wake_at(fetch.deadline, fetch.order.request_id)
+            ends_at = fetch.ends_at(self._load_timeout_s)
+            self.wake_queue.wake_at(ends_at, fetch.order.request_id)
         running = fetch.transfers or fetch.receivers
         if fetch.phase is Phase.READING and not running and fetch.has_all:
             self._close(fetch)
@@ -283,10 +289,10 @@ class Fetcher:
             self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)
 
     def _check_time(self, fetch: FetchState) -> None:
-        if self._clock() < fetch.deadline:
+        if self._clock() < fetch.ends_at(self._load_timeout_s):
             return
         opened = fetch.phase in (Phase.READING, Phase.CLOSING) and fetch.has_all
-        waited = 0.0 if opened else fetch.order.source.wait_s
+        waited = 0.0 if opened or fetch.transfers else fetch.order.source.wait_s
         self._fail(fetch, f"not loaded within {self._load_timeout_s + waited:g} s")
         if fetch.transfers and fetch.remote.state is not PeerState.FAILED:
             # the fence: without it a read could still land in blocks that get a new owner

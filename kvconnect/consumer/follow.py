@@ -23,7 +23,8 @@ from kvconnect.geometry.intersect import ALL, Stretch
 if TYPE_CHECKING:
     from kvconnect.consumer.fetch import FetchState
 
-MAX_TABLE = 1 << 20  # blocks of a group, as of an Opened
+MAX_BLOCKS_TOLD = 1 << 22  # in all groups: an Opened itself has fewer, by its bytes
+BEGINS_ANEW = ("gone", "withdrawn")  # causes of a refusal: the lease id is over, the name is not
 
 
 @dataclass
@@ -48,8 +49,10 @@ class RankTables:
     def extend(self, computed: wire.Computed) -> None:
         """As it answers a Follow."""
         since = _lengths(self.tables)
+        left = MAX_BLOCKS_TOLD - sum(since)
         for table, more in zip(self.tables, computed.tables, strict=False):
-            table += more[: MAX_TABLE - len(table)]  # what is beyond is no prompt's
+            table += more[:left]  # what is beyond is no prompt's
+            left = max(left - len(more), 0)
         self.stretch = Stretch(since, _lengths(self.tables) if computed.more else None)
         self.more, self.asked = computed.more, None
 
@@ -101,8 +104,8 @@ class Follower:
                     told.extend(asked.reply)
                     began = True
                     self._reads.start(fetch, index)
-                elif asked.reply is not None:
-                    self.begin_anew(fetch, index)
+                elif isinstance(refused := asked.reply, wire.Refused):
+                    self._refused(fetch, index, refused)
                     continue
             asks = told is not None and told.more and told.asked is None
             if told is not None and asks and fetch.is_reading and not fetch.reads(index):
@@ -119,6 +122,12 @@ class Follower:
         del fetch.told[index]
         self.open(fetch, index)
         return True
+
+    def _refused(self, fetch: "FetchState", index: int, refused: wire.Refused) -> None:
+        if refused.cause in BEGINS_ANEW:
+            self.begin_anew(fetch, index)
+        else:
+            self._fail(fetch, f"peer {fetch.remote.peers[index]} refused: {refused.detail}")
 
     def _ask(self, fetch: "FetchState", index: int, told: RankTables) -> Call:
         lease_id, have = told.lease_id, _lengths(told.tables)

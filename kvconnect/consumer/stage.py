@@ -102,11 +102,13 @@ class StagedPath:
     def probe(self, lease_id: str, reader: int) -> bool:
         """Ask whether a lease stands, unless that was asked and not answered; False if it is over.
 
-        Its answer says more than that: the source is there.
+        Its answer says more than that: the source is there. What it says of another lease, which
+        another pull asked about, is no word on this one.
         """
         if self._probe is not None and isinstance(closed := self._probe.reply, wire.Closed):
+            asked = self._probe.message
             self._probe, self.heard_at = None, self.clock()
-            return closed.stood
+            return closed.stood or not isinstance(asked, wire.Close) or asked.lease_id != lease_id
         if self._probe is None or self._probe.error:
             self._probe = self.dialer.calls.send(
                 self.peer,

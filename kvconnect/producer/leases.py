@@ -87,14 +87,17 @@ class LeaseServer:
         for link, message in self._early.take(terms.name or terms.request_id):
             self._open(link, message)
         self._answer_parked(terms.lease_id)
-        for close in closes:  # gave up before it was granted
+        for close in closes:  # were done with it before it was granted
             if freed := self._book.close(terms.lease_id, *close)[1]:
                 self._freed.add(freed)
 
     def withdraw(self, lease_id: str, successor: str = "") -> None:
         """A promised request ended without KV, or is promised as ``successor`` from now on."""
         self._book.withdraw(lease_id)
-        self._promises.end(lease_id)
+        _, closes = self._promises.end(lease_id)
+        if self._book.standing(successor) is LeaseState.PROMISED:
+            for close in closes:
+                self._promises.close(successor, *close)
         for link, message in self._parked.take(lease_id):
             if successor and isinstance(message, wire.Open):
                 self._open(link, message)
@@ -160,6 +163,8 @@ class LeaseServer:
         lease_id = self._lease_id(message)
         standing = self._book.standing(lease_id) if lease_id else LeaseState.GONE
         told = self._promises.terms(lease_id) if lease_id and message.stream else None
+        if lease_id:
+            self._promises.comes(lease_id, (link, message.reader))
         if lease_id and standing is LeaseState.PROMISED and told is None:
             self._park(link, message, lease_id)
             return
@@ -195,7 +200,11 @@ class LeaseServer:
         if terms is None:
             self._refuse(link, message, "gone", "no such lease that you opened, or it is over")
             return
-        tables = tuple(tuple(t[n:]) for t, n in zip(terms.tables, message.have, strict=False))
+        if len(message.have) != len(terms.tables):
+            detail = f"it says what it has of {len(message.have)} groups, of {len(terms.tables)}"
+            self._refuse(link, message, "unusable", detail)
+            return
+        tables = tuple(tuple(t[n:]) for t, n in zip(terms.tables, message.have, strict=True))
         more = self._promises.asks(lease_id, reader, answered=any(tables))
         if more and not any(tables):
             self._park(link, message, lease_id)
@@ -229,7 +238,8 @@ class LeaseServer:
             granted = self._book.standing(lease_id) is LeaseState.GRANTED
             return granted or self.opened(lease_id, reader) is not None
         self._parked.forget(lease_id, link, message.reader)
-        if self._promises.close(lease_id, reader, message.reader, message.readers):
+        if self._book.standing(lease_id) is LeaseState.PROMISED:
+            self._promises.close(lease_id, reader, message.reader, message.readers)
             return False
         stood, freed = self._book.close(lease_id, reader, message.reader, message.readers)
         if freed:

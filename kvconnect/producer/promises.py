@@ -4,6 +4,8 @@
 * What a reader took of it counts only if the lease is granted, and stands when the reader closes:
   nothing here has to be fenced, and a promise ends without asking its readers.
 * A reader that asks for more reads nothing meanwhile.
+* Who is done with a promise before it is granted is remembered until then, told of it or not: else
+  nobody would end that lease before its time. Bounded by reader.
 * Holds no blocks: they are the running request's.
 """
 
@@ -24,7 +26,6 @@ class _Promised:
     """Those of the terms: they grow."""
     reading: set[Hashable] = field(default_factory=set)
     asking: set[Hashable] = field(default_factory=set)
-    closes: list[Closing] = field(default_factory=list)
 
 
 class OpenPromises:
@@ -32,6 +33,7 @@ class OpenPromises:
 
     def __init__(self) -> None:
         self._promised: dict[str, _Promised] = {}  # by lease id
+        self._closes: dict[str, dict[Hashable, Closing]] = {}  # lease id → reader → its Close
         self._read = 0  # how many of them somebody is reading
 
     @property
@@ -61,6 +63,10 @@ class OpenPromises:
         promised.asking.discard(reader)
         promised.reading.add(reader)
 
+    def comes(self, lease_id: str, reader: Hashable) -> None:
+        """A reader wants the promise; that it was done with it before counts no more."""
+        self._closes.get(lease_id, {}).pop(reader, None)
+
     def is_open(self, lease_id: str, reader: Hashable) -> bool:
         """Whether ``reader`` is between open and close."""
         promised = self._promised.get(lease_id)
@@ -77,22 +83,20 @@ class OpenPromises:
             promised.asking.add(reader)
         return True
 
-    def close(self, lease_id: str, reader: Hashable, rank: int, readers: int) -> bool:
-        """A reader gives up; whether it had opened the promise."""
-        if not self.is_open(lease_id, reader):
-            return False
-        promised = self._promised[lease_id]
-        self._reads_no_more(promised, reader)
-        promised.asking.discard(reader)
-        promised.closes.append((reader, rank, readers))
-        return True
+    def close(self, lease_id: str, reader: Hashable, rank: int, readers: int) -> None:
+        """A reader is done with a promise, whether or not it had opened it."""
+        if promised := self._promised.get(lease_id):
+            self._reads_no_more(promised, reader)
+            promised.asking.discard(reader)
+        self._closes.setdefault(lease_id, {})[reader] = reader, rank, readers
 
     def end(self, lease_id: str) -> tuple[set[Hashable], list[Closing]]:
-        """It is granted or withdrawn; returns who has it open, and who gave up."""
+        """It is granted or withdrawn; returns who has it open, and who is done with it."""
+        closes = list(self._closes.pop(lease_id, {}).values())
         if (promised := self._promised.pop(lease_id, None)) is None:
-            return set(), []
+            return set(), closes
         self._read -= bool(promised.reading)
-        return promised.reading | promised.asking, promised.closes
+        return promised.reading | promised.asking, closes
 
     def _reads_no_more(self, promised: _Promised, reader: Hashable) -> None:
         if reader in promised.reading:

@@ -26,6 +26,8 @@ class _Computed:
     admitted: bool = False
     told: tuple[int, ...] = ()
     """Blocks of each group."""
+    digest: bytes = b""
+    """Of the prompt, once: that is work of every token. Another one at the end is another lease."""
 
 
 class Computing:
@@ -77,13 +79,13 @@ class Computing:
             tables[group][before:now]
             for group, before, now in zip(self._groups, told, complete, strict=True)
         ]
-        digest = Prompt(request).digest(most)
-        self._planner.progress(request.request_id, blocks, most, digest)
+        computed.digest = computed.digest or Prompt(request).digest(most)
+        self._planner.progress(request.request_id, blocks, most, computed.digest)
         computed.told = complete
 
     def _restart(self, computed: _Computed) -> None:
         self._planner.restart(computed.request.request_id, computed.name)
-        computed.admitted, computed.told = False, ()
+        computed.admitted, computed.told, computed.digest = False, (), b""
 
 
 def _only_grows(spec: Any) -> bool:

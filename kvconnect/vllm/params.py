@@ -170,7 +170,8 @@ def names_transfer(params: Any) -> bool:
 
 def transfer_name(params: dict[str, Any]) -> str:
     """The lease's name: apart from request ids, which are names, too. Raises OfferError."""
-    return f"transfer {text_of(params, TRANSFER_KEY)}"
+    # a name that the wire does not carry would cost all that is renewed with it
+    return f"transfer {text_of(params, TRANSFER_KEY, 512)}"
 
 
 def parse_early(

@@ -9,9 +9,11 @@ from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.lease import Terms
+from kvconnect.orders import Progress
 from kvconnect.producer import leases as leases_module
 from kvconnect.producer import waiting
 from kvconnect.producer.leases import LeaseServer
+from kvconnect.producer.promises import OpenPromises
 from kvconnect.producer.waiting import SILENT_S
 from kvconnect.testing import FakeClock
 
@@ -98,6 +100,67 @@ def test_another_prompt_is_refused(rig, prompt):
     (refused,) = rig.open(**prompt)
     assert refused.cause == "another prompt"
     assert not rig.server.reading
+
+
+def stream(rig, **changed):
+    """Open what is promised, of which some is told."""
+    rig.server.progress(Progress("g", ((4,),), 30, b"digest"))
+    return rig.open(stream=True, **changed)
+
+
+@pytest.mark.parametrize("asked", ["nothing", "waits", "streams"])
+def test_who_is_done_with_a_promise_is_not_waited_for_when_it_is_granted(rig, asked):
+    """A Close may come before the Grant: of who gave up, and of ranks that are not read at all."""
+    rig.server.promise("r", "g")
+    if asked != "nothing":
+        (stream if asked == "streams" else Rig.open)(rig)
+    assert not rig.close()
+    rig.server.grant(TERMS)
+    assert rig.server.take_freed() == {"r"}
+    assert rig.server.late == 0, "it was early"
+    assert not rig.server.reading
+
+
+@pytest.mark.parametrize("asked", ["waits", "streams"])
+def test_who_was_done_with_a_promise_and_comes_again_is_waited_for(rig, asked):
+    rig.server.promise("r", "g")
+    ask = stream if asked == "streams" else Rig.open
+    ask(rig)
+    rig.close()
+    ask(rig)
+    rig.server.grant(TERMS)
+    rig.answers.take()
+    assert rig.server.take_freed() == set()
+    assert rig.close()
+    assert rig.server.take_freed() == {"r"}
+
+
+def test_who_is_done_with_a_promise_is_so_when_it_is_computed_anew(rig):
+    rig.server.promise("r", "g")
+    stream(rig)
+    rig.close()
+    rig.server.promise("r", "g2")
+    rig.server.withdraw("g", "g2")
+    rig.server.grant(replace(TERMS, lease_id="g2"))
+    assert rig.server.take_freed() == {"r"}
+
+
+def test_a_reader_that_opens_and_closes_a_promise_for_ever_costs_no_memory():
+    promises = OpenPromises()
+    promises.progress(Progress("g", ((4,),), 30, b"digest"))
+    for _ in range(9):
+        promises.open("g", (NEAR, 0))
+        promises.close("g", (NEAR, 0), 0, 1)
+    assert promises.end("g") == (set(), [((NEAR, 0), 0, 1)])
+
+
+@pytest.mark.parametrize("have", [(), (1, 0)], ids=str)
+def test_a_reader_that_follows_other_groups_is_refused(rig, have):
+    rig.server.promise("r", "g")
+    stream(rig)
+    (refused,) = rig.send(wire.Follow(seq=9, lease_id="g", reader=0, have=have))
+    assert refused.cause == "unusable"
+    assert rig.server.held()["parked_readers"] == 0
 
 
 def test_an_early_reader_is_answered_when_the_lease_is_granted(rig):

@@ -1,6 +1,7 @@
 """Streaming hand-over between whole movers: blocks cross while the rest is computed."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from late import LateKernels
 from msgspec import structs
 
 from kvconnect.consumer import follow
+from kvconnect.consumer.stage import StagedPath
 from kvconnect.control import wire
 from kvconnect.ops import load
 from kvconnect.orders import Cancel
-from kvconnect.testing import Fault
+from kvconnect.producer import waiting
+from kvconnect.testing import FakeClock, Fault
 from kvconnect_bench.caches import Model
 
 MODEL = Model(layers=3, heads=4, block_tokens=4, content=8, itemsize=2)
@@ -383,13 +386,66 @@ def test_decode_that_dies_holds_the_lease_no_longer_than_its_time():
 
 
 def test_a_peer_that_tells_of_ever_more_blocks_costs_no_memory(monkeypatch):
-    monkeypatch.setattr(follow, "MAX_TABLE", 5)
+    monkeypatch.setattr(follow, "MAX_BLOCKS_TOLD", 6)
     told = follow.RankTables.opened(
         wire.Opened(seq=1, lease_id="g", tables=((1, 2), ()), more=True)
     )
     for _ in range(3):
         told.extend(wire.Computed(seq=2, tables=((3, 4), (5,), (6,)), more=True))
-    assert told.tables == [[1, 2, 3, 4, 3], [5, 5, 5]]
+    assert told.tables == [[1, 2, 3, 4, 3], [5]]
+
+
+def test_a_reader_for_which_there_is_no_room_fails_and_does_not_read_all_anew(monkeypatch):
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    prefill.compute(16)
+    world.go_on(5)
+    monkeypatch.setattr(waiting, "MAX_PARKED", 0)
+    fetch_early(d, "d", prefill, range(8))
+    world.go_on(60)
+    ((reason,),) = d.ended.values()
+    assert "too many of your readers" in reason
+    assert len(d.transports[0].submitted) == 1
+
+
+def test_a_read_that_hangs_fails_though_prefill_may_take_longer():
+    """Prefill may take minutes; a read of what it has computed may not."""
+    world = World()
+    p, d = make(world), make(world, load_timeout_s=3.0)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8), wait_s=600.0)
+    prefill.compute(8)
+    world.go_on(20)
+    world.go_on(10, seconds=1.0)
+    assert d.ended == {}, "nothing is read now"
+    d.transports[0].plan(Fault.HANGS)
+    prefill.compute(16)
+    world.go_on(20)
+    assert d.ended == {} and d.transports[0].running
+    world.go_on(10, seconds=1.0)
+    ((reason,),) = d.ended.values()
+    assert "not loaded within 3 s" in reason
+    nothing_is_held(d)
+
+
+def test_what_the_source_says_of_another_lease_is_no_word_on_ours():
+    """Pulls from one source share the question whether it is there."""
+    asked = []
+
+    def send(peer, make, accepts, deadline, asker=""):
+        asked.append(SimpleNamespace(message=make(1), reply=None, error=""))
+        return asked[-1]
+
+    dialer = SimpleNamespace(calls=SimpleNamespace(send=send))
+    path = StagedPath(dialer, None, None, None, None, FakeClock())
+    assert path.probe("withdrawn", 0)
+    asked[-1].reply = wire.Closed(seq=1, stood=False)
+    assert path.probe("ours", 0)
+    assert path.probe("ours", 0)
+    assert asked[-1].message.lease_id == "ours"
+    asked[-1].reply = wire.Closed(seq=1, stood=False)
+    assert not path.probe("ours", 0)
 
 
 def test_a_fetch_waits_for_prefill_no_longer_than_it_said():

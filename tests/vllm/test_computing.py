@@ -225,9 +225,10 @@ def test_prefill_and_decode_agree_on_name_and_digest():
         {"remote_engine_id": None},
         {"transfer_id": 5},
         {"transfer_id": "\n"},
+        {"transfer_id": "x" * 1020},
         {"remote_engine_id": "D"},
     ],
-    ids=str,
+    ids=lambda changed: str(changed)[:40],
 )
 def test_bad_params_are_prefilled_here(changed):
     d = Engine("D", "kv_both", NixlConfig(), RouterProtocol)
