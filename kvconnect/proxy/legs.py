@@ -267,6 +267,9 @@ class Legs:
                 )
             opened = await opening
             if opened.answer is not None:
+                refused = opened.answer.upstream.status >= 400
+                if refused and prefill.done() and (kept := prefill.result().params) is not None:
+                    self._release(opened.answer.url, ask, kept)
                 given = True
                 return opened.answer
             if opened.spent:

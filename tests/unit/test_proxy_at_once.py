@@ -201,6 +201,26 @@ def test_decodes_word_is_final_and_prefill_is_told_to_stop():
     run(scenario())
 
 
+def test_what_only_decode_refuses_lets_go_of_what_prefill_has_computed():
+    async def scenario() -> None:
+        refuses = hangs_until(says(b"bad", 400))
+        p, d = Engine(prefills), Engine(answers, refuses, answers)
+        async with rig([p], [d], at_once=True) as r:
+            await r.ask()
+            asked = asyncio.create_task(r.ask())
+            await d.reached.wait()
+            while len(p.bodies) < 2 or (await r.health())["prefill"][0]["in_flight"]:
+                await asyncio.sleep(0.01)
+            d.go_on.set()
+            assert await asked == (400, b"bad")
+            while len(d.bodies) < 3:
+                await asyncio.sleep(0.01)
+            assert params(d)["kvconnect"] == "ticket"
+            assert await r.counters() == {"requests": 2, "at_once": 1, "released": 1}
+
+    run(scenario())
+
+
 def test_a_client_that_goes_ends_both():
     async def scenario() -> None:
         p, d = Engine(prefills, hangs), Engine(answers, hangs)
