@@ -18,7 +18,7 @@ from kvconnect.consumer.release import Releaser
 from kvconnect.consumer.remote import ConsumerContext
 from kvconnect.control import wire
 from kvconnect.control.calls import Call
-from kvconnect.geometry.intersect import ALL, Stretch
+from kvconnect.geometry.stretch import ALL, Stretch
 
 if TYPE_CHECKING:
     from kvconnect.consumer.fetch import FetchState

@@ -23,9 +23,10 @@ from kvconnect.errors import GeometryError, TransportError, contained
 from kvconnect.geometry.blocks import Region
 from kvconnect.geometry.blocks import Shard as Memory
 from kvconnect.geometry.chunks import ChunkPlan
-from kvconnect.geometry.intersect import ALL, Rect, Stretch, assign, why_not_direct
+from kvconnect.geometry.intersect import Rect, assign, why_not_direct
 from kvconnect.geometry.rows import DstBlocks, Route
 from kvconnect.geometry.rows import Memory as MemoryKind
+from kvconnect.geometry.stretch import ALL, Stretch
 from kvconnect.lease import Clock
 from kvconnect.ops import Kernels
 from kvconnect.orders import Source

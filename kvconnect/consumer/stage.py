@@ -23,7 +23,7 @@ from kvconnect.control.dialer import Dialer
 from kvconnect.control.peer import Peer
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.chunks import Chunk, ChunkPlan
-from kvconnect.geometry.intersect import ALL, Stretch
+from kvconnect.geometry.stretch import ALL, Stretch
 from kvconnect.lease import Clock
 from kvconnect.ops import Kernels, Launch, Prepared
 from kvconnect.orders import Fetch

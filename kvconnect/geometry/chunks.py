@@ -21,7 +21,8 @@ import numpy as np
 
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import DENSE, BlockView, Extent, Name, Part, Size
-from kvconnect.geometry.intersect import ALL, NO_BLOCK, Rect, Stretch, joined, part_pairs
+from kvconnect.geometry.intersect import NO_BLOCK, Rect, joined, part_pairs
+from kvconnect.geometry.stretch import ALL, Stretch
 from kvconnect.ops import NUMBERS, Copy, Type, chunk_bytes
 
 MAX_RUNS = 1 << 14

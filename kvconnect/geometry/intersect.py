@@ -11,7 +11,6 @@ pieces of a canonical wire order (`kvconnect.geometry.chunks`, the staged path).
 """
 
 from collections.abc import Sequence
-from math import inf
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -21,28 +20,6 @@ from kvconnect.geometry.blocks import DENSE, BlockView, Part, Tile
 from kvconnect.ops import NUMBERS
 
 NO_BLOCK = -1  # entry of a block table whose tokens are not kept (outside a sliding window)
-
-
-class Stretch(NamedTuple):
-    """Of the source's block tables, per group: blocks ``[since, until)``; the default: all of them.
-
-    What is cut so crosses in several transfers, each with what the source has computed meanwhile.
-    """
-
-    since: tuple[int, ...] = ()
-    """() stands for the beginning of every group."""
-    until: tuple[int, ...] | None = None
-    """None: all that is left."""
-
-    def of(self, group: int) -> tuple[int, float]:
-        """From which block of a group on, and up to which."""
-        since = self.since[group] if group < len(self.since) else 0
-        if self.until is None:
-            return since, inf
-        return since, self.until[group] if group < len(self.until) else 0
-
-
-ALL = Stretch()
 
 
 class Rect(NamedTuple):

@@ -13,7 +13,8 @@ import numpy as np
 
 from kvconnect.errors import GeometryError
 from kvconnect.geometry.blocks import Heads, Part
-from kvconnect.geometry.intersect import ALL, NO_BLOCK, Rect, Stretch, part_pairs, tiles_of
+from kvconnect.geometry.intersect import NO_BLOCK, Rect, part_pairs, tiles_of
+from kvconnect.geometry.stretch import ALL, Stretch
 
 MAX_ROWS_PER_LAYER = 1 << 16
 MAX_ROWS = (1 << 31) - 1  # in all blocks: their indices are int32
