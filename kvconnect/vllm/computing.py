@@ -4,7 +4,8 @@
   the device as it is when this step's metadata arrives, which is after those steps were given.
 * Nothing is told of a request with the step that admits it: what it found in the prefix cache may
   be computed by that very step, for vLLM enters blocks there when it schedules them.
-* A request that is admitted again, or has fewer tokens than were told, is computed anew.
+* A request that is admitted again, or has fewer tokens than before, is computed anew: what was
+  taken back may have been computed with, or be, blocks of another's load that failed.
 * Groups that let go of blocks while they compute, and recurrent state, come with the grant; so does
   all of a request with an adapter, and of an engine that drafts tokens.
 """
@@ -24,6 +25,8 @@ class _Computed:
     request: Any
     name: str
     admitted: bool = False
+    tokens: int = 0
+    """Those that were computed when it was last looked at."""
     told: tuple[int, ...] = ()
     """Blocks of each group."""
     digest: bytes = b""
@@ -67,11 +70,12 @@ class Computing:
     def _tell(self, computed: _Computed, state: Any) -> None:
         request = computed.request
         tokens, most = request.num_computed_tokens, request.num_prompt_tokens
-        complete = tuple(min(tokens, most) // size if size else 0 for size in self._sizes)
-        told = computed.told or (0,) * len(complete)
-        if any(now < before for now, before in zip(complete, told, strict=True)):
+        if tokens < computed.tokens:
             self._restart(computed)
             return
+        computed.tokens = tokens
+        complete = tuple(min(tokens, most) // size if size else 0 for size in self._sizes)
+        told = computed.told or (0,) * len(complete)
         if complete == told or state is None:
             return
         tables = state.get_block_ids(request.request_id)
@@ -85,7 +89,8 @@ class Computing:
 
     def _restart(self, computed: _Computed) -> None:
         self._planner.restart(computed.request.request_id, computed.name)
-        computed.admitted, computed.told, computed.digest = False, (), b""
+        computed.admitted, computed.tokens = False, 0
+        computed.told, computed.digest = (), b""
 
 
 def _only_grows(spec: Any) -> bool:

@@ -121,12 +121,15 @@ def small_blocks_pair(folder: Path) -> Setup:
 
 
 def streaming_pair(folder: Path) -> Setup:
-    """Prefill computes 256 tokens a step, in blocks of 32; decode has blocks of 128."""
+    """TP 2 → 1: prefill computes 256 tokens a step, in blocks of 32; decode has blocks of 128."""
+    steps = ["--block-size", "32", "--max-num-batched-tokens", "256"]
     return Setup(
-        model("KVCONNECT_MODEL"),
-        prefill=["--block-size", "32", "--max-num-batched-tokens", "256"],
+        model("KVCONNECT_TP_MODEL"),
+        prefill=[*steps, "--tensor-parallel-size", "2"],
         decode=["--block-size", "128"],
         both=SHORT,
+        # two ranks that spin leave little of two cores to anybody else: be patient
+        extra={"handshake_timeout": 60, "kv_lease_duration": 90},
     )
 
 

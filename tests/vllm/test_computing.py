@@ -136,6 +136,20 @@ def test_one_whose_tokens_are_taken_back_is_promised_anew():
     assert order.blocks == ((100,),)
 
 
+def test_tokens_that_are_taken_back_within_a_block_count_too():
+    """As vLLM does with a request that hit a block which another's load failed to fill."""
+    p = Prefill()
+    request, promise = p.arrives()
+    request.num_computed_tokens = 16
+    p.step(request, 4, new=True)
+    (told,) = p.step(request, 8)
+    assert told.blocks == ((100,),)
+    request.num_computed_tokens = 16
+    orders = p.step(request, 4)
+    assert [type(o) for o in orders] == [Promise, Withdraw]
+    assert orders[1].lease_id == promise.lease_id
+
+
 def test_blocks_that_vllm_changed_are_another_lease():
     p = Prefill()
     request, promise = p.arrives()
