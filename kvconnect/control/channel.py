@@ -196,14 +196,16 @@ class ZmqChannel:
 
     def dial(self, address: Address) -> Link:
         link = Link(True, str(next(self._numbers)).encode())
-        context = None
+        context = dealer = None
         try:
             self._check_files()
             if _is_name(address.host):
                 context = self._contexts[link] = self._named.take()
             dealer = self._socket(zmq.DEALER, context)
             monitor = dealer.get_monitor_socket(BROKE | REFUSED)
-        except OSError as e:  # ZMQError too: each peer takes files until its greeting times out
+        except (OSError, zmq.ZMQError) as e:  # a peer takes files until its greeting times out
+            if dealer is not None:
+                dealer.close()
             self._leave_context(link)
             raise WireError(f"{address} cannot be dialled ({e.strerror})") from e
         try:

@@ -1,6 +1,7 @@
 """ZMQ and the in-memory network keep the same contract."""
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -10,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import zmq
 
 from kvconnect.control.channel import FILES, UNACKNOWLEDGED_MS, ZmqChannel
 from kvconnect.control.wire import Address
-from kvconnect.errors import ConfigError
+from kvconnect.errors import ConfigError, WireError
 from kvconnect.testing.channels import CHECKS, check_channel
 from kvconnect.testing.network import Network
 
@@ -213,6 +215,22 @@ def test_a_process_without_files_dials_nobody_and_lives():
     assert ended.returncode == 0, ended.stderr
     dialled, refused = map(int, ended.stdout.split())
     assert dialled and refused, "it did not run out of files"
+
+
+def test_files_that_others_take_just_then_fail_a_dial_as_any_other(monkeypatch):
+    """Used to be: libzmq's own error ended the mover's thread, and with it the engine."""
+
+    def no_files(*_):
+        raise zmq.ZMQError(errno.EMFILE)
+
+    channel = ZmqChannel("127.0.0.1", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(zmq.Socket, "get_monitor_socket", no_files)
+        for host in ("127.0.0.1", "localhost"):
+            with pytest.raises(WireError, match="Too many open files"):
+                channel.dial(Address(host, 1))
+    channel.drop(channel.dial(Address("localhost", channel.address.port)))
+    channel.close()
 
 
 def test_a_peer_that_floods_us_and_goes_ends_nothing():
