@@ -6,6 +6,7 @@ Faults are planned for the next operations, one each, in order; the rest go well
 
 import enum
 import errno
+import math
 import os
 import threading
 from collections import deque
@@ -38,8 +39,10 @@ class FaultyFile:
         self._file = file
         self._plans: deque[DiskFault] = deque()
         self._lock = threading.Lock()
-        self._gate = threading.Event()
-        self._gate.set()
+        self._gate = threading.Condition()
+        self._may_pass = math.inf
+        self.held = 0
+        """Operations that wait for `let_go`."""
 
     def plan(self, *faults: DiskFault) -> None:
         """Decide about the next operations."""
@@ -52,11 +55,14 @@ class FaultyFile:
 
     def hold(self) -> None:
         """Let nothing end until `let_go`."""
-        self._gate.clear()
+        with self._gate:
+            self._may_pass = 0
 
-    def let_go(self) -> None:
-        """End what was held."""
-        self._gate.set()
+    def let_go(self, most: float = math.inf) -> None:
+        """Let so many operations end."""
+        with self._gate:
+            self._may_pass += most
+            self._gate.notify_all()
 
     def read(self, into: memoryview, offset: int) -> int:
         fault = self._next()
@@ -86,7 +92,11 @@ class FaultyFile:
         self._file.close()
 
     def _next(self) -> DiskFault:
-        self._gate.wait()
+        with self._gate:
+            self.held += 1
+            self._gate.wait_for(lambda: self._may_pass > 0)
+            self.held -= 1
+            self._may_pass -= 1
         with self._lock:
             self.operations += 1
             fault = self._plans.popleft() if self._plans else self.usual

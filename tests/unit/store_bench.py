@@ -54,6 +54,7 @@ class Bench:
         self.host = HostStore(SlotIndex(host), [self.slot_layout], beside)
         self.neighbours = [beside] if share else []
         self.disk = None
+        self.now = 0.0
         self.files = []
         """Of our own arena on disk, and then of neighbours', as they were opened."""
         self.open_error = None
@@ -63,10 +64,13 @@ class Bench:
             disk, path = claim(folder / "disk", spec, FileBacking)
             beside = neighbours_of(folder / "disk", path, FileBacking) if share else None
             self.neighbours += [beside] if share else []
-            self.disk = DiskStore(SlotIndex(disk), IoThreads(2, most_jobs), beside, self.open_file)
-        self.now = 0.0
-        self.store = TieredStore(self.host, self.disk, lambda: self.now)
+            threads = IoThreads(2, most_jobs, self.clock)
+            self.disk = DiskStore(SlotIndex(disk), threads, beside, self.open_file)
+        self.store = TieredStore(self.host, self.disk, self.clock)
         self.tickets = 0
+
+    def clock(self):
+        return self.now
 
     def open_file(self, arena):
         if self.open_error is not None:
@@ -82,6 +86,13 @@ class Bench:
     def ticket(self):
         self.tickets += 1
         return self.tickets
+
+    def until_held(self, count, after=0):
+        """Wait for so many operations to be held, once others have ended."""
+        deadline = time.monotonic() + 60
+        while (self.file.operations, self.file.held) != (after, count):
+            assert time.monotonic() < deadline, "threads of the disk take nothing"
+            time.sleep(0.0005)
 
     def settle(self):
         """All that ends now: ticket → error."""

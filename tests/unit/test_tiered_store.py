@@ -1,6 +1,7 @@
 """Memory, disk, and faults of both: a load gives what was saved, or is a miss that is counted."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -457,6 +458,7 @@ def test_a_disk_that_hangs_fails_its_loads_in_time_and_no_others(make):
     for ticket, seed in zip(tickets, (1, 1, 2), strict=True):
         assert bench.store.load(ticket, key_of(seed), 0, (10, 11))
     assert not bench.store.poll()
+    bench.until_held(1, bench.file.operations)
     bench.now += DISK_S
     assert {one.id: one.error for one in bench.store.poll()} == dict.fromkeys(tickets, HANGS)
     assert not bench.load(3) and not bench.spill(4), "nothing more is asked of it"
@@ -468,6 +470,37 @@ def test_a_disk_that_hangs_fails_its_loads_in_time_and_no_others(make):
     bench.settle()
     assert bench.host.index.free == free + 1 and key_of(1) not in bench.host.index
     assert bench.load(1) and bench.load(2) and bench.load(3), "it answers again"
+
+
+def test_a_disk_that_is_slow_and_steady_fails_nothing(make):
+    """Used to be: what had waited for 30 s in the queue, behind others, failed all loads."""
+    bench = make(slots=8)
+    for seed in range(1, 7):
+        on_disk_only(bench, seed)
+    bench.file.hold()
+    tickets = {seed: bench.ticket() for seed in range(1, 7)}
+    for seed, ticket in tickets.items():
+        assert bench.store.load(ticket, key_of(seed), 0, (10, 11))
+    ended, before = {}, bench.file.operations
+    for after in (0, 2, 4):  # two threads: two reads at a time
+        bench.until_held(2, before + after)
+        bench.now += DISK_S - 1
+        ended |= {one.id: one.error for one in bench.store.poll()}
+        bench.file.let_go(2)
+    assert {**ended, **bench.settle()} == dict.fromkeys(tickets.values(), "")
+
+
+def test_a_store_that_stood_still_itself_is_no_disk_that_hangs(make):
+    bench = make()
+    on_disk_only(bench, 1)
+    on_disk_only(bench, 2)
+    ticket = bench.ticket()
+    assert bench.store.load(ticket, key_of(1), 0, (12, 13))
+    bench.now += DISK_S
+    deadline = time.monotonic() + 60
+    while bench.disk.longest_s:
+        assert time.monotonic() < deadline
+    assert bench.load(2) and bench.holds(1, (12, 13))
 
 
 def test_no_slot_to_promote_to_is_a_miss(make):

@@ -109,6 +109,11 @@ class DiskStore:
         """Whether `read` would start."""
         return self._threads.room > 0
 
+    @property
+    def longest_s(self) -> float:
+        """For how long a file has kept one read or write waiting now: the longest."""
+        return self._threads.longest_s
+
     def has(self, key: bytes) -> bool:
         """Whether a key can be read, as far as is known."""
         found = key in self.index or (self.neighbours and self.neighbours.find(key))

@@ -89,18 +89,24 @@ class _Job:
 class _Shared:
     jobs: "queue.SimpleQueue[_Job | None]" = field(default_factory=queue.SimpleQueue)
     finished: "queue.SimpleQueue[JobDone]" = field(default_factory=queue.SimpleQueue)
+    taken: dict[int, float] = field(default_factory=dict)  # job that runs → since then
 
 
 class IoThreads:
     """See the module's contract. One thread submits and polls."""
 
-    def __init__(self, threads: int = 2, most_jobs: int = 32) -> None:
+    def __init__(
+        self, threads: int = 2, most_jobs: int = 32, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._most = most_jobs
+        self._clock = clock
         self._running = 0
         self._numbers = 0
         self._shared = _Shared()
         self._threads = [
-            threading.Thread(target=_work, args=(self._shared,), name="kvconnect-disk", daemon=True)
+            threading.Thread(
+                target=_work, args=(self._shared, clock), name="kvconnect-disk", daemon=True
+            )
             for _ in range(threads)
         ]
         for thread in self._threads:
@@ -115,6 +121,12 @@ class IoThreads:
     def busy(self) -> bool:
         """Whether `poll` has something to wait for."""
         return self._running > 0
+
+    @property
+    def longest_s(self) -> float:
+        """For how long a file has kept a thread now: the longest."""
+        now = self._clock()
+        return now - min(list(self._shared.taken.values()), default=now)
 
     def read(self, file: File, into: memoryview, offset: int) -> int:
         """Start to fill ``into``; the job's number. Only where there is `room`."""
@@ -151,8 +163,9 @@ class IoThreads:
         return self._numbers
 
 
-def _work(shared: _Shared) -> None:
+def _work(shared: _Shared, clock: Callable[[], float]) -> None:
     while (job := shared.jobs.get()) is not None:
+        shared.taken[job.number] = clock()
         start = time.perf_counter()
         error, done = "", 0
         try:
@@ -166,4 +179,5 @@ def _work(shared: _Shared) -> None:
             error = f"{type(e).__name__}: {e}"
         seconds = time.perf_counter() - start
         number, job = job.number, None  # the memory is its owner's again before `poll` says so
+        del shared.taken[number]
         shared.finished.put(JobDone(number, error, done, seconds))

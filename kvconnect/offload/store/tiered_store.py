@@ -5,8 +5,9 @@
   of a neighbour's disk it only passes through, and the slot is free again.
 * Such a load waits for a slot, and for room in the disk's queue, while something is under way
   that may make it free; `PATIENCE_S` after the last promotion began or ended it fails.
-* A promotion that takes `DISK_S` fails whoever waits for it; its slot stays the disk's until it
-  ends. Meanwhile the disk hangs (a server of files that is down) and is asked for nothing more.
+* Where one read or write takes `DISK_S`, however many waited before it, the disk hangs (a server of
+  files that is down): whoever waits for it fails, and until that ends it is asked for nothing more.
+  A slot that is read to stays the disk's until then.
 * A load falls back within itself: what is damaged in memory is taken from disk if it is there.
 * Decides nothing about who stays: slots must have been freed by `forget`. Where there is none,
   the save is skipped, or the load fails.
@@ -49,7 +50,6 @@ class _Promotion:
     slot: int
     entry: SlotEntry  # on disk
     passing: bool  # it is a neighbour's
-    since_s: float
     waiting: list[_Wanted]  # nobody: it was given up
 
 
@@ -203,8 +203,7 @@ class TieredStore:
 
     @property
     def _hangs(self) -> bool:
-        overdue_s = self._clock() - DISK_S
-        return any(fetch.since_s <= overdue_s for fetch in self._fetches.values())
+        return self.disk is not None and self.disk.longest_s >= DISK_S
 
     def _give_up_fetches(self) -> None:
         if not self._hangs:
@@ -240,7 +239,7 @@ class TieredStore:
             self._ended.append(JobDone(wanted.job, "not read"))
             return
         self._promoted_at = self._clock()
-        fetch = _Promotion(wanted.key, slot, entry, passing, self._clock(), [wanted])
+        fetch = _Promotion(wanted.key, slot, entry, passing, [wanted])
         self._fetches[number] = self._fetching[wanted.key] = fetch
 
     def _fetched(self, fetch: _Promotion, done: JobDone) -> None:
