@@ -28,7 +28,6 @@ COMPUTED = (
     "attention_chunk_size",
     "attention_multiplier",
     "attn_logit_softcapping",
-    "attn_temperature_tuning",
     "embedding_multiplier",
     "hidden_act",
     "hidden_activation",
@@ -66,7 +65,8 @@ def fingerprint(vllm_config: Any, model_id: str | None) -> dict[str, str]:
         "architectures": ", ".join(model.hf_config.architectures or ()),
         "sizes": _told(text, SIZES),
         "positions": _told(text, [p for p in POSITIONS if not (rope and p in POSITIONS[1:3])])
-        + _reach(model, text, rope),
+        + _reach(model, text, rope)
+        + _scaled_by_position(model, text),
         "computation": _told(text, COMPUTED),
         "quantization": str(model.quantization),
         "speculation": _speculation(vllm_config),
@@ -109,12 +109,28 @@ def _reach(model: Any, text: Any, rope: Any) -> str:
     """
     told = rope or getattr(text, "rope_scaling", None) or {}
     each = [one for one in (told, *told.values()) if isinstance(one, dict)]
-    kinds = {one.get("rope_type", one.get("type")) for one in each}
-    if not kinds & {"dynamic", "longrope"}:
+    kinds = [one.get("rope_type", one.get("type")) for one in each]
+    if not {"dynamic", "longrope"} & set(kinds):
         return ""
-    original = [one[REACH[1]] for one in each if REACH[1] in one]
-    long = any(model.max_model_len > most for most in original or [getattr(text, REACH[1], 0)])
+    original = [
+        one.get(REACH[1]) or getattr(text, REACH[1], None) or 0
+        for one, kind in zip(each, kinds, strict=True)
+        if kind == "longrope"
+    ]
+    long = any(model.max_model_len > most for most in original)
     return f" {_told(text, REACH)} {'long' if long else 'short'}"
+
+
+def _scaled_by_position(model: Any, text: Any) -> str:
+    """Whether Llama 4 scales queries by their position, which its config does not decide.
+
+    vLLM takes it from the generation config, or else from ``max_model_len`` (llama4.py,
+    ``Llama4ForCausalLM.__init__``); KV of the layers above depends on it from 8,192 tokens on.
+    """
+    if not str(getattr(text, "model_type", "")).startswith("llama4"):
+        return ""
+    said = {**model.try_get_generation_config(), **model.override_generation_config}
+    return f" scaled {said.get('attn_temperature_tuning', model.max_model_len > 32768)}"
 
 
 def _told(config: Any, names: Sequence[str]) -> str:

@@ -110,6 +110,33 @@ def test_rope_that_is_scaled_to_a_length_tells_models_apart_by_it():
     assert reaching(2048, ROPE) == reaching(4096, ROPE)
 
 
+def test_rope_that_takes_no_factors_by_the_longest_prompt_may_serve_any():
+    """``dynamic`` turns by its own lengths alone, also beside layers that say an original one."""
+    rope = {"full_attention": DYNAMIC, "sliding": ROPE | {"original_max_position_embeddings": None}}
+    of = [
+        fingerprint(config(text={"rope_parameters": rope}, max_model_len=n), None) for n in (1, 9)
+    ]
+    assert of[0] == of[1]
+
+
+def test_llama_4_that_scales_queries_by_position_is_another():
+    """vLLM decides it by the longest prompt, and a generation config overrules that."""
+
+    def llama4(most, said=None, overridden=None):
+        options = {
+            "max_model_len": most,
+            "try_get_generation_config": lambda: dict(said or {}),
+            "override_generation_config": overridden or {},
+        }
+        return fingerprint(config(text={"model_type": "llama4_text"}, **options), None)
+
+    off, on = llama4(32_768), llama4(131_072)
+    assert off["positions"] != on["positions"] and llama4(40_000) == on
+    tuned = {"attn_temperature_tuning": True}
+    assert llama4(4096, tuned) == on == llama4(4096, overridden=tuned)
+    assert llama4(4096, tuned, {"attn_temperature_tuning": False}) == off
+
+
 @pytest.mark.parametrize("field", COMPUTED)
 def test_what_a_config_has_computed_otherwise_tells_models_apart(field):
     """Of ``--hf-overrides``, or of another config.json beside the same weights."""
