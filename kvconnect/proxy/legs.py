@@ -231,7 +231,9 @@ class Legs:
 
     async def _split(self, ask: LegRequest) -> LegAnswer | None:
         prefillers = deque(self.prefillers.candidates())
-        address = self._read_early.get(prefillers[0]) if prefillers else None
+        # A stream of responses begins before anything is computed: that is no sign of KV read.
+        early = bool(prefillers) and ask.path != RESPONSES
+        address = self._read_early.get(prefillers[0]) if early else None
         if address is not None and (decoders := deque(self._decoders_for(ask))):
             return await self._both(ask, prefillers, decoders, address)
         params = await self._prefill(ask, prefillers)

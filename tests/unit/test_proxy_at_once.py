@@ -221,6 +221,22 @@ def test_what_only_decode_refuses_lets_go_of_what_prefill_has_computed():
     run(scenario())
 
 
+def test_responses_are_asked_in_turn():
+    """vLLM begins their stream before it has computed anything: that is no sign that KV is read."""
+
+    async def scenario() -> None:
+        created = b"event: response.created\ndata: {}\n\n"
+        p, d = Engine(prefills), Engine(streams(created, *TOKENS))
+        async with rig([p], [d], at_once=True) as r:
+            for _ in range(2):
+                status, body = await r.ask("/v1/responses", stream=True, input="p", prompt=None)
+                assert (status, body) == (200, created + b"".join(TOKENS))
+                assert params(d).get("kvconnect") == "ticket"
+            assert await r.counters() == {"requests": 2}
+
+    run(scenario())
+
+
 def test_a_client_that_goes_ends_both():
     async def scenario() -> None:
         p, d = Engine(prefills, hangs), Engine(answers, hangs)
