@@ -26,7 +26,7 @@ class _Computed:
     name: str
     admitted: bool = False
     tokens: int = 0
-    """Those that were computed when it was last looked at."""
+    """Those that will be computed when the last step has run: fewer are some taken back."""
     told: tuple[int, ...] = ()
     """Blocks of each group."""
     digest: bytes = b""
@@ -59,13 +59,16 @@ class Computing:
             return
         again = {one.req_id for one in output.scheduled_new_reqs}
         again |= output.scheduled_cached_reqs.resumed_req_ids | (output.preempted_req_ids or set())
-        for request_id, computed in self._requests.items():
+        for request_id in dict.fromkeys((*again, *output.num_scheduled_tokens)):
+            if (computed := self._requests.get(request_id)) is None:
+                continue
             if request_id in again:
                 self._restart(computed)
-            if request_id in output.num_scheduled_tokens:
+            if tokens := output.num_scheduled_tokens.get(request_id):
                 if computed.admitted:
                     self._tell(computed, output.kv_connector_block_state)
                 computed.admitted = True
+                computed.tokens = computed.request.num_computed_tokens + tokens
 
     def _tell(self, computed: _Computed, state: Any) -> None:
         request = computed.request
@@ -73,7 +76,6 @@ class Computing:
         if tokens < computed.tokens:
             self._restart(computed)
             return
-        computed.tokens = tokens
         complete = tuple(min(tokens, most) // size if size else 0 for size in self._sizes)
         told = computed.told or (0,) * len(complete)
         if complete == told or state is None:

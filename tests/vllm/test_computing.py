@@ -150,6 +150,37 @@ def test_tokens_that_are_taken_back_within_a_block_count_too():
     assert orders[1].lease_id == promise.lease_id
 
 
+def test_tokens_that_the_first_step_has_not_left_are_taken_back_too():
+    """vLLM lets a request hit a block again while another's load of it is made good: only then."""
+    p = Prefill()
+    request, _ = p.arrives()
+    request.num_computed_tokens = 16
+    p.step(request, 4, new=True)
+    request.num_computed_tokens = 16
+    assert p.step(request, 4) == [], "the block is computed in this step"
+    (told,) = p.step(request, 4)
+    assert told.blocks == ((100,),)
+
+
+def test_a_step_costs_nothing_for_requests_that_are_not_in_it():
+    class Id(str):
+        looked_at = 0
+
+        def __hash__(self):
+            Id.looked_at += 1
+            return super().__hash__()
+
+    p = Prefill()
+    for number in range(10):
+        p.arrives(PREFILL | {"transfer_id": f"x{number}"}, Id(number))
+    request, _ = p.arrives()
+    Id.looked_at = 0
+    p.step(request, 16, new=True)
+    (told,) = p.step(request, 16)
+    assert told.blocks == ((100,),)
+    assert Id.looked_at == 0
+
+
 def test_blocks_that_vllm_changed_are_another_lease():
     p = Prefill()
     request, promise = p.arrives()
