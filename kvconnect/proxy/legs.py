@@ -187,9 +187,11 @@ class _Prefilled:
 class _EarlyAnswer:
     """What came of a decode leg that was asked for while prefill was."""
 
+    url: str
     answer: LegAnswer | None = None
+    refused: bool = False
     spent: bool = False
-    """It may have used up the KV."""
+    """It may have used up the KV, or let go of it."""
 
 
 class Legs:
@@ -268,13 +270,13 @@ class Legs:
                     ask, await self._prefill(ask, prefillers, prefill.result()), decoders
                 )
             opened = await opening
+            if opened.refused and prefill.done() and (kept := prefill.result().params) is not None:
+                self._release(opened.url, ask, kept)
             if opened.answer is not None:
-                refused = opened.answer.upstream.status >= 400
-                if refused and prefill.done() and (kept := prefill.result().params) is not None:
-                    self._release(opened.answer.url, ask, kept)
                 given = True
                 return opened.answer
             if opened.spent:
+                prefill.cancel()
                 return await self._after(ask, None, decoders)
             prefilled = await prefill
             return await self._after(ask, await self._prefill(ask, prefillers, prefilled), decoders)
@@ -295,13 +297,15 @@ class Legs:
         except LOST as error:
             decoders.popleft()
             self._report_lost(self.decoders, url, error)
-            return _EarlyAnswer(spent=not isinstance(error, _NEVER_ASKED))
-        self._report_status(self.decoders, url, answer.upstream.status)
-        if not answer.faulty and answer.upstream.status not in _ELSEWHERE:
-            return _EarlyAnswer(answer)
+            return _EarlyAnswer(url, spent=not isinstance(error, _NEVER_ASKED))
+        status = answer.upstream.status
+        self._report_status(self.decoders, url, status)
+        refused = 400 <= status < 500
+        if not answer.faulty and status not in _ELSEWHERE:
+            return _EarlyAnswer(url, answer, refused)
         answer.close()
         decoders.rotate(-1)
-        return _EarlyAnswer(spent=answer.faulty)
+        return _EarlyAnswer(url, refused=refused, spent=True)
 
     async def _prefill(
         self, ask: LegRequest, engines: Iterable[str], first: "_Prefilled | None" = None

@@ -221,6 +221,39 @@ def test_what_only_decode_refuses_lets_go_of_what_prefill_has_computed():
     run(scenario())
 
 
+@pytest.mark.parametrize("status", [404, 413, 429])
+@pytest.mark.parametrize("computed", [False, True])
+def test_where_another_decode_engine_may_do_it_is_asked_without_the_kv(status, computed):
+    """The one that refused lets go of what it was offered."""
+
+    async def scenario() -> None:
+        p = Engine(prefills, prefills if computed else hangs)
+        refuses = hangs_until(says(b"not here", status))
+
+        async def answers_after_prefill(engine: Engine, request: web.Request) -> web.StreamResponse:
+            if not computed:  # is told to stop, and not only once decode has answered
+                await p.aborted.wait()
+            return await answers(engine, request)
+
+        first, other = Engine(answers, refuses, answers), Engine(answers, answers_after_prefill)
+        async with rig([p], [first, other], at_once=True) as r:
+            await r.ask()
+            await r.ask(TEXT, n=2)  # decode alone: it is the first one's turn again
+            asked = asyncio.create_task(r.ask())
+            await first.reached.wait()
+            while len(p.bodies) < 2 or (await r.health())["prefill"][0]["in_flight"] == computed:
+                await asyncio.sleep(0.01)
+            first.go_on.set()
+            assert await asked == (200, ANSWER)
+            assert (len(other.bodies), params(other)) == (2, {})
+            if computed:
+                while len(first.bodies) < 3:
+                    await asyncio.sleep(0.01)
+                assert params(first)["kvconnect"] == "ticket", "and so it is let go"
+
+    run(scenario())
+
+
 def test_responses_are_asked_in_turn():
     """vLLM begins their stream before it has computed anything: that is no sign that KV is read."""
 
