@@ -253,6 +253,10 @@ class Run:
             self.sides[victim].ready()
             for lease in stale[:2]:
                 self.fetch(*lease)
+            # what becomes of them is known before the reader may be killed
+            self.load(
+                until=lambda: not any(s for *_, s in self.under_way.values()), seconds=RECOVERY_S
+            )
         else:
             self.under_way.clear()
             self.sides[victim] = Side(read, self.name)
