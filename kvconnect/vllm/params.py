@@ -179,9 +179,10 @@ def parse_early(
 ) -> Source:
     """Where a prompt is being computed that both engines were asked for; raises OfferError.
 
-    ``wait_s``: how long that may take.
+    ``wait_s``: how long that may take; where blocks are named, prefill has answered already.
     """
     _ticket(params, secret)
+    wait_s = 0.0 if params.get("remote_block_ids") else wait_s
     name = transfer_name(params)
     check_engine(text_of(params, "remote_engine_id"), engine_id, None, name)
     address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))

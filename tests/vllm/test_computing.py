@@ -250,6 +250,14 @@ def test_decode_is_asked_at_once():
     assert (fetch.tokens, fetch.source) == (TOKENS, renew.source)
 
 
+def test_prefill_that_has_answered_is_not_waited_for():
+    """A router may copy fields without the ticket, and an older prefill engine knows no names."""
+    d = Engine("D", "kv_both", NixlConfig(prefill_timeout=33), RouterProtocol)
+    d.arrives(DECODE | {"remote_block_ids": [[1, 2, 3]]}, num_computed_tokens=0)
+    (renew,) = d.steps([RenewLease])
+    assert renew.source.request_id == "transfer x" and renew.source.wait_s == 0
+
+
 def test_prefill_and_decode_agree_on_name_and_digest():
     p, d = Prefill(), Engine("D", "kv_both", NixlConfig(), RouterProtocol)
     request, promise = p.arrives()
