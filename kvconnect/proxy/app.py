@@ -21,7 +21,7 @@ import msgspec
 from aiohttp import web
 
 from kvconnect.proxy.config import ProxyConfig
-from kvconnect.proxy.legs import LOST, LegAnswer, LegRequest, Legs, ProxyReply
+from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyReply
 from kvconnect.proxy.policy import (
     CHAT,
     MESSAGES,
@@ -34,6 +34,7 @@ from kvconnect.proxy.policy import (
     request_id,
     splittable,
 )
+from kvconnect.proxy.session import LOST
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -222,7 +223,7 @@ class Proxy:
         """GET /health: 200 while a decode engine has answered and not failed since."""
         legs = self._legs
         unseen = [pool for pool in (legs.decoders, legs.prefillers) if not pool.any_up()]
-        await asyncio.gather(*map(legs.look, unseen))
+        await asyncio.gather(*map(legs.health.look, unseen))
         up = legs.decoders.any_up()
         report: dict[str, object] = {"status": "ok" if up else "unavailable"}
         if up and not legs.prefillers.any_up():

@@ -7,8 +7,7 @@ turn it is ``pool``'s.
   next one is asked. A 5xx is not: an engine answers 503 when its queue is full.
 - Closing an ``LegAnswer``, or cancelling a call in here, closes the connection to the engine: that
   is how vLLM learns that it may stop.
-- An engine that is waited for and says nothing is asked for its health every second. One that does
-  not answer that either hangs: it counts as down, and its requests go elsewhere.
+- An engine that hangs (``health`` finds out) counts as down, and its requests go elsewhere.
 - What prefill cannot do (its 4xx) decode may still: it then works alone, and its word is final.
 - What only a decode engine refuses leaves prefill's KV without a reader: the lease is let go.
 - Where it was chosen (``at_once``), and a prefill engine has said that it can be read while it
@@ -20,7 +19,6 @@ turn it is ``pool``'s.
 import asyncio
 import contextlib
 import io
-import logging
 import re
 import secrets
 from collections import OrderedDict, deque
@@ -32,6 +30,7 @@ import msgspec
 import yarl
 
 from kvconnect.proxy.config import ProxyConfig
+from kvconnect.proxy.health import HealthWatch, report_lost, report_status
 from kvconnect.proxy.policy import (
     MAX_HELD_S,
     RESPONSES,
@@ -48,25 +47,16 @@ from kvconnect.proxy.policy import (
     transfer_params,
 )
 from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.session import engine_session
+from kvconnect.proxy.session import LOST, engine_session
 
-logger = logging.getLogger(f"vllm.{__name__}")
-
-LOST = (aiohttp.ClientError, TimeoutError, OSError)
-"""The engine, or the way to it, is gone."""
-# Of these, the ones that come before a byte of the request went out.
+# Of LOST, the ones that come before a byte of the request went out.
 _NEVER_ASKED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
-# A gateway in front of an engine says with these that it did not reach it.
-_UNREACHED = (502, 504)
 # An engine says with these that it cannot, where another might: an adapter that it has not
 # loaded, a prompt too long for it, too many requests.
 _ELSEWHERE = (404, 413, 429)
 _MODELS_TIMEOUT_S = 10.0
 _RELEASE_TIMEOUT_S = 10.0
-LOOK_EVERY_S = 1.0
-# Its API server may be busy with tokenizing, or with a page of logs, but not for so long.
-HEALTH_TIMEOUT_S = 5.0
 # Responses whose engine is remembered, for those who go on from one of them.
 _REMEMBERED_RESPONSES = 65_536
 _RESPONSE_ID = re.compile(rb'"id":\s?"(resp_[\w-]{1,100})"')
@@ -204,7 +194,10 @@ class Legs:
         self._connect_timeout_s = config.connect_timeout_s
         self._session = engine_session(config.connect_timeout_s, config.silence_timeout_s)
         self._releases: set[asyncio.Task[None]] = set()
-        self._watch = asyncio.create_task(self._watch_silent())
+        self.health = HealthWatch(
+            self.prefillers, self.decoders, self._session, config.connect_timeout_s
+        )
+        self._watch = asyncio.create_task(self.health.watch())
         self._at_once = config.at_once
         self._read_early: dict[str, EngineAddress] = {}  # prefill engine → where it said it is
         self._keepers: OrderedDict[str, str] = OrderedDict()  # response id → its engine
@@ -296,10 +289,10 @@ class Legs:
             answer = await self._open(url, ask, params)
         except LOST as error:
             decoders.popleft()
-            self._report_lost(self.decoders, url, error)
+            report_lost(self.decoders, url, error)
             return _EarlyAnswer(url, spent=not isinstance(error, _NEVER_ASKED))
         status = answer.upstream.status
-        self._report_status(self.decoders, url, status)
+        report_status(self.decoders, url, status)
         refused = 400 <= status < 500
         if not answer.faulty and status not in _ELSEWHERE:
             return _EarlyAnswer(url, answer, refused)
@@ -341,11 +334,11 @@ class Legs:
                 ):
                     answer = await upstream.read()
         except LOST as error:
-            self._report_lost(self.prefillers, url, error)
+            report_lost(self.prefillers, url, error)
             self._read_early.pop(url, None)
             return _Prefilled()
         status = upstream.status
-        self._report_status(self.prefillers, url, status)
+        report_status(self.prefillers, url, status)
         if status >= 400:
             refused = status < 500
             return _Prefilled(refused=refused, final=refused and status not in _ELSEWHERE)
@@ -373,14 +366,14 @@ class Legs:
             try:
                 answer = await self._open(url, ask, params)
             except LOST as error:
-                self._report_lost(self.decoders, url, error)
+                report_lost(self.decoders, url, error)
                 if not isinstance(error, _NEVER_ASKED):
                     # It may have read and released the KV, and a connector without lease
                     # generations would let the next engine read whatever took its place.
                     params = None
                 continue
             status = answer.upstream.status
-            self._report_status(self.decoders, url, status)
+            report_status(self.decoders, url, status)
             if 400 <= status < 500:
                 if params is not None:
                     self._release(url, ask, params)
@@ -455,58 +448,12 @@ class Legs:
                     ) as upstream:
                         body = await upstream.read()
                 except LOST as error:
-                    self._report_lost(pool, url, error)
+                    report_lost(pool, url, error)
                     continue
-                self._report_status(pool, url, upstream.status)
+                report_status(pool, url, upstream.status)
                 if upstream.status < 500:
                     return ProxyReply(upstream.status, _passed_on(upstream), body)
         return None
-
-    async def _watch_silent(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            asks = [
-                self._ask_whether_alive(self.prefillers, url) for url in self._doubtful_prefill()
-            ]
-            asks += [self._ask_whether_alive(self.decoders, url) for url in self._doubtful_decode()]
-            await asyncio.gather(*asks)
-
-    def _doubtful_prefill(self) -> set[str]:
-        return {*self.prefillers.silent(), *self.prefillers.hanging()}
-
-    def _doubtful_decode(self) -> set[str]:
-        """The last decode engine is never given up: nobody could take over from it."""
-        silent = self.decoders.silent()
-        others = any(state.up and state.url not in silent for state in self.decoders.states())
-        return {*(silent if others else ()), *self.decoders.hanging()}
-
-    async def _ask_whether_alive(self, pool: Pool, url: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-        try:
-            async with self._session.get(
-                f"{url}/health", timeout=timeout, allow_redirects=False
-            ) as upstream:
-                await upstream.read()
-        except LOST:
-            if url not in pool.hanging():
-                logger.warning("%s hangs: it does not answer /health either", url)
-            pool.give_up(url)
-        else:
-            pool.lives(url)
-
-    async def look(self, pool: Pool) -> None:
-        """Asks engines that are not up for their health, so that one may count as up."""
-
-        async def look(url: str) -> None:
-            timeout = aiohttp.ClientTimeout(total=self._connect_timeout_s)
-            with contextlib.suppress(*LOST):
-                async with self._session.get(
-                    f"{url}/health", timeout=timeout, allow_redirects=False
-                ) as upstream:
-                    if upstream.status == 200:
-                        self._report_status(pool, url, 200)
-
-        await asyncio.gather(*(look(state.url) for state in pool.states() if not state.up))
 
     def _post(
         self, url: str, ask: LegRequest, data: bytes, headers: Mapping[str, str] = {}
@@ -518,17 +465,6 @@ class Legs:
             headers={**ask.headers, **headers},
             allow_redirects=False,
         )
-
-    def _report_lost(self, pool: Pool, url: str, error: BaseException) -> None:
-        if pool.failed(url):
-            logger.warning("%s is down: %s", url, str(error) or type(error).__name__)
-
-    def _report_status(self, pool: Pool, url: str, status: int) -> None:
-        if status in _UNREACHED:
-            if pool.failed(url):
-                logger.warning("%s is down: status %d", url, status)
-        elif pool.succeeded(url):
-            logger.warning("%s is up again", url)
 
 
 async def _opening(head: bytes, upstream: aiohttp.ClientResponse) -> tuple[bytes, Opening]:

@@ -7,6 +7,8 @@ import socket
 
 import aiohttp
 
+LOST = (aiohttp.ClientError, TimeoutError, OSError)
+"""The engine, or the way to it, is gone."""
 # uvicorn, under vLLM, closes connections after 5 idle seconds; we have to be first, or a request
 # is written into a closing connection and a healthy engine looks dead.
 _KEEPALIVE_S = 3.0
