@@ -41,11 +41,9 @@ class HealthWatch:
         """Ask, every second, whoever is silent or hangs; until it is cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            asks = [
-                self._ask_whether_alive(self._prefillers, url) for url in self._doubtful_prefill()
-            ]
-            asks += [self._ask_whether_alive(self._decoders, url) for url in self._doubtful_decode()]
-            await asyncio.gather(*asks)
+            doubtful = [(self._prefillers, url) for url in self._doubtful_prefill()]
+            doubtful += [(self._decoders, url) for url in self._doubtful_decode()]
+            await asyncio.gather(*(self._ask_whether_alive(*one) for one in doubtful))
 
     def _doubtful_prefill(self) -> set[str]:
         return {*self._prefillers.silent(), *self._prefillers.hanging()}

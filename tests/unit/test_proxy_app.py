@@ -20,7 +20,7 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from kvconnect.cli.proxy import proxy
-from kvconnect.proxy import legs
+from kvconnect.proxy import health
 from kvconnect.proxy.app import start
 from kvconnect.proxy.config import make_config
 from kvconnect.proxy.session import engine_session
@@ -686,8 +686,8 @@ async def hangs_alive(engine: Engine, request: web.Request) -> web.StreamRespons
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(legs, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(legs, "HEALTH_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(health, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(health, "HEALTH_TIMEOUT_S", 1.0)
 
 
 def test_an_engine_that_hangs_loses_its_requests_to_another(monkeypatch):
