@@ -34,7 +34,7 @@ from kvconnect.orders import (
 from kvconnect.stats import Stats
 
 
-class Told(NamedTuple):
+class PartialTerms(NamedTuple):
     """What readers know of a promised request: its blocks so far, and what it will hold."""
 
     tables: tuple[list[int], ...]
@@ -54,7 +54,7 @@ class Planner:
         self._fetching: set[str] = set()  # of those, the ones that a Fetch was ordered for
         self._samples: dict[LeaseKey, str] = {}  # lease → the sample that fetches it
         self._promised: dict[str, str] = {}  # request id → lease id, while it is computed
-        self._told: dict[str, Told] = {}  # of those, the ones whose blocks are read meanwhile
+        self._partial: dict[str, PartialTerms] = {}  # of those, who may be read meanwhile
         self._granted: dict[str, str] = {}  # likewise, until all ranks said that its lease is over
 
     def addresses_known(self, shards: tuple[Address, ...]) -> None:
@@ -140,15 +140,15 @@ class Planner:
     ) -> None:
         """More blocks of a promised request are complete; the rest as in `Progress`."""
         if lease_id := self._promised.get(request_id):
-            nothing = Told(tuple([] for _ in blocks), tokens, digest)
-            told = self._told.setdefault(request_id, nothing)
+            nothing = PartialTerms(tuple([] for _ in blocks), tokens, digest)
+            told = self._partial.setdefault(request_id, nothing)
             for table, more in zip(told.tables, blocks, strict=True):
                 table += more
             self._orders.append(Progress(lease_id, tuple(map(tuple, blocks)), tokens, digest))
 
     def restart(self, request_id: str, name: str = "") -> None:
         """A promised request is computed anew: what was told of it does not count any more."""
-        if self._told.pop(request_id, None):
+        if self._partial.pop(request_id, None):
             before = self._promised.pop(request_id)
             self.promise(request_id, name)
             self._orders.append(Withdraw(before, successor=self._promised[request_id]))
@@ -165,13 +165,13 @@ class Planner:
 
         ``tables``, ``tokens``, ``digest`` and ``name`` are those of `kvconnect.lease.Terms`.
         """
-        if (told := self._told.get(request_id)) and told != Told(
+        if (told := self._partial.get(request_id)) and told != PartialTerms(
             tuple(list(t[: len(k)]) for t, k in zip(tables, told.tables, strict=True)),
             tokens,
             digest,
         ):
             self.restart(request_id, name)
-        self._told.pop(request_id, None)
+        self._partial.pop(request_id, None)
         lease_id = self._promised.pop(request_id, None) or secrets.token_hex(16)
         self._granted[request_id] = lease_id
         held = tuple(tuple(table) for table in tables)
@@ -185,7 +185,7 @@ class Planner:
 
     def withdraw(self, request_id: str) -> None:
         """The request ended without KV to lease."""
-        self._told.pop(request_id, None)
+        self._partial.pop(request_id, None)
         if lease_id := self._promised.pop(request_id, None):
             self._orders.append(Withdraw(lease_id))
 

@@ -100,7 +100,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         return _compat.transfer_group_ids(self._kv_cache_config)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        self.scheduler.computing.step(scheduler_output)
+        self.scheduler.progress.step(scheduler_output)
         return Orders(self.scheduler.take_orders(), self.scheduler.adapters.next_step())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:

@@ -22,8 +22,8 @@ from kvconnect.planner import Planner
 from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat, leaving
 from kvconnect.vllm.adapter_reports import scheduler_adapters
-from kvconnect.vllm.computing import Computing
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket, token_kinds
+from kvconnect.vllm.prefill_progress import PrefillProgress
 from kvconnect.vllm.protocol import NOWHERE, EngineInfo, RouterProtocol
 from kvconnect.vllm.undecided import Undecided
 from kvconnect.vllm.windows import Windows, held_from
@@ -67,7 +67,7 @@ class Scheduler:
         self._windows = Windows(kv_cache_config, self._groups)
         self._backoff = _backoff(vllm_config, kv_cache_config)
         self._planner = Planner(self._us.ttl_s)
-        self.computing = Computing(self._planner, vllm_config, kv_cache_config)
+        self.progress = PrefillProgress(self._planner, vllm_config, kv_cache_config)
         self.lent: dict[str, Any] = {}
         """Finished requests, by id, whose blocks are kept for readers."""
         self.drain_s = config.drain_timeout
@@ -116,7 +116,7 @@ class Scheduler:
                 name = self._protocol.name(request)
                 self._planner.promise(request.request_id, name)
                 if self._protocol.is_read_early(request):
-                    self.computing.add(request, name)
+                    self.progress.add(request, name)
 
     def get_num_new_matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here; None: not known yet. No effect."""
@@ -181,7 +181,7 @@ class Scheduler:
         """The request ended; says whether its blocks are lent, and with which params."""
         self._planner.end(request.request_id)
         self._windows.done(request.request_id)
-        self.computing.ended(request.request_id)
+        self.progress.ended(request.request_id)
         self._release_own(request.request_id)
         adapter = self.adapters.digest(request)
         if adapter is not None and self.adapters.mixed(request):

@@ -59,7 +59,7 @@ class Prefill:
                 get_block_ids=lambda r: (self.tables[r],) if tokens else None
             ),
         )
-        self.engine.scheduler.computing.step(output)
+        self.engine.scheduler.progress.step(output)
         orders = self.engine.scheduler.take_orders()
         request.num_computed_tokens += tokens
         return orders

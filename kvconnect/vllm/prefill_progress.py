@@ -21,7 +21,7 @@ from kvconnect.vllm.params import Prompt
 
 
 @dataclass
-class _Computed:
+class _RequestProgress:
     request: Any
     name: str
     admitted: bool = False
@@ -33,8 +33,8 @@ class _Computed:
     """Of the prompt, once: that is work of every token. Another one at the end is another lease."""
 
 
-class Computing:
-    """Of one engine; vLLM's scheduler calls it."""
+class PrefillProgress:
+    """How far the requests of one engine are; vLLM's scheduler calls it."""
 
     def __init__(self, planner: Planner, vllm_config: Any, kv_cache_config: Any) -> None:
         self._planner = planner
@@ -42,12 +42,12 @@ class Computing:
         specs = [kv_cache_config.kv_cache_groups[g].kv_cache_spec for g in self._groups]
         self._sizes = [spec.block_size if _only_grows(spec) else 0 for spec in specs]
         self._off = vllm_config.speculative_config is not None or not any(self._sizes)
-        self._requests: dict[str, _Computed] = {}
+        self._requests: dict[str, _RequestProgress] = {}
 
     def add(self, request: Any, name: str) -> None:
         """A request was promised whose reader may come before it is computed."""
         if not self._off and request.lora_request is None:
-            self._requests[request.request_id] = _Computed(request, name)
+            self._requests[request.request_id] = _RequestProgress(request, name)
 
     def ended(self, request_id: str) -> None:
         """It is finished. Idempotent."""
@@ -60,24 +60,24 @@ class Computing:
         again = {one.req_id for one in output.scheduled_new_reqs}
         again |= output.scheduled_cached_reqs.resumed_req_ids | (output.preempted_req_ids or set())
         for request_id in dict.fromkeys((*again, *output.num_scheduled_tokens)):
-            if (computed := self._requests.get(request_id)) is None:
+            if (progress := self._requests.get(request_id)) is None:
                 continue
             if request_id in again:
-                self._restart(computed)
+                self._restart(progress)
             if tokens := output.num_scheduled_tokens.get(request_id):
-                if computed.admitted:
-                    self._tell(computed, output.kv_connector_block_state)
-                computed.admitted = True
-                computed.tokens = computed.request.num_computed_tokens + tokens
+                if progress.admitted:
+                    self._tell(progress, output.kv_connector_block_state)
+                progress.admitted = True
+                progress.tokens = progress.request.num_computed_tokens + tokens
 
-    def _tell(self, computed: _Computed, state: Any) -> None:
-        request = computed.request
+    def _tell(self, progress: _RequestProgress, state: Any) -> None:
+        request = progress.request
         tokens, most = request.num_computed_tokens, request.num_prompt_tokens
-        if tokens < computed.tokens:
-            self._restart(computed)
+        if tokens < progress.tokens:
+            self._restart(progress)
             return
         complete = tuple(min(tokens, most) // size if size else 0 for size in self._sizes)
-        told = computed.told or (0,) * len(complete)
+        told = progress.told or (0,) * len(complete)
         if complete == told or state is None:
             return
         tables = state.get_block_ids(request.request_id)
@@ -85,14 +85,14 @@ class Computing:
             tables[group][before:now]
             for group, before, now in zip(self._groups, told, complete, strict=True)
         ]
-        computed.digest = computed.digest or Prompt(request).digest(most)
-        self._planner.progress(request.request_id, blocks, most, computed.digest)
-        computed.told = complete
+        progress.digest = progress.digest or Prompt(request).digest(most)
+        self._planner.progress(request.request_id, blocks, most, progress.digest)
+        progress.told = complete
 
-    def _restart(self, computed: _Computed) -> None:
-        self._planner.restart(computed.request.request_id, computed.name)
-        computed.admitted, computed.tokens = False, 0
-        computed.told, computed.digest = (), b""
+    def _restart(self, progress: _RequestProgress) -> None:
+        self._planner.restart(progress.request.request_id, progress.name)
+        progress.admitted, progress.tokens = False, 0
+        progress.told, progress.digest = (), b""
 
 
 def _only_grows(spec: Any) -> bool:
