@@ -20,7 +20,7 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from kvconnect.cli.proxy import proxy
-from kvconnect.proxy import health
+from kvconnect.proxy import health, legs
 from kvconnect.proxy.app import start
 from kvconnect.proxy.config import make_config
 from kvconnect.proxy.session import engine_session
