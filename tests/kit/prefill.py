@@ -51,12 +51,8 @@ class Prefill:
 
     def compute(self, tokens: int) -> bool:
         """A step has ended: so many tokens of the prompt are computed now, if there are blocks."""
-        missing = -(-tokens // self.size) - len(self.blocks)
-        if missing > len(self.free):
+        if not self._fill(tokens):
             return False
-        self.blocks += [self.free.pop() for _ in range(missing)]
-        for cache in self.engine.caches:
-            cache.fill(self.blocks, self.seed)
         complete = tokens // self.size
         new = self.blocks[self.told : complete]
         if new or not self.told:
@@ -74,12 +70,8 @@ class Prefill:
     def finish(self, tokens: int | None = None) -> bool:
         """The rest is computed, and all of it leased; ``tokens``: of another number than said."""
         tokens = tokens or self.tokens
-        missing = -(-tokens // self.size) - len(self.blocks)
-        if missing > len(self.free):
+        if not self._fill(tokens):
             return False
-        self.blocks += [self.free.pop() for _ in range(missing)]
-        for cache in self.engine.caches:
-            cache.fill(self.blocks, self.seed)
         self.planner.grant(self.request_id, [self.blocks], tokens, self.digest)
         self.state = "granted"
         self._give()
@@ -96,6 +88,16 @@ class Prefill:
         """All ranks said that its lease is over."""
         self._lose_blocks()
         self.state = "freed"
+
+    def _fill(self, tokens: int) -> bool:
+        """Compute so many tokens into blocks, if there are enough."""
+        missing = -(-tokens // self.size) - len(self.blocks)
+        if missing > len(self.free):
+            return False
+        self.blocks += [self.free.pop() for _ in range(missing)]
+        for cache in self.engine.caches:
+            cache.fill(self.blocks, self.seed)
+        return True
 
     def _lose_blocks(self) -> None:
         for cache in self.engine.caches:

@@ -41,6 +41,18 @@ def nothing_is_held(*engines):
             assert mover.wait_s() > 0.5, "an idle mover spins"
 
 
+def early_pair(computed=0):
+    """A prompt of 30 tokens that one engine computes, and another was asked for at once."""
+    world = World()
+    p, d = make(world), make(world)
+    prefill = Prefill(p, 30, seed=1)
+    fetch_early(d, "d", prefill, range(8))
+    if computed:
+        prefill.compute(computed)
+        world.go_on(30)
+    return world, p, d, prefill
+
+
 @pytest.mark.parametrize("mode", ["auto", "staged", "direct"])
 @pytest.mark.parametrize("tp", [(1, 1), (2, 1), (1, 2)], ids=str)
 def test_blocks_cross_while_the_rest_is_computed(mode, tp):
@@ -234,12 +246,7 @@ def test_who_gives_up_does_not_end_the_lease_of_who_reads_on():
 @pytest.mark.parametrize("tokens", [28, 32])
 def test_another_end_than_was_said_is_another_lease(tokens):
     """What crossed under the old one may be right, but nobody has checked that."""
-    world = World()
-    p, d = make(world), make(world)
-    prefill = Prefill(p, 30, seed=1)
-    fetch_early(d, "d", prefill, range(8))
-    prefill.compute(16)
-    world.go_on(30)
+    world, p, d, prefill = early_pair(computed=16)
     prefill.finish(tokens)
     world.go_on(30)
     ((reason,),) = d.ended.values()
@@ -250,12 +257,7 @@ def test_another_end_than_was_said_is_another_lease(tokens):
 
 
 def test_blocks_that_changed_without_a_word_are_another_lease():
-    world = World()
-    p, d = make(world), make(world)
-    prefill = Prefill(p, 30, seed=1)
-    fetch_early(d, "d", prefill, range(8))
-    prefill.compute(16)
-    world.go_on(30)
+    world, p, d, prefill = early_pair(computed=16)
     moved, prefill.blocks[1] = prefill.blocks[1], prefill.free.pop()
     scribble(p.caches[0], [moved])
     d.caches[0].fill(range(8), 99)  # so that it shows what is read anew
@@ -292,10 +294,7 @@ def test_without_streaming_at_one_side_it_is_the_pull_of_before(side, monkeypatc
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.UNREPORTED])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_direct_read_that_fails_is_staged_from_then_on(fault, at):
-    world = World()
-    p, d = make(world), make(world)
-    prefill = Prefill(p, 30, seed=1)
-    fetch_early(d, "d", prefill, range(8))
+    world, p, d, prefill = early_pair()
     for step, tokens in enumerate((8, 16, 30)):
         if step == at:
             d.transports[0].plan(fault, 0, 0)
@@ -356,12 +355,7 @@ def test_late_kernels_of_a_step_that_was_withdrawn_do_not_count():
 
 
 def test_prefill_that_dies_fails_the_fetch():
-    world = World()
-    p, d = make(world), make(world)
-    prefill = Prefill(p, 30, seed=1)
-    fetch_early(d, "d", prefill, range(8))
-    prefill.compute(16)
-    world.go_on(30)
+    world, p, d, _ = early_pair(computed=16)
     p.stop()
     world.engines.remove(p)
     world.go_on(10, seconds=1.0)
@@ -371,12 +365,7 @@ def test_prefill_that_dies_fails_the_fetch():
 
 
 def test_decode_that_dies_holds_the_lease_no_longer_than_its_time():
-    world = World()
-    p, d = make(world), make(world)
-    prefill = Prefill(p, 30, seed=1)
-    fetch_early(d, "d", prefill, range(8))
-    prefill.compute(16)
-    world.go_on(30)
+    world, p, d, prefill = early_pair(computed=16)
     d.stop()
     world.engines.remove(d)
     prefill.finish()
