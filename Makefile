@@ -58,6 +58,7 @@ chaos: setup ## ranks and engines killed and stopped, side channels spoiled, ove
 	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one; done
 	@$(RUN) UCX_TLS=tcp python tests/contract/chaos_movers.py nixl
 	@$(RUN) for one in nixl mooncake p2p multi; do python tests/e2e/chaos_engines.py $$one $(ARGS); done
+	@$(RUN) python tests/e2e/chaos_engines.py nixl --at-once $(ARGS)
 
 hung: setup ## engines stopped amid transfers, over every transport: what the healthy ones lose
 	@$(RUN) python tests/e2e/hung_engines.py $(ARGS)

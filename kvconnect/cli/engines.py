@@ -135,10 +135,12 @@ def engine_env(**more: str) -> dict[str, str]:
     return _DEFAULT_ENV | inherited | more
 
 
-def proxy_command(prefill: Sequence[str], decode: Sequence[str]) -> Callable[[int], list[str]]:
+def proxy_command(
+    prefill: Sequence[str], decode: Sequence[str], options: Sequence[str] = ()
+) -> Callable[[int], list[str]]:
     """``kvconnect proxy`` between the engines at these URLs, by its port."""
     engines = [f"--prefill={url}" for url in prefill] + [f"--decode={url}" for url in decode]
-    start = [*_PYTHON, "kvconnect.cli", "proxy", f"--host={HOST}", *engines]
+    start = [*_PYTHON, "kvconnect.cli", "proxy", f"--host={HOST}", *engines, *options]
     return lambda port: [*start, f"--port={port}"]
 
 

@@ -231,6 +231,8 @@ class Fetcher:
 
     def _report(self, request_id: str, fetch: FetchState) -> None:
         self._received.add(request_id)
+        if not fetch.error and any(told.stretch.since for told in fetch.told.values()):
+            self._stats.count("num_streamed_transfers")
         if fetch.error and not fetch.aborted:
             self._failed[request_id] = fetch.error
             logger.warning("request %s: KV was not loaded: %s", request_id, fetch.error)

@@ -143,6 +143,11 @@ PEER = (
         "KV cache transfers that were staged; the others were direct.",
     ),
     Metric(
+        "vllm:kvconnect_num_streamed_transfers",
+        ("num_streamed_transfers",),
+        "Requests of which blocks crossed while prefill computed others, per rank that reads.",
+    ),
+    Metric(
         "vllm:kvconnect_num_late_reads",
         ("num_late_reads",),
         "Reads thrown away because their lease was over before they had ended.",

@@ -1,6 +1,7 @@
 """Two prefill and two decode engines behind `kvconnect proxy`, and what can happen to them.
 
     python tests/e2e/chaos_engines.py ucx --seconds 480
+    python tests/e2e/chaos_engines.py nixl --seconds 200 --at-once
 
 Clients ask without pause. Engines are killed -9 and restarted at once at their old address, or
 stopped and let go on; a TCP proxy before each prefill engine's control channel cuts, delays, blocks
@@ -9,6 +10,9 @@ is answered must be what an engine answers that computes everything itself; a re
 ends by its deadline; an engine that nobody killed lives on; what is held at the end is free within
 one lease. Prints one line of JSON; exits with 1 if anything was wrong. Without vLLM:
 tests/contract/chaos_movers.py.
+
+With --at-once the proxy asks both sides at once, and KV is streamed: prompts are computed in many
+steps, engines have so few blocks that they preempt requests, and clients hang up at any moment.
 """
 
 import argparse
@@ -56,6 +60,17 @@ EXTRA = {
 }
 OPTIONS = ["--max-model-len", "2048", "--no-enable-prefix-caching", "--num-gpu-blocks-override=64"]
 HELD, RUNNING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running"
+AT_ONCE = (
+    "--max-model-len=1536",
+    "--no-enable-prefix-caching",
+    "--max-num-batched-tokens=128",  # a prompt is three to ten steps
+)
+FEW = {32: "51", 128: "14"}
+"""Block size → number of blocks: hardly more than one longest prompt takes."""
+AT_ONCE_CLIENTS, AT_ONCE_ANSWER = 8, 40
+PREFILL_S = 12
+HANGS_UP, HANG_UP_S = 0.2, 4.0
+"""Which part of clients does not wait for the answer, and how long these wait at most."""
 FAULTS = {
     "delay": {"delay_s": 0.2},
     "block there": {"blocked": frozenset({"there"})},
@@ -78,8 +93,14 @@ class Report:
     answers: int = 0
     transferred_tokens: float = 0
     """Of prompts, as the decode engines that lived to tell counted them."""
+    streamed: float = 0
+    """Likewise: requests of which blocks crossed before prefill had ended."""
     failed_transfers: float = 0
     """Likewise; their requests were computed again."""
+    preemptions: dict[str, float] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
+    """Likewise, of both roles."""
+    hung_up: int = 0
+    """Requests whose client did not wait."""
     errors: int = 0
     """Requests that got none: their engine was killed, or no decode engine was left."""
     bits_flipped: int = 0
@@ -140,9 +161,11 @@ class Killable:
         more=None,
         env=None,
         spoiled_by=None,
+        options=OPTIONS,
     ):
         """``more``: overrides of the transfer config; ``env``: more of the environment;
-        ``spoiled_by``: seed of what a proxy before its control channel does."""
+        ``spoiled_by``: seed of what a proxy before its control channel does; ``options``: of
+        `vllm serve`."""
         self.nursery, self.role, self.name = nursery, role, f"{role}-{number}"
         self.port = lasting_port()
         self.url = f"http://{HOST}:{self.port}"
@@ -152,7 +175,7 @@ class Killable:
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_port)
             env[ADVERTISED] = str(proxy_port)
             self.faults = TcpFaults((HOST, side_port), spoiled_by, port=proxy_port)
-        engine = VllmServe(path, config_of(connector, role, side_port, more or {}), OPTIONS)
+        engine = VllmServe(path, config_of(connector, role, side_port, more or {}), options)
         self.command = engine.command(self.port)
         self.env, self.log = engine_env(**env), folder / f"{self.name}.log"
         self.client = Client(self, engine.model_name)
@@ -194,8 +217,14 @@ class Killable:
 class Run:
     """Clients, blows, and what comes of them."""
 
-    def __init__(self, connector, engines, proxy, rng):
-        self.engines, self.proxy, self.rng = engines, proxy, rng
+    def __init__(self, connector, engines, proxy, rng, at_once=False):
+        self.engines, self.proxy, self.rng, self.at_once = engines, proxy, rng, at_once
+        self.clients, self.answer = CLIENTS, ANSWER
+        self.deadline_s, self.held_s = DEADLINE_S, LEASE_S + LATE_S
+        if at_once:
+            self.clients, self.answer = AT_ONCE_CLIENTS, AT_ONCE_ANSWER
+            self.deadline_s += PREFILL_S
+            self.held_s += PREFILL_S  # a promise whose reader died, and its lease after it
         self.report = Report(connector)
         self.lock = threading.Lock()
         self.stop, self.begun = threading.Event(), time.monotonic()
@@ -206,8 +235,8 @@ class Run:
         for engine in self.engines:
             engine.wait_up()
         decode = next(e for e in self.engines if e.role == "decode").client
-        self.expected = [decode.tokens(prompt, ANSWER) for prompt in self.prompts]
-        clients = [threading.Thread(target=self.ask, args=(n,)) for n in range(CLIENTS)]
+        self.expected = [decode.tokens(prompt, self.answer) for prompt in self.prompts]
+        clients = [threading.Thread(target=self.ask, args=(n,)) for n in range(self.clients)]
         for client in clients:
             client.start()
         try:
@@ -266,20 +295,27 @@ class Run:
 
     def count(self, engine):
         """What an engine has counted, which is lost when it is killed."""
-        if engine.role == "decode":
-            with contextlib.suppress(OSError, http.client.HTTPException):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            preempted = engine.client.metric("vllm:num_preemptions_total")
+            self.report.preemptions[engine.role] += preempted
+            if engine.role == "decode":
                 by_source = "vllm:prompt_tokens_by_source_total"
                 found = engine.client.metric(by_source, source="external_kv_transfer")
                 failed = engine.client.metric("vllm:nixl_num_failed_transfers_total")
+                streamed = engine.client.metric("vllm:kvconnect_num_streamed_transfers_total")
                 self.report.transferred_tokens += found
                 self.report.failed_transfers += failed
+                self.report.streamed += streamed
 
     def ask(self, number):
         rng = random.Random(number)
         while not self.stop.is_set():
             at, started = rng.randrange(PROMPTS), time.monotonic()
+            if self.at_once and rng.random() < HANGS_UP:
+                self.hang_up(self.prompts[at], rng.uniform(0, HANG_UP_S))
+                continue
             try:
-                status, answer = self.proxy.post(self.prompts[at], max_tokens=ANSWER)
+                status, answer = self.proxy.post(self.prompts[at], max_tokens=self.answer)
             except (OSError, http.client.HTTPException, ValueError):
                 status = 0  # broken off
             taken = time.monotonic() - started
@@ -288,11 +324,24 @@ class Run:
             if status != 200:
                 time.sleep(0.2)
 
+    def hang_up(self, prompt, after_s):
+        """Ask, and close the connection without having waited for the answer."""
+        connection = http.client.HTTPConnection(self.proxy.netloc, timeout=HANG_UP_S)
+        body = {"model": self.proxy.model, "prompt": prompt, "max_tokens": self.answer}
+        with contextlib.suppress(OSError):
+            connection.request(
+                "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+            )
+        self.stop.wait(after_s)
+        connection.close()
+        with self.lock:
+            self.report.hung_up += 1
+
     def took(self, at, status, answer, seconds):
         report = self.report
         report.requests += 1
         report.longest_s = max(report.longest_s, round(seconds, 2))
-        if seconds > DEADLINE_S:
+        if seconds > self.deadline_s:
             report.problems.append(f"a request took {seconds:.1f} s")
         if status != 200:
             report.errors += 1
@@ -307,7 +356,7 @@ class Run:
     def settle(self):
         """What is held once nobody asks any more."""
         began = time.monotonic()
-        while time.monotonic() < began + LEASE_S + LATE_S:
+        while time.monotonic() < began + self.held_s:
             self.report.held = {
                 f"{engine.name} {metric.removeprefix('vllm:')}": engine.client.metric(metric)
                 for engine in self.engines
@@ -327,20 +376,33 @@ class Run:
         self.report.proxy = health["counters"]
 
 
-def run(connector, seconds, seed, folder):
+def run(connector, seconds, seed, folder, at_once=False):
     """A Report."""
     rng, path = random.Random(seed), model("KVCONNECT_TP_MODEL")
+    more = {"kv_connector_extra_config": {"prefill_timeout": PREFILL_S}} if at_once else None
     with Nursery() as nursery, Fleet(folder) as fleet, contextlib.ExitStack() as proxies:
         engines = [
-            Killable(nursery, role, number, connector, path, folder, spoiled_by=spoiled_by)
+            Killable(
+                nursery,
+                role,
+                number,
+                connector,
+                path,
+                folder,
+                more=more,
+                spoiled_by=spoiled_by,
+                options=options_of(role, number) if at_once else OPTIONS,
+            )
             for role, spoiled_by in (("prefill", seed), ("decode", None))
             for number in (0, 1)
         ]
         for engine in engines[:2]:
             proxies.enter_context(engine.faults)
         urls = {role: [e.url for e in engines if e.role == role] for role in ("prefill", "decode")}
-        server = fleet.start("proxy", proxy_command(urls["prefill"], urls["decode"]), engine_env())
-        chaos = Run(connector, engines, Client(server, path.name), rng)
+        options = ["--at-once"] if at_once else []
+        command = proxy_command(urls["prefill"], urls["decode"], options)
+        server = fleet.start("proxy", command, engine_env())
+        chaos = Run(connector, engines, Client(server, path.name), rng, at_once)
         try:
             chaos.go(seconds)
         except (TimeoutError, AssertionError, OSError) as e:
@@ -349,13 +411,20 @@ def run(connector, seconds, seed, folder):
     return chaos.report
 
 
+def options_of(role, number):
+    """Of `vllm serve`, where KV is streamed: one decode engine reads it directly, one staged."""
+    size = 128 if (role, number) == ("decode", 1) else 32
+    return [*AT_ONCE, f"--block-size={size}", f"--num-gpu-blocks-override={FEW[size]}"]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("connector", choices=[*CONNECTORS, "multi"])
     parser.add_argument("--seconds", type=float, default=480, help="of blows")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--at-once", action="store_true", help="KV is streamed")
     given = parser.parse_args()
     logs = Path(tempfile.mkdtemp(prefix="kvconnect-chaos-"))
-    shown = run(given.connector, given.seconds, given.seed, logs)
+    shown = run(given.connector, given.seconds, given.seed, logs, given.at_once)
     print(json.dumps({"seed": given.seed, **asdict(shown), "logs": str(logs)}), flush=True)
     sys.exit(bool(shown.wrong or shown.problems or any(shown.held.values())))

@@ -72,6 +72,7 @@ def test_blocks_cross_while_the_rest_is_computed(mode, tp):
     assert d.ended == {"d": [None] * tp[1]}
     assert holds(d, table, 1, 30)
     assert p.sent == [prefill.request_id] * tp[0]
+    assert [m.take_stats().get("num_streamed_transfers") for m in d.movers] == [1] * tp[1]
     nothing_is_held(p, d)
 
 
@@ -289,6 +290,7 @@ def test_without_streaming_at_one_side_it_is_the_pull_of_before(side, monkeypatc
     prefill.finish()
     world.go_on(30)
     assert d.ended == {"d": [None]} and holds(d, range(8), 1, 30)
+    assert "num_streamed_transfers" not in (d.movers[0].take_stats() or {})
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.UNREPORTED])
