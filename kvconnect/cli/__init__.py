@@ -10,6 +10,7 @@ import typer
 
 from kvconnect import __version__
 from kvconnect.cli.demo import demo
+from kvconnect.cli.doctor import config, doctor
 from kvconnect.cli.inspect import inspect
 from kvconnect.cli.proxy import proxy
 
@@ -19,7 +20,9 @@ main = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,  # an API key may be among them
 )
+main.add_typer(config, name="config")
 main.command()(demo)
+main.command()(doctor)
 main.command()(inspect)
 main.command()(proxy)
 

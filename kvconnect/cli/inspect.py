@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import typer
 
 if TYPE_CHECKING:
-    from kvconnect.cli.inspected import EnginePair, InspectedEngine
     from kvconnect.control.wire import Address
+    from kvconnect.doctor.inspected import EnginePair, InspectedEngine
 
 PREFIXES = ("vllm:kvconnect_", "vllm:nixl_")
 MAX_METRICS_BYTES = 16 << 20
@@ -41,8 +41,8 @@ def inspect(
     """Who an engine is, how two engines would be paired, what was measured."""
     from rich.console import Console
 
-    from kvconnect.cli.inspected import greet, pair
     from kvconnect.config import read_secret
+    from kvconnect.doctor.inspected import greet, pair
     from kvconnect.errors import KvConnectError
 
     if not addresses and not metrics:
@@ -51,7 +51,7 @@ def inspect(
         raise typer.BadParameter("give at most two addresses")
     try:
         key = read_secret(secret) or b""
-        engines = [greet(_address(text), key, timeout) for text in addresses or ()]
+        engines = [greet(address_of(text), key, timeout) for text in addresses or ()]
         exported = {url: _metrics(url, timeout) for url in metrics or ()}
     except KvConnectError as e:
         typer.echo(str(e), err=True)
@@ -71,7 +71,8 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _address(text: str) -> "Address":
+def address_of(text: str) -> "Address":
+    """HOST:PORT of the command line."""
     from kvconnect.control.wire import Address
 
     host, _, port = text.rpartition(":")
@@ -82,7 +83,7 @@ def _address(text: str) -> "Address":
 
 def _metrics(url: str, timeout_s: float) -> dict[str, dict[str, float]]:
     from kvconnect.cli.counters import read_named
-    from kvconnect.cli.inspected import InspectError
+    from kvconnect.doctor.inspected import InspectError
 
     parts = urlsplit(url if "://" in url else f"http://{url}")
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}

@@ -32,13 +32,14 @@ LAYERS = [
     {"chain"},
     {"testing"},
     {"vllm", "proxy"},
+    {"doctor"},
     {"cli", "integrations"},
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
 # library → where it may be imported
 ALLOWED = {
-    "vllm": ("vllm/", "integrations/", "cli/"),
+    "vllm": ("vllm/", "integrations/", "cli/", "doctor/checks.py"),
     "torch": ("vllm/", "integrations/", "cli/", "ops/"),
     "nixl": ("transport/nixl.py",),
     "mooncake": ("transport/mooncake/engine.py",),

@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from kvconnect.control.channel import ZmqChannel
 from kvconnect.control.dialer import NO_LEASE, Dialer
@@ -99,49 +100,69 @@ class EnginePair:
         return not self.differences and (self.direct.works or self.staged.works)
 
 
-def greet(address: Address, secret: bytes, timeout_s: float) -> InspectedEngine:
-    """The engine that has a rank at ``address``; raises InspectError."""
-    channel = ZmqChannel("127.0.0.1")  # nobody is meant to dial it
-    try:
-        dialer = Dialer(channel, time.monotonic, None, secret, timeout_s)
-        (first,) = _greeted(channel, dialer, [address])
+class Greeting:
+    """Engines greeted over links that stay until the end of this context."""
+
+    def __init__(self, secret: bytes, timeout_s: float) -> None:
+        self._channel = ZmqChannel("127.0.0.1")  # nobody is meant to dial it
+        self.dialer = Dialer(self._channel, time.monotonic, None, secret, timeout_s)
+        self.peers: list[Peer] = []
+        """The ranks of the last engine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def engine(self, address: Address) -> InspectedEngine:
+        """The engine that has a rank at ``address``; raises InspectError."""
+        (first,) = self.peers = self._greeted([address])
         assert first.body is not None
         known = first.body.shards or (address,)
-        peers = _greeted(channel, dialer, known) if len(known) > 1 else [first]
-    finally:
-        channel.close()
-    bodies = tuple(peer.body for peer in peers if peer.body)
-    return InspectedEngine(
-        address=str(address),
-        wire_version=".".join(map(str, first.version or ())),
-        fingerprint=dict(first.fingerprint),
-        versions=dict(first.body.versions),
-        transport=first.body.transport,
-        direct=all(body.direct for body in bodies),
-        staged=all(body.staged for body in bodies),
-        ranks=tuple(_rank(p.at, b) for p, b in zip(peers, bodies, strict=True)),
-        bodies=bodies,
-    )
-
-
-def _greeted(channel: ZmqChannel, dialer: Dialer, addresses: Sequence[Address]) -> list[Peer]:
-    peers = [dialer.greet(address) for address in addresses]
-    while any(peer.state is PeerState.GREETING for peer in peers):
-        for frame in channel.poll(LOOK_S):
-            if frame.link.dialled:
-                dialer.receive(frame)
-        dialer.tick()
-    if failed := next((peer for peer in peers if peer.state is PeerState.FAILED), None):
-        why = (
-            failed.error
-            if failed.error != NO_LEASE
-            else (
-                "tells a stranger nothing; give it and `kvconnect inspect` the same secret: "
-                "auth_secret_file there, --secret here"
-            )
+        if len(known) > 1:
+            self.peers = self._greeted(known)
+        bodies = tuple(peer.body for peer in self.peers if peer.body)
+        return InspectedEngine(
+            address=str(address),
+            wire_version=".".join(map(str, first.version or ())),
+            fingerprint=dict(first.fingerprint),
+            versions=dict(first.body.versions),
+            transport=first.body.transport,
+            direct=all(body.direct for body in bodies),
+            staged=all(body.staged for body in bodies),
+            ranks=tuple(_rank(p.at, b) for p, b in zip(self.peers, bodies, strict=True)),
+            bodies=bodies,
         )
-        raise InspectError(f"{failed}: {why}")
-    return peers
+
+    def step(self) -> None:
+        """Take in what arrives, waiting shortly for it."""
+        for frame in self._channel.poll(LOOK_S):
+            if frame.link.dialled:
+                self.dialer.receive(frame)
+        self.dialer.tick()
+
+    def _greeted(self, addresses: Sequence[Address]) -> list[Peer]:
+        peers = [self.dialer.greet(address) for address in addresses]
+        while any(peer.state is PeerState.GREETING for peer in peers):
+            self.step()
+        if failed := next((peer for peer in peers if peer.state is PeerState.FAILED), None):
+            why = (
+                failed.error
+                if failed.error != NO_LEASE
+                else (
+                    "tells a stranger nothing; give it and `kvconnect inspect` the same secret: "
+                    "auth_secret_file there, --secret here"
+                )
+            )
+            raise InspectError(f"{failed}: {why}")
+        return peers
+
+
+def greet(address: Address, secret: bytes, timeout_s: float) -> InspectedEngine:
+    """The engine that has a rank at ``address``; raises InspectError."""
+    with Greeting(secret, timeout_s) as greeting:
+        return greeting.engine(address)
 
 
 def _rank(address: Address, body: Body) -> InspectedRank:
