@@ -151,8 +151,8 @@ class Greeting:
                 failed.error
                 if failed.error != NO_LEASE
                 else (
-                    "tells a stranger nothing; give it and `kvconnect inspect` the same secret: "
-                    "auth_secret_file there, --secret here"
+                    "tells a stranger nothing; give it a secret, as auth_secret_file, and us the "
+                    "same: `inspect --secret`, `doctor --config`, or KVCONNECT_AUTH_SECRET"
                 )
             )
             raise InspectError(f"{failed}: {why}")

@@ -47,7 +47,6 @@ class Measured(NamedTuple):
     op: str = ""
     error: str = ""
     chosen: str = ""
-    seconds: float = 0.0
 
 
 def measure(job: LinkJob, meanwhile: Callable[[], None] = lambda: time.sleep(0.01)) -> Measured:
@@ -71,16 +70,16 @@ def measure(job: LinkJob, meanwhile: Callable[[], None] = lambda: time.sleep(0.0
             if time.monotonic() - began > START_S + PATIENCE_S * ROUNDS:
                 process.kill()
                 return Measured(error="the transport hangs; is a firewall between its ports?")
-    return _read(said.decode(errors="replace"), process.returncode, time.monotonic() - began)
+    return _read(said.decode(errors="replace"), process.returncode)
 
 
-def _read(said: str, status: int, seconds: float) -> Measured:
+def _read(said: str, status: int) -> Measured:
     uses = dict.fromkeys(re.findall(r"(?:ep_cfg|cfg)\S*: ?((?:tag|rma|am)\(.*)", said))
     for line in said.splitlines():
         if line.startswith('{"gb_s"'):
-            return Measured(**json.loads(line), chosen="; ".join(uses), seconds=seconds)
+            return Measured(**json.loads(line), chosen="; ".join(uses))
     last = said.strip().rpartition("\n")[2][-300:]
-    return Measured(error=f"its process ended with status {status}: {last}", seconds=seconds)
+    return Measured(error=f"its process ended with status {status}: {last}")
 
 
 def run(job: LinkJob) -> dict[str, Any]:

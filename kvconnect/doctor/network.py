@@ -37,7 +37,7 @@ def advertised(environ: Mapping[str, str]) -> Iterator[Finding]:
     subject, remedy = f"host {host}", f"set {HOST} to an address of this host that peers reach"
     try:
         (*_, address) = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    except OSError as e:
+    except (OSError, UnicodeError) as e:
         yield Finding(subject, f"cannot be looked up ({e})", Verdict.FAULT, remedy)
         return
     if error := _why_not_bound(str(address[0]), 0):

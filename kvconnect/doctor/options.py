@@ -110,13 +110,12 @@ def explain(transfer: Mapping[str, Any]) -> Explained:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What parsing logs is told as findings."""
-    ours = logging.getLogger("vllm.kvconnect")
-    before = ours.level
-    ours.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        ours.setLevel(before)
+        logging.disable(before)
 
 
 def _transfer(transfer: Mapping[str, Any], configs: list[Any], place: str) -> Iterator[Finding]:

@@ -95,7 +95,7 @@ def test_a_taken_port_is_named_with_who_to_ask():
 def test_an_address_of_nobody_here_is_named():
     one = the_fault(network.advertised({network.HOST: NETWORK_OF_TESTS}))
     assert "no address of this host" in one.fact and network.HOST in one.remedy
-    assert "looked up" in the_fault(network.advertised({network.HOST: "no.such.invalid"})).fact
+    assert "looked up" in the_fault(network.advertised({network.HOST: "x" * 64})).fact
     assert "other hosts" in the_warning(network.advertised({network.HOST: "localhost"})).fact
 
 
@@ -281,7 +281,7 @@ def test_a_peer_of_another_model_is_named_by_the_field(start):
 )
 def test_a_wrong_secret_is_named_and_nothing_else_is_learnt(start, secret, why):
     (one,) = look(start(), secret=secret)
-    assert one.verdict is Verdict.FAULT and why in one.fact and "secret" in one.remedy
+    assert why in the_fault([one]).fact
 
 
 def test_a_peer_of_another_transport_or_mode_has_no_path(start):
@@ -302,7 +302,7 @@ def test_a_slow_link_is_told_by_its_round_trip(start):
     engine = start(mode="staged")
     at = engine.movers[0].address
     with TcpFaults((HOST, at.port), seed=1) as link:
-        link.delay_s = 2 * peer.SLOW_S
+        link.delay_s = peer.SLOW_S
         one = the_warning(look(engine, at=Address(HOST, link.address[1], at.key)))
         assert "round trip" in one.subject and "a slow link" in one.fact
 
