@@ -35,7 +35,7 @@ def doctor(
 
     from kvconnect.cli.inspect import address_of
     from kvconnect.doctor.checks import Wanted, checks
-    from kvconnect.doctor.finding import findings
+    from kvconnect.doctor.finding import findings, quiet
     from kvconnect.doctor.options import DEFAULT, explain, read_config
     from kvconnect.errors import ConfigError
 
@@ -46,7 +46,8 @@ def doctor(
     addresses = [address_of(text) for text in peers or ()]
     wanted = Wanted(explained, config is not None, addresses, model, expect)
     began = time.monotonic()
-    status = show(findings(checks(wanted, os.environ)), as_json)
+    with quiet():
+        status = show(findings(checks(wanted, os.environ)), as_json)
     if not as_json:
         typer.echo(f"{time.monotonic() - began:.1f} s")
     raise typer.Exit(status)

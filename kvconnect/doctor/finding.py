@@ -1,6 +1,8 @@
 """A finding: a line of what was seen, how bad it is, and what to do about it."""
 
+import contextlib
 import enum
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -45,3 +47,14 @@ def findings(checks: Mapping[str, Check]) -> Iterator[Finding]:
         except Exception as e:  # whatever a machine has come up with, the rest is wanted
             said = f"cannot be checked: {type(e).__name__}: {e}"
             yield Finding(name, said, Verdict.WARNING, "report it, with this line")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What is logged meanwhile is told as findings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -40,7 +40,7 @@ class LinkJob(msgspec.Struct):
     region: Region | None = None
 
 
-class Measured(NamedTuple):
+class LinkRate(NamedTuple):
     """``error`` or the fastest of some rounds, and what UCX said that it uses."""
 
     gb_s: float = 0.0
@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     chosen: str = ""
 
 
-def measure(job: LinkJob, meanwhile: Callable[[], None] = lambda: time.sleep(0.01)) -> Measured:
+def measure(job: LinkJob, meanwhile: Callable[[], None] = lambda: time.sleep(0.01)) -> LinkRate:
     """Run it in a process, calling ``meanwhile`` until that ends. Raises nothing."""
     environ = {"UCX_LOG_LEVEL": "info", **os.environ}
     command = [sys.executable, "-P", "-m", __name__]
@@ -69,17 +69,17 @@ def measure(job: LinkJob, meanwhile: Callable[[], None] = lambda: time.sleep(0.0
             meanwhile()
             if time.monotonic() - began > START_S + PATIENCE_S * ROUNDS:
                 process.kill()
-                return Measured(error="the transport hangs; is a firewall between its ports?")
+                return LinkRate(error="the transport hangs; is a firewall between its ports?")
     return _read(said.decode(errors="replace"), process.returncode)
 
 
-def _read(said: str, status: int) -> Measured:
-    uses = dict.fromkeys(re.findall(r"(?:ep_cfg|cfg)\S*: ?((?:tag|rma|am)\(.*)", said))
+def _read(said: str, status: int) -> LinkRate:
+    uses = dict.fromkeys(" ".join(x.split()) for x in re.findall(r"-node cfg\S* (.*)", said))
     for line in said.splitlines():
         if line.startswith('{"gb_s"'):
-            return Measured(**json.loads(line), chosen="; ".join(uses))
+            return LinkRate(**json.loads(line), chosen="; ".join(uses))
     last = said.strip().rpartition("\n")[2][-300:]
-    return Measured(error=f"its process ended with status {status}: {last}")
+    return LinkRate(error=f"its process ended with status {status}: {last}")
 
 
 def run(job: LinkJob) -> dict[str, Any]:

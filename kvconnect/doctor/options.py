@@ -1,9 +1,7 @@
 """The configuration explained: every option resolved, what is unknown with the nearest known."""
 
-import contextlib
 import difflib
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ from kvconnect.config import (
     parse,
     read_secret,
 )
-from kvconnect.doctor.finding import Finding, Verdict, fault
+from kvconnect.doctor.finding import Finding, Verdict, fault, quiet
 from kvconnect.errors import ConfigError
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.vllm.p2p.config import P2pNcclConfig
@@ -103,19 +101,8 @@ def _yaml(path: str, text: str) -> Any:
 def explain(transfer: Mapping[str, Any]) -> Explained:
     """What each field and option comes to. Never raises for what an operator wrote."""
     configs: list[Any] = []
-    with _quiet():
+    with quiet():
         return Explained(transfer, list(_transfer(transfer, configs, "")), configs)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What parsing logs is told as findings."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _transfer(transfer: Mapping[str, Any], configs: list[Any], place: str) -> Iterator[Finding]:
@@ -126,18 +113,19 @@ def _transfer(transfer: Mapping[str, Any], configs: list[Any], place: str) -> It
             yield Finding(f"{place}{name}", "no such field", Verdict.FAULT, remedy)
         elif name in INERT_FIELDS and not (name == "kv_port" and "P2p" in str(transfer)):
             yield Finding(f"{place}{name}", f"{value!r} has no effect: {INERT_FIELDS[name]}")
-    name, options = transfer.get("kv_connector"), transfer.get("kv_connector_extra_config") or {}
-    if name not in SCHEMAS:
-        remedy = _nearest(str(name), list(SCHEMAS))
-        yield Finding(f"{place}kv_connector", f"{name!r} is none of ours", Verdict.FAULT, remedy)
+    connector = str(transfer.get("kv_connector"))
+    options = transfer.get("kv_connector_extra_config") or {}
+    if connector not in SCHEMAS:
+        fact, remedy = f"{connector!r} is none of ours", _nearest(connector, list(SCHEMAS))
+        yield Finding(f"{place}kv_connector", fact, Verdict.FAULT, remedy)
         return
-    yield from _role(transfer, name, place)
-    schema = SCHEMAS[name]
+    yield from _role(transfer, connector, place)
+    schema = SCHEMAS[connector]
     if not isinstance(options, Mapping):
         fact = f"{options!r}, expected an object"
         yield Finding(f"{place}kv_connector_extra_config", fact, Verdict.FAULT, "give {…}")
     elif schema is not None:
-        yield from _options(options, schema, name, configs, place)
+        yield from _options(options, schema, connector, configs, place)
     elif not isinstance(children := options.get("connectors"), list) or not children:
         remedy = '{"connectors": [{"kv_connector": "KVConnectNixl", "kv_role": "kv_both"}]}'
         yield Finding(f"{place}connectors", "missing or empty", Verdict.FAULT, remedy)

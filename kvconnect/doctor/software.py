@@ -88,7 +88,7 @@ def kernels(gpus: int) -> Iterator[Finding]:
     for device in ("cpu", *(("cuda",) if gpus else ())):
         subject = f"kernels for {device}"
         try:
-            found = load(device)  # type: ignore[arg-type]
+            found = load(device)
         except ConfigError as e:
             yield Finding(subject, str(e), Verdict.FAULT, "or set transfer_mode to direct")
             continue

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from kvconnect.doctor.finding import Finding, Verdict, fault
-from kvconnect.doctor.link import NBYTES, ROUNDS, LinkJob, Measured, measure
+from kvconnect.doctor.link import NBYTES, ROUNDS, LinkJob, LinkRate, measure
 
 FLOOR = 0.05  # of a raw copy, where nobody says what to expect
 REMEDY = "look at UCX_TLS and UCX_NET_DEVICES, the NIC's speed (`ethtool`), and what else is busy"
@@ -23,7 +23,7 @@ def raw_copy() -> float:
     return best
 
 
-def judge(subject: str, seen: Measured, copy: float, expected: float | None) -> Finding:
+def judge(subject: str, seen: LinkRate, copy: float, expected: float | None) -> Finding:
     """``expected`` GB/s, of which half will do; None: `FLOOR` of a raw copy."""
     if seen.error:
         return fault(subject, seen.error, REMEDY)
@@ -37,7 +37,7 @@ def judge(subject: str, seen: Measured, copy: float, expected: float | None) -> 
 
 
 def loopback(
-    job: LinkJob, expected: float | None, measured: Callable[[LinkJob], Measured] = measure
+    job: LinkJob, expected: float | None, measured: Callable[[LinkJob], LinkRate] = measure
 ) -> Iterator[Finding]:
     """Between two ends of the transport on this host."""
     yield judge(f"{job.transport} on this host", measured(job), raw_copy(), expected)

@@ -19,7 +19,7 @@ from kvconnect.config import SECRET_VARIABLE, NixlConfig
 from kvconnect.control.wire import Address
 from kvconnect.doctor import host, network, options, peer, software, speed
 from kvconnect.doctor.finding import Finding, Verdict, fault, findings
-from kvconnect.doctor.link import LinkJob, Measured, measure
+from kvconnect.doctor.link import LinkJob, LinkRate, measure
 from kvconnect.errors import ConfigError
 from kvconnect.testing.tcp import TcpFaults
 
@@ -308,12 +308,12 @@ def test_a_slow_link_is_told_by_its_round_trip(start):
 
 
 def test_what_was_expected_of_a_link_is_said_where_it_is_slower():
-    slow, fast = Measured(0.5, "READ"), Measured(7.0, "READ")
+    slow, fast = LinkRate(0.5, "READ"), LinkRate(7.0, "READ")
     one = the_warning([speed.judge("peer", slow, 9.0, 40.0)])
     assert "0.5 GB/s" in one.fact and "where 40 were expected" in one.fact
     assert speed.judge("peer", fast, 9.0, None).verdict is Verdict.OK
-    assert speed.judge("peer", Measured(0.1), 9.0, None).verdict is Verdict.WARNING
-    assert the_fault([speed.judge("peer", Measured(error="x; do y"), 9.0, None)]).remedy == "do y"
+    assert speed.judge("peer", LinkRate(0.1), 9.0, None).verdict is Verdict.WARNING
+    assert the_fault([speed.judge("peer", LinkRate(error="x; do y"), 9.0, None)]).remedy == "do y"
 
 
 def test_two_peers_are_compared_as_their_movers_would(start):
