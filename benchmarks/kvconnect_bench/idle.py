@@ -46,7 +46,7 @@ def idle(
     rows: list[IdleRow] = []
     for name in names:
         with console.status(name), pair_alone(name, path, DTYPE) as pair:
-            pair.first_token_s(range(1000, 1300))
+            pair.pull(range(1000, 1300))
             time.sleep(SETTLE_S)
             rows += _watch(pair, seconds)
     console.print(_table(rows))

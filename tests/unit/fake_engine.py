@@ -56,7 +56,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         answer: dict[str, Any] = {"choices": [{"text": text, "message": text}], "usage": usage}
         if params.get("do_remote_decode"):
-            answer["kv_transfer_params"] = {"do_remote_prefill": True}
+            where = dict.fromkeys(("remote_engine_id", "remote_host", "remote_port"), "here")
+            known = {name: params[name] for name in ("transfer_id",) if name in params}
+            answer["kv_transfer_params"] = {"do_remote_prefill": True, **where, **known}
         return self.reply(200, json.dumps(answer).encode())
 
     def reply(self, status: int, body: bytes) -> None:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 
 from kvconnect.cli import main
 from kvconnect.cli.engines import VllmServe
-from kvconnect_bench.pair import IN_TREE, MeasuredPair
+from kvconnect_bench.pair import ALONE, IN_TREE, Asked, MeasuredPair
+from kvconnect_bench.pd import Case, _rows
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 OURS = "nixl"
@@ -33,10 +34,10 @@ def up_at_start(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
 
     def command(engine: VllmServe, port: int) -> list[str]:
-        assert engine.transfer is not None
         counts.append(sum(listens(earlier) for earlier in ports))
         ports.append(port)
-        return [sys.executable, str(FAKE_ENGINE), str(port), str(engine.transfer["kv_role"])]
+        role = str(engine.transfer["kv_role"]) if engine.transfer else "kv_consumer"
+        return [sys.executable, str(FAKE_ENGINE), str(port), role]
 
     monkeypatch.setattr(VllmServe, "command", command)
     return counts
@@ -62,32 +63,78 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, up_at_start: list[int
 def test_pairs_of_pd_run_one_after_the_other_on_the_same_prompts(
     bench: Bench, tmp_path: Path, up_at_start: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, list[int]]] = []
-    first_token_s = MeasuredPair.first_token_s
+    asked: list[tuple[str, str, list[int]]] = []
 
-    def spied(pair: MeasuredPair, prompt: list[int]) -> float:
-        asked.append((pair.name, prompt))
-        return first_token_s(pair, prompt)
+    def spy(way: str) -> None:
+        measure = getattr(MeasuredPair, way)
 
-    monkeypatch.setattr(MeasuredPair, "first_token_s", spied)
+        def spied(pair: MeasuredPair, prompt: list[int]) -> Asked:
+            asked.append((pair.name, way, prompt))
+            found = measure(pair, prompt)
+            assert isinstance(found, Asked)
+            return found
+
+        monkeypatch.setattr(MeasuredPair, way, spied)
+
+    for way in ("pull", "streaming", "decoded"):
+        spy(way)
     report = tmp_path / "report.json"
-    options = ("--connector", "nixl,ucx", "--lengths", "8,16", "--prompts", "2", "--rounds", "2")
+    options = ("--connector", "nixl,ucx", "--tokens", "8,200", "--turns", "2", "--rounds", "2")
     done = bench("pd", *options, "--json", str(report))
     assert done.exit_code == 0, done.output
-    assert len(up_at_start) == 12
-    assert max(up_at_start[::2]) == 0, "a pair still ran when the next was started"
-    names = ["nixl", "ucx", IN_TREE]
-    order = [name for name, _ in itertools.groupby(name for name, _ in asked)]
+    assert len(up_at_start) == 2 * (3 * 2 + 1)
+    pairs = [up_at_start[n] for n in (0, 2, 4, 6, 7, 8, 10, 12)]
+    assert max(pairs) == 0, "a pair still ran when the next was started"
+    names = ["nixl", "ucx", IN_TREE, ALONE]
+    order = [name for name, _ in itertools.groupby(name for name, *_ in asked)]
     assert order == [*names, *names[-2::-1]], "who is last in a round is the first in the next"
-    prompts = {name: [prompt for asked_of, prompt in asked if asked_of == name] for name in names}
-    assert prompts["nixl"] == prompts["ucx"] == prompts[IN_TREE]
-    assert [len(prompt) for prompt in prompts["nixl"]] == 2 * ([8] * 3 + [16] * 3)
-    assert prompts["nixl"][0] != prompts["nixl"][6], "else the second round is a cache hit"
-    rows = json.loads(report.read_text())["rows"]
-    shown = [(row["connector"], row["prompt_tokens"], row["prompts"]) for row in rows]
-    assert shown == [(name, length, 4) for length in (8, 16) for name in names]
-    assert [row["ratio_p50"] for row in rows[2::3]] == [1.0, 1.0]
-    assert all(len(row["rounds_p50_ms"]) == 2 for row in rows)
+    of = {
+        name: [prompt for by, way, prompt in asked if (by, way) == (name, "pull")] for name in names
+    }
+    alone = [prompt for by, _, prompt in asked if by == ALONE]
+    assert of["nixl"] == of["ucx"] == of[IN_TREE] == alone
+    assert [len(prompt) for prompt in alone] == 2 * ([129] * 3 + [257] * 3)
+    assert (
+        len({tuple(prompt) for by, way, prompt in asked if by == "nixl" and way != "decoded"}) == 24
+    )
+    first = [way for by, way, _ in asked if by == "nixl"][:8]
+    assert first == [
+        "pull",
+        "streaming",
+        "decoded",
+        "decoded",
+        "streaming",
+        "pull",
+        "decoded",
+        "decoded",
+    ]
+    report_of = json.loads(report.read_text())
+    assert report_of["machine"]["cores"]
+    rows = report_of["rows"]
+    assert len(rows) == 2 * (3 * 4 + 1)
+    assert {(row["turns"], row["seed"]) for row in rows} == {(4, 1)}
+    streamed = next(row for row in rows if row["way"] == "streaming")
+    assert (streamed["compared_to"], streamed["hand_over_ratio"]["unit"]) == ("nixl pull", "ratio")
+
+
+def test_a_hand_over_counts_above_the_floor_and_beside_the_pull_of_its_turn() -> None:
+    case = Case(256, 1025, 1)
+    measured = {
+        (case, OURS, "pull"): [Asked(1.0, 1.04), Asked(2.0, 2.06)],
+        (case, OURS, "streaming"): [Asked(1.0, 1.02), Asked(1.0, 1.03)],
+        (case, OURS, "floor"): [Asked(0, 0.01), Asked(0, 0.02)],
+    }
+    pull, streaming, floor = _rows(measured, seed=1)
+    assert pull.above_floor is not None
+    assert pull.above_floor.p50 == pytest.approx(35)  # of 30 and 40
+    assert pull.compared_to == ""
+    assert streaming.hand_over_ratio is not None
+    assert streaming.hand_over_ratio.p50 == pytest.approx(0.5)
+    assert streaming.above_floor_ratio is not None
+    assert streaming.above_floor_ratio.p50 == pytest.approx((10 / 30 + 10 / 40) / 2, abs=1e-3)
+    assert streaming.prefill_ratio is not None
+    assert streaming.prefill_ratio.p50 == pytest.approx(0.75)
+    assert floor.above_floor is None
 
 
 def test_a_connector_there_is_not_is_named(bench: Bench) -> None:
@@ -112,7 +159,7 @@ def test_idle_watches_every_engine_of_one_pair_after_the_other(
 @pytest.mark.slow
 def test_engine_that_refuses_ends_the_benchmark_and_leaves_its_logs(bench: Bench) -> None:
     """A benchmark used to fail with an engine's 500 and take the logs with it."""
-    done = bench("pd", "--lengths", "8", "--prompts", "2", fault="refuses")
+    done = bench("pd", "--tokens", "8", "--turns", "2", fault="refuses")
     assert done.exit_code == 1
     assert "out of KV" in str(done.exception)
     named = re.search(rf"{OURS} failed; its engines' logs: (\S+)", done.output)
