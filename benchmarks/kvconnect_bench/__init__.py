@@ -6,6 +6,7 @@ from kvconnect_bench.idle import idle
 from kvconnect_bench.kernels import kernels
 from kvconnect_bench.offload import offload
 from kvconnect_bench.pd import pd
+from kvconnect_bench.trace import trace
 from kvconnect_bench.transport import transport
 
 bench = typer.Typer(
@@ -15,6 +16,7 @@ bench = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 bench.command()(pd)
+bench.command()(trace)
 bench.command()(idle)
 bench.command()(kernels)
 bench.command()(transport)

@@ -31,6 +31,7 @@ from kvconnect.cli.engines import (
 )
 from kvconnect.cli.processes import HOST, Fleet, Server
 from kvconnect.errors import ConfigError
+from kvconnect_bench import marks
 
 IN_TREE = "in-tree NixlConnector"
 ALONE = "one engine"
@@ -144,17 +145,22 @@ def compared(connectors: str, beside: Sequence[str] = (IN_TREE,)) -> tuple[str, 
 
 @contextlib.contextmanager
 def pair_alone(
-    name: str, model: Path, dtype: str, options: Mapping[str, Sequence[str]] | None = None
+    name: str,
+    model: Path,
+    dtype: str,
+    options: Mapping[str, Sequence[str]] | None = None,
+    traced: Path | None = None,
 ) -> Iterator[MeasuredPair]:
     """A pair (see `compared`) that is up; afterwards it is gone, and the next has the machine.
 
     ``options``: more of ``vllm serve``, by role; one engine alone has prefill's.
+    ``traced``: where its engines write their `marks`.
     The engines' logs are kept only if something failed, and then named.
     """
     logs, failed = Path(tempfile.mkdtemp(prefix="kvconnect-bench-")), False
     try:
         with Fleet(logs) as fleet:
-            yield _start_pair(fleet, name, model, ["--dtype", dtype], options or {})
+            yield _start_pair(fleet, name, model, ["--dtype", dtype], options or {}, traced)
     except Exception:
         failed = True
         typer.echo(f"{name} failed; its engines' logs: {logs}", err=True)
@@ -165,11 +171,16 @@ def pair_alone(
 
 
 def _start_pair(
-    fleet: Fleet, name: str, model: Path, both: Sequence[str], options: Mapping[str, Sequence[str]]
+    fleet: Fleet,
+    name: str,
+    model: Path,
+    both: Sequence[str],
+    options: Mapping[str, Sequence[str]],
+    traced: Path | None,
 ) -> MeasuredPair:
     def start(role: str) -> Server:
         config = transfer_config("nixl" if name in (IN_TREE, ALONE) else name, role)
-        more = {}
+        more = marks.environment(traced, role) if traced else {}
         if name == IN_TREE:
             config["kv_connector"] = "NixlConnector"
             more["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())

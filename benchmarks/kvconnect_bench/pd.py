@@ -62,7 +62,7 @@ class Spread:
         return cls(unit, *(round(scale * q, 3) for q in statistics.quantiles(values, n=4)))
 
     def __str__(self) -> str:
-        digits = 1 if self.unit == "ms" else 2
+        digits = 2 if abs(self.p50) < 100 else 0
         return f"{self.p50:.{digits}f} ({self.p25:.{digits}f}-{self.p75:.{digits}f})"
 
 

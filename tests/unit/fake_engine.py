@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -33,6 +34,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if CONSUMER and FAULT == "refuses":
             return self.reply(400, b"out of KV")
+        if "KVCONNECT_BENCH_MARKS" in os.environ:
+            with open(os.environ["KVCONNECT_BENCH_MARKS"], "a") as file:
+                print(json.dumps((time.monotonic(), "step ended")), file=file)
         prompt = body.get("prompt") or body["messages"][0]["content"]
         params = body.get("kv_transfer_params") or {}
         tokens = len(prompt) // 4

@@ -14,8 +14,10 @@ from typer.testing import CliRunner, Result
 
 from kvconnect.cli import main
 from kvconnect.cli.engines import VllmServe
+from kvconnect_bench.marks import Mark
 from kvconnect_bench.pair import ALONE, IN_TREE, Asked, MeasuredPair
 from kvconnect_bench.pd import Case, _rows
+from kvconnect_bench.trace import _rows as trace_rows
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 OURS = "nixl"
@@ -135,6 +137,39 @@ def test_a_hand_over_counts_above_the_floor_and_beside_the_pull_of_its_turn() ->
     assert streaming.prefill_ratio is not None
     assert streaming.prefill_ratio.p50 == pytest.approx(0.75)
     assert floor.above_floor is None
+
+
+@pytest.mark.slow
+def test_a_trace_names_what_happened_after_prefill_in_each_way(
+    bench: Bench, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    done = bench("trace", "--tokens", "8", "--turns", "2", "--json", str(report))
+    assert done.exit_code == 0, done.output
+    rows = json.loads(report.read_text())["rows"]
+    found = {(row["way"], row["engine"], row["what"]): row for row in rows}
+    for way in ("pull", "streaming"):
+        assert found[way, "prefill", "step ended"]["after_prefill"]["p50"] == 0
+        assert found[way, "client", "has the first token"]["hand_overs"] == 2
+        assert (way, "decode", "step ended") in found
+
+
+def test_rows_of_a_trace_are_in_the_order_of_their_times_and_of_the_last_time() -> None:
+    ended, sent = ("prefill", "step ended"), ("prefill", "Opened sent")
+    found = [
+        Mark(at_s, *what)
+        for start in (10, 20)
+        for at_s, what in ((start, ended), (start + 2, ended), (start + 3, sent), (start + 9, sent))
+    ]
+    rows = trace_rows("pull", 129, 64, found, [(10.0, Asked(2.5, 4.0)), (20.0, Asked(2.5, 4.0))])
+    shown = [(row.what, row.after_prefill and row.after_prefill.p50) for row in rows]
+    assert shown == [
+        ("step ended", 0),
+        ("has prefill's answer", 500),
+        ("Opened sent", 1000),
+        ("has the first token", 2000),
+    ]
+    assert [row.interval_ms for row in rows] == [0, 500, 500, 1000]
 
 
 def test_a_connector_there_is_not_is_named(bench: Bench) -> None:

@@ -1,0 +1,117 @@
+"""Marks: when what happened in an engine, for `kvconnect bench trace`.
+
+* An engine that is not traced has nothing of this, and pays nothing.
+* A traced engine has a folder more on its path, which names `install` as a plugin of vLLM's. It
+  wraps functions of vLLM's and ours, and costs some microseconds a mark.
+* Times are of the host's monotonic clock, which all its processes share.
+"""
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+VARIABLE = "KVCONNECT_BENCH_MARKS"
+PLUGIN = "kvconnect_bench_marks-0.dist-info"
+
+
+class Mark(NamedTuple):
+    """Something happened in an engine."""
+
+    at_s: float
+    engine: str
+    what: str
+
+
+def environment(folder: Path, engine: str) -> dict[str, str]:
+    """For an engine that is to write its marks into ``folder``, under this name."""
+    plugin = folder / PLUGIN
+    plugin.mkdir(exist_ok=True)
+    (plugin / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kvconnect-bench-marks\nVersion: 0\n"
+    )
+    entry = "[vllm.general_plugins]\nkvconnect_bench_marks = kvconnect_bench.marks:install\n"
+    (plugin / "entry_points.txt").write_text(entry)
+    ours = Path(__file__).parent.parent
+    path = os.pathsep.join(filter(None, (str(folder), str(ours), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, VARIABLE: str(folder / f"{engine}.marks")}
+
+
+def read(folder: Path) -> list[Mark]:
+    """All marks so far, in the order of their times."""
+    return sorted(
+        Mark(at_s, file.stem, what)
+        for file in folder.glob("*.marks")
+        for at_s, what in map(json.loads, file.read_text().splitlines())
+    )
+
+
+@functools.cache
+def install() -> None:
+    """Wrap what is marked, in this process. vLLM calls it in every process, some of them twice."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from kvconnect.consumer.fetch import Fetcher
+    from kvconnect.control import wire
+    from kvconnect.orders import Outcome
+    from kvconnect.producer.leases import LeaseServer
+    from kvconnect.transport.nixl import NixlTransport
+    from kvconnect.transport.ucx.transport import UcxTransport
+    from kvconnect.vllm.worker import Worker
+
+    file = os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def mark(what: str) -> None:
+        if what:
+            os.write(file, json.dumps((time.monotonic(), what)).encode() + b"\n")
+
+    def wrap(
+        owner: Any,
+        name: str,
+        before: Callable[..., str] | None = None,
+        after: Callable[[Any], str] | None = None,
+    ) -> None:
+        wrapped = getattr(owner, name)
+
+        @functools.wraps(wrapped)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            if before:
+                mark(before(*args, **kwargs))
+            result = wrapped(*args, **kwargs)
+            if after:
+                mark(after(result))
+            return result
+
+        setattr(owner, name, marked)
+
+    def scheduled(output: Any) -> str:
+        return "vLLM scheduled a step" if output.total_num_scheduled_tokens else ""
+
+    def stepped(_: Any, scheduler_output: Any, result: Any) -> str:
+        received = getattr(result.kv_connector_output, "finished_recving", None)
+        if scheduler_output.total_num_scheduled_tokens:
+            return "step ended"
+        return "vLLM was told that the KV is there" if received else ""
+
+    def taken(result: tuple[Outcome, Any]) -> str:
+        return "engine's thread took the outcome" if result[0].received else ""
+
+    def ordered(_: Any, orders: list[Any]) -> str:
+        kinds = [k for o in orders if (k := type(o).__name__) in ("Grant", "Fetch")]
+        return f"worker got {kinds[0]}" if kinds else ""
+
+    wrap(Scheduler, "add_request", before=lambda *_: "engine got the request")
+    wrap(Scheduler, "schedule", after=scheduled)
+    wrap(Scheduler, "update_from_output", before=stepped)
+    wrap(Worker, "put", before=ordered)
+    wrap(Worker, "take", after=taken)
+    wrap(LeaseServer, "grant", before=lambda *_: "mover grants the lease")
+    wrap(wire, "encode", before=lambda m: f"{type(m).__name__} sent")
+    wrap(wire, "decode", after=lambda m: f"{type(m).__name__} arrived")
+    for transport in (NixlTransport, UcxTransport):
+        wrap(transport, "submit", before=lambda *_: "transfer begins")
+        wrap(transport, "poll", after=lambda ended: "transfer seen ended" if ended else "")
+    wrap(Fetcher, "_report", before=lambda *_: "fetch ended")
