@@ -99,13 +99,11 @@ def _rows(
         for which, at_s in last.items():
             times.setdefault(which, []).append(at_s - last[ENDS])
     rows: list[TraceRow] = []
-    for (engine, what), at_s in sorted(times.items(), key=lambda one: statistics.median(one[1])):
-        spread = Spread.of("ms", at_s)
+    for (engine, what), seconds in sorted(times.items(), key=lambda one: statistics.median(one[1])):
+        spread = Spread.of("ms", seconds)
         before = rows[-1].after_prefill if rows else None
-        interval = spread.p50 - before.p50 if spread and before else 0.0
-        rows.append(
-            TraceRow(way, length, chunk, len(at_s), engine, what, spread, round(interval, 3))
-        )
+        interval_ms = round(spread.p50 - before.p50, 3) if spread and before else 0.0
+        rows.append(TraceRow(way, length, chunk, len(seconds), engine, what, spread, interval_ms))
     return rows
 
 
