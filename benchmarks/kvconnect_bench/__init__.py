@@ -3,6 +3,7 @@
 import typer
 
 from kvconnect_bench.idle import idle
+from kvconnect_bench.inter_token import inter_token
 from kvconnect_bench.kernels import kernels
 from kvconnect_bench.offload import offload
 from kvconnect_bench.pd import pd
@@ -17,6 +18,7 @@ bench = typer.Typer(
 )
 bench.command()(pd)
 bench.command()(trace)
+bench.command("inter-token")(inter_token)
 bench.command()(idle)
 bench.command()(kernels)
 bench.command()(transport)

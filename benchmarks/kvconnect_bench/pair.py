@@ -83,6 +83,13 @@ class MeasuredPair:
         """Ask decode only: of a prompt that it has, the floor of a hand-over."""
         return Asked(0.0, self._first_token_s(prompt, None))
 
+    def gaps_s(self, prompt: Sequence[int], tokens: int) -> list[float]:
+        """Seconds between the tokens of an answer of decode's."""
+        body = self._body | {"prompt": list(prompt), "stream": True, "max_tokens": tokens}
+        with _post(self.servers["decode"].url, body) as answer:
+            times = [time.perf_counter() for line in answer if line.startswith(b"data: {")]
+        return [after - before for before, after in itertools.pairwise(times)]
+
     @property
     def streams(self) -> bool:
         """Whether both engines may be asked at once; says prefill, by repeating a transfer's id."""

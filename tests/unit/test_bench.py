@@ -172,6 +172,19 @@ def test_rows_of_a_trace_are_in_the_order_of_their_times_and_of_the_last_time() 
     assert [row.interval_ms for row in rows] == [0, 500, 500, 1000]
 
 
+@pytest.mark.slow
+def test_tokens_of_one_answer_are_timed_while_prompts_arrive(bench: Bench, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--prompt", "8", "--tokens", "200", "--every-s", "0.001", "--rounds", "1")
+    done = bench("inter-token", *options, "--json", str(report), fault="talks")
+    assert done.exit_code == 0, done.output
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["connector"] for row in rows] == [OURS, IN_TREE, ALONE]
+    assert [row["tokens"] for row in rows] == [199, 199, 199]
+    assert rows[2]["p99_ratio"] == 1
+    assert max(row["arrived"] for row in rows) > 0
+
+
 def test_a_connector_there_is_not_is_named(bench: Bench) -> None:
     done = bench("pd", "--connector", "nixl,nope")
     assert done.exit_code == 1
