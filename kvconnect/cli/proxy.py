@@ -1,6 +1,6 @@
 """``kvconnect proxy``: one address for any number of prefill and decode engines."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,9 +25,12 @@ def proxy(
         int, typer.Option(min=1, help="Largest request body that is accepted, in MiB.")
     ] = 64,
     at_once: Annotated[
-        bool,
-        typer.Option(help="Ask decode while prefill computes; all engines run KVConnectNixl."),
-    ] = False,
+        Literal["never", "auto", "always"],
+        typer.Option(
+            help="Ask decode while prefill computes: where engines say that they can and a prompt "
+            "is worth it (auto), or wherever prefill can (always)."
+        ),
+    ] = "never",
 ) -> None:
     """Serve completions through prefill engines and decode engines."""
     # here, not above: `kvconnect --help` has no use for an HTTP stack

@@ -1,12 +1,13 @@
 """What an operator may set about the proxy, checked once at startup."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
 from kvconnect.errors import ConfigError
 
+AtOnce = Literal["never", "auto", "always"]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -25,9 +26,10 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Seconds without a byte until an engine counts as down; None waits as long as it takes."""
     max_body_bytes: Annotated[int, msgspec.Meta(gt=0)] = 64 * 2**20
     """Largest request body that is accepted, in bytes."""
-    at_once: bool = False
-    """Ask a decode engine while prefill computes, where prefill can be read meanwhile. For decode
-    engines that run kvconnect's NIXL connector."""
+    at_once: AtOnce = "never"
+    """Ask a decode engine while prefill computes, where prefill says that it can be read meanwhile.
+    ``auto``: if all decode engines say that they can, and of prompts of more than one step.
+    ``always``: of all prompts, for decode engines that all run kvconnect's NIXL connector."""
 
     def __post_init__(self) -> None:
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):

@@ -10,8 +10,8 @@ turn it is ``pool``'s.
 - An engine that hangs (``health`` finds out) counts as down, and its requests go elsewhere.
 - What prefill cannot do (its 4xx) decode may still: it then works alone, and its word is final.
 - What only a decode engine refuses leaves prefill's KV without a reader: the lease is let go.
-- Where it was chosen (``at_once``), and a prefill engine has said that it can be read while it
-  computes, both are asked at once. If prefill fails, the decode engine's connection is closed, and
+- Where it was chosen (``at_once``), and both engines have said that they can (``early``), both are
+  asked at once. If prefill fails, the decode engine's connection is closed, and
   the request goes on in turn.
 - Remote faults are values or the next engine; none is raised before ``LegAnswer.rest``.
 """
@@ -30,6 +30,7 @@ import msgspec
 import yarl
 
 from kvconnect.proxy.config import ProxyConfig
+from kvconnect.proxy.early import EarlyEngines
 from kvconnect.proxy.health import HealthWatch, report_lost, report_status
 from kvconnect.proxy.policy import (
     MAX_HELD_S,
@@ -42,7 +43,6 @@ from kvconnect.proxy.policy import (
     early_params,
     judge_opening,
     prefill_body,
-    read_early_at,
     release_body,
     transfer_params,
 )
@@ -198,8 +198,7 @@ class Legs:
             self.prefillers, self.decoders, self._session, config.connect_timeout_s
         )
         self._watch = asyncio.create_task(self.health.watch())
-        self._at_once = config.at_once
-        self._read_early: dict[str, EngineAddress] = {}  # prefill engine → where it said it is
+        self._early = EarlyEngines(self.decoders, self._session, config.at_once)
         self._keepers: OrderedDict[str, str] = OrderedDict()  # response id → its engine
 
     async def close(self) -> None:
@@ -207,6 +206,7 @@ class Legs:
         for task in own:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
+        await self._early.close()
         await self._session.close()
 
     @contextlib.asynccontextmanager
@@ -228,7 +228,7 @@ class Legs:
         prefillers = deque(self.prefillers.candidates())
         # A stream of responses begins before anything is computed: that is no sign of KV read.
         early = bool(prefillers) and ask.path != RESPONSES
-        address = self._read_early.get(prefillers[0]) if early else None
+        address = self._early.address(prefillers[0], ask.body) if early else None
         if address is not None and (decoders := deque(self._decoders_for(ask))):
             return await self._both(ask, prefillers, decoders, address)
         params = await self._prefill(ask, prefillers)
@@ -335,7 +335,7 @@ class Legs:
                     answer = await upstream.read()
         except LOST as error:
             report_lost(self.prefillers, url, error)
-            self._read_early.pop(url, None)
+            self._early.failed(url)
             return _Prefilled()
         status = upstream.status
         report_status(self.prefillers, url, status)
@@ -343,13 +343,11 @@ class Legs:
             refused = status < 500
             return _Prefilled(refused=refused, final=refused and status not in _ELSEWHERE)
         params = transfer_params(answer)
-        self._read_early.pop(url, None)
-        if transfer_id is not None and (address := read_early_at(params, transfer_id)):
-            self._read_early[url] = address
+        self._early.answered(url, params, transfer_id)
         return _Prefilled(params, answered=True)
 
     def _transfer_id(self) -> str | None:
-        return secrets.token_hex(16) if self._at_once else None
+        return secrets.token_hex(16) if self._early.wanted else None
 
     async def _first_answer(
         self, ask: LegRequest, params: msgspec.Raw | None, decoders: Iterable[str] | None = None

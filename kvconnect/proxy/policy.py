@@ -162,6 +162,8 @@ class EngineAddress(msgspec.Struct, frozen=True):
     remote_engine_id: str
     remote_host: str
     remote_port: int
+    step_tokens: int = 0
+    """How many tokens it computes in a step; 0: it does not say."""
 
 
 class _Offered(msgspec.Struct):
@@ -182,6 +184,7 @@ def early_params(address: EngineAddress, transfer_id: str) -> msgspec.Raw:
     """Params for a decode engine that is asked while prefill is."""
     offer = {"do_remote_prefill": True, "do_remote_decode": False}
     offer |= msgspec.structs.asdict(address)
+    del offer["step_tokens"]
     return _named({k: msgspec.Raw(msgspec.json.encode(v)) for k, v in offer.items()}, transfer_id)
 
 

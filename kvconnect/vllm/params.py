@@ -25,6 +25,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 TICKET_KEY = "kvconnect"
 TRANSFER_KEY = "transfer_id"
+STEP_KEY = "step_tokens"
 MAX_TICKET_CHARS = 1 << 20
 DIGEST_BYTES = 16
 

@@ -95,6 +95,15 @@ class PrefillProgress:
         progress.told, progress.digest = (), b""
 
 
+def step_tokens(vllm_config: Any) -> int:
+    """How many tokens of a prompt are computed in one step, at most."""
+    scheduler = vllm_config.scheduler_config
+    most: int = getattr(scheduler, "max_num_scheduled_tokens", None) or (
+        scheduler.max_num_batched_tokens
+    )
+    return min(most, scheduler.long_prefill_token_threshold or most)
+
+
 def _only_grows(spec: Any) -> bool:
     """Whether a request keeps all blocks of a group, each of so many tokens, while it computes."""
     layers = getattr(spec, "kv_cache_specs", {"": spec}).values()

@@ -13,6 +13,7 @@ from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
 from kvconnect.orders import Offer
 from kvconnect.vllm.params import (
+    STEP_KEY,
     TICKET_KEY,
     TRANSFER_KEY,
     Prompt,
@@ -26,6 +27,7 @@ from kvconnect.vllm.params import (
     wants_remote_decode,
     wants_remote_prefill,
 )
+from kvconnect.vllm.prefill_progress import step_tokens
 
 NOWHERE = Address("127.0.0.1", 1)  # until the workers have said where they are
 
@@ -45,10 +47,11 @@ class RouterProtocol:
     ``request`` is vLLM's. Whatever a client sends, nothing but OfferError may be raised.
     """
 
-    def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:  # noqa: ARG002
+    def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:
         """``config`` and ``vllm_config`` are for protocols that have options, or endpoints."""
         self.us = us
         self._prefill_s = getattr(config, "prefill_timeout", 0.0)
+        self._vllm_config = vllm_config
         self.key_addresses: Sequence[Address] = (NOWHERE,)
 
     def addresses_known(self, key_addresses: Sequence[Address]) -> None:
@@ -123,9 +126,11 @@ class RouterProtocol:
     ) -> dict[str, Any] | None:
         """Params that hand the prompt over; arguments as of `lent_params`.
 
-        Who named the transfer is told the name, and knows by it that it may be read early.
+        Who named the transfer is told the name, and knows by it that it may be read early; and how
+        many tokens are computed in a step, for a prompt of fewer gains nothing by that.
         """
         params = lent_params(ticket, self.key_addresses[0], self.us.secret, tables, sizes)
         if self.is_read_early(request):
             params[TRANSFER_KEY] = request.kv_transfer_params[TRANSFER_KEY]
+            params[STEP_KEY] = step_tokens(self._vllm_config)
         return params

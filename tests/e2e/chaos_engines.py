@@ -205,6 +205,7 @@ class Killable:
 
     def wait_up(self):
         while not self.is_up():
+            self.check_alive()
             if time.monotonic() > self.started + START_S:
                 raise TimeoutError(f"{self.name} is not up; its log: {self.log}")
             time.sleep(0.1)
@@ -399,7 +400,7 @@ def run(connector, seconds, seed, folder, at_once=False):
         for engine in engines[:2]:
             proxies.enter_context(engine.faults)
         urls = {role: [e.url for e in engines if e.role == role] for role in ("prefill", "decode")}
-        options = ["--at-once"] if at_once else []
+        options = ["--at-once=always"] if at_once else []
         command = proxy_command(urls["prefill"], urls["decode"], options)
         server = fleet.start("proxy", command, engine_env())
         chaos = Run(connector, engines, Client(server, path.name), rng, at_once)

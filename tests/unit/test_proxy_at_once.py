@@ -1,4 +1,4 @@
-"""The proxy with ``at_once``: decode is asked while prefill computes; in turn where that fails."""
+"""The proxy with `AtOnce`: decode is asked while prefill computes; in turn where that fails."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ def params(engine: Engine, at: int = -1) -> dict[str, Any]:
 def test_both_are_asked_at_once_when_prefill_has_said_that_it_can():
     async def scenario() -> None:
         p, d = Engine(prefills, prefills_when_told), Engine(answers, hangs_until(answers))
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             assert await r.ask() == (200, ANSWER)
             assert params(d)["kvconnect"] == "ticket", "the first request finds out"
             asked = asyncio.create_task(r.ask())
@@ -82,7 +82,7 @@ def test_without_the_option_or_without_a_word_of_prefill_they_are_asked_in_turn(
     async def scenario() -> None:
         silent = says(json.dumps({"kv_transfer_params": TICKET}).encode())
         p, d = Engine(silent if at_once else prefills), Engine(answers)
-        async with rig([p], [d], at_once=at_once) as r:
+        async with rig([p], [d], at_once="always" if at_once else "never") as r:
             for _ in range(3):
                 assert await r.ask() == (200, ANSWER)
                 assert params(d) == TICKET
@@ -97,7 +97,7 @@ def test_prefill_that_refuses_frees_the_waiting_decode_request(status):
     async def scenario() -> None:
         p = Engine(prefills, refuses_when_told(status))
         d = Engine(answers, hangs, answers)
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             await r.ask()
             asked = asyncio.create_task(r.ask())
             await d.reached.wait()
@@ -131,7 +131,7 @@ def test_prefill_that_breaks_off_is_replaced_by_another():
     async def scenario() -> None:
         p, other = Engine(prefills, breaks_when_told, prefills), Engine(prefills)
         d = Engine(answers, answers, hangs, answers)
-        async with rig([p, other], [d], at_once=True) as r:
+        async with rig([p, other], [d], at_once="always") as r:
             await r.ask()
             await r.ask()
             assert len(p.bodies) == len(other.bodies) == 1
@@ -156,7 +156,7 @@ def test_prefill_that_keeps_nothing_leaves_it_to_decode():
     async def scenario() -> None:
         p = Engine(prefills, keeps_nothing)
         d = Engine(answers)
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             for _ in range(3):
                 assert await r.ask() == (200, ANSWER)
             assert params(d) == {}, "and it is not asked at once any more"
@@ -167,7 +167,7 @@ def test_prefill_that_keeps_nothing_leaves_it_to_decode():
 def test_decode_that_cannot_be_reached_is_replaced_and_gets_the_ticket():
     async def scenario() -> None:
         p, dead, d = Engine(prefills), Dead(), Engine(answers)
-        async with rig([p], [d, dead], at_once=True) as r:
+        async with rig([p], [d, dead], at_once="always") as r:
             for _ in range(3):
                 assert await r.ask() == (200, ANSWER)
             tickets = [params(d, at).get("kvconnect") for at in range(3)]
@@ -181,7 +181,7 @@ def test_decode_that_cannot_be_reached_is_replaced_and_gets_the_ticket():
 def test_decode_that_fails_is_asked_once_more_without_kv(fault):
     async def scenario() -> None:
         p, d = Engine(prefills), Engine(answers, fault, streams(*TOKENS, DONE))
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             await r.ask()
             status, body = await r.ask(stream=True)
             assert (status, body) == (200, b"".join((*TOKENS, DONE)))
@@ -193,7 +193,7 @@ def test_decode_that_fails_is_asked_once_more_without_kv(fault):
 def test_decodes_word_is_final_and_prefill_is_told_to_stop():
     async def scenario() -> None:
         p, d = Engine(prefills, hangs), Engine(answers, says(b"bad", 400))
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             await r.ask()
             assert await r.ask() == (400, b"bad")
             await p.aborted.wait()
@@ -205,7 +205,7 @@ def test_what_only_decode_refuses_lets_go_of_what_prefill_has_computed():
     async def scenario() -> None:
         refuses = hangs_until(says(b"bad", 400))
         p, d = Engine(prefills), Engine(answers, refuses, answers)
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             await r.ask()
             asked = asyncio.create_task(r.ask())
             await d.reached.wait()
@@ -236,7 +236,7 @@ def test_where_another_decode_engine_may_do_it_is_asked_without_the_kv(status, c
             return await answers(engine, request)
 
         first, other = Engine(answers, refuses, answers), Engine(answers, answers_after_prefill)
-        async with rig([p], [first, other], at_once=True) as r:
+        async with rig([p], [first, other], at_once="always") as r:
             await r.ask()
             await r.ask(TEXT, n=2)  # decode alone: it is the first one's turn again
             asked = asyncio.create_task(r.ask())
@@ -260,7 +260,7 @@ def test_responses_are_asked_in_turn():
     async def scenario() -> None:
         created = b"event: response.created\ndata: {}\n\n"
         p, d = Engine(prefills), Engine(streams(created, *TOKENS))
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             for _ in range(2):
                 status, body = await r.ask("/v1/responses", stream=True, input="p", prompt=None)
                 assert (status, body) == (200, created + b"".join(TOKENS))
@@ -273,7 +273,7 @@ def test_responses_are_asked_in_turn():
 def test_a_client_that_goes_ends_both():
     async def scenario() -> None:
         p, d = Engine(prefills, hangs), Engine(answers, hangs)
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             await r.ask()
             asked = asyncio.create_task(r.ask())
             await asyncio.gather(p.reached.wait(), d.reached.wait())
@@ -286,9 +286,141 @@ def test_a_client_that_goes_ends_both():
 def test_what_cannot_be_split_goes_whole_to_decode():
     async def scenario() -> None:
         p, d = Engine(prefills), Engine(answers)
-        async with rig([p], [d], at_once=True) as r:
+        async with rig([p], [d], at_once="always") as r:
             await r.ask()
             assert await r.ask(TEXT, n=2) == (200, ANSWER)
             assert len(p.bodies) == 1 and params(d) == {}
+
+    run(scenario())
+
+
+# --- auto: whoever says that it can, and whatever gains by it -------------------------------------
+
+METRIC = b"vllm:kvconnect_num_streamed_transfers_total{} 0.0\n"
+LONG = "x" * 300
+"""In bytes; prefill says that it computes 50 tokens in a step."""
+
+
+async def prefills_in_steps(engine: Engine, request: web.Request) -> web.StreamResponse:
+    name = (await request.json())["kv_transfer_params"]["transfer_id"]
+    steps = {"transfer_id": name, "step_tokens": 50}
+    return web.json_response({"id": "p", "kv_transfer_params": TICKET | steps})
+
+
+def with_metrics(text: bytes, behaviour=answers, status=200):
+    async def behave(engine: Engine, request: web.Request) -> web.StreamResponse:
+        if request.path == "/metrics":
+            engine.reached.set()
+            return web.Response(body=text, status=status)
+        return await behaviour(engine, request)
+
+    return behave
+
+
+async def known(r, *decoders: Engine) -> None:
+    """Ask until prefill has said that it can, and each decode engine was asked if it can."""
+    for _ in range(2 * len(decoders)):
+        assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
+    await asyncio.gather(*(d.reached.wait() for d in decoders))
+    await asyncio.sleep(0.05)  # a look that has been answered is over soon; nothing else depends
+
+
+def test_auto_asks_at_once_where_both_engines_say_that_they_can():
+    async def scenario() -> None:
+        p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
+        async with rig([p], [d], at_once="auto") as r:
+            assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
+            assert params(d)["kvconnect"] == "ticket", "nobody has said anything yet"
+            while "kvconnect" in params(d):  # in turn, until decode has been looked at
+                assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
+            early = {"do_remote_prefill": True, "do_remote_decode": False, **WHERE}
+            assert params(d) == early | {"transfer_id": params(p)["transfer_id"]}
+            looks = [head for head in d.heads if head.path == "/metrics"]
+            assert len(looks) == 1
+
+    run(scenario())
+
+
+def test_auto_asks_in_turn_for_what_prefill_computes_in_one_step():
+    async def scenario() -> None:
+        p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
+        async with rig([p], [d], at_once="auto") as r:
+            while not (await r.counters()).get("at_once"):
+                await r.ask(TEXT, prompt=LONG)
+            assert await r.ask(TEXT, prompt="x" * 100) == (200, ANSWER)
+            assert params(d)["kvconnect"] == "ticket"
+            assert (await r.counters())["at_once"] == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("text", "status"), [(b"vllm:other 1\n", 200), (METRIC, 404)])
+@pytest.mark.parametrize("others", [0, 1])
+def test_auto_asks_in_turn_where_a_decode_engine_does_not_say_that_it_can(text, status, others):
+    """Whichever of them a request goes to: that is decided later."""
+
+    async def scenario() -> None:
+        p, d = Engine(prefills_in_steps), Engine(with_metrics(text, status=status))
+        more = [Engine(with_metrics(METRIC)) for _ in range(others)]
+        async with rig([p], [d, *more], at_once="auto") as r:
+            await known(r, d, *more)
+            for _ in range(3):
+                assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
+            assert "at_once" not in await r.counters()
+
+    run(scenario())
+
+
+def test_auto_looks_anew_at_a_decode_engine_that_was_down():
+    """Another may have been started in its place."""
+
+    async def scenario() -> None:
+        p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
+        other = Engine(with_metrics(METRIC))
+        async with rig([p], [d, other], at_once="auto") as r:
+            while not (await r.counters()).get("at_once"):
+                await r.ask(TEXT, prompt=LONG)
+            d.behaviours[:] = [breaks]
+            while (await r.health())["decode"][0]["up"]:
+                assert (await r.ask(TEXT, n=2))[0] == 200
+            assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER), "at the other one"
+            d.behaviours[:] = [with_metrics(b"")]
+            r.clock.now += 20.0
+            while not (await r.health())["decode"][0]["up"]:
+                assert (await r.ask(TEXT, n=2))[0] == 200
+            before = (await r.counters())["at_once"]
+            for _ in range(4):
+                assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
+            assert (await r.counters())["at_once"] == before
+            assert sum(head.path == "/metrics" for head in d.heads) >= 2
+
+    run(scenario())
+
+
+def test_a_decode_engine_that_hangs_when_looked_at_holds_up_nobody():
+    async def scenario() -> None:
+        async def hangs_at_metrics(engine: Engine, request: web.Request) -> web.StreamResponse:
+            return await (hangs if request.path == "/metrics" else answers)(engine, request)
+
+        p, d = Engine(prefills_in_steps), Engine(hangs_at_metrics)
+        async with rig([p], [d], at_once="auto") as r:
+            for _ in range(5):
+                assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER), "nobody waits for a look"
+            await d.reached.wait()
+            assert sum(head.path == "/metrics" for head in d.heads) == 1
+        await d.aborted.wait()
+
+    run(scenario())
+
+
+def test_prefill_that_is_dead_frees_the_waiting_decode_request():
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers, hangs, answers)
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask()
+            p.behaviours[:] = [breaks]
+            assert await r.ask() == (200, ANSWER)
+            await d.aborted.wait()
+            assert params(d) == {}, "decode works alone"
 
     run(scenario())

@@ -70,6 +70,9 @@ class Engine:
             SimpleNamespace(
                 kv_transfer_config=SimpleNamespace(engine_id=engine_id, kv_role=role),
                 parallel_config=parallel,
+                scheduler_config=SimpleNamespace(
+                    max_num_batched_tokens=2048, long_prefill_token_threshold=0
+                ),
                 lora_config=object() if lora else None,
                 speculative_config=drafts,
             ),

@@ -10,6 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from kvconnect.config import NixlConfig
 from kvconnect.orders import Fetch, Grant, Promise, RenewLease, Withdraw
+from kvconnect.vllm.prefill_progress import step_tokens
 from kvconnect.vllm.protocol import RouterProtocol
 
 TOKENS = 40
@@ -208,12 +209,28 @@ def test_prefill_says_the_name_back_and_a_router_knows_by_that():
     request.status, p.tables = RequestStatus.FINISHED_LENGTH_CAPPED, {"r": [1, 2, 3]}
     request.num_computed_tokens = TOKENS
     _, params = p.engine.scheduler.request_finished(request, ([1, 2, 3],))
-    assert params["transfer_id"] == "x"
+    assert (params["transfer_id"], params["step_tokens"]) == ("x", 2048)
     p.engine.scheduler.take_orders()
     unnamed, _ = p.arrives({k: v for k, v in PREFILL.items() if k != "transfer_id"}, "r2")
     unnamed.status, unnamed.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, TOKENS
     _, params = p.engine.scheduler.request_finished(unnamed, ([4, 5, 6],))
-    assert "transfer_id" not in params
+    assert not {"transfer_id", "step_tokens"} & params.keys()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "tokens"),
+    [
+        ((2048, None, 0), 2048),
+        ((2048, 1024, 0), 1024),
+        ((2048, 1024, 256), 256),
+        ((2048, None, 4096), 2048),
+    ],
+    ids=str,
+)
+def test_a_step_computes_no_more_than_every_option_allows(scheduler, tokens):
+    names = ("max_num_batched_tokens", "max_num_scheduled_tokens", "long_prefill_token_threshold")
+    config = SimpleNamespace(**dict(zip(names, scheduler, strict=True)))
+    assert step_tokens(SimpleNamespace(scheduler_config=config)) == tokens
 
 
 def test_with_a_ticket_a_transfer_id_is_only_a_name():

@@ -1,0 +1,92 @@
+"""Which engines may be asked at once, and for which requests: `AtOnce` is how that is decided.
+
+* A prefill engine says with each answer where it can be read while it computes, and how many tokens
+  it computes in a step. One that fails, or does not say so again, is asked in turn.
+* A decode engine that can read so exports a metric, which nothing else does. It is looked for once,
+  while the requests that come meanwhile go in turn, and anew after the engine was down.
+* What prefill computes in one step gains nothing but a round trip, and would hold blocks at decode
+  meanwhile.
+* Knows no tokenizer: how many tokens a request has is guessed from its bytes. A wrong guess costs
+  what the other way costs, and no answer.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import aiohttp
+import msgspec
+
+from kvconnect.proxy.config import AtOnce
+from kvconnect.proxy.policy import Body, EngineAddress, read_early_at
+from kvconnect.proxy.pool import Pool
+from kvconnect.proxy.session import LOST
+
+READS_EARLY = b"vllm:kvconnect_num_streamed_transfers"
+"""A metric of decode engines that read what is still computed."""
+BYTES_PER_TOKEN = 4
+LOOK_TIMEOUT_S = 10.0
+
+
+class EarlyEngines:
+    """What the engines of both pools have said."""
+
+    def __init__(self, decoders: Pool, session: aiohttp.ClientSession, at_once: AtOnce) -> None:
+        self._decoders = decoders
+        self._session = session
+        self._at_once = at_once
+        self._prefill: dict[str, EngineAddress] = {}  # prefill engine → where it can be read
+        self._reads: dict[str, bool] = {}  # decode engine → whether it can read early
+        self._looking: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether prefill engines are to be asked if they can be read early."""
+        return self._at_once != "never"
+
+    async def close(self) -> None:
+        """Look no further. Idempotent."""
+        looking = list(self._looking.values())
+        for task in looking:
+            task.cancel()
+        await asyncio.gather(*looking, return_exceptions=True)
+
+    def answered(self, url: str, params: msgspec.Raw | None, transfer_id: str | None) -> None:
+        """A prefill engine that was given this name has answered with these params."""
+        self.failed(url)
+        if transfer_id is not None and (address := read_early_at(params, transfer_id)):
+            self._prefill[url] = address
+
+    def failed(self, url: str) -> None:
+        """A prefill engine could not be reached, or broke off."""
+        self._prefill.pop(url, None)
+
+    def address(self, prefiller: str, body: Body) -> EngineAddress | None:
+        """Where a prefill engine is read that is asked together with decode; None: in turn."""
+        address = self._prefill.get(prefiller)
+        if address is None or self._at_once == "always":
+            return address
+        tokens = sum(map(len, body.values())) // BYTES_PER_TOKEN
+        return address if tokens > address.step_tokens and self._all_read_early() else None
+
+    def _all_read_early(self) -> bool:
+        """Of those that are up: which of them a request goes to is decided later."""
+        up: Sequence[str] = [state.url for state in self._decoders.states() if state.up]
+        for state in self._decoders.states():
+            if not state.up:  # another may be started in its place
+                self._reads.pop(state.url, None)
+        for url in up:
+            if url not in self._reads and url not in self._looking:
+                task = self._looking[url] = asyncio.create_task(self._look(url))
+                task.add_done_callback(lambda _, url=url: self._looking.pop(url, None))
+        return bool(up) and all(self._reads.get(url) for url in up)
+
+    async def _look(self, url: str) -> None:
+        timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
+        try:
+            async with self._session.get(
+                f"{url}/metrics", timeout=timeout, allow_redirects=False
+            ) as upstream:
+                text = await upstream.read()
+        except LOST:
+            return  # whoever asks next looks again
+        self._reads[url] = upstream.status == 200 and READS_EARLY in text
