@@ -76,8 +76,7 @@ class EarlyEngines:
                 self._reads.pop(state.url, None)
         for url in up:
             if url not in self._reads and url not in self._looking:
-                task = self._looking[url] = asyncio.create_task(self._look(url))
-                task.add_done_callback(lambda _, url=url: self._looking.pop(url, None))
+                self._looking[url] = asyncio.create_task(self._look(url))
         return bool(up) and all(self._reads.get(url) for url in up)
 
     async def _look(self, url: str) -> None:
@@ -89,4 +88,6 @@ class EarlyEngines:
                 text = await upstream.read()
         except LOST:
             return  # whoever asks next looks again
+        finally:
+            self._looking.pop(url, None)
         self._reads[url] = upstream.status == 200 and READS_EARLY in text
