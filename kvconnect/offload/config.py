@@ -77,8 +77,18 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @classmethod
     def translated(cls, options: Mapping[str, Any], connector: str) -> dict[str, Any]:
-        """In-tree's ``secondary_tiers``: the first of files becomes ours, with its ``root_dir``."""
+        """In-tree's ``secondary_tiers``: the first of files becomes ours, with its ``root_dir``.
+        ExampleConnector's ``shared_storage_path``: the folder of a disk that is shared and kept.
+        """
         ours = dict(options)
+        if (shared := ours.pop("shared_storage_path", None)) is not None:
+            kept = {"cpu_bytes_to_use": 1 << 30, "persist": True, "share": True}
+            ours = kept | ours | {"secondary_tiers": [{"type": "fs", "root_dir": shared}]}
+            logger.warning(
+                "%s: shared_storage_path is disk_path here, with persist, share and, unless given, "
+                "a cpu_bytes_to_use of 1 GiB; what ExampleConnector stored there is not read",
+                connector,
+            )
         tiers = ours.pop("secondary_tiers", None) or ()
         if not isinstance(tiers, list | tuple) or not all(isinstance(t, Mapping) for t in tiers):
             raise ConfigError(

@@ -235,6 +235,17 @@ def test_a_secondary_tier_of_files_is_our_disk(caplog):
         parse(options | {"secondary_tiers": "fs"}, OffloadConfig, "test")
 
 
+def test_the_folder_of_vllms_example_connector_is_a_disk_that_is_shared_and_kept(caplog):
+    found = parse({"shared_storage_path": "/kv"}, OffloadConfig, "test")
+    assert (found.disk_path, found.disk_bytes, found.cpu_bytes_to_use) == ("/kv", 4 << 30, 1 << 30)
+    assert found.persist
+    assert found.share
+    assert "test: shared_storage_path is disk_path here" in caplog.text
+    given = {"shared_storage_path": "/kv", "cpu_bytes_to_use": "2GiB", "share": False}
+    found = parse(given, OffloadConfig, "test")
+    assert (found.cpu_bytes_to_use, found.share) == (2 << 30, False)
+
+
 def test_a_chunk_is_said_in_tokens_or_in_blocks():
     options = {"cpu_bytes_to_use": "1GiB", "blocks_per_chunk": 2, "block_size": 32}
     with pytest.raises(ConfigError, match="give one of them"):
