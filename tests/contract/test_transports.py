@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -292,16 +293,32 @@ def test_what_mooncake_cannot_do_is_a_startup_error(name, options, reason):
         make_transport(name, [], "127.0.0.1", {"mooncake_protocol": "tcp", **options})
 
 
-@pytest.mark.parametrize("name", [real("mooncake")])
-def test_mooncake_engines_find_each_other_through_a_metadata_server(name):
+def http_server(port, folder):
+    command = [sys.executable, "-m", "mooncake.http_metadata_server", "--port", str(port)]
+    return command, f"http://127.0.0.1:{port}/metadata"
+
+
+def etcd(port, folder):
+    if shutil.which("etcd") is None:
+        pytest.skip("there is no etcd here (Debian: etcd-server)")
+    urls = [f"http://127.0.0.1:{one}" for one in (port, free_port())]
+    clients = [f"--{kind}-client-urls={urls[0]}" for kind in ("listen", "advertise")]
+    peers = [f"--{kind}-peer-urls={urls[1]}" for kind in ("listen", "initial-advertise")]
+    among = f"--initial-cluster=default={urls[1]}"
+    return ["etcd", f"--data-dir={folder}", *clients, *peers, among], f"etcd://127.0.0.1:{port}"
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mooncake.http_metadata_server", "--port", str(port)],
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{port}/metadata"
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", [real("mooncake")])
+@pytest.mark.parametrize("kind", [http_server, etcd])
+def test_mooncake_engines_find_each_other_through_a_metadata_server(name, kind, tmp_path):
+    command, url = kind(free_port(), tmp_path)
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     options = {"mooncake_protocol": "tcp", "metadata_server": url}
     deadline = time.monotonic() + 60
 
