@@ -16,7 +16,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from older_glibc import stand_ins
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {
@@ -74,13 +77,16 @@ def compile_library(name: str, target: Path) -> None:
     flags = list(CPP_FLAGS) if name == "kvc_cpu" else cuda_flags(compiler)
     version = _run(compiler, "--version", capture_output=True).stdout
     inputs = [version, repr((flags, platform.machine())).encode()]
-    inputs += [(ROOT / path).read_bytes() for path in (*SOURCES[name], *HEADERS)]
+    sources = [*SOURCES[name], *HEADERS, "csrc/older_glibc.py"]
+    inputs += [(ROOT / path).read_bytes() for path in sources]
     key = hashlib.sha256(b"\0".join(inputs)).hexdigest()[:16]
     cached = ROOT / "build" / f"{name}-{key}.so"
     if not cached.exists():
         cached.parent.mkdir(exist_ok=True)
         made = cached.with_suffix(f".{os.getpid()}")
-        _run(compiler, *flags, *SOURCES[name], "-o", str(made))
+        with tempfile.TemporaryDirectory() as scratch:
+            older = _stand_ins(Path(scratch)) if name == "kvc_cuda" else []
+            _run(compiler, *flags, *SOURCES[name], *older, "-o", str(made))
         made.replace(cached)
     target.parent.mkdir(parents=True, exist_ok=True)
     # never into the file itself: a process that has loaded it would run what is half written
@@ -103,6 +109,15 @@ def try_compile(name: str, target: Path) -> None:
         told = isinstance(error, subprocess.CalledProcessError)
         reason = f"{compiler_of(name)} failed, see above" if told else error
         print(f"kvconnect: lib{name} is not built: {reason}", file=sys.stderr)
+
+
+def _stand_ins(folder: Path) -> list[str]:
+    """What to link so that an older glibc than ours is enough; without them ours is needed."""
+    try:
+        return stand_ins(compiler_of("kvc_cpu") or "cc", folder)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"kvconnect: libkvc_cuda will need this machine's glibc: {error}", file=sys.stderr)
+        return []
 
 
 def _run(*command: str, capture_output: bool = False) -> "subprocess.CompletedProcess[bytes]":

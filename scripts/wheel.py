@@ -2,14 +2,14 @@
 
     python scripts/wheel.py [--no-engine]
 
-- The wheel's tag says which glibc its libraries need (setup.py): to have an old one, build on an
-  old system, as .github/workflows/release.yml does.
+- The wheel is for every glibc since 2.28, wherever it is built (setup.py, csrc/older_glibc.py).
 - The source distribution is built into a wheel without a compiler for CUDA, too.
 - The environment is new: the wheel with its dependencies, then vLLM and what it needs out of .venv.
 """
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -72,6 +72,7 @@ def main() -> None:
     subprocess.run([sys.executable, *sdist], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: S603
     (source,) = DIST.glob("kvconnect-*.tar.gz")
     wheel = build(ROOT, DIST)
+    assert f"-py3-none-manylinux_2_28_{platform.machine()}." in wheel.name, wheel.name
     for made in (source, wheel):
         print(f"{made.name}: {made.stat().st_size:,} bytes")
     with tempfile.TemporaryDirectory() as scratch:
