@@ -8,8 +8,9 @@ from halves import BLOCK, Block, Engine
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
-from kvconnect.config import NixlConfig
+from kvconnect.config import MooncakeConfig, NixlConfig
 from kvconnect.orders import Fetch, Grant, Promise, RenewLease, Withdraw
+from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
 from kvconnect.vllm.prefill_progress import step_tokens
 from kvconnect.vllm.protocol import RouterProtocol
 
@@ -35,9 +36,9 @@ def blocks(*ids):
 class Prefill:
     """An engine whose test says what vLLM schedules."""
 
-    def __init__(self, spec=FULL, drafts=None):
+    def __init__(self, spec=FULL, drafts=None, config=None, protocol=RouterProtocol):
         options = {"spec": spec, "drafts": drafts}
-        self.engine = Engine("P", "kv_both", NixlConfig(), RouterProtocol, **options)
+        self.engine = Engine("P", "kv_both", config or NixlConfig(), protocol, **options)
         self.tables = {}
 
     def arrives(self, params=PREFILL, request_id="r", **fields):
@@ -242,6 +243,25 @@ def test_with_a_ticket_a_transfer_id_is_only_a_name():
     d.arrives(params, num_computed_tokens=0)
     (renew,) = d.steps([RenewLease])
     assert (renew.source.lease_id, renew.source.wait_s) == (promise.lease_id, 0)
+
+
+@pytest.mark.parametrize("secret", [False, True])
+def test_readers_of_mooncakes_routers_come_early_too(tmp_path, monkeypatch, secret):
+    """With a secret as well: their offers need no ticket, since all that they go by is proved."""
+    monkeypatch.setenv("VLLM_MOONCAKE_BOOTSTRAP_PORT", "0")
+    (tmp_path / "secret").write_text("0123456789abcdef")
+    config = MooncakeConfig(auth_secret_file=str(tmp_path / "secret") if secret else None)
+    p = Prefill(config=config, protocol=MooncakeProtocol)
+    try:
+        request, promise = p.arrives()
+        assert promise.name == "transfer x"
+        assert p.step(request, 16, new=True) == []
+        (order,) = p.step(request, 24)
+        assert (order.lease_id, order.blocks) == (promise.lease_id, ((100,),))
+        unnamed, _ = p.arrives({"do_remote_decode": True}, "r2")
+        assert p.step(unnamed, 16, new=True) == p.step(unnamed, 24) == []
+    finally:
+        p.engine.scheduler.close()
 
 
 def test_an_aborted_request_is_forgotten():
