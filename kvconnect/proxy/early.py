@@ -6,12 +6,17 @@
   while the requests that come meanwhile go in turn, and anew after the engine was down.
 * What prefill computes in one step gains nothing but a round trip, and would hold blocks at decode
   meanwhile.
+* Decode has blocks for a whole prompt while prefill computes it. Where that fills an engine whose
+  blocks other requests need to read what prefill has computed, both wait for each other: so all
+  that is asked early at once fits half of the smallest decode engine. Who else asks is not known.
 * Knows no tokenizer: how many tokens a request has is guessed from its bytes. A wrong guess costs
   what the other way costs, and no answer.
 """
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
 
 import aiohttp
 import msgspec
@@ -23,6 +28,10 @@ from kvconnect.proxy.session import LOST
 
 READS_EARLY = b"vllm:kvconnect_num_streamed_transfers"
 """A metric of decode engines that read what is still computed."""
+_BLOCKS = tuple(
+    re.compile(rb'^vllm:cache_config_info\{[^\n]*\b%b="(\d+)"' % name, re.MULTILINE)
+    for name in (b"block_size", b"num_gpu_blocks")
+)
 BYTES_PER_TOKEN = 4
 LOOK_TIMEOUT_S = 10.0
 
@@ -35,7 +44,8 @@ class EarlyEngines:
         self._session = session
         self._at_once = at_once
         self._prefill: dict[str, EngineAddress] = {}  # prefill engine → where it can be read
-        self._reads: dict[str, bool] = {}  # decode engine → whether it can read early
+        self._room: dict[str, int] = {}  # decode engine → tokens that it may hold early
+        self._held = 0  # tokens of requests that decode was asked for early, and has not begun
         self._looking: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -65,19 +75,31 @@ class EarlyEngines:
         address = self._prefill.get(prefiller)
         if address is None or self._at_once == "always":
             return address
-        tokens = sum(map(len, body.values())) // BYTES_PER_TOKEN
-        return address if tokens > address.step_tokens and self._all_read_early() else None
+        tokens = _tokens(body)
+        if tokens <= address.step_tokens:
+            return None
+        return address if self._held + tokens <= self._least_room() else None
 
-    def _all_read_early(self) -> bool:
+    @contextlib.contextmanager
+    def holding(self, body: Body) -> Iterator[None]:
+        """Decode is asked early for this request, and has not begun to answer."""
+        tokens = _tokens(body)
+        self._held += tokens
+        try:
+            yield
+        finally:
+            self._held -= tokens
+
+    def _least_room(self) -> int:
         """Of those that are up: which of them a request goes to is decided later."""
         up: Sequence[str] = [state.url for state in self._decoders.states() if state.up]
         for state in self._decoders.states():
             if not state.up:  # another may be started in its place
-                self._reads.pop(state.url, None)
+                self._room.pop(state.url, None)
         for url in up:
-            if url not in self._reads and url not in self._looking:
+            if url not in self._room and url not in self._looking:
                 self._looking[url] = asyncio.create_task(self._look(url))
-        return bool(up) and all(self._reads.get(url) for url in up)
+        return min((self._room.get(url, 0) for url in up), default=0)
 
     async def _look(self, url: str) -> None:
         timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
@@ -90,4 +112,10 @@ class EarlyEngines:
             return  # whoever asks next looks again
         finally:
             self._looking.pop(url, None)
-        self._reads[url] = upstream.status == 200 and READS_EARLY in text
+        can = upstream.status == 200 and READS_EARLY in text
+        size, blocks = (int(found[1]) if (found := of.search(text)) else 0 for of in _BLOCKS)
+        self._room[url] = size * blocks // 2 if can else 0
+
+
+def _tokens(body: Body) -> int:
+    return sum(map(len, body.values())) // BYTES_PER_TOKEN

@@ -230,7 +230,8 @@ class Legs:
         early = bool(prefillers) and ask.path != RESPONSES
         address = self._early.address(prefillers[0], ask.body) if early else None
         if address is not None and (decoders := deque(self._decoders_for(ask))):
-            return await self._both(ask, prefillers, decoders, address)
+            with self._early.holding(ask.body):
+                return await self._both(ask, prefillers, decoders, address)
         params = await self._prefill(ask, prefillers)
         return await self._after(ask, params, None)
 

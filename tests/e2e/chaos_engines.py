@@ -65,8 +65,8 @@ AT_ONCE = (
     "--no-enable-prefix-caching",
     "--max-num-batched-tokens=128",  # a prompt is three to ten steps
 )
-FEW = {32: "51", 128: "14"}
-"""Block size → number of blocks: hardly more than one longest prompt takes."""
+FEW = {"prefill": 51, "decode": 101}
+"""Blocks of 32 tokens: prefill has hardly more than one longest prompt takes."""
 AT_ONCE_CLIENTS, AT_ONCE_ANSWER = 8, 40
 PREFILL_S = 12
 HANGS_UP, HANG_UP_S = 0.2, 4.0
@@ -400,7 +400,7 @@ def run(connector, seconds, seed, folder, at_once=False):
         for engine in engines[:2]:
             proxies.enter_context(engine.faults)
         urls = {role: [e.url for e in engines if e.role == role] for role in ("prefill", "decode")}
-        options = ["--at-once=always"] if at_once else []
+        options = ["--at-once=auto"] if at_once else []
         command = proxy_command(urls["prefill"], urls["decode"], options)
         server = fleet.start("proxy", command, engine_env())
         chaos = Run(connector, engines, Client(server, path.name), rng, at_once)
@@ -415,7 +415,8 @@ def run(connector, seconds, seed, folder, at_once=False):
 def options_of(role, number):
     """Of `vllm serve`, where KV is streamed: one decode engine reads it directly, one staged."""
     size = 128 if (role, number) == ("decode", 1) else 32
-    return [*AT_ONCE, f"--block-size={size}", f"--num-gpu-blocks-override={FEW[size]}"]
+    blocks = -(-FEW[role] * 32 // size)
+    return [*AT_ONCE, f"--block-size={size}", f"--num-gpu-blocks-override={blocks}"]
 
 
 if __name__ == "__main__":
