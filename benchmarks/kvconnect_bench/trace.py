@@ -1,7 +1,8 @@
 """``kvconnect bench trace``: one hand-over from prefill's last step to decode's first token.
 
 Every interval that the engines' own clocks show, in the medians of some hand-overs, pulled and
-streamed. Of what happens more than once the last time counts: the hand-over waits for that.
+streamed. Of what happens more than once the last time counts, for the hand-over waits for that;
+but the first time once vLLM was told that the KV is there, for later steps are of later tokens.
 """
 
 import random
@@ -21,6 +22,7 @@ from kvconnect_bench.pair import Asked, compared, pair_alone, save
 from kvconnect_bench.pd import BLOCK_TOKENS, VOCABULARY, Spread
 
 ENDS = ("prefill", "step ended")  # where the times are counted from
+TOLD = ("decode", "vLLM was told that the KV is there")
 CLIENT = "client"
 
 
@@ -93,7 +95,14 @@ def _rows(
     times: dict[tuple[str, str], list[float]] = {}
     for start_s, asked in hand_overs:
         first_at_s, end_s = start_s + asked.first_s, start_s + max(asked.first_s, asked.prefill_s)
-        last = {(m.engine, m.what): m.at_s for m in found if start_s <= m.at_s <= end_s}
+        last: dict[tuple[str, str], float] = {}
+        steps: dict[tuple[str, str], float] = {}
+        for mark in (mark for mark in found if start_s <= mark.at_s <= end_s):
+            if mark.engine == TOLD[0] and TOLD in last:
+                steps.setdefault((mark.engine, mark.what), mark.at_s)
+            else:
+                last[mark.engine, mark.what] = mark.at_s
+        last |= steps
         last[CLIENT, "has prefill's answer"] = start_s + asked.prefill_s
         last[CLIENT, "has the first token"] = first_at_s
         for which, at_s in last.items():
