@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector import v1
 
 import kvconnect
 from kvconnect.costs import Costs
+from kvconnect.proxy.early import READS_EARLY
 from kvconnect.stats import OBSERVED, Stats
 from kvconnect.vllm.metrics import PEER, Metrics, PeerStats
 from kvconnect.vllm.multi.metrics import CHAIN
@@ -167,6 +168,10 @@ NEVER_COUNTED = {
     "num_failed_notifications": "in-tree's, for dashboards: it stays 0, for we send none",
 }
 HANDED_ON = {*OBSERVED, "num_failed_transfers", "num_failed_handshakes"}  # out of a tuple of names
+
+
+def test_the_proxy_looks_for_a_metric_of_ours():
+    assert READS_EARLY.decode() in {metric.name for metric in PEER}
 
 
 @pytest.mark.parametrize("kind", TABLES)
