@@ -20,32 +20,19 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 import deployed
+from checkouts import CACHE, UnavailableError, checkout
 
-CACHE = deployed.ROOT / ".cache/deploy"
 TOOLS = ["helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0", "importlib-resources==6.5.2"]
 KUBERNETES = "1.34"
 
 
 def tools():
     """Makes helm_python and kubernetes_validate importable; what they need vLLM has brought."""
-    into = CACHE / "tools"
+    into = CACHE / "deploy/tools"
     if not (into / "kubernetes_validate").exists():
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(into)]
         subprocess.run([*pip, *TOOLS], check=True)
     sys.path.append(str(into))
-
-
-def checkout(variable, repository):
-    """A folder with the repository; ends the program, saying what to do, where none can be had."""
-    if (given := os.environ.get(variable)) is not None:
-        return Path(given)
-    into = CACHE / repository.rpartition("/")[2]
-    if not into.exists():
-        url = f"https://github.com/{repository}"
-        clone = ["timeout", "120", "git", "clone", "-q", "--depth", "1", url, str(into)]
-        if subprocess.run(clone).returncode:
-            sys.exit(f"{url} cannot be cloned: set {variable} to a checkout, or CHARTS=none")
-    return into
 
 
 def kustomized(folder):
@@ -118,4 +105,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UnavailableError as error:
+        sys.exit(f"{error}, or CHARTS=none")

@@ -57,6 +57,17 @@ class Setup:
     def start(self, fleet: Fleet) -> "Pair":
         return Pair(fleet, self)
 
+    def transfer(self, role: str) -> dict[str, Any]:
+        """``--kv-transfer-config`` of the engine of a role."""
+        config = transfer_config(self.connector, role) | dict(self.names)
+        extra = {**config.get("kv_connector_extra_config", {}), **self.extra}
+        if role == "prefill":
+            config |= self.prefill_names
+            extra |= self.prefill_extra
+        config["kv_connector_extra_config"] = extra
+        config["kv_load_failure_policy"] = self.policy
+        return config
+
 
 class Client:
     """One engine, as an HTTP client sees it."""
@@ -125,16 +136,9 @@ class Pair:
         setup = self.setup
         if model is None:
             model = (setup.prefill_model or setup.model) if role == "prefill" else setup.model
-        config = transfer_config(setup.connector, role) | dict(setup.names)
-        extra = {**config.get("kv_connector_extra_config", {}), **setup.extra}
-        if role == "prefill":
-            config |= setup.prefill_names
-            extra |= setup.prefill_extra
-        config["kv_connector_extra_config"] = extra
-        config["kv_load_failure_policy"] = setup.policy
         options = [*setup.both, *(setup.prefill if role == "prefill" else setup.decode)]
         name = f"{role} {len(self.fleet.servers)}"
-        command = VllmServe(model, config, options).command
+        command = VllmServe(model, setup.transfer(role), options).command
         return self.fleet.start(name, command, engine_env(**setup.env))
 
     def prefilled(

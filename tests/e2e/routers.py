@@ -2,20 +2,26 @@
 
     python tests/e2e/routers.py             # or some: toy plain
 
+PRODUCTION_STACK names a checkout of vllm-project/production-stack; without it, it is cloned.
+
 Prints a line of JSON for each router and connector, and exits with 1 if anything was wrong. Answers
 are compared in float32 with those of the prefill engine alone. docs/routers.md is what it found.
 """
 
+import importlib.util
 import json
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import multi
+import pytest
 from conftest import model
 from nursery import Nursery
 from pair import PREFILL, Client, Pair, Setup, eventually, words
@@ -23,10 +29,14 @@ from pair import PREFILL, Client, Pair, Setup, eventually, words
 from kvconnect.cli.engines import engine_env, proxy_command
 from kvconnect.cli.processes import HOST, Fleet
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkouts import CACHE, UnavailableError, checkout
+
 SOURCES = Path(os.environ.get("KVCONNECT_VLLM_SRC", ""))
 EXAMPLES = SOURCES / "examples/disaggregated"
 LENGTHS = (40, 129, 257, 400, 640, 900)
 SHORT = ["--max-model-len", "2048"]
+DYNAMO = "ai-dynamo==1.6.1"
 
 
 def free_port():
@@ -110,6 +120,37 @@ def rust(pair):
     return lambda port: [*start, "--port", str(port)]
 
 
+def production_stack(mode):
+    """production-stack's router in this mode, out of its sources, in an environment of its own."""
+
+    def command(pair):
+        python, sources = stack_environment()
+        urls = ",".join([pair.prefill.server.url, pair.decode.server.url])
+        name = pair.setup.model.name
+        start = ["env", f"PYTHONPATH={sources}", str(python), "-m", "vllm_router.app"]
+        start += ["--host", HOST, "--service-discovery", "static", "--static-backends", urls]
+        start += ["--static-models", f"{name},{name}", "--static-model-labels", "prefill,decode"]
+        start += ["--prefill-model-labels", "prefill", "--decode-model-labels", "decode"]
+        return lambda port: [*start, "--routing-logic", mode, "--port", str(port)]
+
+    return command
+
+
+def stack_environment():
+    """Python with what that router needs, and its sources; raises UnavailableError."""
+    sources = checkout("PRODUCTION_STACK", "vllm-project/production-stack") / "src"
+    needs = sources / "vllm_router/requirements.txt"
+    folder = CACHE / "production-stack"
+    python, stamp = folder / "bin/python", folder / "requirements.txt"
+    if not stamp.exists() or stamp.read_text() != needs.read_text():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-I", "-m", "pip", "install", "-q", "-r", str(needs)]
+        if subprocess.run(pip).returncode:
+            raise UnavailableError(f"{needs} cannot be installed, see pip's message above")
+        stamp.write_text(needs.read_text())
+    return python, sources
+
+
 def ours(pair):
     return proxy_command([pair.prefill.server.url], [pair.decode.server.url])
 
@@ -172,6 +213,50 @@ def plain(pair):
     yield ask
 
 
+def dynamo_protocols():
+    """The module by which Dynamo knows connectors, out of its wheel."""
+    folder = CACHE / "dynamo"
+    source = folder / "dynamo/vllm/kv_connector_protocols.py"
+    if not source.exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+        if subprocess.run([*pip, DYNAMO]).returncode:
+            raise UnavailableError(f"{DYNAMO} cannot be installed, see pip's message above")
+    spec = importlib.util.spec_from_file_location("dynamo_protocols", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def dynamo(pair):
+    """What Dynamo's workers make of an engine's configuration, and the params of both legs."""
+    from vllm.config import KVTransferConfig
+
+    choose = dynamo_protocols().make_kv_connector_protocol
+    os.environ |= pair.setup.env  # where vLLM's own function looks for the bootstrap port
+
+    def configured(transfer):
+        engines = SimpleNamespace(local_engines_only=True)
+        transfer = KVTransferConfig(**transfer)
+        return SimpleNamespace(kv_transfer_config=transfer, parallel_config=engines)
+
+    for name in ("KVConnectNixl", "KVConnectMulti"):  # as docs/routers.md says
+        with pytest.raises(ValueError, match="Unsupported kv_connector"):
+            choose(configured({"kv_connector": name, "kv_role": "kv_both"}))
+
+    def ask(prompt, **options):
+        protocol = choose(configured(pair.setup.transfer("prefill")))
+        params = protocol.prefill_request_kv_transfer_params()
+        leg = {"max_tokens": 1, "kv_transfer_params": params}
+        status, lent = pair.prefill.post(prompt, **{**options, **leg})
+        assert status == 200, lent
+        answer = SimpleNamespace(kv_transfer_params=lent.get("kv_transfer_params"))
+        handed = protocol.decode_request_kv_transfer_params(answer)
+        return pair.decode.post(prompt, **options, kv_transfer_params=handed)
+
+    yield ask
+
+
 TOY = SOURCES / "tests/v1/kv_connector/nixl_integration/toy_proxy_server.py"
 MULTI_TURN = EXAMPLES / "disaggregated_serving/disagg_proxy_multiturn.py"
 ROUTERS = {
@@ -180,7 +265,13 @@ ROUTERS = {
     "rust": ("vllm-router", started(rust), [nixl, stock, several, mooncake]),
     "ours": ("kvconnect proxy", started(ours), [nixl, several, p2p, mooncake]),
     "llm-d": ("llm-d sidecar (its bodies)", llm_d, [nixl, several]),
+    "dynamo": (f"{DYNAMO} (its protocols)", dynamo, [stock]),
     "mooncake": ("vLLM mooncake_connector_proxy.py", started(mooncakes), [mooncake]),
+    "stack": (
+        "production-stack disaggregated_prefill_orchestrated",
+        started(production_stack("disaggregated_prefill_orchestrated")),
+        [nixl, stock, several],
+    ),
     "plain": ("production-stack disaggregated_prefill (its requests)", plain, [p2p]),
 }
 ENGINES = (nixl, stock, several, mooncake, p2p)
@@ -222,8 +313,11 @@ def main():
             with Fleet(Path(folder) / setup.__name__, nursery.launch) as fleet:
                 pair: Pair = setup(smol).start(fleet)
                 for number, (router, connect, _) in enumerate(rows):
-                    row = check(router, connect, pair, setup, 20_000 + 100 * number)
-                    wrong += not row["ok"]
+                    try:
+                        row = check(router, connect, pair, setup, 20_000 + 100 * number)
+                        wrong += not row["ok"]
+                    except UnavailableError as error:
+                        row = {"router": router, "skipped": str(error)}
                     print(json.dumps(row), flush=True)
     sys.exit(bool(wrong))
 
