@@ -37,7 +37,7 @@ INERT_OPTIONS = {
     "enforce_handshake_compat": "engines are compared by their KV and not by vLLM's version; "
     "model_id and allow_lossy say what else may differ",
     "enable_cross_layers_blocks": "transfer_mode decides how many descriptors a transfer has",
-    "push_registration_timeout": "decode asks for what it waits for; load_timeout is how long",
+    "push_registration_timeout": "decode asks for what it waits for; prefill_timeout is how long",
 }
 
 MIN_SECRET_BYTES = 16

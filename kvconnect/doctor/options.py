@@ -33,6 +33,8 @@ SCHEMAS: dict[str, type[msgspec.Struct] | None] = {
     "KVConnectP2pNccl": P2pNcclConfig,
     "KVConnectMulti": None,
     "NixlConnector": NixlConfig,
+    "NixlPullConnector": NixlConfig,
+    "NixlPushConnector": NixlConfig,
     "MooncakeConnector": MooncakeConfig,
     "OffloadingConnector": OffloadConfig,
     "P2pNcclConnector": P2pNcclConfig,

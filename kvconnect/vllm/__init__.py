@@ -14,6 +14,8 @@ CONNECTORS = {
     "MooncakeConnector": "kvconnect.vllm.mooncake.connector",
     "MultiConnector": "kvconnect.vllm.multi.connector",
     "NixlConnector": "kvconnect.vllm.nixl",
+    "NixlPullConnector": "kvconnect.vllm.nixl",
+    "NixlPushConnector": "kvconnect.vllm.nixl",
     "OffloadingConnector": "kvconnect.vllm.offload.connector",
     "P2pNcclConnector": "kvconnect.vllm.p2p.connector",
 }

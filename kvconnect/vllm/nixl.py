@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from kvconnect.config import NixlConfig
 from kvconnect.vllm.connector import PeerConnector
+from kvconnect.vllm.protocol import RouterProtocol
 
 
 class KVConnectNixl(PeerConnector):
@@ -22,3 +23,22 @@ class NixlConnector(KVConnectNixl):
 
     ``{"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"}``
     """
+
+
+class NixlPullConnector(NixlConnector):
+    """The same under the other name that vLLM has for it."""
+
+
+class PushProtocol(RouterProtocol):
+    """Every prompt that is handed over may be one that decode waits for already."""
+
+    streams_by_id = True
+
+
+class NixlPushConnector(NixlConnector):
+    """In place of vLLM's own: blocks cross while prefill computes the rest, by request id.
+
+    Decode reads them; prefill writes where `transfer_mode` is, or comes to, ``staged``.
+    """
+
+    protocol_type = PushProtocol

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import hmac
 import logging
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -28,6 +29,8 @@ TRANSFER_KEY = "transfer_id"
 STEP_KEY = "step_tokens"
 MAX_TICKET_CHARS = 1 << 20
 DIGEST_BYTES = 16
+MAX_NAME_CHARS = 1024  # wire.RequestId
+_RANDOM = re.compile(r"-[0-9a-f]{8}\Z")  # vLLM's own end of a request id
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
@@ -175,16 +178,35 @@ def transfer_name(params: dict[str, Any]) -> str:
     return f"transfer {text_of(params, TRANSFER_KEY, 512)}"
 
 
+def meets_by_id(params: dict[str, Any]) -> bool:
+    """Whether a NIXL push router asked both engines at once: their ids of the request are alike."""
+    return params.get("remote_block_ids") is None and bool(params.get("remote_request_id"))
+
+
+def shared_name(request_id: str) -> str:
+    """What both engines have of an id that one X-Request-Id gave them. Raises OfferError."""
+    name = _RANDOM.sub("", request_id)
+    # printable: what is not, lone surrogates included, may not be encodable
+    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+        raise OfferError(f"request id {name[:200]!r} is empty, not printable, or too long")
+    return name
+
+
 def parse_early(
-    params: dict[str, Any], engine_id: str, secret: bytes | None, ttl_s: float, wait_s: float
+    params: dict[str, Any],
+    name: str,
+    engine_id: str,
+    secret: bytes | None,
+    ttl_s: float,
+    wait_s: float,
 ) -> Source:
     """Where a prompt is being computed that both engines were asked for; raises OfferError.
 
-    ``wait_s``: how long that may take; where blocks are named, prefill has answered already.
+    ``name``: the lease's. ``wait_s``: how long computing may take; where blocks are named,
+    prefill has answered already.
     """
     _ticket(params, secret)
     wait_s = 0.0 if params.get("remote_block_ids") else wait_s
-    name = transfer_name(params)
     check_engine(text_of(params, "remote_engine_id"), engine_id, None, name)
     address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
     warn_unsigned()

@@ -6,7 +6,7 @@ speak others; each is a subclass.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from kvconnect.config import PeerConfig
 from kvconnect.control.wire import Address
@@ -19,10 +19,12 @@ from kvconnect.vllm.params import (
     Prompt,
     Ticket,
     lent_params,
+    meets_by_id,
     names_transfer,
     parse_early,
     parse_offer,
     parse_rejected,
+    shared_name,
     transfer_name,
     wants_remote_decode,
     wants_remote_prefill,
@@ -46,6 +48,11 @@ class RouterProtocol:
 
     ``request`` is vLLM's. Whatever a client sends, nothing but OfferError may be raised.
     """
+
+    pairs_by_id: ClassVar[bool] = True
+    """Whether engines that were asked at once may meet under their request's id: NIXL push."""
+    streams_by_id: ClassVar[bool] = False
+    """Whether blocks of such a request cross while it is computed, and not at its end alone."""
 
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:
         """``config`` and ``vllm_config`` are for protocols that have options, or endpoints."""
@@ -75,9 +82,9 @@ class RouterProtocol:
         None: it is being found out; ask again at the next step.
         """
         params = request.kv_transfer_params
-        if not self._is_early(params):
+        if not (name := self._shared_name(request)):
             return parse_offer(params, prompt, *self.us[:3])
-        source = parse_early(params, *self.us[:3], self._prefill_s)
+        source = parse_early(params, name, *self.us[:3], self._prefill_s)
         return Offer(source, prompt.num_tokens, prompt.digest(prompt.num_tokens))
 
     def asks_about(self, request: Any) -> Hashable:  # noqa: ARG002 - of other contracts
@@ -87,9 +94,9 @@ class RouterProtocol:
     def unused(self, request: Any) -> Offer | None:
         """As `offer`, of a request that will never run: only its lease."""
         params = request.kv_transfer_params
-        if not self._is_early(params):
+        if not (name := self._shared_name(request)):
             return parse_rejected(params, *self.us[:3])
-        return Offer(parse_early(params, *self.us[:3], self._prefill_s), 0, b"")
+        return Offer(parse_early(params, name, *self.us[:3], self._prefill_s), 0, b"")
 
     def unusable(self, request: Any) -> Offer | None:
         """The lease, where it is certain, of an `offer` that raised: it need not wait in vain."""
@@ -103,7 +110,7 @@ class RouterProtocol:
     def name(self, request: Any) -> str:
         """Under which name the lease of a request that `lends` is found; "": its request id."""
         try:
-            return transfer_name(request.kv_transfer_params) if self.is_read_early(request) else ""
+            return "" if self.us.secret is not None else self._shared_name(request)
         except OfferError:
             return ""
 
@@ -112,10 +119,21 @@ class RouterProtocol:
 
         Not where a secret is set: its offers need a ticket, and there is none so early.
         """
-        return self.us.secret is None and self._is_early(request.kv_transfer_params)
+        named = self.streams_by_id or names_transfer(request.kv_transfer_params)
+        return named and bool(self.name(request))
 
-    def _is_early(self, params: Any) -> bool:
-        return bool(self._prefill_s) and names_transfer(params) and not params.get(TICKET_KEY)
+    def _shared_name(self, request: Any) -> str:
+        """Under which name both engines know a request that they were asked for at once.
+
+        "": they know none. Raises OfferError where it cannot be a name.
+        """
+        params = request.kv_transfer_params
+        if not self._prefill_s or params.get(TICKET_KEY):
+            return ""
+        if names_transfer(params):
+            return transfer_name(params)
+        by_id = wants_remote_decode(params) or meets_by_id(params)
+        return shared_name(request.request_id) if self.pairs_by_id and by_id else ""
 
     def answer(
         self,
@@ -130,7 +148,11 @@ class RouterProtocol:
         many tokens are computed in a step, for a prompt of fewer gains nothing by that.
         """
         params = lent_params(ticket, self.key_addresses[0], self.us.secret, tables, sizes)
-        if self.is_read_early(request):
+        if not (name := self.name(request)):
+            return params
+        if names_transfer(request.kv_transfer_params):
             params[TRANSFER_KEY] = request.kv_transfer_params[TRANSFER_KEY]
             params[STEP_KEY] = step_tokens(self._vllm_config)
+        else:  # the name is all that a reader without a ticket has
+            params["remote_request_id"] = name
         return params

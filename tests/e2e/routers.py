@@ -57,6 +57,12 @@ def stock(smol):
     return Setup(smol, both=SHORT, names=names)
 
 
+def push(smol):
+    """vLLM's name for the connector whose router asks both engines at once."""
+    names = {"kv_connector": "NixlPushConnector", "kv_connector_module_path": "kvconnect.vllm"}
+    return Setup(smol, both=[*SHORT, "--max-num-batched-tokens", "256"], names=names)
+
+
 def several(smol):
     names = {"kv_connector": "KVConnectMulti"}
     children = [multi.nixl(), multi.offloading()]
@@ -99,6 +105,18 @@ def of_vllm(script):
         return lambda port: [*start, "--port", str(port)]
 
     return command
+
+
+def pushes(pair):
+    """It is told where prefill is: so is decode, by params of a prompt that was asked for alone."""
+    at = pair.prefilled(words(3, seed=1))
+    engines = ["--prefill", f"{HOST}:{port_of(pair.prefill)}"]
+    engines += ["--decode", f"{HOST}:{port_of(pair.decode)}", "--model", pair.prefill.model]
+    where = ["--prefill-engine-id", at["remote_engine_id"]]
+    where += ["--prefill-kv-host", at["remote_host"]]
+    where += ["--prefill-side-channel-port", str(at["remote_port"])]
+    start = [sys.executable, str(PUSH), *engines, *where]
+    return lambda port: [*start, "--port", str(port)]
 
 
 def mooncakes(pair):
@@ -259,7 +277,9 @@ def dynamo(pair):
 
 TOY = SOURCES / "tests/v1/kv_connector/nixl_integration/toy_proxy_server.py"
 MULTI_TURN = EXAMPLES / "disaggregated_serving/disagg_proxy_multiturn.py"
+PUSH = EXAMPLES / "disaggregated_serving/disagg_proxy_pushconnector_demo.py"
 ROUTERS = {
+    "push": ("vLLM disagg_proxy_pushconnector_demo.py", started(pushes), [nixl, stock, push]),
     "toy": ("vLLM toy_proxy_server.py", started(of_vllm(TOY)), [nixl, stock, several, p2p]),
     "multiturn": ("vLLM disagg_proxy_multiturn.py", started(of_vllm(MULTI_TURN)), [nixl]),
     "rust": ("vllm-router", started(rust), [nixl, stock, several, mooncake]),
@@ -274,7 +294,7 @@ ROUTERS = {
     ),
     "plain": ("production-stack disaggregated_prefill (its requests)", plain, [p2p]),
 }
-ENGINES = (nixl, stock, several, mooncake, p2p)
+ENGINES = (nixl, stock, push, several, mooncake, p2p)
 
 
 def check(router, connect, pair, setup, seed):

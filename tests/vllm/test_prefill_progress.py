@@ -9,8 +9,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
 from kvconnect.config import MooncakeConfig, NixlConfig
-from kvconnect.orders import Fetch, Grant, Promise, RenewLease, Withdraw
+from kvconnect.orders import Fetch, Grant, Promise, Release, RenewLease, Withdraw
 from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
+from kvconnect.vllm.nixl import PushProtocol
 from kvconnect.vllm.prefill_progress import step_tokens
 from kvconnect.vllm.protocol import RouterProtocol
 
@@ -285,6 +286,96 @@ def test_decode_is_asked_at_once():
     d.scheduler.update_state_after_alloc(request, blocks(7, 8, 9), TOKENS)
     (fetch,) = d.steps([Fetch])
     assert (fetch.tokens, fetch.source) == (TOKENS, renew.source)
+
+
+PUSH = {  # what vLLM's disagg_proxy_pushconnector_demo.py sends
+    "do_remote_decode": False,
+    "do_remote_prefill": True,
+    "remote_engine_id": "P",
+    "remote_host": "10.0.0.1",
+    "remote_port": 7777,
+    "tp_size": 1,
+    "pp_size": 1,
+    "remote_request_id": "7f",
+}
+AT_P, AT_D, SHARED = "cmpl-7f-0-0123abcd", "cmpl-7f-0-fedc9876", "cmpl-7f-0"
+
+
+@pytest.mark.parametrize("protocol", [RouterProtocol, PushProtocol])
+def test_engines_that_a_push_router_asks_at_once_meet_under_the_id(protocol):
+    p = Prefill(protocol=protocol)
+    d = Engine("D", "kv_both", NixlConfig(prefill_timeout=33), protocol)
+    request, promise = p.arrives({"do_remote_decode": True}, AT_P)
+    decoding = d.arrives(PUSH, AT_D, num_computed_tokens=0)
+    d.scheduler.update_state_after_alloc(decoding, blocks(7, 8, 9), TOKENS)
+    fetch = d.steps([RenewLease, Fetch])[1]
+    assert (promise.name, fetch.source.request_id) == (SHARED, SHARED)
+    assert (fetch.source.wait_s, fetch.source.lease_id) == (33, None)
+    assert p.step(request, 16, new=True) == []
+    told = p.step(request, 24)
+    if protocol is PushProtocol:
+        assert [(one.lease_id, one.digest) for one in told] == [(promise.lease_id, fetch.digest)]
+    else:
+        assert told == [], "it comes at the end, and pulls cost prefill nothing meanwhile"
+    (grant,) = p.finishes(request)
+    assert (grant.terms.name, grant.terms.digest) == (SHARED, fetch.digest)
+
+
+def test_a_router_that_asks_in_turn_and_drops_the_ticket_names_the_lease_as_prefill_does():
+    p, d = Prefill(), Engine("D", "kv_both", NixlConfig(), RouterProtocol)
+    request, promise = p.arrives({"do_remote_decode": True}, AT_P)
+    request.status, request.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, TOKENS
+    _, params = p.engine.scheduler.request_finished(request, ([1, 2, 3],))
+    del params["kvconnect"]
+    d.arrives(params, "another", num_computed_tokens=0)
+    (renew,) = d.steps([RenewLease])
+    assert (renew.source.request_id, renew.source.wait_s) == (promise.name, 0)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "changed"),
+    [
+        (AT_D, {"remote_engine_id": None}),
+        (AT_D, {"remote_port": 0}),
+        (AT_D, {"remote_host": "\udfff"}),
+        (AT_D, {"remote_request_id": None}),
+        (AT_D, {"remote_block_ids": []}),
+        ("-0123abcd", {}),
+        ("\udfff-0123abcd", {}),
+        ("x" * 2000, {}),
+    ],
+    ids=ascii,
+)
+def test_what_cannot_be_a_push_is_computed_here(request_id, changed):
+    d = Engine("D", "kv_both", NixlConfig(), RouterProtocol)
+    request = d.arrives(PUSH | changed, request_id, num_computed_tokens=0)
+    assert d.scheduler.take_orders() == []
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
+
+
+def test_with_a_secret_nobody_meets_under_an_id(tmp_path):
+    (tmp_path / "secret").write_text("0123456789abcdef")
+    config = NixlConfig(auth_secret_file=str(tmp_path / "secret"))
+    _, promise = Prefill(config=config, protocol=PushProtocol).arrives(
+        {"do_remote_decode": True}, AT_P
+    )
+    assert promise.name == ""
+    d = Engine("D", "kv_both", config, RouterProtocol)
+    d.arrives(PUSH, AT_D, num_computed_tokens=0)
+    assert d.scheduler.take_orders() == []
+
+
+def test_mooncakes_prefill_names_no_lease_by_an_id_so_nobody_waits_for_one():
+    d = Engine("D", "kv_consumer", MooncakeConfig(), MooncakeProtocol)
+    d.arrives(PUSH, AT_D, num_computed_tokens=0)
+    assert d.scheduler.take_orders() == []
+
+
+def test_a_push_that_is_aborted_before_it_runs_lets_go_of_the_lease():
+    d = Engine("D", "kv_both", NixlConfig(), RouterProtocol)
+    d.arrives(PUSH, AT_D, num_computed_tokens=0, abort_immediately=True)
+    renew, release = d.steps([RenewLease, Release])
+    assert renew.source == release.source and release.source.request_id == SHARED
 
 
 def test_prefill_that_has_answered_is_not_waited_for():

@@ -39,6 +39,8 @@ MAX_ID_CHARS = 512
 class MooncakeProtocol(RouterProtocol):
     """See the module; params of the NIXL form are the base class's."""
 
+    pairs_by_id = False
+
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:
         super().__init__(us, config, vllm_config)
         assert isinstance(config, MooncakeConfig)

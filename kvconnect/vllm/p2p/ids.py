@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError
+from kvconnect.vllm.params import shared_name
 
 MARK = "___prefill_addr_"
-MAX_CHARS = 1024  # of a name: wire.RequestId
 _PAIRING = re.compile(
     r"___prefill_addr_(.{1,257}?):([0-9]{1,5})___decode_addr_(.{1,257}?):([0-9]{1,5})_."
 )
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:]+):([0-9]{1,5})")
-_RANDOM = re.compile(r"-[0-9a-f]{8}\Z")
 
 
 class Pairing(NamedTuple):
@@ -40,15 +39,6 @@ def parse_pairing(request_id: str) -> Pairing | None:
         raise OfferError(f"request id {name[:200]!r} names no prefill and decode engine")
     prefill_host, prefill_port, decode_host, decode_port = found.groups()
     return Pairing(_address(prefill_host, prefill_port), _address(decode_host, decode_port), name)
-
-
-def shared_name(request_id: str) -> str:
-    """What both engines have of an id that one X-Request-Id gave them. Raises OfferError."""
-    name = _RANDOM.sub("", request_id)
-    # printable: what is not, lone surrogates included, may not be encodable
-    if len(name) > MAX_CHARS or not name.isprintable():
-        raise OfferError(f"request id {name[:200]!r} is not printable, or too long")
-    return name
 
 
 def parse_address(text: str) -> Address:
