@@ -18,8 +18,8 @@ from kvconnect.control.wire import Address
 from kvconnect.errors import ConfigError, OfferError
 from kvconnect.orders import Offer, Source
 from kvconnect.vllm.p2p.config import P2pNcclConfig
-from kvconnect.vllm.p2p.ids import MARK, Pairing, parse_address, parse_pairing, shared_name
-from kvconnect.vllm.params import Prompt, warn_unsigned
+from kvconnect.vllm.p2p.ids import MARK, Pairing, parse_address, parse_pairing
+from kvconnect.vllm.params import Prompt, shared_name, warn_unsigned
 from kvconnect.vllm.protocol import EngineInfo, RouterProtocol
 
 
