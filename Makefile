@@ -28,8 +28,8 @@ setup: ## .venv with vLLM for CPU, models, vLLM's tests (minutes; then cached)
 demo: setup ## prefill and decode engines on this machine's CPU
 	@$(RUN) kvconnect demo $(ARGS)
 
-test: setup ## all tests, those with real engines included
-	@$(RUN) python -m pytest -q --timeout=600 --durations=25 tests $(ARGS)
+test: setup ## all tests: two files at once, then those with real engines one by one
+	@$(RUN) tests/all.sh $(ARGS)
 
 test-unit: setup ## the tests that start no engine, and what of the package they run
 	@$(RUN) python -m coverage run -m pytest -q --timeout=120 tests/unit tests/property tests/contract $(ARGS) && \
