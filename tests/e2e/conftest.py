@@ -3,6 +3,7 @@
 Tests are grouped by the pair they ask for, so each is started once.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ from pair import IPV6, SPOIL_FILE, Pair, Setup, has_ipv6
 from solo import SharersSetup, Solo, SoloSetup
 from xpyd import XpydSetup
 
-from kvconnect.cli.processes import HOST, Fleet, Process, launch
+from kvconnect.cli.processes import HOST, Fleet, Launch, Process, launch
 
 HERE = Path(__file__).parent
 SHORT = ("--max-model-len", "2048")
@@ -346,7 +347,8 @@ def _place(fixture: str) -> int:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pair | Solo]]:
     """Gives the engines of a setup; ends those that ran before, if they were others'.
 
-    `pair` is started by its command line; the others are forked, which saves 30 seconds each.
+    The first engine of `pair` is started by its command line; all others are forked, which saves
+    30 seconds each. So one of `pair` has another hash seed of Python's, and spawned processes.
     """
     current: dict[Callable, Pair | Solo] = {}
     nurseries: list[Nursery] = []
@@ -357,12 +359,18 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
                 nurseries.append(session.enter_context(Nursery()))
             return nurseries[0].launch(*what)
 
+        def one_by_command_line() -> Launch:
+            ways = itertools.chain([launch], itertools.repeat(forking))
+            return lambda *what: next(ways)(*what)
+
         def get(setup: Callable[[Path], Setup | SoloSetup]) -> Pair | Solo:
             if setup not in current:
                 current.clear()
                 stack.close()
                 folder = tmp_path_factory.mktemp(setup.__name__)
-                fleet = stack.enter_context(Fleet(folder, launch if setup is pair else forking))
+                fleet = stack.enter_context(
+                    Fleet(folder, one_by_command_line() if setup is pair else forking)
+                )
                 current[setup] = setup(folder).start(fleet)
             return current[setup]
 
