@@ -28,6 +28,7 @@ ROLES = "kv_both", "kv_producer", "kv_consumer"
 POLICIES = "fail", "recompute"
 SCHEMAS: dict[str, type[msgspec.Struct] | None] = {
     "KVConnectNixl": NixlConfig,
+    "KVConnectNixlPush": NixlConfig,
     "KVConnectMooncake": MooncakeConfig,
     "KVConnectOffloading": OffloadConfig,
     "KVConnectP2pNccl": P2pNcclConfig,

@@ -1,6 +1,8 @@
 """The edge to vLLM: the only package that imports it, and only when a connector is asked for.
 
-``kv_connector_module_path: kvconnect.vllm`` finds the connectors here under vLLM's own names.
+``kv_connector_module_path: kvconnect.vllm`` finds the connectors here under vLLM's own names,
+too: the same classes, not others of that name. In-tree MultiConnector looks for a child's stats by
+its class's ``__name__`` in the factory, and would find vLLM's own class, which ends on our numbers.
 """
 
 from typing import Any
@@ -9,6 +11,7 @@ CONNECTORS = {
     "KVConnectMooncake": "kvconnect.vllm.mooncake.connector",
     "KVConnectMulti": "kvconnect.vllm.multi.connector",
     "KVConnectNixl": "kvconnect.vllm.nixl",
+    "KVConnectNixlPush": "kvconnect.vllm.nixl",
     "KVConnectOffloading": "kvconnect.vllm.offload.connector",
     "KVConnectP2pNccl": "kvconnect.vllm.p2p.connector",
     "MooncakeConnector": "kvconnect.vllm.mooncake.connector",

@@ -88,15 +88,16 @@ class HalvesConnector(KVConnectorBase_V1, SupportsHMA, Generic[S, W]):
         self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        name = self._kv_transfer_config.kv_connector  # the configured one: a class has several
         check_fields(
             self._kv_transfer_config,
-            type(self).__name__,
+            name,
             self.honoured_fields,
             self.refused_fields,
             warns=role == KVConnectorRole.SCHEDULER,
         )
         options = self._kv_transfer_config.kv_connector_extra_config or {}
-        config = parse(options, self.config_type, type(self).__name__)
+        config = parse(options, self.config_type, name)
         check_parallelism(vllm_config.parallel_config)
         self._scheduler: S | None = None
         self._worker: W | None = None

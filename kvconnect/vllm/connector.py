@@ -69,7 +69,8 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
         """Asked since 0.33: only of what lets go of memory, whatever maps its addresses later."""
         options = kv_transfer_config.kv_connector_extra_config or {}
-        name, own = parse(options, cls.config_type, cls.__name__).chosen_transport("cuda")
+        config = parse(options, cls.config_type, kv_transfer_config.kv_connector)
+        name, own = config.chosen_transport("cuda")
         over_ucx = list(own.get("backends", NixlOptions().backends)) == ["UCX"]
         return name == "nccl" or (name == "nixl" and over_ucx)
 

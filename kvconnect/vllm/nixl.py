@@ -18,27 +18,24 @@ class KVConnectNixl(PeerConnector):
     }
 
 
-class NixlConnector(KVConnectNixl):
-    """KVConnectNixl under vLLM's name, for routers and Ray Serve that key on it.
-
-    ``{"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"}``
-    """
-
-
-class NixlPullConnector(NixlConnector):
-    """The same under the other name that vLLM has for it."""
-
-
 class PushProtocol(RouterProtocol):
     """Every prompt that is handed over may be one that decode waits for already."""
 
     streams_by_id = True
 
 
-class NixlPushConnector(NixlConnector):
+class KVConnectNixlPush(KVConnectNixl):
     """In place of vLLM's own: blocks cross while prefill computes the rest, by request id.
 
     Decode reads them; prefill writes where `transfer_mode` is, or comes to, ``staged``.
     """
 
     protocol_type = PushProtocol
+
+
+NixlConnector = NixlPullConnector = KVConnectNixl
+NixlPushConnector = KVConnectNixlPush
+"""Under vLLM's names, for routers and Ray Serve that key on them:
+
+``{"kv_connector": "NixlConnector", "kv_connector_module_path": "kvconnect.vllm"}``
+"""

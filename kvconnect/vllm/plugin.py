@@ -12,6 +12,7 @@ REGISTERED = {
     "KVConnectMooncake": "kvconnect.vllm.mooncake.connector",
     "KVConnectMulti": "kvconnect.vllm.multi.connector",
     "KVConnectNixl": "kvconnect.vllm.nixl",
+    "KVConnectNixlPush": "kvconnect.vllm.nixl",
     "KVConnectOffloading": "kvconnect.vllm.offload.connector",
     "KVConnectP2pNccl": "kvconnect.vllm.p2p.connector",
     "P2pNcclConnector": "kvconnect.vllm.p2p.connector",  # vLLM's own until 0.23

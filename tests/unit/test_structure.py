@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvconnect.vllm import CONNECTORS
+
 ROOT = Path(__file__).parents[2] / "kvconnect"
 FILES = sorted(ROOT.rglob("*.py"))
 BENCH = ROOT.parent / "benchmarks/kvconnect_bench"
@@ -234,7 +236,7 @@ def test_a_class_name_exists_once():
 def test_classes_that_the_documentation_names_exist(page):
     text = (ROOT.parent / page).read_text()
     named = set(re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)*)`", text))
-    missing = named - sizes.classes(FILES).keys()
+    missing = named - sizes.classes(FILES).keys() - CONNECTORS.keys()  # by vLLM's names, too
     assert not missing, f"{page} names {sorted(missing)}, which are not classes of the package"
 
 

@@ -50,7 +50,8 @@ PATIENCE_S = 60.0
 )
 def test_only_who_lets_go_of_memory_says_that_it_can_sleep(connector, options, can):
     """vLLM's default is yes: others would read what is mapped there no more."""
-    assert connector.supports_sleep_mode(SimpleNamespace(kv_connector_extra_config=options)) is can
+    config = SimpleNamespace(kv_connector=connector.__name__, kv_connector_extra_config=options)
+    assert connector.supports_sleep_mode(config) is can
 
 
 def test_what_registers_no_memory_can_sleep():

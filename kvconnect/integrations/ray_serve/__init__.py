@@ -14,6 +14,7 @@ NAMES = (
     "KVConnectMooncake",
     "KVConnectMulti",
     "KVConnectNixl",
+    "KVConnectNixlPush",
     "KVConnectOffloading",
     "KVConnectP2pNccl",
     "MooncakeConnector",

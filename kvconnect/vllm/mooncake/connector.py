@@ -12,8 +12,8 @@ class KVConnectMooncake(PeerConnector):
     protocol_type = MooncakeProtocol
 
 
-class MooncakeConnector(KVConnectMooncake):
-    """KVConnectMooncake under vLLM's name, for routers that key on it.
+MooncakeConnector = KVConnectMooncake
+"""Under vLLM's name, for routers that key on it:
 
-    ``{"kv_connector": "MooncakeConnector", "kv_connector_module_path": "kvconnect.vllm"}``
-    """
+``{"kv_connector": "MooncakeConnector", "kv_connector_module_path": "kvconnect.vllm"}``
+"""

@@ -42,7 +42,8 @@ class KVConnectMulti(in_tree.MultiConnector):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         warns = role == KVConnectorRole.SCHEDULER
-        check_fields(vllm_config.kv_transfer_config, type(self).__name__, (), {}, warns)
+        name = vllm_config.kv_transfer_config.kv_connector
+        check_fields(vllm_config.kv_transfer_config, name, (), {}, warns)
         super().__init__(checked(vllm_config, kv_cache_config), role, kv_cache_config)
         self._labels = labels(vllm_config)
         self._params: dict[str, dict[str, Any]] = {}  # request → child's label → its params
@@ -304,8 +305,8 @@ class KVConnectMulti(in_tree.MultiConnector):
         return nullcontext() if own is None else params.seen_as(own[self._labels[at]], request)
 
 
-class MultiConnector(KVConnectMulti):
-    """KVConnectMulti under vLLM's name, by which vLLM asks the children what they support.
+MultiConnector = KVConnectMulti
+"""Under vLLM's name, by which vLLM asks the children what they support:
 
-    ``{"kv_connector": "MultiConnector", "kv_connector_module_path": "kvconnect.vllm"}``
-    """
+``{"kv_connector": "MultiConnector", "kv_connector_module_path": "kvconnect.vllm"}``
+"""

@@ -126,8 +126,8 @@ def recompute_failed_loads(transfer_config: Any) -> None:
         logger.info("kvconnect: kv_load_failure_policy is recompute: stored KV is only a cache")
 
 
-class OffloadingConnector(KVConnectOffloading):
-    """KVConnectOffloading under vLLM's name.
+OffloadingConnector = KVConnectOffloading
+"""Under vLLM's name, for configurations that have it:
 
-    ``{"kv_connector": "OffloadingConnector", "kv_connector_module_path": "kvconnect.vllm"}``
-    """
+``{"kv_connector": "OffloadingConnector", "kv_connector_module_path": "kvconnect.vllm"}``
+"""

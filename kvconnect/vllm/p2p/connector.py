@@ -65,5 +65,4 @@ class KVConnectP2pNccl(PeerConnector):
         super().shutdown()
 
 
-class P2pNcclConnector(KVConnectP2pNccl):
-    """KVConnectP2pNccl under the name that vLLM had until 0.23."""
+P2pNcclConnector = KVConnectP2pNccl  # the name that vLLM had until 0.23
