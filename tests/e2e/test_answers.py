@@ -214,9 +214,9 @@ def check_some_prompts(pair: Pair, longest: int = 3000, left: int = 0) -> None:
     lengths = [1, 64, 127, 128, 129, 257, 512, 700, 1025, 1500, 2049, 3000]
     prompts = [words(n, seed=n + 500) for n in lengths if n <= longest]
     before = pair.computed_at_decode()
-    through, alone = both_ways(pair, prompts)
+    through = in_parallel(pair.tokens, prompts)
     assert pair.computed_at_decode() - before <= max(1, left * len(prompts))
-    assert through == alone
+    assert through == in_parallel(pair.prefill.tokens, prompts)
 
 
 def both_ways(pair: Pair, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
