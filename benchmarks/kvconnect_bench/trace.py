@@ -61,7 +61,7 @@ def trace(
     length = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS + 1
     draw, console = random.Random(seed), Console()
     engines = {"prefill": ["--max-num-batched-tokens", str(chunk)]}
-    times: dict[str, list[tuple[float, Asked]]] = {}
+    times: dict[str, list[tuple[float, float, Asked]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         traced = Path(folder)
         with console.status(name), pair_alone(name, path, dtype, engines, traced) as pair:
@@ -72,7 +72,7 @@ def trace(
                     started = time.monotonic()
                     asked = ask(prompt)
                     if turn:
-                        times.setdefault(way, []).append((started, asked))
+                        times.setdefault(way, []).append((started, time.monotonic(), asked))
         found = marks.read(traced)
     rows = []
     for way, hand_overs in times.items():
@@ -89,12 +89,11 @@ def _rows(
     length: int,
     chunk: int,
     found: list[marks.Mark],
-    hand_overs: Sequence[tuple[float, Asked]],
+    hand_overs: Sequence[tuple[float, float, Asked]],
 ) -> list[TraceRow]:
-    """In the order in which they happened, in the median."""
+    """In the order in which they happened, in the median; a hand-over by its begin and end."""
     times: dict[tuple[str, str], list[float]] = {}
-    for start_s, asked in hand_overs:
-        first_at_s, end_s = start_s + asked.first_s, start_s + max(asked.first_s, asked.prefill_s)
+    for start_s, end_s, asked in hand_overs:
         last: dict[tuple[str, str], float] = {}
         steps: dict[tuple[str, str], float] = {}
         for mark in (mark for mark in found if start_s <= mark.at_s <= end_s):
@@ -104,7 +103,7 @@ def _rows(
                 last[mark.engine, mark.what] = mark.at_s
         last |= steps
         last[CLIENT, "has prefill's answer"] = start_s + asked.prefill_s
-        last[CLIENT, "has the first token"] = first_at_s
+        last[CLIENT, "has the first token"] = start_s + asked.first_s
         for which, at_s in last.items():
             times.setdefault(which, []).append(at_s - last[ENDS])
     rows: list[TraceRow] = []

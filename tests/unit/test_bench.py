@@ -161,7 +161,9 @@ def test_rows_of_a_trace_are_in_the_order_of_their_times_and_of_the_last_time() 
         for start in (10, 20)
         for at_s, what in ((start, ended), (start + 2, ended), (start + 3, sent), (start + 9, sent))
     ]
-    rows = trace_rows("pull", 129, 64, found, [(10.0, Asked(2.5, 4.0)), (20.0, Asked(2.5, 4.0))])
+    rows = trace_rows(
+        "pull", 129, 64, found, [(10.0, 14.0, Asked(2.5, 4.0)), (20.0, 24.0, Asked(2.5, 4.0))]
+    )
     shown = [(row.what, row.after_prefill and row.after_prefill.p50) for row in rows]
     assert shown == [
         ("step ended", 0),

@@ -102,6 +102,14 @@ class Pair:
             assert time.monotonic() < end, "it never came"
             assert self.poll() == []
 
+    def until_read(self):
+        """Read until it succeeds."""
+        end, error = time.monotonic() + PATIENCE_S, "not tried"
+        while error:
+            assert time.monotonic() < end, error
+            self.submit()
+            error = self.finish()[0].error
+
     def works(self):
         """Whether all of theirs can be read."""
         self.ours.rows[:] = 0
@@ -317,6 +325,7 @@ def test_nobody_waits_for_ever_for_staging(pair, gpu):
     assert gpu.get("aborted") == 0
     gpu.set(abort_ms=0)
     pair.until(lambda: gpu.get("aborted") >= 4)
+    pair.until_read()  # whoever aborted says a moment later that it has
     assert pair.works()
 
 
