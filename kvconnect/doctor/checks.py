@@ -55,15 +55,16 @@ def checks(wanted: Wanted, environ: Mapping[str, str], root: Path = host.ROOT) -
         "memory": partial(host.memory, explained.host_bytes + config.staging_bytes, root),
         "host": partial(network.advertised, environ),
         "ports": partial(network.ports, explained.transfer, environ),
-        "expandable_segments": partial(options.allocator, cards, environ),
+        "expandable_segments": partial(options.allocator, cards, config.transfer_mode, environ),
         "hash seed": partial(options.hash_seed, explained.configs, environ),
-        "load failures": partial(options.load_failures, explained.transfer),
+        "load failures": partial(options.load_failures, explained.transfer, explained.configs),
         "secret": partial(options.secret, config, environ),
+        "configuration": lambda: explained.findings if wanted.explicit else (),
+        "this host": partial(speed.loopback, job, wanted.expected),
     }
-    if wanted.explicit:
-        found["configuration"] = lambda: explained.findings
-    if explained.peer or not explained.configs:
-        found["this host"] = partial(speed.loopback, job, wanted.expected)
+    if explained.configs and not explained.peer:  # nothing but offloading
+        for name in OF_HAND_OVERS:
+            del found[name]
     engines: list[InspectedEngine] = []
     for address in wanted.peers:
         found[f"peer {address}"] = partial(_peer, address, config, wanted, engines)
@@ -73,6 +74,17 @@ def checks(wanted: Wanted, environ: Mapping[str, str], root: Path = host.ROOT) -
 
 
 LIMITS = "RLIMIT_MEMLOCK", "RLIMIT_NOFILE"
+OF_HAND_OVERS = (
+    "libraries",
+    "RDMA",
+    "GPU memory by RDMA",
+    "memlock",
+    "host",
+    "ports",
+    "expandable_segments",
+    "secret",
+    "this host",
+)
 
 
 def _torch() -> Any:

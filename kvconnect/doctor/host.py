@@ -17,6 +17,7 @@ ROOT = Path("/")
 SHM = "/dev/shm"  # noqa: S108 - looked at only
 LEAST_SHM_BYTES = 1 << 30
 NVIDIA = "0x10de"
+RDMA = "sys/class/infiniband"
 
 
 def size(nbytes: float) -> str:
@@ -29,18 +30,19 @@ def size(nbytes: float) -> str:
 
 
 def memlock(limit: int, wanted: int, root: Path = ROOT) -> Iterator[Finding]:
-    """``limit`` on locked memory, of which a rank has ``wanted`` registered."""
+    """``limit`` on locked memory; RDMA locks the ``wanted`` bytes that a rank registers."""
+    told = "unlimited" if limit == resource.RLIM_INFINITY else size(limit)
     if limit == resource.RLIM_INFINITY or limit >= wanted:
-        yield Finding("memlock", "unlimited" if limit == resource.RLIM_INFINITY else size(limit))
-        return
-    needed = bool(rdma_devices(root) or gpus(root))
-    yield Finding(
-        "memlock",
-        f"{size(limit)}, less than the {size(wanted)} that a rank registers"
-        + ("" if needed else "; TCP and shared memory work, RDMA and pinned memory would not"),
-        Verdict.FAULT if needed else Verdict.WARNING,
-        "`ulimit -l unlimited`; containers: --ulimit memlock=-1, or the capability IPC_LOCK",
-    )
+        yield Finding("memlock", told)
+    elif not rdma_devices(root):  # NVIDIA's driver pins memory beside this limit
+        yield Finding("memlock", f"{told}; only RDMA needs more, and there is none")
+    else:
+        yield Finding(
+            "memlock",
+            f"{told}, less than the {size(wanted)} that a rank registers",
+            Verdict.FAULT,
+            "`ulimit -l unlimited`; containers: --ulimit memlock=-1, or the capability IPC_LOCK",
+        )
 
 
 def files(hard: int) -> Iterator[Finding]:
@@ -69,7 +71,8 @@ def nodes(root: Path = ROOT) -> Iterator[Finding]:
     there = numa.ids(root / "sys/devices/system/node/online")
     near = numa.of_cores(os.sched_getaffinity(0), root / "sys")
     if len(there) < 2 or len(near) == 1 or numa.policy_nodes():
-        yield Finding("NUMA", f"{max(len(there), 1)} node(s), of which this process is on {near}")
+        on = ", ".join(map(str, near))
+        yield Finding("NUMA", f"this process is on node {on} of {max(len(there), 1)}")
     else:
         yield Finding(
             "NUMA",
@@ -108,9 +111,17 @@ def memory(wanted: int, root: Path = ROOT) -> Iterator[Finding]:
 
 def rdma(root: Path = ROOT) -> Iterator[Finding]:
     """RDMA devices and whether a port is up."""
-    found = rdma_devices(root)
-    if not found:
+    found, known = rdma_devices(root), sorted(path.name for path in (root / RDMA).glob("*"))
+    if not known:
         yield Finding("RDMA", "no device here: KV crosses by TCP, or shared memory on one host")
+    elif not found:
+        yield Finding(
+            "RDMA",
+            f"the host has {', '.join(known)}, but there is no /dev/infiniband/uverbs* to open",
+            Verdict.WARNING,
+            "Docker: --device /dev/infiniband; Kubernetes: the resource of its RDMA device plugin; "
+            "else `modprobe ib_uverbs`",
+        )
     for device in found:
         states = [_read(state) for state in sorted(device.glob("ports/*/state"))]
         up = any("ACTIVE" in state for state in states)
@@ -165,8 +176,9 @@ def _distance(card: Path, nic: Path) -> int:
 
 
 def rdma_devices(root: Path = ROOT) -> list[Path]:
-    """Folders of sysfs."""
-    return sorted((root / "sys/class/infiniband").glob("*"))
+    """Folders of sysfs; none where the devices themselves are kept from this container."""
+    opened = any((root / "dev/infiniband").glob("uverbs*"))
+    return sorted((root / RDMA).glob("*")) if opened else []
 
 
 def gpus(root: Path = ROOT) -> list[Path]:

@@ -83,8 +83,12 @@ def read_config(text: str) -> dict[str, Any]:
         found = _yaml(text, given)
     for name in ("kv-transfer-config", "kv_transfer_config"):
         if isinstance(found, dict) and name in found:
-            inner = found[name]
-            found = json.loads(inner) if isinstance(inner, str) else inner
+            found = found[name]
+            try:
+                found = json.loads(found) if isinstance(found, str) else found
+            except ValueError as e:
+                said = f"{name} in --config {text!r} is no JSON: {e}"
+                raise ConfigError(f"{said}; quote it as YAML does, '…'") from e
     if not isinstance(found, dict):
         raise ConfigError(f"--config holds {type(found).__name__}, expected an object; see README")
     return found
@@ -109,15 +113,18 @@ def explain(transfer: Mapping[str, Any]) -> Explained:
 
 
 def _transfer(transfer: Mapping[str, Any], configs: list[Any], place: str) -> Iterator[Finding]:
-    known = [*sorted(HONOURED), *INERT_FIELDS]
+    known, connector = [*sorted(HONOURED), *INERT_FIELDS], str(transfer.get("kv_connector"))
     for name, value in transfer.items():
         if name not in known:
-            remedy = _nearest(name, known) + "; options of ours go into kv_connector_extra_config"
+            remedy = _nearest(str(name), known)
+            remedy += "; options of ours go into kv_connector_extra_config"
             yield Finding(f"{place}{name}", "no such field", Verdict.FAULT, remedy)
-        elif name in INERT_FIELDS and not (name == "kv_port" and "P2p" in str(transfer)):
+        elif name in INERT_FIELDS and not (name == "kv_port" and "P2pNccl" in connector):
             yield Finding(f"{place}{name}", f"{value!r} has no effect: {INERT_FIELDS[name]}")
-    connector = str(transfer.get("kv_connector"))
     options = transfer.get("kv_connector_extra_config") or {}
+    if place and connector not in SCHEMAS and "Connector" in connector:
+        yield Finding(f"{place}kv_connector", f"{connector}: none of ours, and not looked at")
+        return
     if connector not in SCHEMAS:
         fact, remedy = f"{connector!r} is none of ours", _nearest(connector, list(SCHEMAS))
         yield Finding(f"{place}kv_connector", fact, Verdict.FAULT, remedy)
@@ -134,12 +141,23 @@ def _transfer(transfer: Mapping[str, Any], configs: list[Any], place: str) -> It
         yield Finding(f"{place}connectors", "missing or empty", Verdict.FAULT, remedy)
     else:
         for number, child in enumerate(children):
-            yield from _transfer(child, configs, f"{place}connectors[{number}].")
+            where = f"{place}connectors[{number}]"
+            if isinstance(child, Mapping):
+                yield from _transfer(child, configs, f"{where}.")
+            else:
+                remedy = 'give {"kv_connector": …, "kv_role": …}'
+                yield Finding(where, f"{child!r}, expected an object", Verdict.FAULT, remedy)
+
+
+def _is_in_tree(transfer: Mapping[str, Any]) -> bool:
+    """Whether vLLM takes its own connector of that name."""
+    name, module = str(transfer.get("kv_connector")), transfer.get("kv_connector_module_path")
+    return name.endswith("Connector") and name != "P2pNcclConnector" and module != OURS
 
 
 def _role(transfer: Mapping[str, Any], name: str, place: str) -> Iterator[Finding]:
-    role, module = transfer.get("kv_role"), transfer.get("kv_connector_module_path")
-    if name.endswith("Connector") and name != "P2pNcclConnector" and module != OURS:
+    role = transfer.get("kv_role")
+    if _is_in_tree(transfer):
         remedy = f'"kv_connector_module_path": "{OURS}", or "kv_connector": "KVConnect…"'
         fact = f"{name} without our module path is vLLM's own"
         yield Finding(f"{place}kv_connector", fact, Verdict.WARNING, remedy)
@@ -200,17 +218,20 @@ def secret(config: PeerConfig, environ: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("secret", f"{SECRET_VARIABLE} is set too and not used: the file goes first")
 
 
-def load_failures(transfer: Mapping[str, Any]) -> Iterator[Finding]:
+def load_failures(transfer: Mapping[str, Any], configs: list[Any]) -> Iterator[Finding]:
     """What becomes of a request whose KV cannot be loaded."""
     policy = transfer.get("kv_load_failure_policy", POLICIES[0])
+    offloads = any(isinstance(one, OffloadConfig) for one in configs)
     subject, hint = "load failures", '"kv_load_failure_policy": "recompute" prefills at decode'
     if policy not in POLICIES:
         remedy = f"kv_load_failure_policy is one of {', '.join(POLICIES)}"
         yield Finding(subject, f"{policy!r} is no policy", Verdict.FAULT, remedy)
-    elif policy == "fail" and "Offloading" not in str(transfer.get("kv_connector")):
-        yield Finding(subject, "fail: an error to the client", remedy=hint)
-    else:
+    elif policy == "recompute":
         yield Finding(subject, "recompute: prefilled at decode")
+    elif offloads and not _is_in_tree(transfer):
+        yield Finding(subject, "recompute, whatever is set: stored KV is only a cache")
+    else:
+        yield Finding(subject, "fail: an error to the client", remedy=hint)
 
 
 def hash_seed(configs: list[Any], environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -224,15 +245,16 @@ def hash_seed(configs: list[Any], environ: Mapping[str, str]) -> Iterator[Findin
         yield Finding("hash seed", seed or "drawn anew by each engine; nothing here depends on it")
 
 
-def allocator(gpus: int, environ: Mapping[str, str]) -> Iterator[Finding]:
+def allocator(gpus: int, transfer_mode: str, environ: Mapping[str, str]) -> Iterator[Finding]:
     """``expandable_segments`` under each of its names."""
     on = [n for n in ALLOCATORS if "expandable_segments:true" in environ.get(n, "").lower()]
     if not on:
         yield Finding("expandable_segments", f"not set in {', '.join(ALLOCATORS)}")
         return
-    yield Finding(
-        "expandable_segments",
-        f"set in {', '.join(on)}: such memory is mapped anew, which RDMA registrations do not see",
-        Verdict.WARNING if gpus else Verdict.OK,
-        f"take it out of {on[0]}, or set transfer_mode to staged",
-    )
+    fact, registered = f"set in {', '.join(on)}", gpus and transfer_mode != "staged"
+    if registered:
+        fact += ": such memory is mapped anew, which RDMA registrations do not see"
+        remedy = f"take it out of {on[0]}, or set transfer_mode to staged"
+        yield Finding("expandable_segments", fact, Verdict.WARNING, remedy)
+    else:
+        yield Finding("expandable_segments", f"{fact}; no memory of a GPU's is registered here")

@@ -114,7 +114,7 @@ def speed(
     if trip < SLOW_S:
         yield Finding(f"{subject} round trip", fact)
     else:
-        fact += f", expected less than {SLOW_S * 1e3:g}: a slow link, or a busy engine"
+        fact += f", expected less than {SLOW_S * 1e3:g} ms: a slow link, or a busy engine"
         remedy = (
             "`ping` it; are both in one network, and is no VPN or shaping (`tc qdisc`) between?"
         )

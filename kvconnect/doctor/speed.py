@@ -9,7 +9,10 @@ from kvconnect.doctor.finding import Finding, Verdict, fault
 from kvconnect.doctor.link import NBYTES, ROUNDS, LinkJob, LinkRate, measure
 
 FLOOR = 0.05  # of a raw copy, where nobody says what to expect
-REMEDY = "look at UCX_TLS and UCX_NET_DEVICES, the NIC's speed (`ethtool`), and what else is busy"
+REMEDY = (
+    "look at the NIC's speed (`ethtool`), what else is busy, and UCX_TLS and UCX_NET_DEVICES if "
+    "the transport is over UCX"
+)
 
 
 def raw_copy() -> float:

@@ -18,6 +18,7 @@ from kvconnect.cli.doctor import show
 from kvconnect.config import SECRET_VARIABLE, NixlConfig
 from kvconnect.control.wire import Address
 from kvconnect.doctor import host, network, options, peer, software, speed
+from kvconnect.doctor.checks import OF_HAND_OVERS, Wanted, checks
 from kvconnect.doctor.finding import Finding, Verdict, fault, findings
 from kvconnect.doctor.link import LinkJob, LinkRate, measure
 from kvconnect.errors import ConfigError
@@ -25,6 +26,10 @@ from kvconnect.testing.tcp import TcpFaults
 
 OURS = NixlConfig(transport="loopback")
 NIXL = {"kv_connector": "KVConnectNixl", "kv_role": "kv_both"}
+OFFLOADING = NIXL | {
+    "kv_connector": "KVConnectOffloading",
+    "kv_connector_extra_config": {"cpu_bytes_to_use": "1GiB"},
+}
 NETWORK_OF_TESTS = "203.0.113.7"  # RFC 5737: nobody has it
 
 # A fresh environment: what is refused there is not installed.
@@ -100,9 +105,15 @@ def test_an_address_of_nobody_here_is_named():
 
 
 def test_too_little_locked_memory_is_a_fault_where_rdma_needs_it(tmp_path):
-    assert "ulimit -l" in the_warning(host.memlock(64 << 10, 1 << 30, tmp_path)).remedy
-    plant(tmp_path, {"sys/class/infiniband/mlx5_0/": ""})
-    assert "64 KiB" in the_fault(host.memlock(64 << 10, 1 << 30, tmp_path)).fact
+    """It used to be a warning where nothing is locked, and a fault for whoever has a GPU."""
+    gpu = {"vendor": "0x10de", "class": "0x030200"}
+    plant(tmp_path, {f"sys/bus/pci/devices/0000:01:00.0/{k}": v for k, v in gpu.items()})
+    assert len(host.gpus(tmp_path)) == 1
+    (one,) = host.memlock(64 << 10, 1 << 30, tmp_path)
+    assert one.verdict is Verdict.OK
+    plant(tmp_path, {"sys/class/infiniband/mlx5_0/": "", "dev/infiniband/uverbs0": ""})
+    one = the_fault(host.memlock(64 << 10, 1 << 30, tmp_path))
+    assert "64 KiB" in one.fact and "ulimit -l" in one.remedy
     for enough in (resource.RLIM_INFINITY, 1 << 30):
         (one,) = host.memlock(enough, 1 << 30, tmp_path)
         assert one.verdict is Verdict.OK
@@ -116,6 +127,15 @@ def test_limits_and_memory_of_a_host_that_has_little(tmp_path):
     assert "medium Memory" in the_warning(host.shared_memory(tmp_path, 1 << 60)).remedy
     assert "madvise" in the_warning(host.huge_pages(tmp_path)).remedy
     assert "takes five" in the_warning(host.files(1024)).remedy
+
+
+def test_rdma_of_the_host_that_is_kept_from_a_container(tmp_path):
+    """It used to be said to work: /sys shows the host's devices in any container."""
+    plant(tmp_path, {"sys/class/infiniband/mlx5_0/ports/1/state": "4: ACTIVE"})
+    one = the_warning(host.rdma(tmp_path))
+    assert "the host has mlx5_0" in one.fact and "--device /dev/infiniband" in one.remedy
+    plant(tmp_path, {"dev/infiniband/uverbs0": ""})
+    assert not only(host.rdma(tmp_path), Verdict.WARNING)
 
 
 def test_rdma_without_a_port_and_gpus_that_it_does_not_reach(tmp_path):
@@ -132,6 +152,7 @@ def test_rdma_without_a_port_and_gpus_that_it_does_not_reach(tmp_path):
     (tmp_path / f"sys/devices/{places[far]}/numa_node").write_text("1")
     plant(tmp_path, {f"sys/devices/{nic}/numa_node": "0"})
     plant(tmp_path, {"sys/class/infiniband/mlx5_0/ports/1/state": "1: DOWN"})
+    plant(tmp_path, {"dev/infiniband/uverbs0": ""})
     (tmp_path / "sys/class/infiniband/mlx5_0/device").symlink_to(tmp_path / f"sys/devices/{nic}")
     assert "1: DOWN" in the_warning(host.rdma(tmp_path)).fact
     found = list(host.gpu_direct(tmp_path))
@@ -222,6 +243,43 @@ def test_children_of_several_connectors_are_explained_each():
     assert the_fault(options.explain(several).findings).subject == "connectors"
 
 
+def test_children_of_others_are_left_alone_and_what_is_none_is_named():
+    """Each used to be a fault or a traceback."""
+    extra = {"connectors": [NIXL, {"kv_connector": "LMCacheMPConnector"}]}
+    several = {"kv_connector": "KVConnectMulti", "kv_role": "kv_both"}
+    found = options.explain(several | {"kv_connector_extra_config": extra}).findings
+    assert not only(found, Verdict.FAULT)
+    extra = {"connectors": [NIXL, "KVConnectNixl"]}
+    found = options.explain(several | {"kv_connector_extra_config": extra}).findings
+    assert the_fault(found).subject == "connectors[1]"
+    assert "did you mean" in the_fault(options.explain(NIXL | {"kv_rle": 1}).findings).remedy
+    assert the_fault(options.explain(NIXL | {1: 2}).findings).subject == "1"
+
+
+def test_failed_loads_of_stored_kv_are_recomputed_whatever_is_said():
+    """Of a chain it used to say that the client gets an error."""
+    chain = {"kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [NIXL, OFFLOADING]}}
+    for transfer, said in (
+        (NIXL, "fail"),
+        (OFFLOADING, "recompute"),
+        (chain | {"kv_connector": "KVConnectMulti"}, "recompute"),
+        (chain | {"kv_connector": "MultiConnector"}, "fail"),
+    ):
+        (one,) = options.load_failures(transfer, options.explain(transfer).configs)
+        assert one.fact.startswith(said)
+
+
+def test_what_only_hand_overs_need_is_not_asked_of_offloading_alone():
+    """Without nixl it used to be a fault."""
+    alone, pair = (
+        checks(Wanted(options.explain(transfer), True, [], None, None), {})
+        for transfer in (OFFLOADING, NIXL)
+    )
+    assert pair.keys() - alone.keys() == set(OF_HAND_OVERS)
+    assert {"libraries", "this host"} <= set(OF_HAND_OVERS)
+    assert alone["configuration"]()
+
+
 def test_a_configuration_in_a_file(tmp_path):
     for name, text in (
         ("plain.json", json.dumps(NIXL)),
@@ -229,7 +287,8 @@ def test_a_configuration_in_a_file(tmp_path):
     ):
         (tmp_path / name).write_text(text)
         assert options.read_config(str(tmp_path / name)) == NIXL
-    for wrong in ("{", str(tmp_path / "none")):
+    (tmp_path / "bad.yaml").write_text("kv-transfer-config: '{bad'\n")
+    for wrong in ("{", str(tmp_path / "none"), str(tmp_path / "bad.yaml")):
         with pytest.raises(ConfigError, match="--config"):
             options.read_config(wrong)
 
@@ -248,8 +307,9 @@ def test_what_the_environment_adds(tmp_path, monkeypatch):
     assert "openssl rand" in one.remedy
     for name in options.ALLOCATORS:
         environ = {name: "expandable_segments:True"}
-        assert name in the_warning(options.allocator(1, environ)).remedy
-    assert the_fault(options.load_failures({"kv_load_failure_policy": "hope"}))
+        assert name in the_warning(options.allocator(1, "auto", environ)).remedy
+        assert not only(options.allocator(1, "staged", environ), Verdict.WARNING)
+    assert the_fault(options.load_failures({"kv_load_failure_policy": "hope"}, []))
 
 
 # -- peers and links --------------------------------------------------------------------------

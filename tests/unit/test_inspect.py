@@ -176,7 +176,7 @@ def metrics_url():
             """Quiet."""
 
     server = http.server.ThreadingHTTPServer((HOST, 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://{HOST}:{server.server_port}"
     server.shutdown()
