@@ -105,7 +105,8 @@ def kill_one(folder, cache, rng, share, report):
 
     pid = in_child(run)
     os.close(write)
-    os.read(read, 1)  # it has stored something
+    for _ in range(10):
+        os.read(read, 1)  # it has stored something, however slow the machine is
     time.sleep(rng.uniform(0, 0.03))
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)

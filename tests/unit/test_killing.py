@@ -32,7 +32,7 @@ def test_killed_while_they_store_engines_leave_nothing_wrong_behind():
     assert report["misses"] == 0, "its header was right, and its content was not there"
     assert report["kills"] == 25
     assert report["kills_in_a_store"] > 5, "it was hardly ever killed in a store"
-    assert report["found"] > 5, "hardly anything was there after it"
+    assert report["found"] > 25
 
 
 @pytest.mark.slow
