@@ -39,3 +39,13 @@ def gpu(fake_gpu_folder, monkeypatch):
     fake.reset()
     assert fake.get("alive") == 0, "a communicator is left"
     assert fake.library.kvc_fake_count(b"memory") == 0, "device memory is left"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What hostile text a test had logged must not end the worker that reports on it."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import uuid
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,9 +70,24 @@ def several(smol):
     return Setup(smol, both=SHORT, names=names, extra={"connectors": children})
 
 
+def in_tree(smol):
+    """vLLM's own MultiConnector; its child that hands over has vLLM's name."""
+    handing = multi.child("NixlConnector") | {"kv_connector_module_path": "kvconnect.vllm"}
+    children = {"connectors": [handing, multi.offloading()]}
+    return Setup(smol, both=SHORT, names={"kv_connector": "MultiConnector"}, extra=children)
+
+
 def mooncake(smol):
     env = {"VLLM_MOONCAKE_BOOTSTRAP_PORT": str(free_port())}
     return Setup(smol, both=SHORT, connector="mooncake", env=env)
+
+
+def stock_mooncake(smol):
+    """vLLM's own name; Dynamo hands on the engine id that is configured."""
+    names = {"kv_connector": "MooncakeConnector", "kv_connector_module_path": "kvconnect.vllm"}
+    return replace(
+        mooncake(smol), names=names, prefill_names={"engine_id": "the one that prefills"}
+    )
 
 
 def p2p(smol):
@@ -285,16 +301,21 @@ ROUTERS = {
     "rust": ("vllm-router", started(rust), [nixl, stock, several, mooncake]),
     "ours": ("kvconnect proxy", started(ours), [nixl, several, p2p, mooncake]),
     "llm-d": ("llm-d sidecar (its bodies)", llm_d, [nixl, several]),
-    "dynamo": (f"{DYNAMO} (its protocols)", dynamo, [stock]),
+    "dynamo": (f"{DYNAMO} (its protocols)", dynamo, [stock, in_tree, stock_mooncake]),
     "mooncake": ("vLLM mooncake_connector_proxy.py", started(mooncakes), [mooncake]),
     "stack": (
         "production-stack disaggregated_prefill_orchestrated",
         started(production_stack("disaggregated_prefill_orchestrated")),
         [nixl, stock, several],
     ),
+    "stack-plain": (
+        "production-stack disaggregated_prefill",
+        started(production_stack("disaggregated_prefill")),
+        [p2p],
+    ),
     "plain": ("production-stack disaggregated_prefill (its requests)", plain, [p2p]),
 }
-ENGINES = (nixl, stock, push, several, mooncake, p2p)
+ENGINES = (nixl, stock, push, several, in_tree, mooncake, stock_mooncake, p2p)
 
 
 def check(router, connect, pair, setup, seed):
