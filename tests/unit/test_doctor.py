@@ -23,6 +23,7 @@ from kvconnect.doctor.finding import Finding, Verdict, fault, findings
 from kvconnect.doctor.link import LinkJob, LinkRate, measure
 from kvconnect.errors import ConfigError
 from kvconnect.testing.tcp import TcpFaults
+from kvconnect.vllm import CONNECTORS
 
 OURS = NixlConfig(transport="loopback")
 NIXL = {"kv_connector": "KVConnectNixl", "kv_role": "kv_both"}
@@ -225,6 +226,10 @@ def test_fields_connectors_and_roles_that_there_are_not():
     assert "kv_connector_module_path" in the_warning(in_tree).remedy
     bad = NIXL | {"kv_connector_extra_config": {"load_timeout": -1}}
     assert "load_timeout" in only(options.explain(bad).findings, Verdict.FAULT)[0].fact
+
+
+def test_every_connector_is_explained():
+    assert options.SCHEMAS.keys() == CONNECTORS.keys()
 
 
 def test_children_of_several_connectors_are_explained_each():
