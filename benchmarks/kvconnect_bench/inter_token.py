@@ -36,7 +36,7 @@ class InterTokenRow:
     p50_ms: float
     p99_ms: float
     rounds_p99_ms: list[float]
-    p99_ratio: float | None
+    p99_ratio: float
     """To one engine's."""
 
 
@@ -44,9 +44,9 @@ def inter_token(
     model: options.Model = None,
     connectors: options.Connectors = "nixl",
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt that arrives.")] = 2000,
-    every_s: Annotated[float, typer.Option(help="Seconds between two of them.")] = 5.0,
-    tokens: Annotated[int, typer.Option(help="That are answered in a round.")] = 1000,
-    rounds: Annotated[int, typer.Option(help="Times that each pair is started.")] = 2,
+    every_s: Annotated[float, typer.Option(min=0.0, help="Seconds between two of them.")] = 5.0,
+    tokens: Annotated[int, typer.Option(min=3, help="That are answered in a round.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each pair is started.")] = 2,
     dtype: Annotated[str, typer.Option(help="As vllm serve's.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
     out: options.Json = None,

@@ -11,4 +11,5 @@ Model = Annotated[Path | None, typer.Option(envvar="KVCONNECT_MODEL", help="Fold
 Connectors = Annotated[
     str, typer.Option("--connector", help=f"Of {', '.join(CONNECTORS)}; several with commas.")
 ]
+Connector = Annotated[str, typer.Option(help=f"One of {', '.join(CONNECTORS)}.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here.")]

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from kvconnect.cli.engines import check_model
+from kvconnect.errors import ConfigError
 from kvconnect_bench import marks, options
 from kvconnect_bench.pair import Asked, compared, pair_alone, save
 from kvconnect_bench.pd import BLOCK_TOKENS, VOCABULARY, Spread
@@ -45,10 +46,10 @@ class TraceRow:
 
 def trace(
     model: options.Model = None,
-    connector: options.Connectors = "nixl",
+    connector: options.Connector = "nixl",
     tokens: Annotated[int, typer.Option(help="Prompt tokens.")] = 2000,
     chunk: Annotated[int, typer.Option(help="Tokens of a step of prefill.")] = 256,
-    turns: Annotated[int, typer.Option(help="Hand-overs of each way.")] = 10,
+    turns: Annotated[int, typer.Option(min=2, help="Hand-overs of each way.")] = 10,
     since_ms: Annotated[float, typer.Option(help="Show nothing older than this.")] = -20,
     dtype: Annotated[str, typer.Option(help="As vllm serve's.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
@@ -57,14 +58,18 @@ def trace(
     """When what happens between prefill's last step and decode's first token."""
     from rich.console import Console
 
-    (name,), path = compared(connector, ()), check_model(model)
+    names, path = compared(connector, ()), check_model(model)
+    if len(names) > 1:
+        raise ConfigError(
+            f"{len(names)} connectors, {connector}, but one is traced; run it for each"
+        )
     length = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS + 1
     draw, console = random.Random(seed), Console()
     engines = {"prefill": ["--max-num-batched-tokens", str(chunk)]}
     times: dict[str, list[tuple[float, float, Asked]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         traced = Path(folder)
-        with console.status(name), pair_alone(name, path, dtype, engines, traced) as pair:
+        with console.status(connector), pair_alone(connector, path, dtype, engines, traced) as pair:
             ways = {"pull": pair.pull} | ({"streaming": pair.streaming} if pair.streams else {})
             for turn in range(turns + 1):  # the first, which connects and warms up, is left out
                 for way, ask in ways.items():

@@ -70,7 +70,8 @@ def ports(transfer: Mapping[str, object], environ: Mapping[str, str]) -> Iterato
             fact = f"{port!r} is no port"
             yield Finding(name, fact, Verdict.FAULT, "a number up to 65535, or nothing")
         elif error := _why_not_bound(own_address(environ), int(port)):
-            remedy = f"end what listens there (`ss -ltnp sport = :{port}`), or take another port"
+            remedy = f"if that is not this engine, end it (`ss -ltnp sport = :{port}`)"
+            remedy += ", or take another port"
             unset = "" if name == "kv_port" else f", or unset {name} for a free one"
             yield Finding(name, f"port {port}: {error}", Verdict.FAULT, remedy + unset)
         else:
