@@ -20,6 +20,7 @@ from kvconnect.config import (
 from kvconnect.doctor.finding import Finding, Verdict, fault, quiet
 from kvconnect.errors import ConfigError
 from kvconnect.offload.config import OffloadConfig
+from kvconnect.transport.registry import names
 from kvconnect.vllm.p2p.config import P2pNcclConfig
 from kvconnect.vllm.transfer_fields import HONOURED, INERT_FIELDS
 
@@ -112,36 +113,36 @@ def explain(transfer: Mapping[str, Any]) -> Explained:
         return Explained(transfer, list(_transfer(transfer, configs, "")), configs)
 
 
-def _transfer(transfer: Mapping[str, Any], configs: list[Any], place: str) -> Iterator[Finding]:
+def _transfer(transfer: Mapping[str, Any], configs: list[Any], prefix: str) -> Iterator[Finding]:
     known, connector = [*sorted(HONOURED), *INERT_FIELDS], str(transfer.get("kv_connector"))
     for name, value in transfer.items():
         if name not in known:
             remedy = _nearest(str(name), known)
             remedy += "; options of ours go into kv_connector_extra_config"
-            yield Finding(f"{place}{name}", "no such field", Verdict.FAULT, remedy)
+            yield Finding(f"{prefix}{name}", "no such field", Verdict.FAULT, remedy)
         elif name in INERT_FIELDS and not (name == "kv_port" and "P2pNccl" in connector):
-            yield Finding(f"{place}{name}", f"{value!r} has no effect: {INERT_FIELDS[name]}")
+            yield Finding(f"{prefix}{name}", f"{value!r} has no effect: {INERT_FIELDS[name]}")
     options = transfer.get("kv_connector_extra_config") or {}
-    if place and connector not in SCHEMAS and "Connector" in connector:
-        yield Finding(f"{place}kv_connector", f"{connector}: none of ours, and not looked at")
+    if prefix and connector not in SCHEMAS and "Connector" in connector:
+        yield Finding(f"{prefix}kv_connector", f"{connector}: none of ours, and not looked at")
         return
     if connector not in SCHEMAS:
         fact, remedy = f"{connector!r} is none of ours", _nearest(connector, list(SCHEMAS))
-        yield Finding(f"{place}kv_connector", fact, Verdict.FAULT, remedy)
+        yield Finding(f"{prefix}kv_connector", fact, Verdict.FAULT, remedy)
         return
-    yield from _role(transfer, connector, place)
+    yield from _role(transfer, connector, prefix)
     schema = SCHEMAS[connector]
     if not isinstance(options, Mapping):
         fact = f"{options!r}, expected an object"
-        yield Finding(f"{place}kv_connector_extra_config", fact, Verdict.FAULT, "give {…}")
+        yield Finding(f"{prefix}kv_connector_extra_config", fact, Verdict.FAULT, "give {…}")
     elif schema is not None:
-        yield from _options(options, schema, connector, configs, place)
+        yield from _options(options, schema, connector, configs, prefix)
     elif not isinstance(children := options.get("connectors"), list) or not children:
         remedy = '{"connectors": [{"kv_connector": "KVConnectNixl", "kv_role": "kv_both"}]}'
-        yield Finding(f"{place}connectors", "missing or empty", Verdict.FAULT, remedy)
+        yield Finding(f"{prefix}connectors", "missing or empty", Verdict.FAULT, remedy)
     else:
         for number, child in enumerate(children):
-            where = f"{place}connectors[{number}]"
+            where = f"{prefix}connectors[{number}]"
             if isinstance(child, Mapping):
                 yield from _transfer(child, configs, f"{where}.")
             else:
@@ -155,17 +156,17 @@ def _is_in_tree(transfer: Mapping[str, Any]) -> bool:
     return name.endswith("Connector") and name != "P2pNcclConnector" and module != OURS
 
 
-def _role(transfer: Mapping[str, Any], name: str, place: str) -> Iterator[Finding]:
+def _role(transfer: Mapping[str, Any], name: str, prefix: str) -> Iterator[Finding]:
     role = transfer.get("kv_role")
     if _is_in_tree(transfer):
         remedy = f'"kv_connector_module_path": "{OURS}", or "kv_connector": "KVConnect…"'
         fact = f"{name} without our module path is vLLM's own"
-        yield Finding(f"{place}kv_connector", fact, Verdict.WARNING, remedy)
+        yield Finding(f"{prefix}kv_connector", fact, Verdict.WARNING, remedy)
     else:
-        yield Finding(f"{place}kv_connector", f"{name}, {role}")
+        yield Finding(f"{prefix}kv_connector", f"{name}, {role}")
     if role not in ROLES:
         remedy = f"one of {', '.join(ROLES)}"
-        yield Finding(f"{place}kv_role", f"{role!r}", Verdict.FAULT, remedy)
+        yield Finding(f"{prefix}kv_role", f"{role!r}", Verdict.FAULT, remedy)
 
 
 def _options(
@@ -173,7 +174,7 @@ def _options(
     schema: type[msgspec.Struct],
     connector: str,
     configs: list[Any],
-    place: str,
+    prefix: str,
 ) -> Iterator[Finding]:
     left, config = dict(options), None
     while config is None:
@@ -181,21 +182,26 @@ def _options(
             config = parse(left, schema, connector)
         except ConfigError as e:
             unknown = re.search(r"unknown option '(.*?)'", str(e))
-            yield fault(f"{place}{unknown[1] if unknown else 'kv_connector_extra_config'}", e)
+            subject = unknown[1] if unknown else "kv_connector_extra_config"
+            yield fault(f"{prefix}{subject}", e, "README and docs/options.md say what options take")
             if unknown is None or left.pop(unknown[1], left) is left:
                 return
     configs.append(config)
+    chosen = getattr(config, "transport", None)
+    if chosen is not None and chosen not in (known := names()):
+        remedy = f"{_nearest(chosen, known)}; is the package that brings it installed?"
+        yield Finding(f"{prefix}transport", f"there is no {chosen!r}", Verdict.FAULT, remedy)
     for name, why in getattr(schema, "inert", {}).items():
         if name in options:
-            yield Finding(f"{place}{name}", f"has no effect: {why}")
+            yield Finding(f"{prefix}{name}", f"has no effect: {why}")
     for field in msgspec.structs.fields(schema):
         value = getattr(config, field.name)
         given = "set" if field.name in options else "default"
-        yield Finding(f"{place}{field.name}", f"{json.dumps(value, default=str)} ({given})")
+        yield Finding(f"{prefix}{field.name}", f"{json.dumps(value, default=str)} ({given})")
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.72)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 

@@ -25,6 +25,11 @@ Make = Callable[[Sequence[Region], str, Mapping[str, Any]], Transport]
 """(memory, host that peers reach us at, options) → transport; raises ConfigError."""
 
 
+def names() -> list[str]:
+    """All transports that there are here, whether what they need is installed or not."""
+    return sorted({*BUILT_IN, *entry_points(group=GROUP).names})
+
+
 def make_transport(
     name: str, regions: Sequence[Region], host: str, options: Mapping[str, Any]
 ) -> Transport:
@@ -34,10 +39,9 @@ def make_transport(
         return make(regions, host, options)
     found = {e.name: e for e in entry_points(group=GROUP)}
     if name not in found:
-        known = ", ".join(sorted({*BUILT_IN, *found}))
         raise ConfigError(
-            f"transport is {name!r}, expected one of {known}; is the package that brings it "
-            "installed in this environment?"
+            f"transport is {name!r}, expected one of {', '.join(names())}; is the package that "
+            "brings it installed in this environment?"
         )
     try:
         make = found[name].load()

@@ -228,6 +228,18 @@ def test_fields_connectors_and_roles_that_there_are_not():
     assert "load_timeout" in only(options.explain(bad).findings, Verdict.FAULT)[0].fact
 
 
+def test_a_transport_that_there_is_not_and_values_that_cannot_be_have_a_remedy():
+    """The first used to be explained with status 0, the second without a remedy."""
+    for extra, said in (
+        ({"transport": "mooncak"}, "did you mean 'mooncake'?"),
+        ({"transport": "nixl", "handshake_timeout": "soon"}, "docs/options.md"),
+    ):
+        found = options.explain(NIXL | {"kv_connector_extra_config": extra}).findings
+        assert said in the_fault(found).remedy
+    foreign = options.explain(NIXL | {"kv_connector": "LMCacheConnectorV1"}).findings
+    assert "did you mean" not in the_fault(foreign).remedy
+
+
 def test_every_connector_is_explained():
     assert options.SCHEMAS.keys() == CONNECTORS.keys()
 
