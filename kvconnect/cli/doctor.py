@@ -44,6 +44,8 @@ def doctor(
     except ConfigError as e:
         raise typer.BadParameter(str(e)) from None
     addresses = [address_of(text) for text in peers or ()]
+    if model is not None and not addresses:
+        raise typer.BadParameter("--model is compared with a peer's; give --peer HOST:PORT as well")
     wanted = Wanted(explained, config is not None, addresses, model, expect)
     began = time.monotonic()
     with quiet():

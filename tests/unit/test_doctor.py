@@ -437,6 +437,11 @@ def test_config_explain_exits_with_the_worst_verdict():
     assert explained("{").exit_code == 2
 
 
+def test_a_model_without_a_peer_is_not_left_out_in_silence():
+    done = CliRunner().invoke(main, ["doctor", "--model", "m"])
+    assert done.exit_code == 2 and "give --peer" in done.output
+
+
 @pytest.mark.slow
 def test_doctor_works_in_an_environment_without_vllm_torch_and_nixl(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)

@@ -323,7 +323,6 @@ async def known(r, *decoders: Engine) -> None:
     for _ in range(2 * len(decoders)):
         assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
     await asyncio.gather(*(d.reached.wait() for d in decoders))
-    await asyncio.sleep(0.05)  # a look that has been answered is over soon; nothing else depends
 
 
 def test_auto_asks_at_once_where_both_engines_say_that_they_can():
