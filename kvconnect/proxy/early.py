@@ -80,6 +80,10 @@ class EarlyEngines:
             return None
         return address if self._held + tokens <= self._least_room() else None
 
+    def may_ask(self, decoder: str) -> bool:
+        """Not one that is not up: that is tried, and nobody has looked at what is there now."""
+        return self._at_once == "always" or self._room.get(decoder, 0) > 0
+
     @contextlib.contextmanager
     def holding(self, body: Body) -> Iterator[None]:
         """Decode is asked early for this request, and has not begun to answer."""

@@ -229,11 +229,14 @@ class Legs:
         # A stream of responses begins before anything is computed: that is no sign of KV read.
         early = bool(prefillers) and ask.path != RESPONSES
         address = self._early.address(prefillers[0], ask.body) if early else None
-        if address is not None and (decoders := deque(self._decoders_for(ask))):
-            with self._early.holding(ask.body):
-                return await self._both(ask, prefillers, decoders, address)
+        decoders = None
+        if address is not None:
+            decoders = deque(self._decoders_for(ask))
+            if decoders and self._early.may_ask(decoders[0]):
+                with self._early.holding(ask.body):
+                    return await self._both(ask, prefillers, decoders, address)
         params = await self._prefill(ask, prefillers)
-        return await self._after(ask, params, None)
+        return await self._after(ask, params, decoders or None)
 
     async def _after(
         self, ask: LegRequest, params: msgspec.Raw | None, decoders: Iterable[str] | None

@@ -371,6 +371,28 @@ def test_auto_asks_in_turn_where_a_decode_engine_does_not_say_that_it_can(text, 
     run(scenario())
 
 
+def test_auto_asks_no_decode_engine_at_once_that_was_not_looked_at_since_it_was_down():
+    """Where it is tried again, there may be another, which cannot be asked so."""
+
+    async def scenario() -> None:
+        p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
+        other = Engine(with_metrics(METRIC))
+        async with rig([p], [d, other], at_once="auto") as r:
+            while not (await r.counters()).get("at_once"):
+                await r.ask(TEXT, prompt=LONG)
+            other.behaviours[:] = [breaks]
+            while (await r.health())["decode"][1]["up"]:
+                assert (await r.ask(TEXT, n=2))[0] == 200
+            other.behaviours[:] = [answers]
+            before = len(other.bodies)
+            r.clock.now += 20.0
+            assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
+            assert len(other.bodies) == before + 1
+            assert params(other)["kvconnect"] == "ticket"
+
+    run(scenario())
+
+
 def test_auto_leaves_half_of_decodes_blocks_to_others():
     """Else both engines can wait for each other: requests that prefill has computed find none."""
 
