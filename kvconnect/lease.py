@@ -53,7 +53,7 @@ class Terms:
     """Identity of the first ``tokens`` tokens; a reader with another prompt is refused."""
     ttl_s: float
     name: str = ""
-    """Under which readers without a ticket find the lease, if not under ``request_id``."""
+    """Under which early readers find the lease; those without a ticket do by ``request_id``."""
 
 
 class LeaseState(enum.Enum):
@@ -82,7 +82,7 @@ class LeaseBook:
         self._max_duration_s = max_duration_s
         self._promised: dict[str, str] = {}  # lease_id → name
         self._leases: dict[str, _Lease] = {}  # lease_id → lease
-        self._lease_ids: dict[str, str] = {}  # name → lease_id, promised or granted
+        self._lease_ids: dict[str, str] = {}  # name → lease_id; request id, if granted
         self._over: OrderedDict[str, None] = OrderedDict()  # names of leases that ended last
         self._reading = 0  # leases that somebody is reading
         self._deadlines: Deadlines[str] = Deadlines()  # of lease ids
@@ -112,6 +112,7 @@ class LeaseBook:
         lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s, reading=set(reading))
         self._reading += bool(reading)
         self._leases[terms.lease_id] = lease
+        self._lease_ids[terms.request_id] = terms.lease_id  # for readers without a ticket
         self._named(_name(terms), terms.lease_id)
         self._deadlines.set(terms.lease_id, lease.deadline)
 
@@ -208,6 +209,8 @@ class LeaseBook:
         self._reading -= bool(lease.reading)
         terms = lease.terms
         self._unnamed(_name(terms), lease_id)
+        if self._lease_ids.get(terms.request_id) == lease_id:
+            del self._lease_ids[terms.request_id]
         return terms.request_id
 
     def _named(self, name: str, lease_id: str) -> None:

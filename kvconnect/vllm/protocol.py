@@ -82,7 +82,7 @@ class RouterProtocol:
         None: it is being found out; ask again at the next step.
         """
         params = request.kv_transfer_params
-        if not (name := self._shared_name(request)):
+        if not (name := self._shared_name(request, meets_by_id(params))):
             return parse_offer(params, prompt, *self.us[:3])
         source = parse_early(params, name, *self.us[:3], self._prefill_s)
         return Offer(source, prompt.num_tokens, prompt.digest(prompt.num_tokens))
@@ -94,7 +94,7 @@ class RouterProtocol:
     def unused(self, request: Any) -> Offer | None:
         """As `offer`, of a request that will never run: only its lease."""
         params = request.kv_transfer_params
-        if not (name := self._shared_name(request)):
+        if not (name := self._shared_name(request, meets_by_id(params))):
             return parse_rejected(params, *self.us[:3])
         return Offer(parse_early(params, name, *self.us[:3], self._prefill_s), 0, b"")
 
@@ -110,7 +110,7 @@ class RouterProtocol:
     def name(self, request: Any) -> str:
         """Under which name the lease of a request that `lends` is found; "": its request id."""
         try:
-            return "" if self.us.secret is not None else self._shared_name(request)
+            return "" if self.us.secret is not None else self._shared_name(request, by_id=True)
         except OfferError:
             return ""
 
@@ -122,17 +122,17 @@ class RouterProtocol:
         named = self.streams_by_id or names_transfer(request.kv_transfer_params)
         return named and bool(self.name(request))
 
-    def _shared_name(self, request: Any) -> str:
+    def _shared_name(self, request: Any, by_id: bool) -> str:
         """Under which name both engines know a request that they were asked for at once.
 
-        "": they know none. Raises OfferError where it cannot be a name.
+        ``by_id``: its id may be that. "": they know none. Raises OfferError where it cannot be a
+        name.
         """
         params = request.kv_transfer_params
         if not self._prefill_s or params.get(TICKET_KEY):
             return ""
         if names_transfer(params):
             return transfer_name(params)
-        by_id = wants_remote_decode(params) or meets_by_id(params)
         return shared_name(request.request_id) if self.pairs_by_id and by_id else ""
 
     def answer(
@@ -148,11 +148,7 @@ class RouterProtocol:
         many tokens are computed in a step, for a prompt of fewer gains nothing by that.
         """
         params = lent_params(ticket, self.key_addresses[0], self.us.secret, tables, sizes)
-        if not (name := self.name(request)):
-            return params
-        if names_transfer(request.kv_transfer_params):
+        if self.name(request) and names_transfer(request.kv_transfer_params):
             params[TRANSFER_KEY] = request.kv_transfer_params[TRANSFER_KEY]
             params[STEP_KEY] = step_tokens(self._vllm_config)
-        else:  # the name is all that a reader without a ticket has
-            params["remote_request_id"] = name
         return params

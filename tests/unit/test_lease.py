@@ -1,5 +1,7 @@
 """What `LeaseBook` does with request ids that are used again; the rest is in the lease machine."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvconnect.lease import LeaseBook, LeaseState, Terms
@@ -37,3 +39,13 @@ def test_a_granted_lease_cannot_be_withdrawn(book):
     book.grant(terms("g1"))
     book.withdraw("g1")
     assert book.standing("g1") is LeaseState.GRANTED
+
+
+def test_leases_of_one_name_are_found_by_their_requests_too(book):
+    for request_id in "ab":
+        book.promise("name", request_id * 3)
+        book.grant(replace(terms(request_id * 3), request_id=request_id, name="name"))
+    assert [book.find(name) for name in ("a", "b", "name")] == ["aaa", "bbb", "bbb"]
+    book.revoke("bbb")
+    assert [book.find(name) for name in ("a", "b", "name")] == ["aaa", None, None]
+    assert book.is_over("name")

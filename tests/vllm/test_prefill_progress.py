@@ -321,15 +321,28 @@ def test_engines_that_a_push_router_asks_at_once_meet_under_the_id(protocol):
     assert (grant.terms.name, grant.terms.digest) == (SHARED, fetch.digest)
 
 
-def test_a_router_that_asks_in_turn_and_drops_the_ticket_names_the_lease_as_prefill_does():
+def test_a_router_that_asks_in_turn_and_drops_the_ticket_names_each_request_apart():
+    """A client may send one X-Request-Id with all that it asks: the last one has that name."""
     p, d = Prefill(), Engine("D", "kv_both", NixlConfig(), RouterProtocol)
-    request, promise = p.arrives({"do_remote_decode": True}, AT_P)
-    request.status, request.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, TOKENS
-    _, params = p.engine.scheduler.request_finished(request, ([1, 2, 3],))
-    del params["kvconnect"]
-    d.arrives(params, "another", num_computed_tokens=0)
-    (renew,) = d.steps([RenewLease])
-    assert (renew.source.request_id, renew.source.wait_s) == (promise.name, 0)
+    for request_id in (AT_P, f"{SHARED}-89abcdef"):
+        request, promise = p.arrives({"do_remote_decode": True}, request_id)
+        assert promise.name == SHARED
+        request.status, request.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, TOKENS
+        _, params = p.engine.scheduler.request_finished(request, ([1, 2, 3],))
+        p.engine.scheduler.take_orders()
+        del params["kvconnect"]
+        d.arrives(params, f"d {request_id}", num_computed_tokens=0)
+        (renew,) = d.steps([RenewLease])
+        assert (renew.source.request_id, renew.source.wait_s) == (request_id, 0)
+
+
+def test_a_request_that_loads_and_lends_looks_for_what_its_params_name():
+    """Its own id is the name of what it lends."""
+    p = Engine("P", "kv_both", NixlConfig(), RouterProtocol)
+    held = PUSH | {"do_remote_decode": True, "remote_engine_id": "D", "remote_block_ids": [[1, 2]]}
+    p.arrives(held, AT_P, num_computed_tokens=0)
+    (renew,) = p.steps([RenewLease])
+    assert (renew.source.request_id, renew.source.wait_s) == ("7f", 0)
 
 
 @pytest.mark.parametrize(
