@@ -36,6 +36,7 @@ from checkouts import CACHE, UnavailableError, checkout
 SOURCES = Path(os.environ.get("KVCONNECT_VLLM_SRC", ""))
 EXAMPLES = SOURCES / "examples/disaggregated"
 LENGTHS = (40, 129, 257, 400, 640, 900)
+STREAMED = "vllm:kvconnect_num_streamed_transfers_total"
 SHORT = ["--max-model-len", "2048"]
 DYNAMO = "ai-dynamo==1.6.1"
 
@@ -325,8 +326,10 @@ def check(router, connect, pair, setup, seed):
     equal = transferred = 0
     with connect(pair) as ask:
         before = pair.decode.metric(source, source="external_kv_transfer")
+        streamed = pair.decode.metric(STREAMED)
         answers = [ask(prompt, max_tokens=12) for prompt in prompts]
         transferred = pair.decode.metric(source, source="external_kv_transfer") - before
+        streamed = pair.decode.metric(STREAMED) - streamed
     for prompt, (status, answer) in zip(prompts, answers, strict=True):
         assert status == 200, answer
         _, alone = pair.prefill.post(prompt, max_tokens=12)
@@ -337,8 +340,11 @@ def check(router, connect, pair, setup, seed):
         "connector": setup.__name__,
         "equal": f"{equal} of {len(prompts)}",
         "transferred": f"{transferred:.0f} of {total}",
+        "streamed": f"{streamed:.0f} of {len(prompts)}",
         # the last token of each prompt is decode's own, and counted by one protocol and not another
-        "ok": equal == len(prompts) and transferred in (total, total - len(prompts)),
+        "ok": equal == len(prompts)
+        and transferred in (total, total - len(prompts))
+        and (streamed > 0 or setup is not push),
     }
 
 

@@ -98,6 +98,7 @@ def test_engines_that_are_configured_for_each_other_pair_by_the_id_alone():
         ("kv_producer", 16, SHARED),  # not a router's prefill: nobody will come for it
         ("kv_producer", 1, "x" * 2000),
         ("kv_consumer", 16, "x" * 2000),
+        ("kv_consumer", 16, ""),  # the wire carries no empty name
     ],
 )
 def test_what_no_router_sent_is_computed_and_not_lent(role, max_tokens, request_id):
