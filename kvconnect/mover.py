@@ -58,6 +58,7 @@ THREAD_NAME = "kvconnect-mover"
 IDLE_WAIT_S = 1.0
 BUSY_PAUSE_S = 100e-6
 SILENT_S, SILENT_PAUSE_S = 1.0, 2e-3
+MOVED_S = 1e-3  # a transport whose poll takes so long has posted, and goes on with the next one
 AWAIT_S = 0.05  # between looks at whether the thread still runs
 
 
@@ -216,12 +217,14 @@ class Mover:
             if not frame.link.dialled:
                 with contained("a frame of a reader", self._count_unexpected):
                     self._receive(frame)
+        began = self._clock()
         ended = self._transport.poll()
+        moved = self._clock() - began >= MOVED_S
         for done in ended:
             self._fetcher.done(done)
             if self._chunk_sender:
                 self._chunk_sender.done(done)
-        active = bool(frames or ended or (self._chunk_sender and self._chunk_sender.ready))
+        active = bool(frames or ended or moved or (self._chunk_sender and self._chunk_sender.ready))
         if active:
             self._active_at = self._clock()
         self.dialer.tick()

@@ -10,7 +10,7 @@ from kit.engines import Engine, World
 from kit.memory import held
 
 from kvconnect.control.channel import ZmqChannel
-from kvconnect.mover import IDLE_WAIT_S, THREAD_NAME, Mover
+from kvconnect.mover import IDLE_WAIT_S, MOVED_S, THREAD_NAME, Mover
 from kvconnect.orders import (
     Cancel,
     Fetch,
@@ -358,3 +358,19 @@ def test_a_mover_says_what_it_holds_and_in_the_end_it_is_nothing():
     assert d.ended == {"d": [None]}
     for mover in (*p.movers, *d.movers):
         assert {n for n, count in mover.held().items() if count} <= {"staged_readers"}
+
+
+def test_what_takes_long_to_post_is_posted_on_without_a_pause(monkeypatch):
+    """A pause after every slice cost direct reads a tenth, and half once they took a second."""
+    world = World()
+    engine = Engine(world)
+    (mover,), (transport,) = engine.movers, engine.transports
+    assert not mover.step()
+    poll = transport.poll
+
+    def posts():
+        world.clock.advance(2 * MOVED_S)
+        return poll()
+
+    monkeypatch.setattr(transport, "poll", posts)
+    assert mover.step()
