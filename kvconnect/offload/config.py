@@ -83,7 +83,9 @@ class OffloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         ours = dict(options)
         if (shared := ours.pop("shared_storage_path", None)) is not None:
             kept = {"cpu_bytes_to_use": 1 << 30, "persist": True, "share": True}
-            ours = kept | ours | {"secondary_tiers": [{"type": "fs", "root_dir": shared}]}
+            others = ours.get("secondary_tiers") or []
+            first = {"type": "fs", "root_dir": shared}
+            ours = kept | ours | {"secondary_tiers": [first, *others]}
             logger.warning(
                 "%s: shared_storage_path is disk_path here, with persist, share and, unless given, "
                 "a cpu_bytes_to_use of 1 GiB; what ExampleConnector stored there is not read",

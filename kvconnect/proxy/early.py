@@ -116,6 +116,8 @@ class EarlyEngines:
             return  # whoever asks next looks again
         finally:
             self._looking.pop(url, None)
+        if upstream.status not in (200, 404):
+            return  # it may be starting
         can = upstream.status == 200 and READS_EARLY in text
         size, blocks = (int(found[1]) if (found := of.search(text)) else 0 for of in _BLOCKS)
         self._room[url] = size * blocks // 2 if can else 0

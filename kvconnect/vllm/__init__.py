@@ -29,4 +29,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    from kvconnect.vllm.plugin import register
+
+    register()  # where VLLM_PLUGINS leaves us out: see above
     return getattr(importlib.import_module(CONNECTORS[name]), name)

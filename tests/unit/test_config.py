@@ -246,6 +246,12 @@ def test_the_folder_of_vllms_example_connector_is_a_disk_that_is_shared_and_kept
     assert (found.cpu_bytes_to_use, found.share) == (2 << 30, False)
 
 
+def test_tiers_beside_the_folder_of_vllms_example_connector_are_warned_of(caplog):
+    options = {"shared_storage_path": "/a", "secondary_tiers": [{"type": "fs", "root_dir": "/b"}]}
+    assert parse(options, OffloadConfig, "KVConnectOffloading").disk_path == "/a"
+    assert "of type 'fs' has no effect" in caplog.text, "there is one disk"
+
+
 def test_a_chunk_is_said_in_tokens_or_in_blocks():
     options = {"cpu_bytes_to_use": "1GiB", "blocks_per_chunk": 2, "block_size": 32}
     with pytest.raises(ConfigError, match="give one of them"):

@@ -426,6 +426,20 @@ async def prefills_in_steps_when_told(engine: Engine, request: web.Request) -> w
     return await prefills_in_steps(engine, request)
 
 
+def test_auto_looks_anew_at_a_decode_engine_that_could_not_say():
+    """A 503 while it starts says nothing of what it can."""
+
+    async def scenario() -> None:
+        p, d = Engine(prefills_in_steps), Engine(with_metrics(b"", status=503))
+        async with rig([p], [d], at_once="auto") as r:
+            await known(r, d)
+            d.behaviours[:] = [with_metrics(METRIC)]
+            while not (await r.counters()).get("at_once"):
+                assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
+
+    run(scenario())
+
+
 def test_auto_looks_anew_at_a_decode_engine_that_was_down():
     """Another may have been started in its place."""
 

@@ -33,3 +33,9 @@ def test_a_connector_that_vllm_has_is_left_alone(registry, name):
     register()
     assert registry[name] is theirs
     assert registry.keys() == REGISTERED.keys()
+
+
+def test_who_is_found_by_module_path_is_registered_too(registry):
+    """As children of in-tree MultiConnector have to be, whatever VLLM_PLUGINS leaves out."""
+    assert importlib.import_module("kvconnect.vllm").NixlConnector
+    assert "KVConnectNixl" in registry
