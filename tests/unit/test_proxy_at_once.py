@@ -325,6 +325,15 @@ async def known(r, *decoders: Engine) -> None:
     await asyncio.gather(*(d.reached.wait() for d in decoders))
 
 
+async def asked_at_once_until_it_breaks(r, decoder: Engine, number: int) -> None:
+    """It has been asked at once, or may have been, and is down then."""
+    while not (await r.counters()).get("at_once"):
+        await r.ask(TEXT, prompt=LONG)
+    decoder.behaviours[:] = [breaks]
+    while (await r.health())["decode"][number]["up"]:
+        assert (await r.ask(TEXT, n=2))[0] == 200
+
+
 def test_auto_asks_at_once_where_both_engines_say_that_they_can():
     async def scenario() -> None:
         p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
@@ -378,11 +387,7 @@ def test_auto_asks_no_decode_engine_at_once_that_was_not_looked_at_since_it_was_
         p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
         other = Engine(with_metrics(METRIC))
         async with rig([p], [d, other], at_once="auto") as r:
-            while not (await r.counters()).get("at_once"):
-                await r.ask(TEXT, prompt=LONG)
-            other.behaviours[:] = [breaks]
-            while (await r.health())["decode"][1]["up"]:
-                assert (await r.ask(TEXT, n=2))[0] == 200
+            await asked_at_once_until_it_breaks(r, other, 1)
             other.behaviours[:] = [answers]
             before = len(other.bodies)
             r.clock.now += 20.0
@@ -447,11 +452,7 @@ def test_auto_looks_anew_at_a_decode_engine_that_was_down():
         p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
         other = Engine(with_metrics(METRIC))
         async with rig([p], [d, other], at_once="auto") as r:
-            while not (await r.counters()).get("at_once"):
-                await r.ask(TEXT, prompt=LONG)
-            d.behaviours[:] = [breaks]
-            while (await r.health())["decode"][0]["up"]:
-                assert (await r.ask(TEXT, n=2))[0] == 200
+            await asked_at_once_until_it_breaks(r, d, 0)
             assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER), "at the other one"
             d.behaviours[:] = [with_metrics(b"")]
             r.clock.now += 20.0
