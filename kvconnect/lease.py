@@ -82,7 +82,7 @@ class LeaseBook:
         self._max_duration_s = max_duration_s
         self._promised: dict[str, str] = {}  # lease_id → name
         self._leases: dict[str, _Lease] = {}  # lease_id → lease
-        self._lease_ids: dict[str, str] = {}  # name → lease_id; request id, if granted
+        self._lease_ids: dict[str, str] = {}  # name → lease_id, promised or granted
         self._over: OrderedDict[str, None] = OrderedDict()  # names of leases that ended last
         self._reading = 0  # leases that somebody is reading
         self._deadlines: Deadlines[str] = Deadlines()  # of lease ids
@@ -112,8 +112,8 @@ class LeaseBook:
         lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s, reading=set(reading))
         self._reading += bool(reading)
         self._leases[terms.lease_id] = lease
-        self._lease_ids[terms.request_id] = terms.lease_id  # for readers without a ticket
-        self._named(_name(terms), terms.lease_id)
+        for name in _names(terms):
+            self._named(name, terms.lease_id)
         self._deadlines.set(terms.lease_id, lease.deadline)
 
     def withdraw(self, lease_id: str) -> None:
@@ -207,11 +207,9 @@ class LeaseBook:
         lease = self._leases.pop(lease_id)
         self._deadlines.drop(lease_id)
         self._reading -= bool(lease.reading)
-        terms = lease.terms
-        self._unnamed(_name(terms), lease_id)
-        if self._lease_ids.get(terms.request_id) == lease_id:
-            del self._lease_ids[terms.request_id]
-        return terms.request_id
+        for name in _names(lease.terms):
+            self._unnamed(name, lease_id)
+        return lease.terms.request_id
 
     def _named(self, name: str, lease_id: str) -> None:
         self._lease_ids[name] = lease_id
@@ -226,5 +224,6 @@ class LeaseBook:
             self._over.popitem(last=False)
 
 
-def _name(terms: Terms) -> str:
-    return terms.name or terms.request_id
+def _names(terms: Terms) -> set[str]:
+    """By which readers without its id find a granted lease."""
+    return {terms.name or terms.request_id, terms.request_id}

@@ -137,7 +137,7 @@ def pd(
                     status.update(f"{name}, {case}, round {turn + 1} of {rounds}")
                     for way, asked in _take_turns(pair, case, turns, draw):
                         measured.setdefault((case, name, way), []).append(asked)
-    rows = list(_rows(measured, seed))
+    rows = list(rows_of(measured, seed))
     console.print(_table(rows))
     if out is not None:
         save(out, dtype, rows)
@@ -178,7 +178,7 @@ def _prompts(draw: random.Random, case: Case) -> list[list[int]]:
     ]
 
 
-def _rows(measured: Turns, seed: int) -> Iterator[FirstTokenRow]:
+def rows_of(measured: Turns, seed: int) -> Iterator[FirstTokenRow]:
     for (case, name, way), asked in measured.items():
         base = {STREAMING: (name, PULL), FLOOR_AGAIN: (name, FLOOR), PULL: (IN_TREE, PULL)}.get(way)
         beside = measured.get((case, *base), []) if base and base != (name, way) else []

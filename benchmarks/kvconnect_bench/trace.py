@@ -81,7 +81,7 @@ def trace(
         found = marks.read(traced)
     rows = []
     for way, hand_overs in times.items():
-        for row in _rows(way, length, chunk, found, hand_overs):
+        for row in rows_of(way, length, chunk, found, hand_overs):
             if row.after_prefill and row.after_prefill.p50 >= since_ms:
                 rows.append(row)
     console.print(_table(rows))
@@ -89,7 +89,7 @@ def trace(
         save(out, dtype, rows)
 
 
-def _rows(
+def rows_of(
     way: str,
     length: int,
     chunk: int,

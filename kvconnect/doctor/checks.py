@@ -5,7 +5,6 @@ import resource
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from kvconnect.config import NixlConfig, PeerConfig, read_secret
@@ -104,12 +103,8 @@ def own_fingerprint(model: str | None, model_id: str | None) -> Mapping[str, str
     if model is None:
         return {"model_id": model_id} if model_id else {}
     try:
-        from vllm.config import LoadConfig
-        from vllm.engine.arg_utils import EngineArgs
+        from kvconnect.vllm.fingerprint import of_model
 
-        from kvconnect.vllm.fingerprint import fingerprint
+        return of_model(model, model_id)
     except ImportError as e:
         raise ConfigError(f"--model needs vLLM, which is not here ({e}); leave it out") from e
-    served = EngineArgs(model=model).create_model_config()
-    alone = SimpleNamespace(model_config=served, load_config=LoadConfig(), speculative_config=None)
-    return fingerprint(alone, model_id)

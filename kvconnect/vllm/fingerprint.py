@@ -13,6 +13,7 @@ Names and paths are not compared: one model may be at two, and two models at one
 import hashlib
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from kvconnect.vllm.weights import Weights, unlike_any, weights_of
@@ -75,6 +76,16 @@ def fingerprint(vllm_config: Any, model_id: str | None) -> dict[str, str]:
         return fields | {"model_id": model_id}
     found = all_weights(vllm_config)
     return fields | {k: w.digest if w.known else unlike_any(w) for k, w in found.items()}
+
+
+def of_model(model: str, model_id: str | None) -> dict[str, str]:
+    """Those fields of an engine that serves ``model`` without further arguments."""
+    from vllm.config import LoadConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(model=model).create_model_config()
+    alone = SimpleNamespace(model_config=config, load_config=LoadConfig(), speculative_config=None)
+    return fingerprint(alone, model_id)
 
 
 def all_weights(vllm_config: Any) -> dict[str, Weights]:

@@ -80,7 +80,8 @@ def in_tree(smol):
 
 def mooncake(smol):
     env = {"VLLM_MOONCAKE_BOOTSTRAP_PORT": str(free_port())}
-    return Setup(smol, both=SHORT, connector="mooncake", env=env)
+    steps = [*SHORT, "--max-num-batched-tokens", "256"]  # its routers ask both engines at once
+    return Setup(smol, both=steps, connector="mooncake", env=env)
 
 
 def stock_mooncake(smol):
@@ -316,6 +317,8 @@ ROUTERS = {
     ),
     "plain": ("production-stack disaggregated_prefill (its requests)", plain, [p2p]),
 }
+AT_ONCE = [(ROUTERS["push"][1], push), (ROUTERS["mooncake"][1], mooncake)]
+"""Whose routers ask both engines at once: blocks have to cross while prefill computes."""
 ENGINES = (nixl, stock, push, several, in_tree, mooncake, stock_mooncake, p2p)
 
 
@@ -344,7 +347,7 @@ def check(router, connect, pair, setup, seed):
         # the last token of each prompt is decode's own, and counted by one protocol and not another
         "ok": equal == len(prompts)
         and transferred in (total, total - len(prompts))
-        and (streamed > 0 or setup is not push),
+        and (streamed > 0 or (connect, setup) not in AT_ONCE),
     }
 
 

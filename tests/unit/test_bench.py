@@ -19,8 +19,8 @@ from kvconnect.cli import main
 from kvconnect.cli.engines import VllmServe
 from kvconnect_bench.marks import Mark
 from kvconnect_bench.pair import ALONE, IN_TREE, Asked, MeasuredPair
-from kvconnect_bench.pd import Case, _rows
-from kvconnect_bench.trace import _rows as trace_rows
+from kvconnect_bench.pd import Case, rows_of
+from kvconnect_bench.trace import rows_of as trace_rows
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 OURS = "nixl"
@@ -129,7 +129,7 @@ def test_a_hand_over_counts_above_the_floor_and_beside_the_pull_of_its_turn() ->
         (case, OURS, "streaming"): [Asked(1.0, 1.02), Asked(1.0, 1.03)],
         (case, OURS, "floor"): [Asked(0, 0.01), Asked(0, 0.02)],
     }
-    pull, streaming, floor = _rows(measured, seed=1)
+    pull, streaming, floor = rows_of(measured, seed=1)
     assert pull.above_floor is not None
     assert pull.above_floor.p50 == pytest.approx(35)  # of 30 and 40
     assert pull.compared_to == ""

@@ -49,3 +49,5 @@ def test_leases_of_one_name_are_found_by_their_requests_too(book):
     book.revoke("bbb")
     assert [book.find(name) for name in ("a", "b", "name")] == ["aaa", None, None]
     assert book.is_over("name")
+    assert book.is_over("b"), "who asks for it waits for nothing"
+    assert not book.is_over("a")

@@ -41,7 +41,7 @@ LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
 # library → where it may be imported
 ALLOWED = {
-    "vllm": ("vllm/", "integrations/", "cli/", "doctor/checks.py"),
+    "vllm": ("vllm/",),
     "torch": ("vllm/", "integrations/", "cli/", "ops/"),
     "nixl": ("transport/nixl.py",),
     "mooncake": ("transport/mooncake/engine.py",),

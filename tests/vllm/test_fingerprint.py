@@ -1,14 +1,16 @@
 """What engines of two vLLM and transformers versions must agree on, and what they need not."""
 
+import os
 from types import SimpleNamespace
 
 import checkpoints
 import msgspec
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 
 from kvconnect.control import wire
 from kvconnect.vllm import weights
-from kvconnect.vllm.fingerprint import COMPUTED, fingerprint
+from kvconnect.vllm.fingerprint import COMPUTED, fingerprint, of_model
 
 ROPE = {"rope_theta": 10_000.0, "rope_type": "default"}
 DUMMY = SimpleNamespace(load_format="dummy")  # the same weights everywhere
@@ -262,3 +264,11 @@ def test_a_long_field_fits_the_wire_and_still_differs():
     assert msgspec.convert(msgspec.to_builtins(welcome), wire.Welcome)
     assert wire.decode(wire.encode(welcome)) == welcome
     assert scaled(1.0) != scaled(2.0)
+
+
+def test_a_model_without_an_engine_says_what_its_engine_says():
+    """`kvconnect doctor --model` compares it with a running one."""
+    model = os.environ["KVCONNECT_TP_MODEL"]
+    engine = EngineArgs(model=model).create_engine_config()
+    assert of_model(model, None) == fingerprint(engine, None)
+    assert of_model(model, "ours")["model_id"] == "ours"
