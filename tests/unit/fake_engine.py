@@ -20,6 +20,9 @@ CONSUMER = ROLE == "kv_consumer"
 KV_BYTES = 1000
 counted: Counter[str] = Counter()
 lock = threading.Lock()
+asked = threading.Semaphore(0)  # a permit for each request that came
+TALKS = 100
+"""An answer of more tokens lasts until another request came, however fast the machine."""
 
 
 def source(name: str) -> str:
@@ -32,6 +35,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked.release()
         if CONSUMER and FAULT == "refuses":
             return self.reply(400, b"out of KV")
         if "KVCONNECT_BENCH_MARKS" in os.environ:
@@ -57,6 +61,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             token = {"choices": [{"delta": {"content": text}}]}
             # as many as a benchmark asks for; an answer that is compared is one
             answered = body.get("max_tokens", 1) - 1 if FAULT == "talks" else 1
+            if answered > TALKS:
+                while asked.acquire(blocking=False):  # this one and those before
+                    pass
+                self.stream(*[token] * answered, {"choices": [], "usage": usage}, last_waits=True)
+                return None
             self.stream(*[token] * answered, {"choices": [], "usage": usage})
             return None
         answer: dict[str, Any] = {"choices": [{"text": text, "message": text}], "usage": usage}
@@ -73,11 +82,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def stream(self, *events: dict[str, Any]) -> None:
+    def stream(self, *events: dict[str, Any], last_waits: bool = False) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         for event in events:
+            if last_waits and event is events[-1]:
+                asked.acquire(timeout=60)
             self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         self.wfile.write(b"data: [DONE]\n\n")
 

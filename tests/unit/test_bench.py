@@ -201,7 +201,7 @@ def test_tokens_of_one_answer_are_timed_while_prompts_arrive(bench: Bench, tmp_p
     assert [row["connector"] for row in rows] == [OURS, IN_TREE, ALONE]
     assert [row["tokens"] for row in rows] == [199, 199, 199]
     assert rows[2]["p99_ratio"] == 1
-    assert max(row["arrived"] for row in rows) > 0
+    assert min(row["arrived"] for row in rows) > 0
 
 
 def test_one_hand_over_is_traced_of_one_connector(bench: Bench) -> None:
