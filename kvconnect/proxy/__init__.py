@@ -1,5 +1,6 @@
 """The prefill/decode proxy.
 
 ``policy`` (what is asked) and ``pool`` (whose turn it is) are pure; ``legs`` talks to engines
-over the connections of ``session``, ``app`` to clients; ``config`` is what an operator may set.
+over the connections of ``session``, ``app`` to clients; ``life`` remembers what became of each
+request; ``config`` is what an operator may set.
 """

@@ -10,6 +10,7 @@ Does not know how engines are asked (``legs``), what for (``policy``) or in whic
 """
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import signal
@@ -22,6 +23,7 @@ from aiohttp import web
 
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyReply
+from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.policy import (
     CHAT,
     MESSAGES,
@@ -88,7 +90,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        limit = request.app[_PROXY].config.max_body_bytes
+        limit = request.app[PROXY].config.max_body_bytes
         message = {
             404: f"{request.path} is not served by this proxy",
             413: f"the request body is larger than {limit} bytes",
@@ -121,6 +123,7 @@ class Proxy:
 
     def __init__(self, config: ProxyConfig, clock: Callable[[], float]) -> None:
         self.config = config
+        self.journal = Journal(clock)
         self._clock = clock
         self._legs: Legs
 
@@ -142,18 +145,21 @@ class Proxy:
                 body = read_body(raw)
             except ValueError as error:
                 return _json_error(400, str(error))
-            ask = LegRequest(
-                request.path,
-                body,
-                _onward_headers(request),
-                _headers_of(request, _FORWARDED_TO_DECODE),
-                _query(request),
-                keeper_of=previous_response(body),
-            )
-            split = splittable(ask.path, body)
+            split = splittable(request.path, body)
             counters.not_splittable += not split
             counters.decode_alone += not split
-            return await self._decode(request, ask, split)
+            with self._life(request) as life:
+                life.cause = "" if split else "not splittable"
+                ask = LegRequest(
+                    request.path,
+                    body,
+                    life.headers,
+                    life,
+                    _headers_of(request, _FORWARDED_TO_DECODE),
+                    _query(request),
+                    keeper_of=previous_response(body),
+                )
+                return await self._decode(request, ask, split)
         except asyncio.CancelledError:
             counters.aborted += 1
             raise
@@ -163,17 +169,24 @@ class Proxy:
         if not self._authorised(request):
             return _json_error(401, "the API key is missing or wrong")
         content = _headers_of(request, ("Content-Type", "Accept"))
-        ask = LegRequest(
-            request.path,
-            {},
-            _onward_headers(request),
-            _headers_of(request, _FORWARDED_TO_DECODE) | content,
-            _query(request),
-            request.method,
-            await request.read(),
-            request.match_info.get("response_id"),
-        )
-        return await self._decode(request, ask, split=False)
+        raw = await request.read()
+        with self._life(request) as life:
+            ask = LegRequest(
+                request.path,
+                {},
+                life.headers,
+                life,
+                _headers_of(request, _FORWARDED_TO_DECODE) | content,
+                _query(request),
+                request.method,
+                raw,
+                request.match_info.get("response_id"),
+            )
+            return await self._decode(request, ask, split=False)
+
+    def _life(self, request: web.Request) -> contextlib.AbstractContextManager[RequestLife]:
+        headers = _onward_headers(request)
+        return self.journal.of(headers["X-Request-Id"], request.path, headers)
 
     async def _decode(
         self, request: web.Request, ask: LegRequest, split: bool
@@ -181,6 +194,8 @@ class Proxy:
         async with self._legs.decode(ask, split) as answer:
             if answer is None:
                 self._legs.counters.unavailable += 1
+                ask.life.status, ask.life.outcome = 503, "error"
+                ask.life.cause = "no decode engine"
                 return _json_error(503, _NO_DECODE)
             return await self._pass_on(request, ask, answer)
 
@@ -191,19 +206,23 @@ class Proxy:
         response.headers.extend(answer.headers)
         response.headers.setdefault("X-Request-Id", ask.headers["X-Request-Id"])
         response.content_length = answer.upstream.content_length
+        ask.life.status = answer.upstream.status
         chunk = tail = answer.head
         try:
             await response.prepare(request)
             while chunk:
                 await response.write(chunk)
+                ask.life.sent_bytes += len(chunk)
                 tail = (tail + chunk)[-2:]
                 try:
                     chunk = await answer.rest()
                 except LOST as error:
                     logger.warning("%s broke off an answer: %s", answer.url, error)
                     self._legs.counters.broken += 1
+                    ask.life.outcome, ask.life.cause = "broken", "the engine broke off"
                     return await _break_off(request, response, tail)
             await response.write_eof()
+            ask.life.outcome = "ok" if answer.upstream.status < 400 else "error"
         except ConnectionError:  # the client's: aiohttp noticed before it could cancel us
             self._legs.counters.aborted += 1
         return response
@@ -250,7 +269,8 @@ class Proxy:
         )
 
 
-_PROXY = web.AppKey("proxy", Proxy)
+PROXY = web.AppKey("proxy", Proxy)
+"""Where an application of `make_app` keeps its `Proxy`."""
 
 
 def _headers_of(request: web.Request, names: Sequence[str]) -> dict[str, str]:
@@ -285,7 +305,7 @@ def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application
     app = web.Application(
         middlewares=[_preflight, _errors_as_json], client_max_size=config.max_body_bytes
     )
-    app[_PROXY] = proxy
+    app[PROXY] = proxy
     app.cleanup_ctx.append(proxy.running)
     for path in (TEXT, CHAT, RESPONSES, MESSAGES):
         app.router.add_post(path, proxy.complete)

@@ -32,6 +32,7 @@ import yarl
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.early import EarlyEngines
 from kvconnect.proxy.health import HealthWatch, report_lost, report_status
+from kvconnect.proxy.life import RequestLife
 from kvconnect.proxy.policy import (
     MAX_HELD_S,
     RESPONSES,
@@ -113,6 +114,8 @@ class LegRequest:
     body: Body
     headers: dict[str, str]
     """For both legs."""
+    life: RequestLife
+    """Where it is noted what becomes of it."""
     decode_headers: dict[str, str] = field(default_factory=dict)
     """For the decode leg alone: they name a part of that engine."""
     query: str = ""
@@ -316,7 +319,9 @@ class Legs:
             if first is None:
                 first = await self._prefill_at(waiting.popleft(), ask, self._transfer_id())
             if first.answered:
-                self.counters.no_params += first.params is None
+                if first.params is None:
+                    self.counters.no_params += 1
+                    ask.life.cause = "prefill kept nothing"
                 return first.params
             refused = first.refused
             if first.final:
@@ -325,11 +330,13 @@ class Legs:
             self.counters.retries += bool(waiting)
         self.counters.refused += refused
         self.counters.no_prefill += not refused
+        ask.life.cause = "prefill refused it" if refused else "no prefill engine"
         return None
 
     async def _prefill_at(self, url: str, ask: LegRequest, transfer_id: str | None) -> "_Prefilled":
         """What one prefill engine says; notes whether it can be read while it computes."""
         data = prefill_body(ask.path, ask.body, transfer_id)
+        leg = ask.life.asked("prefill", url)
         try:
             with self.prefillers.busy(url):
                 async with (
@@ -342,6 +349,7 @@ class Legs:
             self._early.failed(url)
             return _Prefilled()
         status = upstream.status
+        ask.life.answered(leg, status)
         report_status(self.prefillers, url, status)
         if status >= 400:
             refused = status < 500
@@ -416,7 +424,7 @@ class Legs:
 
     async def _released(self, url: str, ask: LegRequest, params: msgspec.Raw) -> None:
         headers = ask.headers | {"X-Request-Id": f"{ask.headers['X-Request-Id'][:100]}-release"}
-        quiet = LegRequest(TEXT, {}, headers)
+        quiet = LegRequest(TEXT, {}, headers, ask.life)
         with contextlib.suppress(*LOST):
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 async with self._post(url, quiet, release_body(params)) as upstream:
@@ -425,11 +433,13 @@ class Legs:
     async def _open(self, url: str, ask: LegRequest, params: msgspec.Raw | None) -> LegAnswer:
         with contextlib.ExitStack() as held:
             held.enter_context(self.decoders.busy(url))
+            leg = ask.life.asked("decode", url)
             data = decode_body(ask.body, params) if ask.whole is None else ask.whole
             async with self.decoders.patience(url):
                 upstream = await self._post(url, ask, data, ask.decode_headers)
                 held.callback(upstream.close)
                 head, opening = await upstream.content.readany(), Opening.GOOD
+            ask.life.answered(leg, upstream.status)
             # Without params there is nothing that a second try would leave out.
             if params is not None and upstream.status == 200 and _is_stream(upstream):
                 head, opening = await _opening(head, upstream)

@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 from kvconnect.cli.proxy import proxy
 from kvconnect.proxy import health, legs
-from kvconnect.proxy.app import start
+from kvconnect.proxy.app import PROXY, start
 from kvconnect.proxy.config import make_config
+from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.session import engine_session
 
 PARAMS = {"do_remote_prefill": True, "remote_request_id": "r-1", "remote_port": 5600}
@@ -192,9 +193,10 @@ class Clock:
 
 
 class Rig:
-    def __init__(self, session: aiohttp.ClientSession, clock: Clock) -> None:
+    def __init__(self, session: aiohttp.ClientSession, clock: Clock, journal: Journal) -> None:
         self.session = session
         self.clock = clock
+        self.journal = journal
 
     async def ask(self, path: str = TEXT, **fields: Any) -> tuple[int, bytes]:
         async with self.session.post(path, json={"prompt": "p"} | fields) as response:
@@ -224,7 +226,7 @@ async def rig(prefill: list[Engine], decode: list[Engine], **settings: Any) -> A
         stack.push_async_callback(runner.cleanup)
         session = aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}")
         await stack.enter_async_context(session)
-        yield Rig(session, clock)
+        yield Rig(session, clock, runner.app[PROXY].journal)
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -1132,6 +1134,77 @@ def test_with_an_api_key_only_those_who_have_it_are_served():
                 assert served.status == 200
             async with r.session.get("/health", headers=headers) as response:
                 assert "counters" in await response.json()
+
+    run(scenario())
+
+
+# --- the life of a request ---------------------------------------------------------------------
+
+
+def test_the_life_of_a_request_tells_its_times_and_its_engines():
+    async def scenario() -> None:
+        async def after_a_second(engine: Engine, request: web.Request) -> web.StreamResponse:
+            r.clock.now += 1
+            return await prefills(engine, request)
+
+        p, d, ended = Engine(after_a_second), Engine(breaks, waits, answers), list[RequestLife]()
+        async with rig([p], [d, d2 := Engine(waits)]) as r:
+            r.journal.on_end.append(ended.append)
+            asking = asyncio.create_task(r.ask())
+            await d2.reached.wait()
+            (life,) = r.journal.running
+            assert (life.outcome, life.path, life.ended_s) == ("running", TEXT, None)
+            r.clock.now += 5
+            d2.go_on.set()
+            await asking
+            assert ended == list(r.journal.recent) == [life]
+            assert r.journal.running == set()
+            assert [(leg.role, leg.url, leg.status) for leg in life.tries] == [
+                ("prefill", p.url, 200),
+                ("decode", d.url, None),
+                ("decode", d2.url, 200),
+            ]
+            began = life.began_s
+            assert [leg.answered_s for leg in life.tries] == [began + 1, None, began + 6]
+            assert life.leg("decode") is life.tries[2]
+            assert (life.outcome, life.status, life.ended_s) == ("ok", 200, began + 6)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "outcome", "status", "cause"),
+    [
+        (prefills, answers, "ok", 200, ""),
+        (keeps_nothing, answers, "ok", 200, "prefill kept nothing"),
+        (breaks, answers, "ok", 200, "no prefill engine"),
+        (says(b"{}", 400), answers, "ok", 200, "prefill refused it"),
+        (prefills, says(b"{}", 400), "error", 400, ""),
+        (prefills, breaks, "error", 503, "no decode engine"),
+        (prefills, stream_that_breaks(TOKENS[0]), "broken", 200, "the engine broke off"),
+    ],
+)
+def test_the_life_of_a_request_tells_its_outcome(prefill, decode, outcome, status, cause):
+    async def scenario() -> None:
+        async with rig([Engine(prefill)], [Engine(decode)]) as r:
+            with contextlib.suppress(aiohttp.ClientPayloadError):
+                await r.ask()
+            (life,) = r.journal.recent
+            assert (life.outcome, life.status, life.cause) == (outcome, status, cause)
+
+    run(scenario())
+
+
+def test_the_life_of_a_request_that_is_given_up_ends():
+    async def scenario() -> None:
+        d = Engine(hangs)
+        async with rig([Engine(prefills)], [d]) as r:
+            asking = asyncio.create_task(r.ask())
+            await d.reached.wait()
+            asking.cancel()
+            while not r.journal.recent:
+                await asyncio.sleep(0.01)
+            assert (r.journal.recent[0].outcome, r.journal.recent[0].status) == ("aborted", None)
 
     run(scenario())
 
