@@ -38,8 +38,9 @@ test-unit: setup ## the tests that start no engine, and what of the package they
 test-deploy: setup ## deploy/: charts rendered, objects and arguments valid (or CHARTS=none; see tests/render_deploy.py)
 	@$(RUN) python tests/render_deploy.py
 
-test-ray: setup ## our backends in the real Ray Serve LLM, no engines; the first time installs Ray's needs
-	@$(RUN) tests/ray.sh tests/unit/test_ray_serve.py $(ARGS)
+test-ray: setup ## our backends in the real Ray Serve LLM, then engines in it (half an hour, 9 GB)
+	@$(RUN) tests/ray.sh -m pytest -q --timeout=600 tests/unit/test_ray_serve.py
+	@$(RUN) tests/ray.sh tests/e2e/ray_serve.py $(ARGS)
 
 crash: setup ## kill -9 during stores
 	@$(RUN) python tests/unit/killing.py --times 200 && \
