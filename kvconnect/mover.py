@@ -339,6 +339,7 @@ class Mover:
     def _publish(self) -> None:
         sent = self._lease_server.take_freed()
         received, failed = self._fetcher.take()
+        computed = self._renewer.take_computed()
         self._stats.count("num_kv_expired_reqs", self._lease_server.expired)
         self._stats.count("num_notifications_after_expiry", self._lease_server.late)
         counted = self._stats.take()
@@ -347,6 +348,7 @@ class Mover:
                 self._reported.add(counted)
             self._outcome.sent |= sent
             self._outcome.received |= received
+            self._outcome.computed |= computed
             self._outcome.ended_s |= dict.fromkeys(received, self._clock())
             self._outcome.failed |= failed
         self._lease_server.expired = self._lease_server.late = 0

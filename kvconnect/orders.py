@@ -121,6 +121,8 @@ class RenewLease:
 
     request_id: str
     source: Source
+    reports: bool = False
+    """Whether to report when the source has computed it, or never will."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ class Outcome:
     """Consumer: requests whose fetch ended, well or not."""
     failed: dict[str, str] = field(default_factory=dict)
     """Consumer: of those, the ones whose blocks do not hold the KV, with the reason."""
+    computed: set[str] = field(default_factory=set)
+    """Consumer: requests that wait for their source, where that was to be reported."""
     ended_s: dict[str, float] = field(default_factory=dict)
     """Consumer: when each fetch ended, by the mover's clock."""
 
@@ -195,6 +199,7 @@ class Outcome:
         self.sent |= other.sent
         self.received |= other.received
         self.failed |= other.failed
+        self.computed |= other.computed
         self.ended_s |= other.ended_s
 
     def __bool__(self) -> bool:

@@ -10,7 +10,6 @@
 
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from kvconnect.control.wire import Address
 from kvconnect.lease import Terms
@@ -34,14 +33,6 @@ from kvconnect.orders import (
 from kvconnect.stats import Stats
 
 
-class PartialTerms(NamedTuple):
-    """What readers know of a promised request: its blocks so far, and what it will hold."""
-
-    tables: tuple[list[int], ...]
-    tokens: int
-    digest: bytes
-
-
 class Planner:
     """Not thread-safe: the scheduler's thread owns it."""
 
@@ -54,7 +45,6 @@ class Planner:
         self._fetching: set[str] = set()  # of those, the ones that a Fetch was ordered for
         self._samples: dict[LeaseKey, str] = {}  # lease → the sample that fetches it
         self._promised: dict[str, str] = {}  # request id → lease id, while it is computed
-        self._partial: dict[str, PartialTerms] = {}  # of those, who may be read meanwhile
         self._granted: dict[str, str] = {}  # likewise, until all ranks said that its lease is over
 
     def addresses_known(self, shards: tuple[Address, ...]) -> None:
@@ -102,6 +92,14 @@ class Planner:
         offer = self._offers.get(request_id)
         return offer is not None and self._samples.get(offer.source.lease, request_id) != request_id
 
+    def is_early(self, request_id: str) -> bool:
+        """Whether its source may be computing it still."""
+        return (offer := self._offers.get(request_id)) is not None and offer.source.wait_s > 0
+
+    def report_computed(self, request_id: str) -> None:
+        """Have movers report when its source has computed it."""
+        self._orders.append(RenewLease(request_id, self._offers[request_id].source, reports=True))
+
     def held_from(self, request_id: str) -> int | None:
         """From which token on the source holds everything; see `Offer`."""
         offer = self._offers.get(request_id)
@@ -140,16 +138,11 @@ class Planner:
     ) -> None:
         """More blocks of a promised request are complete; the rest as in `Progress`."""
         if lease_id := self._promised.get(request_id):
-            nothing = PartialTerms(tuple([] for _ in blocks), tokens, digest)
-            told = self._partial.setdefault(request_id, nothing)
-            for table, more in zip(told.tables, blocks, strict=True):
-                table += more
             self._orders.append(Progress(lease_id, tuple(map(tuple, blocks)), tokens, digest))
 
     def restart(self, request_id: str, name: str = "") -> None:
         """A promised request is computed anew: what was told of it does not count any more."""
-        if self._partial.pop(request_id, None):
-            before = self._promised.pop(request_id)
+        if before := self._promised.pop(request_id, None):
             self.promise(request_id, name)
             self._orders.append(Withdraw(before, successor=self._promised[request_id]))
 
@@ -165,13 +158,6 @@ class Planner:
 
         ``tables``, ``tokens``, ``digest`` and ``name`` are those of `kvconnect.lease.Terms`.
         """
-        if (told := self._partial.get(request_id)) and told != PartialTerms(
-            tuple(list(t[: len(k)]) for t, k in zip(tables, told.tables, strict=True)),
-            tokens,
-            digest,
-        ):
-            self.restart(request_id, name)
-        self._partial.pop(request_id, None)
         lease_id = self._promised.pop(request_id, None) or secrets.token_hex(16)
         self._granted[request_id] = lease_id
         held = tuple(tuple(table) for table in tables)
@@ -185,7 +171,6 @@ class Planner:
 
     def withdraw(self, request_id: str) -> None:
         """The request ended without KV to lease."""
-        self._partial.pop(request_id, None)
         if lease_id := self._promised.pop(request_id, None):
             self._orders.append(Withdraw(lease_id))
 

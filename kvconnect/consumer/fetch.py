@@ -133,7 +133,7 @@ class Fetcher:
         self.wake_queue = WakeQueue(context.clock)
         self._fetches: dict[str, FetchState] = {}
         self._reads = RankReads(context, remotes, stats, self._fail)
-        self._follower = Follower(context, releaser, self._reads, self._fail)
+        self._follower = Follower(context, renewer, self._reads, self._fail)
         self._waiting = SlotQueue()
         self._received: set[str] = set()
         self._failed: dict[str, str] = {}

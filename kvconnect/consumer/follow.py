@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvconnect.consumer.reads import RankReads
-from kvconnect.consumer.release import Releaser
 from kvconnect.consumer.remote import ConsumerContext
+from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.control import wire
 from kvconnect.control.calls import Call
 from kvconnect.geometry.stretch import ALL, Stretch
@@ -63,7 +63,7 @@ class Follower:
     def __init__(
         self,
         context: ConsumerContext,
-        releaser: Releaser,
+        renewer: LeaseRenewer,
         reads: RankReads,
         fail: Callable[["FetchState", str], None],
     ) -> None:
@@ -71,7 +71,7 @@ class Follower:
         self._fail = fail
         self._calls = context.dialer.calls
         self._rank = context.rank
-        self._releaser = releaser
+        self._renewer = renewer
         self._reads = reads
         reads.begin_anew = self.begin_anew
 
@@ -79,7 +79,7 @@ class Follower:
         """Ask a rank to open the lease; where both engines were asked at once, early."""
         order, peer = fetch.order, fetch.remote.peers[index]
         stream = order.source.wait_s > 0
-        fetch.opens[index] = self._releaser.open(
+        fetch.opens[index] = self._renewer.open(
             peer, order.request_id, order.source, fetch.deadline, order.tokens, order.digest, stream
         )
 

@@ -1,4 +1,4 @@
-"""Opens leases at their source, and tells it that one is not needed any more.
+"""Tells a source that a lease is not needed any more.
 
 * A release is of a request that reads nothing: its prompt is cached here already, or it ended
   while it waited. It is reported to nobody.
@@ -18,7 +18,7 @@ from kvconnect.consumer.renew import LeaseRenewer
 from kvconnect.consumer.wake_queue import WakeQueue
 from kvconnect.control import wire
 from kvconnect.control.calls import Call
-from kvconnect.control.peer import Peer, PeerState
+from kvconnect.control.peer import PeerState
 from kvconnect.deadlines import Deadlines, soonest
 from kvconnect.orders import LeaseKey, Release, Source
 
@@ -75,37 +75,6 @@ class Releaser:
         self._releasing[order.request_id] = _Releasing(order.source, remote, deadline)
         self.wake_queue.add(order.request_id, remote)
         self.wake_queue.wake_at(deadline, order.request_id)
-
-    def open(
-        self,
-        peer: Peer,
-        request_id: str,
-        source: Source,
-        deadline: float,
-        tokens: int = 0,
-        digest: bytes = b"",
-        stream: bool = False,
-    ) -> Call:
-        """Ask one rank of a source to open a lease; with no prompt it refuses, if it knows it.
-
-        ``stream``: already when it is promised, to take its blocks as they are computed.
-        """
-        return self._dialer.calls.send(
-            peer,
-            lambda seq: wire.Open(
-                seq=seq,
-                lease_id=source.lease_id,
-                request_id=source.request_id,
-                reader=self._rank,
-                tokens=tokens,
-                digest=digest,
-                early_ms=round(source.wait_s * 1000),
-                stream=stream,
-            ),
-            (wire.Opened, wire.Refused),
-            deadline,
-            request_id,
-        )
 
     def close(
         self,
@@ -178,7 +147,7 @@ class Releaser:
             return True
         if releasing.opens is None:
             releasing.opens = [
-                self.open(peer, request_id, source, releasing.deadline)
+                self._renewer.open(peer, request_id, source, releasing.deadline)
                 for peer, path in zip(remote.peers, remote.paths, strict=True)
                 if path is not None
             ]

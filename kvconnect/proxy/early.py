@@ -6,17 +6,13 @@
   while the requests that come meanwhile go in turn, and anew after the engine was down.
 * What prefill computes in one step gains nothing but a round trip, and would hold blocks at decode
   meanwhile.
-* Decode has blocks for a whole prompt while prefill computes it. Where that fills an engine whose
-  blocks other requests need to read what prefill has computed, both wait for each other: so all
-  that is asked early at once fits half of the smallest decode engine. Who else asks is not known.
+* How many are asked early at once does not matter: decode engines leave half of their blocks to
+  what prefill has computed (`kvconnect.vllm.early_loads`).
 * Knows no tokenizer: how many tokens a request has is guessed from its bytes. A wrong guess costs
   what the other way costs, and no answer.
 """
 
 import asyncio
-import contextlib
-import re
-from collections.abc import Iterator, Sequence
 
 import aiohttp
 import msgspec
@@ -28,10 +24,6 @@ from kvconnect.proxy.session import LOST
 
 READS_EARLY = b"vllm:kvconnect_num_streamed_transfers"
 """A metric of decode engines that read what is still computed."""
-_BLOCKS = tuple(
-    re.compile(rb'^vllm:cache_config_info\{[^\n]*\b%b="(\d+)"' % name, re.MULTILINE)
-    for name in (b"block_size", b"num_gpu_blocks")
-)
 BYTES_PER_TOKEN = 4
 LOOK_TIMEOUT_S = 10.0
 
@@ -44,8 +36,7 @@ class EarlyEngines:
         self._session = session
         self._at_once = at_once
         self._prefill: dict[str, EngineAddress] = {}  # prefill engine → where it can be read
-        self._room: dict[str, int] = {}  # decode engine → tokens that it may hold early
-        self._held = 0  # tokens of requests that decode was asked for early, and has not begun
+        self._reads_early: dict[str, bool] = {}  # decode engine → whether it can
         self._looking: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -75,35 +66,22 @@ class EarlyEngines:
         address = self._prefill.get(prefiller)
         if address is None or self._at_once == "always":
             return address
-        tokens = _tokens(body)
-        if tokens <= address.step_tokens:
-            return None
-        return address if self._held + tokens <= self._least_room() else None
+        gains = sum(map(len, body.values())) // BYTES_PER_TOKEN > address.step_tokens
+        return address if gains and self._all_read_early() else None
 
     def may_ask(self, decoder: str) -> bool:
         """Not one that is not up: that is tried, and nobody has looked at what is there now."""
-        return self._at_once == "always" or self._room.get(decoder, 0) > 0
+        return self._at_once == "always" or self._reads_early.get(decoder, False)
 
-    @contextlib.contextmanager
-    def holding(self, body: Body) -> Iterator[None]:
-        """Decode is asked early for this request, and has not begun to answer."""
-        tokens = _tokens(body)
-        self._held += tokens
-        try:
-            yield
-        finally:
-            self._held -= tokens
-
-    def _least_room(self) -> int:
+    def _all_read_early(self) -> bool:
         """Of those that are up: which of them a request goes to is decided later."""
-        up: Sequence[str] = [state.url for state in self._decoders.states() if state.up]
-        for state in self._decoders.states():
-            if not state.up:  # another may be started in its place
-                self._room.pop(state.url, None)
+        up = [state.url for state in self._decoders.states() if state.up]
+        for url in self._reads_early.keys() - set(up):  # another may be started in its place
+            del self._reads_early[url]
         for url in up:
-            if url not in self._room and url not in self._looking:
+            if url not in self._reads_early and url not in self._looking:
                 self._looking[url] = asyncio.create_task(self._look(url))
-        return min((self._room.get(url, 0) for url in up), default=0)
+        return bool(up) and all(self._reads_early.get(url) for url in up)
 
     async def _look(self, url: str) -> None:
         timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
@@ -118,10 +96,4 @@ class EarlyEngines:
             self._looking.pop(url, None)
         if upstream.status not in (200, 404):
             return  # it may be starting
-        can = upstream.status == 200 and READS_EARLY in text
-        size, blocks = (int(found[1]) if (found := of.search(text)) else 0 for of in _BLOCKS)
-        self._room[url] = size * blocks // 2 if can else 0
-
-
-def _tokens(body: Body) -> int:
-    return sum(map(len, body.values())) // BYTES_PER_TOKEN
+        self._reads_early[url] = upstream.status == 200 and READS_EARLY in text

@@ -236,8 +236,7 @@ class Legs:
         if address is not None:
             decoders = deque(self._decoders_for(ask))
             if decoders and self._early.may_ask(decoders[0]):
-                with self._early.holding(ask.body):
-                    return await self._both(ask, prefillers, decoders, address)
+                return await self._both(ask, prefillers, decoders, address)
         params = await self._prefill(ask, prefillers)
         return await self._after(ask, params, decoders or None)
 

@@ -109,6 +109,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         if isinstance(metadata, WorkerMetadata):
             self.scheduler.addresses_known(metadata.ranks)
             self.scheduler.adapters.received(metadata.adapters)
+            self.scheduler.early_loads.computed(metadata.computed)
         self.scheduler.update_connector_output(connector_output.finished_recving or ())
         self.scheduler.sent(connector_output.finished_sending or ())
 

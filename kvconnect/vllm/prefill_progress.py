@@ -10,6 +10,7 @@
   all of a request with an adapter, and of an engine that drafts tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class _RequestProgress:
     admitted: bool = False
     tokens: int = 0
     """Those that will be computed when the last step has run: fewer are some taken back."""
-    told: tuple[int, ...] = ()
+    told: tuple[list[int], ...] = ()
     """Blocks of each group."""
     digest: bytes = b""
     """Of the prompt, once: that is work of every token. Another one at the end is another lease."""
@@ -48,6 +49,13 @@ class PrefillProgress:
         """A request was promised whose reader may come before it is computed."""
         if not self._off and request.lora_request is None:
             self._requests[request.request_id] = _RequestProgress(request, name)
+
+    def granted(self, request_id: str, tables: Sequence[Sequence[int]], digest: bytes) -> None:
+        """These blocks and tokens are leased: where others were told of, under another lease id."""
+        if (progress := self._requests.get(request_id)) and progress.told:
+            kept = tuple(list(t[: len(k)]) for t, k in zip(tables, progress.told, strict=True))
+            if (kept, digest) != (progress.told, progress.digest):
+                self._restart(progress)
 
     def ended(self, request_id: str) -> None:
         """It is finished. Idempotent."""
@@ -76,21 +84,24 @@ class PrefillProgress:
         if tokens < progress.tokens:
             self._restart(progress)
             return
-        complete = tuple(min(tokens, most) // size if size else 0 for size in self._sizes)
-        told = progress.told or (0,) * len(complete)
-        if complete == told or state is None:
+        complete = [min(tokens, most) // size if size else 0 for size in self._sizes]
+        told = progress.told or tuple([] for _ in complete)
+        if complete == list(map(len, told)) or state is None:
             return
         tables = state.get_block_ids(request.request_id)
         blocks = [
-            tables[group][before:now]
+            tables[group][len(before) : now]
             for group, before, now in zip(self._groups, told, complete, strict=True)
         ]
         progress.digest = progress.digest or Prompt(request).digest(most)
         self._planner.progress(request.request_id, blocks, most, progress.digest)
-        progress.told = complete
+        for table, more in zip(told, blocks, strict=True):
+            table += more
+        progress.told = told
 
     def _restart(self, progress: _RequestProgress) -> None:
-        self._planner.restart(progress.request.request_id, progress.name)
+        if progress.told:
+            self._planner.restart(progress.request.request_id, progress.name)
         progress.admitted, progress.tokens = False, 0
         progress.told, progress.digest = (), b""
 

@@ -22,6 +22,7 @@ from kvconnect.planner import Planner
 from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat, leaving
 from kvconnect.vllm.adapter_reports import scheduler_adapters
+from kvconnect.vllm.early_loads import EarlyLoads
 from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket, token_kinds
 from kvconnect.vllm.prefill_progress import PrefillProgress
 from kvconnect.vllm.protocol import NOWHERE, EngineInfo, RouterProtocol
@@ -68,6 +69,7 @@ class Scheduler:
         self._backoff = _backoff(vllm_config, kv_cache_config)
         self._planner = Planner(self._us.ttl_s)
         self.progress = PrefillProgress(self._planner, vllm_config, kv_cache_config)
+        self.early_loads = EarlyLoads(self._planner, kv_cache_config.num_blocks, self._group_sizes)
         self.lent: dict[str, Any] = {}
         """Finished requests, by id, whose blocks are kept for readers."""
         self.drain_s = config.drain_timeout
@@ -90,6 +92,7 @@ class Scheduler:
         known = [rank for _, rank in sorted(ranks.items())]
         self._shards = tuple((Address(rank.host, rank.link_port), rank.key) for rank in known)
         self._protocol.addresses_known([Address(rank.host, rank.port) for rank in known])
+        self.early_loads.ask_again()
         self._planner.addresses_known(
             tuple(Address(rank.host, rank.link_port, rank.key) for rank in known)
         )
@@ -131,7 +134,9 @@ class Scheduler:
             self.adapters.begin(request)
         self.cached(request, local_tokens)
         tokens = self._planner.match(request_id, local_tokens)
-        return 0 if tokens and self.adapters.digest(request) == "" else tokens
+        if tokens and self.adapters.digest(request) == "":
+            return 0
+        return tokens if not tokens or self.early_loads.may_begin(request_id, tokens) else None
 
     def cached(self, request: Any, local_tokens: int) -> None:
         """Tokens that vLLM's own prefix cache has; vLLM asks with them, but a chain does not."""
@@ -141,6 +146,7 @@ class Scheduler:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
         request_id = request.request_id
         self._release_own(request_id)
+        self.early_loads.begins(request_id, tokens)
         if tokens:
             blocks_to_fill, needed_from = self._wanted(blocks, request)
             self._windows.load(request_id, blocks_to_fill, needed_from)
@@ -151,6 +157,7 @@ class Scheduler:
 
     def take_offer(self, request: Any) -> Offer | None:
         """The request's offer; its load, and its release, are the caller's from now on."""
+        self.early_loads.begins(request.request_id, request.num_prompt_tokens)
         return self._planner.take_offer(request.request_id)
 
     def update_connector_output(self, request_ids: Sequence[str]) -> None:
@@ -158,6 +165,7 @@ class Scheduler:
         for request_id in request_ids:
             self._planner.received(request_id)
             self._windows.received(request_id)
+            self.early_loads.ended(request_id)
 
     def sent(self, request_ids: Iterable[str]) -> None:
         """The leases of these requests are over on all ranks."""
@@ -181,7 +189,7 @@ class Scheduler:
         """The request ended; says whether its blocks are lent, and with which params."""
         self._planner.end(request.request_id)
         self._windows.done(request.request_id)
-        self.progress.ended(request.request_id)
+        self.early_loads.forget(request.request_id)
         self._release_own(request.request_id)
         adapter = self.adapters.digest(request)
         if adapter is not None and self.adapters.mixed(request):
@@ -198,11 +206,14 @@ class Scheduler:
         refused = leaving.asked_at is not None and not self._planner.has_promised(
             request.request_id
         )
-        if not computed or tokens <= 0 or not any(tables) or adapter == "" or refused:
+        lends = computed and tokens > 0 and any(tables) and adapter != "" and not refused
+        if lends:
+            self.lent[request.request_id] = request
+            params = self._lend(request, tables, Prompt(request, adapter), tokens)
+        else:
             self._planner.withdraw(request.request_id)
-            return False, None
-        self.lent[request.request_id] = request
-        return True, self._lend(request, tables, Prompt(request, adapter), tokens)
+        self.progress.ended(request.request_id)
+        return lends, params if lends else None
 
     def take_orders(self) -> list[Order]:
         """Orders for every worker, since the last call: once per step."""
@@ -307,6 +318,7 @@ class Scheduler:
         )
         digest = prompt.digest(tokens)
         name = self._protocol.name(request)
+        self.progress.granted(request.request_id, kept, digest)
         lease_id = self._planner.grant(request.request_id, kept, tokens, digest, name)
         ticket = Ticket(
             version=TICKET_VERSION,

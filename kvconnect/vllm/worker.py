@@ -54,19 +54,23 @@ class RankMetadata(KVConnectorHandshakeMetadata):
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """Where ranks listen, told with the first step's results.
+    """What ranks tell the scheduler with a step's results."""
+
+    ranks: dict[int, RankMetadata]
+    """Where they listen, told once.
 
     The handshake tells it too, but in-tree MultiConnector gives one child's handshake to all.
     """
-
-    ranks: dict[int, RankMetadata]
     adapters: AdapterReport | None = None
     """With every step's results, where adapters are served."""
+    computed: frozenset[str] = frozenset()
+    """As in `kvconnect.orders.Outcome`."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerMetadata":
         assert isinstance(other, WorkerMetadata)
         adapters = merged(self.adapters, other.adapters)
-        return WorkerMetadata(self.ranks | other.ranks, adapters)
+        computed = self.computed | other.computed
+        return WorkerMetadata(self.ranks | other.ranks, adapters, computed)
 
 
 class Worker:
@@ -82,6 +86,7 @@ class Worker:
         self._kept: list[Order] = []  # that came while there was no mover
         self._lent: set[str] = set()  # requests whose blocks this rank lends
         self._ended = Outcome()  # of a mover that was closed
+        self._computed: set[str] = set()  # requests that the scheduler is to be told of
         self._device: torch.device | None = None
         self._arena: Any = None  # owns the staging memory
         self._index = 0  # of the rank
@@ -205,7 +210,10 @@ class Worker:
             self._address_sent = True
             ranks = {self._index: metadata}
         adapters = self.adapters.take(self._index)
-        return WorkerMetadata(ranks, adapters) if ranks or adapters else None
+        computed, self._computed = frozenset(self._computed), set()
+        if not (ranks or adapters or computed):
+            return None
+        return WorkerMetadata(ranks, adapters, computed)
 
     def put(self, orders: Sequence[Order]) -> None:
         """Give the mover the scheduler's orders, for after the device's current work.
@@ -232,6 +240,7 @@ class Worker:
         if self.mover is not None:
             outcome.add(self.mover.take())
         self._lent -= outcome.sent
+        self._computed |= outcome.computed
         lost: set[int] = set()
         for request_id in outcome.received:
             blocks = self._blocks.pop(request_id, set())

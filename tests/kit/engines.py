@@ -107,6 +107,8 @@ class Engine:
         self.arenas: list[np.ndarray] = []
         self.sent: list[str] = []
         """Requests whose blocks may be freed, one entry per rank."""
+        self.computed: list[str] = []
+        """Requests that wait and are computed at their source, likewise."""
         for rank, cache in enumerate(self.caches):
             port = self.addresses[rank].port if rank < len(self.addresses) else 0
             channel = self.world.network.channel("test", port)
@@ -159,6 +161,7 @@ class Engine:
         self.movers[rank].step()
         outcome = self.movers[rank].take()
         self.sent += outcome.sent
+        self.computed += outcome.computed
         for request_id in outcome.received:
             self.ended.setdefault(request_id, []).append(outcome.failed.get(request_id))
         return outcome

@@ -35,6 +35,7 @@ class Prefill:
         self.free = list(range(engine.caches[0].num_blocks)) if free is None else free
         self.blocks: list[int] = []
         self.told = 0
+        self.said: list[int] | None = None  # blocks that readers were told of, if any were
         self.state = "promised"
         self.planner.promise(self.request_id)
         self._give()
@@ -57,6 +58,7 @@ class Prefill:
         new = self.blocks[self.told : complete]
         if new or not self.told:
             self.planner.progress(self.request_id, [new], self.tokens, self.digest)
+            self.said = [*(self.said or ()), *new]
         self.told = max(self.told, complete)
         self._give()
         return True
@@ -64,7 +66,7 @@ class Prefill:
     def preempt(self) -> None:
         """Its blocks go to others, and it is to be computed anew."""
         self._lose_blocks()
-        self.planner.restart(self.request_id)
+        self._restart()
         self._give()
 
     def finish(self, tokens: int | None = None) -> bool:
@@ -72,6 +74,8 @@ class Prefill:
         tokens = tokens or self.tokens
         if not self._fill(tokens):
             return False
+        if tokens != self.tokens or self.said != self.blocks[: len(self.said or ())]:
+            self._restart()
         self.planner.grant(self.request_id, [self.blocks], tokens, self.digest)
         self.state = "granted"
         self._give()
@@ -88,6 +92,11 @@ class Prefill:
         """All ranks said that its lease is over."""
         self._lose_blocks()
         self.state = "freed"
+
+    def _restart(self) -> None:
+        if self.said is not None:
+            self.planner.restart(self.request_id)
+            self.said = None
 
     def _fill(self, tokens: int) -> bool:
         """Compute so many tokens into blocks, if there are enough."""

@@ -318,3 +318,82 @@ def test_a_release_that_is_opened_reads_nothing():
     pair.world.go_on(8)
     assert pair.p.sent == ["r"]
     assert pair.d.transports[0].submitted == []
+
+
+# -- who waits without blocks, and is told when they are worth having -----------------------
+
+
+class Waiting(Pair):
+    """Decode asked for a report, and has nothing to read into yet."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.ask()
+
+    def ask(self):
+        self.d.put(RenewLease("d", self.source, reports=True))
+        self.world.go_on(6)
+
+    @property
+    def nothing_is_held(self):
+        held = [mover.held() for engine in (self.p, self.d) for mover in engine.movers]
+        return not any(any(one.values()) for one in held)
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("promised", [False, True])
+def test_a_request_that_waits_is_reported_once_it_is_computed(p, d, promised):
+    pair = Waiting(p=p, d=d)
+    if promised:
+        pair.promise()
+    pair.world.go_on(10, seconds=1.0)
+    assert pair.d.computed == []
+    pair.grant()
+    pair.world.go_on()
+    assert pair.d.computed == ["d"] * d, "once a rank"
+    assert pair.p.sent == [], "nobody has read it"
+    pair.fetch()
+    pair.world.go_on()
+    assert pair.is_right() and pair.nothing_is_held
+
+
+def test_a_request_that_was_computed_before_is_reported_at_once():
+    pair = Pair()
+    pair.promise()
+    pair.grant()
+    pair.world.go_on()
+    pair.d.put(RenewLease("d", pair.source, reports=True))
+    pair.world.go_on()
+    assert pair.d.computed == ["d"]
+
+
+def test_one_that_is_computed_anew_is_not_reported_before_that():
+    pair = Waiting()
+    pair.promise()
+    pair.world.go_on()
+    pair.p.put(Promise("r", "another", "transfer"), Withdraw(pair.terms.lease_id, "another"))
+    pair.world.go_on(10, seconds=1.0)
+    assert pair.d.computed == []
+    pair.p.put(Withdraw("another"))
+    pair.world.go_on()
+    assert pair.d.computed == ["d"], "there will be none: it need not wait any more"
+
+
+@pytest.mark.parametrize("how", ["ended", "never arrived"])
+def test_a_request_whose_source_will_never_compute_it_is_reported(how):
+    pair = Waiting(wait_s=8.0)
+    if how == "ended":
+        pair.p.stop()
+    pair.world.go_on(60, seconds=1.0)
+    assert pair.d.computed == ["d"]
+
+
+def test_who_was_admitted_meanwhile_or_ended_is_not_reported():
+    pair = Waiting()
+    pair.promise()
+    pair.world.go_on()
+    pair.d.put(Release("d", pair.source))
+    pair.world.go_on()
+    pair.grant()
+    pair.world.go_on(10, seconds=1.0)
+    assert pair.d.computed == [] and pair.p.sent == ["r"] and pair.nothing_is_held

@@ -52,6 +52,7 @@ class Engine:
         lora=False,
         spec=None,
         drafts=None,
+        num_blocks=1000,
     ):
         """``spec``: of the KV cache group, one of vLLM's; None for what has a block size alone."""
         parallel = SimpleNamespace(
@@ -80,6 +81,7 @@ class Engine:
                 kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)],
                 transfer_group_ids=(0,),
                 has_mamba_layers=mamba,
+                num_blocks=num_blocks,
             ),
             config,
             contract,

@@ -1,0 +1,66 @@
+"""Loads that may wait for prefill: at most half of our blocks are theirs.
+
+vLLM allocates a load's blocks when it begins, and preempts none. Where a router asks both engines
+at once, a load begins before its prompt is computed. An engine that is full of such loads can take
+no other; prefill, full of what those others were to read, computes none: each waits for the other.
+
+* An early load that would not fit into that half waits in vLLM's queue, which lets others pass,
+  until others have ended, or movers report that prefill has computed it.
+* What is computed is loaded whoever holds that half: it waits for nobody, and prefill's blocks are
+  free once it is read. So it goes on as long as no prompt needs more than the other half.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from kvconnect.planner import Planner
+
+
+class EarlyLoads:
+    """Those of one engine; its scheduler's half tells it of every load."""
+
+    def __init__(self, planner: Planner, num_blocks: int, block_tokens: Sequence[int]) -> None:
+        """``num_blocks``: of all groups together; ``block_tokens``: of a block of each group."""
+        self._planner = planner
+        self._room = num_blocks // 2
+        self._block_tokens = block_tokens
+        self._held: dict[str, int] = {}  # request that loads early → blocks that it holds
+        self._waiting: dict[str, bool] = {}  # request that waits → whether prefill computed it
+
+    def may_begin(self, request_id: str, tokens: int) -> bool:
+        """Whether so many tokens of a request may be loaded now."""
+        if self._waiting.get(request_id) or not self._planner.is_early(request_id):
+            return True
+        if self._blocks(tokens) <= self._room:
+            return True
+        if request_id not in self._waiting:
+            self._waiting[request_id] = False
+            self._planner.report_computed(request_id)
+        return False
+
+    def begins(self, request_id: str, tokens: int) -> None:
+        """A request has its blocks, and loads so many tokens, or none."""
+        computed = self._waiting.pop(request_id, False)
+        early = not computed and self._planner.is_early(request_id)
+        if tokens and early and request_id not in self._held:
+            self._held[request_id] = self._blocks(tokens)
+            self._room -= self._held[request_id]
+
+    def computed(self, request_ids: Iterable[str]) -> None:
+        """Movers say that prefill has computed these, or never will."""
+        for request_id in self._waiting.keys() & set(request_ids):
+            self._waiting[request_id] = True
+
+    def ended(self, request_id: str) -> None:
+        """Its load has, and its blocks are its own, or free. Idempotent."""
+        self._room += self._held.pop(request_id, 0)
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended; its load may not have."""
+        self._waiting.pop(request_id, None)
+
+    def ask_again(self) -> None:
+        """There are other movers."""
+        self._waiting = {r: True for r, computed in self._waiting.items() if computed}
+
+    def _blocks(self, tokens: int) -> int:
+        return sum(-(-tokens // size) for size in self._block_tokens)
