@@ -31,9 +31,6 @@ LEASE_MAX_S = 3600.0
 INERT_OPTIONS = {
     "num_threads": "the mover drives NIXL from one thread",
     "engine_ttl": "peers are dropped when they fail, not by age",
-    "kv_recompute_threshold": "it only concerns bidirectional transfers",
-    "decoder_kv_blocks_ttl": "it only concerns bidirectional transfers",
-    "bidirectional_kv_xfer": "prefill computes by itself what decode generated",
     "enforce_handshake_compat": "engines are compared by their KV and not by vLLM's version; "
     "model_id and allow_lossy say what else may differ",
     "enable_cross_layers_blocks": "transfer_mode decides how many descriptors a transfer has",
@@ -159,6 +156,13 @@ class NixlConfig(PeerConfig, frozen=True, kw_only=True):
 
     prefill_timeout: Seconds = 480
     """Decode: seconds that prefill may take, where a router asks both engines at once."""
+    bidirectional_kv_xfer: bool = False
+    """Decode lends what it holds when it has answered, and prefill loads that for the next turn of
+    the conversation: for both sides. Loads that fail are computed."""
+    decoder_kv_blocks_ttl: Seconds = 480
+    """Decode: seconds that the next turn is waited for; its blocks may be taken back before."""
+    kv_recompute_threshold: Annotated[int, msgspec.Meta(ge=0)] = 64
+    """Prefill: fewer tokens than this are computed rather than loaded from decode."""
 
 
 class MooncakeConfig(PeerConfig, frozen=True, kw_only=True):

@@ -30,7 +30,7 @@ Why it is so, and what was rejected:
 
 import enum
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvconnect.deadlines import Deadlines
@@ -54,6 +54,12 @@ class Terms:
     ttl_s: float
     name: str = ""
     """Under which early readers find the lease; those without a ticket do by ``request_id``."""
+    prefixes: Mapping[int, bytes] = field(default_factory=dict)
+    """Identities of shorter beginnings, by their tokens: of a prompt that agrees no further."""
+
+    def digest_of(self, tokens: int) -> bytes | None:
+        """Identity of the first so many tokens; None: no reader may have just these."""
+        return self.digest if tokens == self.tokens else self.prefixes.get(tokens)
 
 
 class LeaseState(enum.Enum):

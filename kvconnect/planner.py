@@ -10,6 +10,7 @@
 
 import secrets
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from kvconnect.control.wire import Address
 from kvconnect.lease import Terms
@@ -36,10 +37,8 @@ from kvconnect.stats import Stats
 class Planner:
     """Not thread-safe: the scheduler's thread owns it."""
 
-    def __init__(self, ttl_s: float) -> None:
-        """``ttl_s``: how long our leases last without renewal."""
+    def __init__(self) -> None:
         self.stats = Stats()
-        self._ttl_s = ttl_s
         self._orders: list[Order] = []
         self._offers: dict[str, Offer] = {}  # [arrival, end of its fetch or release)
         self._fetching: set[str] = set()  # of those, the ones that a Fetch was ordered for
@@ -146,23 +145,15 @@ class Planner:
             self.promise(request_id, name)
             self._orders.append(Withdraw(before, successor=self._promised[request_id]))
 
-    def grant(
-        self,
-        request_id: str,
-        tables: Sequence[Sequence[int]],
-        tokens: int,
-        digest: bytes,
-        name: str = "",
-    ) -> str:
-        """Its KV is computed and in these blocks: lease them. Returns the lease's id.
+    def grant(self, terms: Terms) -> str:
+        """A request's KV is computed: lease it on these terms, but under the id that was promised.
 
-        ``tables``, ``tokens``, ``digest`` and ``name`` are those of `kvconnect.lease.Terms`.
+        Returns the lease's id; what ``terms`` say of it is not read.
         """
+        request_id = terms.request_id
         lease_id = self._promised.pop(request_id, None) or secrets.token_hex(16)
         self._granted[request_id] = lease_id
-        held = tuple(tuple(table) for table in tables)
-        terms = Terms(request_id, lease_id, held, tokens, digest, self._ttl_s, name)
-        self._orders.append(Grant(terms))
+        self._orders.append(Grant(replace(terms, lease_id=lease_id)))
         return lease_id
 
     def has_promised(self, request_id: str) -> bool:

@@ -174,15 +174,10 @@ class LeaseServer:
             self._refuse(link, message, "gone", "no such lease, or it is over")
             return
         terms = told or self._book.terms(lease_id)
-        same = hmac.compare_digest(terms.digest, message.digest)
-        if message.tokens != terms.tokens or not same:
-            self._refuse(
-                link,
-                message,
-                "another prompt",
-                f"the lease holds {terms.tokens} tokens of another prompt than the reader's "
-                f"{message.tokens}",
-            )
+        known = terms.digest_of(message.tokens)
+        if known is None or not hmac.compare_digest(known, message.digest):
+            seen = f"{terms.tokens} tokens of another prompt than the reader's {message.tokens}"
+            self._refuse(link, message, "another prompt", f"the lease holds {seen}")
             return
         if told is None:
             self._book.open(lease_id, (link, message.reader))

@@ -1,6 +1,6 @@
 """What all prefill → decode connectors are: leased blocks of one engine, read by another."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
@@ -12,6 +12,7 @@ from kvconnect.vllm.base import HalvesConnector
 from kvconnect.vllm.metrics import PeerStats
 from kvconnect.vllm.protocol import RouterProtocol
 from kvconnect.vllm.scheduler import Scheduler
+from kvconnect.vllm.transfer_fields import recompute_failed_loads
 from kvconnect.vllm.worker import RankMetadata, Worker, WorkerMetadata
 
 if TYPE_CHECKING:
@@ -48,10 +49,17 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     _cache_hit_source = _compat.CACHE_HIT_SOURCE
     _config: PeerConfig
 
+    @property
+    def both_ways(self) -> bool:
+        """Whether decode's blocks are lent to prefill, too."""
+        return getattr(self._config, "bidirectional_kv_xfer", False)
+
     def _make_scheduler(
         self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", config: PeerConfig
     ) -> Scheduler:
         self._config = config
+        if self.both_ways:
+            recompute_failed_loads(self._kv_transfer_config)
         lent.watch()
         leaving.watch()
         return Scheduler(vllm_config, kv_cache_config, config, self.protocol_type)
@@ -123,6 +131,10 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     def lent(self) -> Mapping[str, Any]:
         """See `kvconnect.vllm.lent.HasLeasedBlocks`."""
         return self.scheduler.lent
+
+    def next_turns(self) -> Collection[str]:
+        """See `kvconnect.vllm.lent.HasLeasedBlocks`."""
+        return self.scheduler.turns
 
     def revoke(self, request_ids: Iterable[str]) -> None:
         """See `kvconnect.vllm.lent.HasLeasedBlocks`."""

@@ -6,6 +6,7 @@ pause would last until the last reader is done, and a reset of the prefix cache 
 * `watch` changes two methods of vLLM's scheduler, in the process that has it.
 * Paused, requests whose blocks are only lent are no work. Their leases stand and are read by the
   movers; that they are over is told with the first step after the pause.
+* What waits for a conversation's next turn is no work either, paused or not: that takes minutes.
 * A reset revokes all leases first, if it can succeed then: if nothing else holds a block. The
   order reaches every rank before the next step writes into a block (`Worker.put`).
 * Blocks that another connector holds as well, beside us in a MultiConnector, are left alone.
@@ -13,7 +14,7 @@ pause would last until the last reader is done, and a reset of the prefix cache 
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from kvconnect.vllm import _compat
@@ -29,6 +30,9 @@ class HasLeasedBlocks(Protocol):
 
     def lent(self) -> Mapping[str, Any]:
         """Finished requests, by id, whose blocks are kept for readers and for nobody else."""
+
+    def next_turns(self) -> Collection[str]:
+        """Of those, the ones that are kept until a conversation goes on."""
 
     def revoke(self, request_ids: Iterable[str]) -> None:
         """End the leases of these requests with the next step, before it writes."""
@@ -53,11 +57,12 @@ def _but_lent(has_finished_requests: Any) -> Any:
     @functools.wraps(has_finished_requests)
     def has_other(self: Any) -> bool:
         found: bool = has_finished_requests(self)
-        if not found or self.finished_req_ids or not _compat.is_paused(self):
+        connector = self.connector
+        if not found or self.finished_req_ids or not isinstance(connector, HasLeasedBlocks):
             return found
         running, waiting = self.get_request_counts()
-        others: int = len(self.requests) - running - waiting - len(_lent(self.connector))
-        return others > 0
+        idle = connector.lent() if _compat.is_paused(self) else connector.next_turns()
+        return bool(len(self.requests) - running - waiting - len(idle) > 0)
 
     setattr(has_other, MARK, True)
     return has_other

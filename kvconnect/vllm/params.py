@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 
 from kvconnect.control.wire import MAX_RANKS, Address, Count, LeaseId, RequestId, Short
 from kvconnect.errors import OfferError, OwnLeaseError
@@ -29,6 +30,8 @@ TRANSFER_KEY = "transfer_id"
 STEP_KEY = "step_tokens"
 MAX_TICKET_CHARS = 1 << 20
 DIGEST_BYTES = 16
+PREFIX_BYTES = 8
+LEAST_STEP = 16
 MAX_NAME_CHARS = 1024  # wire.RequestId
 _RANDOM = re.compile(r"-[0-9a-f]{8}\Z")  # vLLM's own end of a request id
 
@@ -49,6 +52,10 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """Every rank's address and its key, which is apart so that 2.x gets as far as the version."""
     held_from: Count | None = None
     """The first token from which on all is held."""
+    step: Count = 0
+    """Of what decode has answered: so many tokens apart are its beginnings that may be loaded."""
+    prefixes: Annotated[bytes, msgspec.Meta(max_length=1 << 16)] = b""
+    """What begins the digests of these beginnings, one after the other."""
 
 
 TICKET_VERSION = 3
@@ -105,6 +112,11 @@ class Prompt:
         tokens: int = request.num_prompt_tokens
         self.num_tokens = tokens - backoff if tokens > backoff else tokens
 
+    @property
+    def ids(self) -> Sequence[int]:
+        """The tokens that are handed over."""
+        return (self._request.prompt_token_ids or ())[: self.num_tokens]
+
     def digest(self, tokens: int) -> bytes:
         """Identity of the first ``tokens`` tokens; equal in every engine of the same model."""
         request, h = self._request, hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -123,6 +135,23 @@ class Prompt:
         h.update(msgspec.msgpack.encode((tokens, self._adapter, request.cache_salt, media)))
         return h.digest()
 
+    def prefixes(self, step: int, ids: Sequence[int]) -> list[bytes]:
+        """Identities of the first ``step``, 2 ``step``, … tokens of ``ids``.
+
+        ``ids`` begin with this prompt, or it with them. None of a prompt that is not of tokens
+        alone.
+        """
+        request = self._request
+        if request.prompt_embeds is not None or request.mm_features:
+            return []
+        known, found = msgspec.msgpack.encode((self._adapter, request.cache_salt)), []
+        h = hashlib.blake2b(b"prefixes" + known, digest_size=DIGEST_BYTES)
+        data = memoryview(np.asarray(ids, dtype="<i8").tobytes())
+        for end in range(step * 8, len(data) + 1, step * 8):
+            h.update(data[end - step * 8 : end])
+            found.append(h.digest())
+        return found
+
 
 def token_kinds(request: Any) -> list[bool] | None:
     """Of a prompt that is made of both, whether each is a token and no embedding; None of others.
@@ -136,6 +165,11 @@ def token_kinds(request: Any) -> list[bool] | None:
 def wants_remote_prefill(params: Any) -> bool:
     """Whether the client says that this prompt's KV is on another engine."""
     return isinstance(params, dict) and bool(params.get("do_remote_prefill"))
+
+
+def goes_on(params: Any) -> bool:
+    """Whether the client says that decode has the conversation up to this prompt."""
+    return wants_remote_decode(params) and bool(params.get(TICKET_KEY))
 
 
 def wants_remote_decode(params: Any) -> bool:
@@ -159,12 +193,30 @@ def parse_offer(
         if params.get("remote_num_tokens") is not None:
             tokens = min(tokens, _integer(params, "remote_num_tokens", 1 << 40))
         return Offer(source, tokens, prompt.digest(tokens))
+    if ticket.step:
+        return _offer_of_turn(source, ticket, prompt)
     if not 0 < ticket.tokens <= prompt.num_tokens:
         raise OfferError(f"ticket for {ticket.tokens} of a prompt of {prompt.num_tokens} tokens")
     digest = prompt.digest(ticket.tokens)
     if not hmac.compare_digest(digest, ticket.digest):
         raise OfferError("the ticket is for another prompt")
     return Offer(source, ticket.tokens, digest, ticket.held_from)
+
+
+def _offer_of_turn(source: Source, ticket: Ticket, prompt: Prompt) -> Offer:
+    """What decode has of the conversation so far, as far as this prompt agrees with it."""
+    if ticket.step < LEAST_STEP:
+        raise OfferError(f"ticket with a digest every {ticket.step} tokens, expected {LEAST_STEP}")
+    ours = prompt.prefixes(ticket.step, prompt.ids)
+    theirs = ticket.prefixes
+    agreed = min(len(ours), len(theirs) // PREFIX_BYTES)
+    while agreed and not theirs.startswith(
+        ours[agreed - 1][:PREFIX_BYTES], (agreed - 1) * PREFIX_BYTES
+    ):
+        agreed -= 1
+    if not agreed:
+        raise OfferError("the ticket is for another conversation")
+    return Offer(source, agreed * ticket.step, ours[agreed - 1])
 
 
 def names_transfer(params: Any) -> bool:

@@ -41,7 +41,7 @@ class PrefillProgress:
         self._planner = planner
         self._groups = _compat.transfer_group_ids(kv_cache_config)
         specs = [kv_cache_config.kv_cache_groups[g].kv_cache_spec for g in self._groups]
-        self._sizes = [spec.block_size if _only_grows(spec) else 0 for spec in specs]
+        self._sizes = [spec.block_size if only_grows(spec) else 0 for spec in specs]
         self._off = vllm_config.speculative_config is not None or not any(self._sizes)
         self._requests: dict[str, _RequestProgress] = {}
 
@@ -115,7 +115,7 @@ def step_tokens(vllm_config: Any) -> int:
     return min(most, scheduler.long_prefill_token_threshold or most)
 
 
-def _only_grows(spec: Any) -> bool:
+def only_grows(spec: Any) -> bool:
     """Whether a request keeps all blocks of a group, each of so many tokens, while it computes."""
     layers = getattr(spec, "kv_cache_specs", {"": spec}).values()
     return all(

@@ -18,6 +18,7 @@ from kvconnect.vllm.params import (
     TRANSFER_KEY,
     Prompt,
     Ticket,
+    goes_on,
     lent_params,
     meets_by_id,
     names_transfer,
@@ -58,6 +59,7 @@ class RouterProtocol:
         """``config`` and ``vllm_config`` are for protocols that have options, or endpoints."""
         self.us = us
         self._prefill_s = getattr(config, "prefill_timeout", 0.0)
+        self._both_ways = getattr(config, "bidirectional_kv_xfer", False)
         self._vllm_config = vllm_config
         self.key_addresses: Sequence[Address] = (NOWHERE,)
 
@@ -70,11 +72,18 @@ class RouterProtocol:
 
     def loads(self, request: Any) -> bool:
         """Whether the client says that this prompt's KV is on another engine."""
-        return wants_remote_prefill(request.kv_transfer_params)
+        params = request.kv_transfer_params
+        return wants_remote_prefill(params) or (self._both_ways and goes_on(params))
 
     def lends(self, request: Any) -> bool:
         """Whether the client says that another engine will decode this prompt."""
         return wants_remote_decode(request.kv_transfer_params)
+
+    def lends_back(self, request: Any) -> bool:
+        """Whether the client may have a next turn, whose prefill loads what this one will hold."""
+        params = request.kv_transfer_params
+        given = isinstance(params, dict) and bool(params)
+        return self._both_ways and given and not self.lends(request)
 
     def offer(self, request: Any, prompt: Prompt) -> Offer | None:
         """What can be had for a request that `loads`; raises OfferError with the reason.
@@ -82,7 +91,7 @@ class RouterProtocol:
         None: it is being found out; ask again at the next step.
         """
         params = request.kv_transfer_params
-        if not (name := self._shared_name(request, meets_by_id(params))):
+        if not (name := self._early_name(request)):
             return parse_offer(params, prompt, *self.us[:3])
         source = parse_early(params, name, *self.us[:3], self._prefill_s)
         return Offer(source, prompt.num_tokens, prompt.digest(prompt.num_tokens))
@@ -94,7 +103,7 @@ class RouterProtocol:
     def unused(self, request: Any) -> Offer | None:
         """As `offer`, of a request that will never run: only its lease."""
         params = request.kv_transfer_params
-        if not (name := self._shared_name(request, meets_by_id(params))):
+        if not (name := self._early_name(request)):
             return parse_rejected(params, *self.us[:3])
         return Offer(parse_early(params, name, *self.us[:3], self._prefill_s), 0, b"")
 
@@ -122,6 +131,13 @@ class RouterProtocol:
         named = self.streams_by_id or names_transfer(request.kv_transfer_params)
         return named and bool(self.name(request))
 
+    def _early_name(self, request: Any) -> str:
+        """The `_shared_name` of a request that `loads`; "" where params say where its KV is."""
+        params = request.kv_transfer_params
+        if params.get(TICKET_KEY):
+            return ""
+        return self._shared_name(request, meets_by_id(params))
+
     def _shared_name(self, request: Any, by_id: bool) -> str:
         """Under which name both engines know a request that they were asked for at once.
 
@@ -129,7 +145,7 @@ class RouterProtocol:
         name.
         """
         params = request.kv_transfer_params
-        if not self._prefill_s or params.get(TICKET_KEY):
+        if not self._prefill_s:
             return ""
         if names_transfer(params):
             return transfer_name(params)
@@ -148,6 +164,8 @@ class RouterProtocol:
         many tokens are computed in a step, for a prompt of fewer gains nothing by that.
         """
         params = lent_params(ticket, self.key_addresses[0], self.us.secret, tables, sizes)
+        if not self.lends(request):
+            return params | {"do_remote_prefill": False, "do_remote_decode": True}
         if self.name(request) and names_transfer(request.kv_transfer_params):
             params[TRANSFER_KEY] = request.kv_transfer_params[TRANSFER_KEY]
             params[STEP_KEY] = step_tokens(self._vllm_config)

@@ -17,15 +17,17 @@ from kvconnect.config import PeerConfig, read_secret
 from kvconnect.control.wire import Address
 from kvconnect.errors import OfferError, OwnLeaseError
 from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.lease import Terms
 from kvconnect.orders import Blocks, Offer, Order
 from kvconnect.planner import Planner
 from kvconnect.stats import StatsData
 from kvconnect.vllm import _compat, leaving
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.early_loads import EarlyLoads
-from kvconnect.vllm.params import TICKET_VERSION, Prompt, Ticket, token_kinds
+from kvconnect.vllm.params import PREFIX_BYTES, TICKET_VERSION, Prompt, Ticket, token_kinds
 from kvconnect.vllm.prefill_progress import PrefillProgress
 from kvconnect.vllm.protocol import NOWHERE, EngineInfo, RouterProtocol
+from kvconnect.vllm.turns import LentTurns
 from kvconnect.vllm.undecided import Undecided
 from kvconnect.vllm.windows import Windows, held_from
 from kvconnect.vllm.worker import RankMetadata
@@ -67,9 +69,12 @@ class Scheduler:
         }
         self._windows = Windows(kv_cache_config, self._groups)
         self._backoff = _backoff(vllm_config, kv_cache_config)
-        self._planner = Planner(self._us.ttl_s)
+        self._planner = Planner()
         self.progress = PrefillProgress(self._planner, vllm_config, kv_cache_config)
         self.early_loads = EarlyLoads(self._planner, kv_cache_config.num_blocks, self._group_sizes)
+        ttl_s = getattr(config, "decoder_kv_blocks_ttl", 0.0)
+        self.turns = LentTurns(ttl_s, vllm_config, kv_cache_config)
+        self._turns_threshold = getattr(config, "kv_recompute_threshold", 0)
         self.lent: dict[str, Any] = {}
         """Finished requests, by id, whose blocks are kept for readers."""
         self.drain_s = config.drain_timeout
@@ -86,6 +91,7 @@ class Scheduler:
     def bind(self, block_pool: Any) -> None:
         """vLLM's block pool, once there is one."""
         self._windows.bind(block_pool)
+        self.turns.bind(block_pool)
 
     def set_xfer_handshake_metadata(self, ranks: Mapping[tuple[int, int], RankMetadata]) -> None:
         """All workers are up; ``ranks`` by (pp_rank, tp_rank)."""
@@ -111,15 +117,15 @@ class Scheduler:
     def on_new_request(self, request: Any) -> None:
         """A new request: note its offer, promise its KV."""
         self.adapters.arrived(request)
-        if self._protocol.loads(request):
-            self._note(request)
-        elif self._protocol.lends(request):
+        if self._protocol.lends(request):
             self._shorten(request)
             if leaving.asked_at is None:
                 name = self._protocol.name(request)
                 self._planner.promise(request.request_id, name)
                 if self._protocol.is_read_early(request):
                     self.progress.add(request, name)
+        if self._protocol.loads(request):
+            self._note(request)
 
     def get_num_new_matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Tokens to load beyond those cached here; None: not known yet. No effect."""
@@ -134,19 +140,26 @@ class Scheduler:
             self.adapters.begin(request)
         self.cached(request, local_tokens)
         tokens = self._planner.match(request_id, local_tokens)
-        if tokens and self.adapters.digest(request) == "":
+        if tokens < self._turns_threshold and self._protocol.lends(request):
             return 0
-        return tokens if not tokens or self.early_loads.may_begin(request_id, tokens) else None
+        if not tokens or self.adapters.digest(request) == "":
+            return 0
+        if self.early_loads.may_begin(request_id, tokens):
+            return tokens
+        self.turns.admitted(request_id)  # it wants no blocks yet
+        return None
 
     def cached(self, request: Any, local_tokens: int) -> None:
         """Tokens that vLLM's own prefix cache has; vLLM asks with them, but a chain does not."""
         self.adapters.cached(request, local_tokens)
+        self.turns.asked(request)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
         request_id = request.request_id
         self._release_own(request_id)
         self.early_loads.begins(request_id, tokens)
+        self.turns.admitted(request_id)
         if tokens:
             blocks_to_fill, needed_from = self._wanted(blocks, request)
             self._windows.load(request_id, blocks_to_fill, needed_from)
@@ -170,6 +183,7 @@ class Scheduler:
     def sent(self, request_ids: Iterable[str]) -> None:
         """The leases of these requests are over on all ranks."""
         self._planner.sent(request_ids)
+        self.turns.over(request_ids)
         for request_id in request_ids:
             self.lent.pop(request_id, None)
 
@@ -195,7 +209,9 @@ class Scheduler:
         if adapter is not None and self.adapters.mixed(request):
             adapter = ""
         self.adapters.ended(request.request_id)
-        if not self._protocol.lends(request):
+        self.turns.admitted(request.request_id)
+        lends, sample = self._protocol.lends(request), SAMPLE.match(request.request_id)
+        if not lends and (sample or not self._protocol.lends_back(request)):
             return False, None
         tables = [block_ids[g] for g in self._groups]
         tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
@@ -203,22 +219,27 @@ class Scheduler:
             RequestStatus.FINISHED_LENGTH_CAPPED,
             RequestStatus.FINISHED_STOPPED,
         )
-        refused = leaving.asked_at is not None and not self._planner.has_promised(
-            request.request_id
-        )
-        lends = computed and tokens > 0 and any(tables) and adapter != "" and not refused
-        if lends:
-            self.lent[request.request_id] = request
-            params = self._lend(request, tables, Prompt(request, adapter), tokens)
+        late = leaving.asked_at is not None and not self._planner.has_promised(request.request_id)
+        if not computed or tokens <= 0 or not any(tables) or adapter == "" or late:
+            terms = None
+        elif lends:
+            terms = self._terms(request, tables, Prompt(request, adapter), tokens)
         else:
+            terms = self.turns.lend(request, tables, adapter)
+        if terms is None:
             self._planner.withdraw(request.request_id)
+        else:
+            self.lent[request.request_id] = request
+            params = self._lend(request, terms)
         self.progress.ended(request.request_id)
-        return lends, params if lends else None
+        return (False, None) if terms is None else (True, params)
 
     def take_orders(self) -> list[Order]:
         """Orders for every worker, since the last call: once per step."""
         self._decide()
         self._drain()
+        if wanted := self.turns.to_revoke(everything=leaving.asked_at is not None):
+            self.revoke(wanted)
         return self._planner.take_orders()
 
     def take_stats(self) -> StatsData | None:
@@ -307,31 +328,35 @@ class Scheduler:
             return None
         if (adapter := self.adapters.begin(request)) == "":
             raise OfferError("which weights its adapter has is not known here")
-        return self._protocol.offer(request, Prompt(request, adapter, self._backoff))
+        backoff = 0 if hasattr(request, SHORTENED) else self._backoff
+        return self._protocol.offer(request, Prompt(request, adapter, backoff))
 
-    def _lend(
-        self, request: Any, tables: list[list[int]], prompt: Prompt, tokens: int
-    ) -> dict[str, Any] | None:
+    def _terms(self, request: Any, tables: list[list[int]], prompt: Prompt, tokens: int) -> Terms:
+        """On which a prompt that was computed is leased."""
         kept = tuple(
             tuple(b if b != _compat.NULL_BLOCK else NO_BLOCK for b in table[: -(-tokens // size)])
             for table, size in zip(tables, self._group_sizes, strict=True)
         )
-        digest = prompt.digest(tokens)
-        name = self._protocol.name(request)
-        self.progress.granted(request.request_id, kept, digest)
-        lease_id = self._planner.grant(request.request_id, kept, tokens, digest, name)
+        digest, name = prompt.digest(tokens), self._protocol.name(request)
+        return Terms(request.request_id, "", kept, tokens, digest, self._us.ttl_s, name)
+
+    def _lend(self, request: Any, terms: Terms) -> dict[str, Any] | None:
+        self.progress.granted(request.request_id, terms.tables, terms.digest)
+        lease_id = self._planner.grant(terms)
         ticket = Ticket(
             version=TICKET_VERSION,
             engine_id=self._us.engine_id,
             lease_id=lease_id,
             request_id=request.request_id,
-            tokens=tokens,
-            digest=digest,
-            ttl_ms=round(self._us.ttl_s * 1000),
+            tokens=terms.tokens,
+            digest=terms.digest,
+            ttl_ms=round(terms.ttl_s * 1000),
             shards=self._shards,
-            held_from=held_from(kept, self._group_sizes, NO_BLOCK),
+            held_from=held_from(terms.tables, self._group_sizes, NO_BLOCK),
+            step=min(terms.prefixes, default=0),
+            prefixes=b"".join(digest[:PREFIX_BYTES] for digest in terms.prefixes.values()),
         )
-        named = [[b for b in table if b != NO_BLOCK] for table in kept]
+        named = [[b for b in table if b != NO_BLOCK] for table in terms.tables]
         return self._protocol.answer(request, ticket, named, self._sizes)
 
     def _shorten(self, request: Any) -> None:

@@ -60,6 +60,13 @@ def check_fields(
             logger.warning("%s: %s (%r) has no effect: %s", connector, name, value, no_effect)
 
 
+def recompute_failed_loads(transfer: Any) -> None:
+    """vLLM's default fails a request whose load fails; to a cache, a fault is a miss."""
+    if transfer.kv_load_failure_policy != "recompute":
+        transfer.kv_load_failure_policy = "recompute"
+        logger.info("kvconnect: kv_load_failure_policy is recompute: a cache may miss")
+
+
 def _default(transfer: Any, name: str) -> Any:
     found = [one for one in fields(transfer) if one.name == name] if is_dataclass(transfer) else []
     if not found:  # this vLLM has no such field

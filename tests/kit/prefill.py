@@ -13,6 +13,7 @@ import numpy as np
 
 from kit.engines import Engine
 from kvconnect.control.wire import Address
+from kvconnect.lease import Terms
 from kvconnect.orders import Fetch, RenewLease, Source
 from kvconnect.planner import Planner
 
@@ -31,7 +32,7 @@ class Prefill:
         self.seed = seed
         self.digest = seed.to_bytes(8, "big")
         self.request_id = f"p{next(NUMBERS)}"
-        self.planner = Planner(TTL_S)
+        self.planner = Planner()
         self.free = list(range(engine.caches[0].num_blocks)) if free is None else free
         self.blocks: list[int] = []
         self.told = 0
@@ -76,7 +77,8 @@ class Prefill:
             return False
         if tokens != self.tokens or self.said != self.blocks[: len(self.said or ())]:
             self._restart()
-        self.planner.grant(self.request_id, [self.blocks], tokens, self.digest)
+        held = (tuple(self.blocks),)
+        self.planner.grant(Terms(self.request_id, "", held, tokens, self.digest, TTL_S))
         self.state = "granted"
         self._give()
         return True

@@ -260,7 +260,7 @@ def test_a_chunk_from_disk_that_some_rank_declined_is_not_in_memory():
 
 
 def test_an_offer_that_was_taken_is_its_new_owners_to_release():
-    planner = Planner(1.0)
+    planner = Planner()
     offer = Offer(Source((), "p", "g", 1.0), 5, b"")
     planner.renew("r", offer)
     assert planner.take_offer("r") is offer

@@ -164,8 +164,8 @@ STOCK = {
             "enable_cross_layers_blocks": "True",
             "push_registration_timeout": 480,
             "bidirectional_kv_xfer": True,
-            "kv_recompute_threshold": 64,
-            "decoder_kv_blocks_ttl": 480,
+            "kv_recompute_threshold": 128,
+            "decoder_kv_blocks_ttl": 600,
         },
     ),
     "mooncake": (

@@ -17,6 +17,7 @@ from kvconnect.producer.promises import OpenPromises
 from kvconnect.producer.waiting import SILENT_S
 from kvconnect.testing import FakeClock
 
+BEGINNINGS = {10: b"first ten", 20: b"first twenty"}
 NEAR, FAR = Link(False, b"engine 1"), Link(False, b"engine 2")
 TERMS = Terms("r", "g", ((4, 2, NO_BLOCK),), 30, b"digest", 10.0)
 MAX_S = 25.0
@@ -100,6 +101,23 @@ def test_another_prompt_is_refused(rig, prompt):
     (refused,) = rig.open(**prompt)
     assert refused.cause == "another prompt"
     assert not rig.server.reading
+
+
+def test_who_knows_only_how_a_prompt_begins_may_open_it(rig):
+    rig.server.grant(replace(TERMS, prefixes=BEGINNINGS))
+    for tokens, digest in BEGINNINGS.items():
+        (opened,) = rig.open(tokens=tokens, digest=digest)
+        assert opened.tables == ((4, 2, NO_BLOCK),)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "digest"),
+    [(10, b"first twenty"), (20, b"digest"), (15, b""), (0, b""), (31, b"digest"), (10, b"first")],
+)
+def test_who_knows_another_beginning_is_refused(rig, tokens, digest):
+    rig.server.grant(replace(TERMS, prefixes=BEGINNINGS))
+    (refused,) = rig.open(tokens=tokens, digest=digest)
+    assert refused.cause == "another prompt"
 
 
 def stream(rig, **changed):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, multiple, rule
 
 from kvconnect.control.wire import Address
+from kvconnect.lease import Terms
 from kvconnect.orders import (
     Cancel,
     EngineAddresses,
@@ -24,12 +25,12 @@ ADDRESS = Address("host", 1)
 SOURCE = Source((ADDRESS,), "remote", "g", 5.0)
 OFFER = Offer(SOURCE, 32, b"digest")
 BLOCKS = (((0, 4), (1, 7)),)
-GRANTED = "p", ((4, 7),), 32, b"digest"
+GRANTED = Terms("p", "", ((4, 7),), 32, b"digest", 5.0)
 
 
 @pytest.fixture
 def planner():
-    return Planner(ttl_s=5.0)
+    return Planner()
 
 
 def test_an_offer_is_renewed_and_matched_until_it_is_loaded(planner):
@@ -86,7 +87,7 @@ def test_a_promise_is_kept_under_the_lease_id_that_was_promised(planner):
     planner.promise("p")  # preempted, admitted again
     (promise,) = planner.take_orders()
     assert isinstance(promise, Promise)
-    lease_id = planner.grant(*GRANTED)
+    lease_id = planner.grant(GRANTED)
     (grant,) = planner.take_orders()
     assert isinstance(grant, Grant)
     assert grant.terms.lease_id == promise.lease_id == lease_id
@@ -96,7 +97,7 @@ def test_a_promise_is_kept_under_the_lease_id_that_was_promised(planner):
 
 
 def test_kv_that_was_not_promised_can_be_lent(planner):
-    lease_id = planner.grant(*GRANTED)
+    lease_id = planner.grant(GRANTED)
     assert planner.take_orders()[0].terms.lease_id == lease_id
 
 
@@ -109,7 +110,7 @@ def test_a_promise_that_cannot_be_kept_is_withdrawn_once(planner):
 
 
 def test_each_lease_has_an_id_of_its_own(planner):
-    assert len({planner.grant(*GRANTED) for _ in range(100)}) == 100
+    assert len({planner.grant(GRANTED) for _ in range(100)}) == 100
 
 
 def test_the_ranks_are_named_to_every_worker(planner):
@@ -125,7 +126,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.planner = Planner(ttl_s=5.0)
+        self.planner = Planner()
         self.state = {}
         self.orders = []
 

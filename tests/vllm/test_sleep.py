@@ -223,7 +223,7 @@ def test_tickets_name_the_ranks_as_they_are_after_sleep():
 
 def test_leases_of_requests_that_wait_are_renewed_by_the_new_movers():
     source = Source((), "r", "lease", 5.0)
-    planner = Planner(5.0)
+    planner = Planner()
     planner.addresses_known(())
     planner.renew("waits", Offer(source, 32, b"d"))
     planner.renew("loads", Offer(source, 32, b"d"))

@@ -82,10 +82,14 @@ class EngineCore:
         pool = self.scheduler.kv_cache_manager.block_pool
         return pool.num_gpu_blocks - pool.get_num_free_blocks() - 1
 
-    def add(self, request_id, params=None, first=0, tokens=40, max_tokens=1):
+    def add(
+        self, request_id, params=None, first=0, tokens=40, max_tokens=1, ids=None, cache_salt=None
+    ):
+        """``ids``: the prompt's tokens, where they are not those from ``first`` on."""
         request = Request(
             request_id=request_id,
-            prompt_token_ids=list(range(first, first + tokens)),
+            prompt_token_ids=ids or list(range(first, first + tokens)),
+            cache_salt=cache_salt,
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             pooling_params=None,
             block_hasher=get_request_block_hasher(BLOCK, sha256),

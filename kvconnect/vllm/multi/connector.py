@@ -33,8 +33,8 @@ from kvconnect.vllm.multi.metrics import (
     MultiStats,
     rebuild,
 )
-from kvconnect.vllm.offload.connector import KVConnectOffloading, recompute_failed_loads
-from kvconnect.vllm.transfer_fields import check_fields
+from kvconnect.vllm.offload.connector import KVConnectOffloading
+from kvconnect.vllm.transfer_fields import check_fields, recompute_failed_loads
 
 
 class KVConnectMulti(in_tree.MultiConnector):
@@ -76,7 +76,7 @@ class KVConnectMulti(in_tree.MultiConnector):
         schedulers = {label: child.scheduler for label, child in peers.items()}
         scheduler = stores[0].scheduler if stores else None
         self._chain_scheduler = ChainScheduler(self._kv_cache_config, schedulers, scheduler)
-        if stores:
+        if stores or any(child.both_ways for child in peers.values()):
             recompute_failed_loads(self._kv_transfer_config)
 
     @property
@@ -191,6 +191,11 @@ class KVConnectMulti(in_tree.MultiConnector):
         """`HasLeasedBlocks.lent`, without what a child of another maker saves as well."""
         found = {r: one for child in self._peers for r, one in child.scheduler.lent.items()}
         return {r: one for r, one in found.items() if r not in self._saved_too}
+
+    def next_turns(self) -> set[str]:
+        """`HasLeasedBlocks.next_turns`, without what another child leases or saves as well."""
+        found = {r for child in self._peers for r in child.scheduler.turns}
+        return found - self._saved_too
 
     def revoke(self, request_ids: Iterable[str]) -> None:
         """End what each child leased of these requests."""

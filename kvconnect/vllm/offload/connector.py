@@ -18,6 +18,7 @@ from kvconnect.vllm.offload.messages import StepJobs, StoreHandshake, WorkerResu
 from kvconnect.vllm.offload.metrics import OffloadStats
 from kvconnect.vllm.offload.scheduler import OffloadScheduler
 from kvconnect.vllm.offload.worker import OffloadWorker
+from kvconnect.vllm.transfer_fields import recompute_failed_loads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -117,13 +118,6 @@ class KVConnectOffloading(HalvesConnector[OffloadScheduler, OffloadWorker]):
 
     def take_events(self) -> Iterable[Any]:
         return self._scheduler.take_events() if self._scheduler else ()
-
-
-def recompute_failed_loads(transfer_config: Any) -> None:
-    """vLLM's default fails a request whose load fails; to a cache, a fault is a miss."""
-    if transfer_config.kv_load_failure_policy != "recompute":
-        transfer_config.kv_load_failure_policy = "recompute"
-        logger.info("kvconnect: kv_load_failure_policy is recompute: stored KV is only a cache")
 
 
 OffloadingConnector = KVConnectOffloading
