@@ -6,6 +6,7 @@ private names: docs/compat.md lists those. Whoever ports kvconnect to another vL
 """
 
 import importlib
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,25 @@ def blocks_in_use(block_pool: Any) -> int:
 def shutdown_timeout_s(vllm_config: Any) -> float:
     """How long vLLM waits, at SIGTERM, before it kills the engine."""
     return float(getattr(vllm_config, "shutdown_timeout", 0))
+
+
+# -- of the API server ------------------------------------------------------------------------
+
+_STREAMS = (
+    ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator"),
+    ("completion", "OpenAIServingCompletion", "completion_stream_generator"),
+)
+
+
+def stream_methods() -> list[tuple[Any, str]]:
+    """Classes, and their methods that make the events of a stream of ``result_generator``."""
+    found = []
+    for api, owner, name in _STREAMS:
+        served = _find(f"vllm.entrypoints.openai.{api}.serving", owner)
+        method = getattr(served, name, None)
+        if method is not None and "result_generator" in inspect.signature(method).parameters:
+            found.append((served, name))
+    return found
 
 
 # -- of KV cache specs ------------------------------------------------------------------------

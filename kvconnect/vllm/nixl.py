@@ -1,10 +1,12 @@
 """``KVConnectNixl``: prefill → decode over NIXL."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from kvconnect.config import NixlConfig
+from kvconnect.config import NixlConfig, parse
+from kvconnect.vllm import streamed_params
 from kvconnect.vllm.connector import PeerConnector
+from kvconnect.vllm.metrics import Metrics
 from kvconnect.vllm.protocol import RouterProtocol
 
 
@@ -16,6 +18,14 @@ class KVConnectNixl(PeerConnector):
         "kv_buffer_device": "KV cannot wait in buffers on another device; leave the field out. "
         "With transfer_mode 'staged' transports reach staging_bytes alone and not the KV caches"
     }
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: Any, *told: Any, **named: Any) -> Metrics:
+        """In the process that serves, and only there."""
+        options = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
+        if parse(options, cls.config_type, cls.__name__).bidirectional_kv_xfer:
+            streamed_params.watch()
+        return super().build_prom_metrics(vllm_config, *told, **named)
 
 
 class PushProtocol(RouterProtocol):

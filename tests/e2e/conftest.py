@@ -113,9 +113,12 @@ def pipeline_pair(folder: Path) -> Setup:
 
 
 def small_blocks_pair(folder: Path) -> Setup:
-    """Blocks of 32 tokens at prefill, of 128 at decode: only the staged path can map them."""
+    """Blocks of 32 tokens at prefill, of 128 at decode: only the staged path can map them.
+
+    Decode lends what it has answered with, and prefill loads it."""
     return Setup(
         model("KVCONNECT_TP_MODEL"),
+        extra={"bidirectional_kv_xfer": True},
         prefill=["--block-size", "32", "--tensor-parallel-size", "2"],
         decode=["--block-size", "128"],
     )
