@@ -230,9 +230,9 @@ class Scheduler:
             self._planner.withdraw(request.request_id)
         else:
             self.lent[request.request_id] = request
-            params = self._lend(request, terms)
+        params = None if terms is None else self._lend(request, terms)
         self.progress.ended(request.request_id)
-        return (False, None) if terms is None else (True, params)
+        return terms is not None, params
 
     def take_orders(self) -> list[Order]:
         """Orders for every worker, since the last call: once per step."""

@@ -193,7 +193,7 @@ def ours(pair):
 
 @contextmanager
 def behind(command, pair):
-    """Asks the router that ``command`` starts."""
+    """A client of the router that ``command`` starts."""
     server = pair.fleet.start("router", command(pair), engine_env())
     client = Client(server, pair.prefill.model)
 
@@ -206,14 +206,19 @@ def behind(command, pair):
 
     try:
         eventually(serves, 60, f"{server.name} serves; its log: {server.log}")
-        yield client.post
+        yield client
     finally:
         server.kill()
         pair.fleet.servers.remove(server)
 
 
 def started(command):
-    return lambda pair: behind(command, pair)
+    @contextmanager
+    def asked(pair):
+        with behind(command, pair) as client:
+            yield client.post
+
+    return asked
 
 
 def through_float64(text):
@@ -351,6 +356,53 @@ def check(router, connect, pair, setup, seed):
     }
 
 
+def conversing():
+    """A model whose answers are text, and engines that lend both ways."""
+    extra = {"bidirectional_kv_xfer": True}
+    return Setup(model("KVCONNECT_MODEL"), both=["--max-model-len", "4200"], extra=extra)
+
+
+def check_turns(router, command, pair, chats=20):
+    """Second turns behind a router: what prefill computed of them, and what without reuse."""
+    source = "vllm:prompt_tokens_by_source_total"
+    local, external = {"source": "local_compute"}, {"source": "external_kv_transfer"}
+    computed, loaded, equal, answered = {}, 0, 0, {}
+    with behind(command(pair), pair) as client:
+
+        def ask(at, messages, **options):
+            body = {"model": at.model, "messages": messages, "temperature": 0, "max_tokens": 160}
+            status, answer = at.request("POST", "/v1/chat/completions", body | options)
+            assert status == 200, answer
+            return answer["choices"][0]["message"]["content"]
+
+        for reuse in (False, True):
+            # the first word tells one conversation from the others, and from those without reuse
+            firsts = [
+                {"role": "user", "content": f"{reuse} {n}: tell a long story about the number {n}."}
+                for n in range(chats)
+            ]
+            names = [{"conversation_id": f"{n}"} if reuse else {} for n in range(chats)]
+            said = [ask(client, [one], **name) for one, name in zip(firsts, names, strict=True)]
+            turns = [
+                [one, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}]
+                for one, text in zip(firsts, said, strict=True)
+            ]
+            before = pair.prefill.metric(source, **local), pair.prefill.metric(source, **external)
+            found = [ask(client, turn, **name) for turn, name in zip(turns, names, strict=True)]
+            computed[reuse] = pair.prefill.metric(source, **local) - before[0]
+            loaded = pair.prefill.metric(source, **external) - before[1]
+            answered |= {json.dumps(turn): text for turn, text in zip(turns, found, strict=True)}
+    for number, (turn, text) in enumerate(answered.items()):
+        equal += text == ask(pair.prefill, json.loads(turn), cache_salt=f"{number}")
+    return {
+        "router": f"{router}, second turns of {chats} chats",
+        "equal": f"{equal} of {len(answered)}",
+        "computed at prefill": f"{computed[True]:.0f}, and {computed[False]:.0f} without reuse",
+        "loaded from decode": f"{loaded:.0f}",
+        "ok": equal == len(answered) and computed[True] < computed[False] / 2,
+    }
+
+
 def main():
     chosen = sys.argv[1:] or list(ROUTERS)
     smol, wrong = model("KVCONNECT_TP_MODEL"), 0
@@ -369,6 +421,13 @@ def main():
                     except UnavailableError as error:
                         row = {"router": router, "skipped": str(error)}
                     print(json.dumps(row), flush=True)
+        if "multiturn" in chosen:
+            with Fleet(Path(folder) / "turns", nursery.launch) as fleet:
+                row = check_turns(
+                    ROUTERS["multiturn"][0], of_vllm(MULTI_TURN), conversing().start(fleet)
+                )
+                wrong += not row["ok"]
+                print(json.dumps(row), flush=True)
     sys.exit(bool(wrong))
 
 

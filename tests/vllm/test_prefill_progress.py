@@ -341,8 +341,9 @@ def test_a_request_that_loads_and_lends_looks_for_what_its_params_name():
     p = Engine("P", "kv_both", NixlConfig(), RouterProtocol)
     held = PUSH | {"do_remote_decode": True, "remote_engine_id": "D", "remote_block_ids": [[1, 2]]}
     p.arrives(held, AT_P, num_computed_tokens=0)
-    (renew,) = p.steps([RenewLease])
+    promise, renew = p.steps([Promise, RenewLease])
     assert (renew.source.request_id, renew.source.wait_s) == ("7f", 0)
+    assert promise.request_id == AT_P
 
 
 @pytest.mark.parametrize(
