@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import math
 import signal
 import time
 import uuid
@@ -25,13 +26,17 @@ from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyReply
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.policy import (
+    BYTES_PER_TOKEN,
     CHAT,
     MESSAGES,
     RESPONSES,
     TEXT,
+    Body,
     error_body,
     error_event,
+    guessed_tokens,
     previous_response,
+    prompt_head,
     read_body,
     request_id,
     splittable,
@@ -64,7 +69,6 @@ _WHOLE = (
     "/v1/audio/translations",
     "/v1/responses/{response_id}/cancel",
 )
-_NO_DECODE = "no decode engine can be reached; try again"
 
 
 def _json_error(status: int, message: str) -> web.Response:
@@ -145,11 +149,16 @@ class Proxy:
                 body = read_body(raw)
             except ValueError as error:
                 return _json_error(400, str(error))
-            split = splittable(request.path, body)
-            counters.not_splittable += not split
-            counters.decode_alone += not split
+            cause, tokens = "", guessed_tokens(body)
+            if not splittable(request.path, body):
+                cause = "not splittable"
+                counters.not_splittable += 1
+            elif tokens < self.config.split_from_tokens:
+                cause = "short"
+                counters.short += 1
+            counters.decode_alone += bool(cause)
             with self._life(request) as life:
-                life.cause = "" if split else "not splittable"
+                life.cause = cause
                 ask = LegRequest(
                     request.path,
                     body,
@@ -158,8 +167,10 @@ class Proxy:
                     _headers_of(request, _FORWARDED_TO_DECODE),
                     _query(request),
                     keeper_of=previous_response(body),
+                    key=self._key(request, body),
+                    tokens=tokens,
                 )
-                return await self._decode(request, ask, split)
+                return await self._decode(request, ask, split=not cause)
         except asyncio.CancelledError:
             counters.aborted += 1
             raise
@@ -181,26 +192,47 @@ class Proxy:
                 request.method,
                 raw,
                 request.match_info.get("response_id"),
+                self._key(request, {}),
+                len(raw) // BYTES_PER_TOKEN,
             )
             return await self._decode(request, ask, split=False)
 
+    def _key(self, request: web.Request, body: Body) -> bytes | None:
+        """What the request has in common with those that ought to go to the same engines."""
+        if session := request.headers.get("X-Session-ID"):
+            return session.encode("utf-8", "surrogateescape")
+        return prompt_head(body) if self.config.policy == "prefix" and body else None
+
     def _life(self, request: web.Request) -> contextlib.AbstractContextManager[RequestLife]:
-        headers = _onward_headers(request)
+        headers = self._onward(request)
         return self.journal.of(headers["X-Request-Id"], request.path, headers)
 
     async def _decode(
         self, request: web.Request, ask: LegRequest, split: bool
     ) -> web.StreamResponse:
-        async with self._legs.decode(ask, split) as answer:
+        until = self._deadline(request)
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout_at(until):
+                    answer = await held.enter_async_context(self._legs.decode(ask, split))
+            except TimeoutError:
+                self._legs.counters.late += 1
+                return _failed(ask.life, 504, "no answer within the deadline")
             if answer is None:
                 self._legs.counters.unavailable += 1
-                ask.life.status, ask.life.outcome = 503, "error"
-                ask.life.cause = "no decode engine"
-                return _json_error(503, _NO_DECODE)
-            return await self._pass_on(request, ask, answer)
+                return _failed(ask.life, 503, "no decode engine can be reached; try again")
+            return await self._pass_on(request, ask, answer, until)
+
+    def _deadline(self, request: web.Request) -> float | None:
+        """When the event loop's clock says that the request took too long."""
+        limits = [self.config.deadline_s] if self.config.deadline_s else []
+        with contextlib.suppress(ValueError):
+            asked = float(request.headers.get("X-Request-Timeout-S", "nan"))
+            limits += [asked] if 0 < asked < math.inf else []
+        return asyncio.get_running_loop().time() + min(limits) if limits else None
 
     async def _pass_on(
-        self, request: web.Request, ask: LegRequest, answer: LegAnswer
+        self, request: web.Request, ask: LegRequest, answer: LegAnswer, until: float | None
     ) -> web.StreamResponse:
         response = web.StreamResponse(status=answer.upstream.status, reason=answer.upstream.reason)
         response.headers.extend(answer.headers)
@@ -210,19 +242,24 @@ class Proxy:
         chunk = tail = answer.head
         try:
             await response.prepare(request)
-            while chunk:
-                await response.write(chunk)
-                ask.life.sent_bytes += len(chunk)
-                tail = (tail + chunk)[-2:]
-                try:
-                    chunk = await answer.rest()
-                except LOST as error:
-                    logger.warning("%s broke off an answer: %s", answer.url, error)
-                    self._legs.counters.broken += 1
-                    ask.life.outcome, ask.life.cause = "broken", "the engine broke off"
-                    return await _break_off(request, response, tail)
-            await response.write_eof()
+            async with asyncio.timeout_at(until):
+                while chunk:
+                    await response.write(chunk)
+                    ask.life.sent_bytes += len(chunk)
+                    tail = (tail + chunk)[-2:]
+                    try:
+                        chunk = await answer.rest()
+                    except LOST as error:
+                        logger.warning("%s broke off an answer: %s", answer.url, error)
+                        self._legs.counters.broken += 1
+                        ask.life.cause = "the engine broke off its answer"
+                        return await _break_off(request, response, tail, ask.life)
+                await response.write_eof()
             ask.life.outcome = "ok" if answer.upstream.status < 400 else "error"
+        except TimeoutError:
+            self._legs.counters.late += 1
+            ask.life.cause = "the answer took longer than its deadline"
+            return await _break_off(request, response, tail, ask.life)
         except ConnectionError:  # the client's: aiohttp noticed before it could cancel us
             self._legs.counters.aborted += 1
         return response
@@ -231,7 +268,7 @@ class Proxy:
         """GET /v1/models."""
         if not self._authorised(request):
             return _json_error(401, "the API key is missing or wrong")
-        reply = await self._legs.models(_onward_headers(request))
+        reply = await self._legs.models(self._onward(request))
         return (
             _json_error(503, "no engine can be reached; try again")
             if reply is None
@@ -259,6 +296,14 @@ class Proxy:
             content_type="application/json",
         )
 
+    def _onward(self, request: web.Request) -> dict[str, str]:
+        """The headers for both legs."""
+        onward = _headers_of(request, _FORWARDED)
+        if self.config.engine_api_key is not None:
+            onward.pop("Authorization", None)
+        onward["X-Request-Id"] = request_id(request.headers.get("X-Request-Id")) or uuid.uuid4().hex
+        return onward
+
     def _authorised(self, request: web.Request) -> bool:
         if self.config.api_key is None:
             return True
@@ -283,18 +328,19 @@ def _query(request: web.Request) -> str:
     return f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
 
 
-def _onward_headers(request: web.Request) -> dict[str, str]:
-    onward = _headers_of(request, _FORWARDED)
-    onward["X-Request-Id"] = request_id(request.headers.get("X-Request-Id")) or uuid.uuid4().hex
-    return onward
+def _failed(life: RequestLife, status: int, message: str) -> web.Response:
+    """The answer to a request that no engine answered."""
+    life.status, life.outcome, life.cause = status, "error", message
+    return _json_error(status, message)
 
 
 async def _break_off(
-    request: web.Request, response: web.StreamResponse, tail: bytes
+    request: web.Request, response: web.StreamResponse, tail: bytes, life: RequestLife
 ) -> web.StreamResponse:
     """Ends the connection short of the body's end, so that no client takes it for whole."""
+    life.outcome = "broken"
     if response.content_type == "text/event-stream":
-        await response.write(error_event(502, "the engine broke off its answer", tail))
+        await response.write(error_event(502, life.cause, tail))
     if request.transport is not None:
         request.transport.close()
     return response

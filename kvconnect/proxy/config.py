@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kvconnect.errors import ConfigError
+from kvconnect.proxy.balance import Policy
 
 AtOnce = Literal["never", "auto", "always"]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -22,6 +23,18 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What clients must send as ``Authorization: Bearer …``; None lets everybody in."""
     connect_timeout_s: Seconds = 2.0
     """Seconds until an engine that does not accept a connection counts as down."""
+    engine_api_key: str | None = None
+    """What engines are sent in place of the client's ``Authorization``; None passes that on."""
+    admin_key: str | None = None
+    """What must be sent to add, drain and remove engines; None lets nobody."""
+    policy: Policy = "least-loaded"
+    """Which engine of a role is asked first: see ``balance``."""
+    split_from_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Shorter requests, by their bytes, go to a decode engine alone."""
+    retry_ratio: Annotated[float, msgspec.Meta(ge=0)] = 0.2
+    """How many legs may be asked for again, for each request: see ``budget``."""
+    deadline_s: Seconds | None = None
+    """Seconds that a request may take, whatever its client says; None: as long as it takes."""
     silence_timeout_s: Seconds | None = None
     """Seconds without a byte until an engine counts as down; None waits as long as it takes."""
     max_body_bytes: Annotated[int, msgspec.Meta(gt=0)] = 64 * 2**20
@@ -32,8 +45,13 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ``always``: of all prompts, for decode engines that all run kvconnect's NIXL connector."""
 
     def __post_init__(self) -> None:
-        if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
-            raise ValueError("the API key is empty or not ASCII; set one, or leave the option out")
+        for name in ("api_key", "engine_api_key", "admin_key"):
+            key = getattr(self, name)
+            if key is not None and (not key.strip() or not key.isascii()):
+                raise ValueError(
+                    f"the {name.replace('_', ' ').replace('api', 'API')} is empty or not ASCII; "
+                    "set one, or leave the option out"
+                )
 
 
 def make_config(**settings: object) -> ProxyConfig:

@@ -18,13 +18,12 @@ import aiohttp
 import msgspec
 
 from kvconnect.proxy.config import AtOnce
-from kvconnect.proxy.policy import Body, EngineAddress, read_early_at
+from kvconnect.proxy.policy import Body, EngineAddress, guessed_tokens, read_early_at
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.session import LOST
 
 READS_EARLY = b"vllm:kvconnect_num_streamed_transfers"
 """A metric of decode engines that read what is still computed."""
-BYTES_PER_TOKEN = 4
 LOOK_TIMEOUT_S = 10.0
 
 
@@ -66,7 +65,7 @@ class EarlyEngines:
         address = self._prefill.get(prefiller)
         if address is None or self._at_once == "always":
             return address
-        gains = sum(map(len, body.values())) // BYTES_PER_TOKEN > address.step_tokens
+        gains = guessed_tokens(body) > address.step_tokens
         return address if gains and self._all_read_early() else None
 
     def may_ask(self, decoder: str) -> bool:

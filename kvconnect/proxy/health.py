@@ -1,7 +1,8 @@
 """Whether engines live: those that are silent, hang, or are not up are asked for their health.
 
 An engine that is waited for and says nothing is asked every second. One that does not answer that
-either hangs: it counts as down, and all that waits for it ends.
+either hangs: it counts as down, and all that waits for it ends. So does one that is stuck: its API
+server answers, but its engine says nothing while others do. That one is asked for a token.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 
 import aiohttp
 
+from kvconnect.proxy.policy import TEXT, one_token_body
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.session import LOST
 
@@ -41,6 +43,11 @@ class HealthWatch:
         """Ask, every second, whoever is silent or hangs; until it is cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
+            for pool in (self._prefillers, self._decoders):
+                for url in pool.stuck():
+                    logger.warning("%s is stuck: it says nothing while others answer", url)
+                    pool.failed(url)
+                    pool.give_up(url, stuck=True)
             doubtful = [(self._prefillers, url) for url in self._doubtful_prefill()]
             doubtful += [(self._decoders, url) for url in self._doubtful_decode()]
             await asyncio.gather(*(self._ask_whether_alive(*one) for one in doubtful))
@@ -56,9 +63,14 @@ class HealthWatch:
 
     async def _ask_whether_alive(self, pool: Pool, url: str) -> None:
         timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        stuck = pool.is_stuck(url)
         try:
-            async with self._session.get(
-                f"{url}/health", timeout=timeout, allow_redirects=False
+            async with self._session.request(
+                "POST" if stuck else "GET",
+                url + (TEXT if stuck else "/health"),
+                data=one_token_body() if stuck else None,
+                timeout=timeout,
+                allow_redirects=False,
             ) as upstream:
                 await upstream.read()
         except LOST:

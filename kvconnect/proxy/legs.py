@@ -10,6 +10,7 @@ turn it is ``pool``'s.
 - An engine that hangs (``health`` finds out) counts as down, and its requests go elsewhere.
 - What prefill cannot do (its 4xx) decode may still: it then works alone, and its word is final.
 - What only a decode engine refuses leaves prefill's KV without a reader: the lease is let go.
+- What cost an engine work is repeated only as far as the budget for retries goes.
 - Where it was chosen (``at_once``), and both engines have said that they can (``early``), both are
   asked at once. If prefill fails, the decode engine's connection is closed, and
   the request goes on in turn.
@@ -24,11 +25,13 @@ import secrets
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
 import yarl
 
+from kvconnect.proxy.budget import RetryBudget
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.early import EarlyEngines
 from kvconnect.proxy.health import HealthWatch, report_lost, report_status
@@ -57,6 +60,7 @@ _NEVER_ASKED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 # loaded, a prompt too long for it, too many requests.
 _ELSEWHERE = (404, 413, 429)
 _MODELS_TIMEOUT_S = 10.0
+_LOOK_TIMEOUT_S = 2.0
 _RELEASE_TIMEOUT_S = 10.0
 # Responses whose engine is remembered, for those who go on from one of them.
 _REMEMBERED_RESPONSES = 65_536
@@ -98,6 +102,12 @@ class ProxyCounters(msgspec.Struct):
     """Answered by prefill with a 4xx, and then by decode alone."""
     released: int = 0
     """Refused by decode alone, so that prefill's KV was let go unread."""
+    short: int = 0
+    """Sent to decode alone, because prefill for so little is not worth the way."""
+    unretried: int = 0
+    """Tries that were not repeated, because the budget for retries was spent."""
+    late: int = 0
+    """Not answered within their deadline."""
     unavailable: int = 0
     """Answered with 503: no decode engine could be reached."""
     broken: int = 0
@@ -125,6 +135,10 @@ class LegRequest:
     """The client's own body, for what is not split and goes to a decode engine as it is."""
     keeper_of: str | None = None
     """Id of the response that the request goes on from: one decode engine keeps it."""
+    key: bytes | None = None
+    """Requests with the same one go to the same engines: a session, or a prompt's head."""
+    tokens: int = 0
+    """How many it has, about: the load that it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +206,13 @@ class Legs:
 
     def __init__(self, config: ProxyConfig, clock: Callable[[], float]) -> None:
         self.counters = ProxyCounters()
-        self.prefillers = Pool(config.prefill, clock)
-        self.decoders = Pool(config.decode, clock)
+        self.prefillers = Pool(config.prefill, clock, config.policy)
+        self.decoders = Pool(config.decode, clock, config.policy)
+        self.budget = RetryBudget(config.retry_ratio, clock)
         self._connect_timeout_s = config.connect_timeout_s
-        self._session = engine_session(config.connect_timeout_s, config.silence_timeout_s)
+        self._session = engine_session(
+            config.connect_timeout_s, config.silence_timeout_s, config.engine_api_key
+        )
         self._releases: set[asyncio.Task[None]] = set()
         self.health = HealthWatch(
             self.prefillers, self.decoders, self._session, config.connect_timeout_s
@@ -218,6 +235,7 @@ class Legs:
 
         ``split``: a prefill engine computes the prompt, if there is one.
         """
+        self.budget.earn()
         answer = await (self._split(ask) if split else self._first_answer(ask, None))
         if answer is not None and ask.path == RESPONSES:
             self._remember(answer)
@@ -228,13 +246,13 @@ class Legs:
                 answer.close()
 
     async def _split(self, ask: LegRequest) -> LegAnswer | None:
-        prefillers = deque(self.prefillers.candidates())
+        prefillers = deque(self.prefillers.candidates(ask.key))
         # A stream of responses begins before anything is computed: that is no sign of KV read.
         early = bool(prefillers) and ask.path != RESPONSES
         address = self._early.address(prefillers[0], ask.body) if early else None
         decoders = None
         if address is not None:
-            decoders = deque(self._decoders_for(ask))
+            decoders = deque(await self._decoders_for(ask))
             if decoders and self._early.may_ask(decoders[0]):
                 return await self._both(ask, prefillers, decoders, address)
         params = await self._prefill(ask, prefillers)
@@ -326,6 +344,8 @@ class Legs:
             if first.final:
                 break
             first = None
+            if waiting and not self._may_retry():
+                break
             self.counters.retries += bool(waiting)
         self.counters.refused += refused
         self.counters.no_prefill += not refused
@@ -337,7 +357,7 @@ class Legs:
         data = prefill_body(ask.path, ask.body, transfer_id)
         leg = ask.life.asked("prefill", url)
         try:
-            with self.prefillers.busy(url):
+            with self.prefillers.busy(url, ask.tokens):
                 async with (
                     self.prefillers.patience(url),
                     self._post(url, ask, data) as upstream,
@@ -363,11 +383,13 @@ class Legs:
     async def _first_answer(
         self, ask: LegRequest, params: msgspec.Raw | None, decoders: Iterable[str] | None = None
     ) -> LegAnswer | None:
-        engines = deque(self._decoders_for(ask) if decoders is None else decoders)
+        engines = deque(await self._decoders_for(ask) if decoders is None else decoders)
         spare = deque(self.decoders.last_resort())
-        offered, may_retry, asked = params, True, 0
+        offered, may_retry, asked, worked = params, True, 0, False
         while engines or spare:
             url = (engines or spare).popleft()
+            if worked and not self._may_retry():
+                return None
             if asked:
                 self.counters.retries += 1
                 self.counters.local_retries += params is None and offered is not None
@@ -376,7 +398,8 @@ class Legs:
                 answer = await self._open(url, ask, params)
             except LOST as error:
                 report_lost(self.decoders, url, error)
-                if not isinstance(error, _NEVER_ASKED):
+                worked = not isinstance(error, _NEVER_ASKED)
+                if worked:
                     # It may have read and released the KV, and a connector without lease
                     # generations would let the next engine read whatever took its place.
                     params = None
@@ -387,25 +410,61 @@ class Legs:
                 if params is not None:
                     self._release(url, ask, params)
                     params = None
-                if status in _ELSEWHERE and engines:
+                if status in _ELSEWHERE and engines and self._may_retry():
+                    worked = False
                     answer.close()
                     continue
                 return answer
             if not (answer.faulty and may_retry and (params is not None or engines)):
                 return answer
+            if not self._may_retry():
+                return answer
             # Once, without KV: elsewhere if possible, or here, as it may be the KV's fault.
             answer.close()
-            may_retry = False
+            may_retry = worked = False
             if params is not None:
                 params = None
                 engines.append(url)
         return None
 
-    def _decoders_for(self, ask: LegRequest) -> tuple[str, ...]:
+    def _may_retry(self) -> bool:
+        """Whether a leg that cost an engine work may be asked for again; if so, it is paid for."""
+        paid = self.budget.spend()
+        self.counters.unretried += not paid
+        return paid
+
+    async def _decoders_for(self, ask: LegRequest) -> tuple[str, ...]:
         """Decode engines in the order to be asked: first the one that a request goes on from."""
-        engines = self.decoders.candidates()
-        keeper = self._keepers.get(ask.keeper_of or "")
-        return (keeper, *(url for url in engines if url != keeper)) if keeper else engines
+        engines = self.decoders.candidates(ask.key)
+        if ask.keeper_of is None:
+            return engines
+        keeper = self._keepers.get(ask.keeper_of)
+        if keeper is None and len(engines) > 1:
+            keeper = await self._find_keeper(ask.keeper_of, ask.headers, engines)
+        if keeper is None or not self.decoders.has(keeper):
+            return engines
+        return (keeper, *(url for url in engines if url != keeper))
+
+    async def _find_keeper(
+        self, response_id: str, headers: dict[str, str], engines: Iterable[str]
+    ) -> str | None:
+        """Who keeps a response that another worker, or this one before a restart, passed on."""
+
+        async def keeps(url: str) -> str | None:
+            path = f"{url}{RESPONSES}/{quote(response_id, safe='')}"
+            timeout = aiohttp.ClientTimeout(total=_LOOK_TIMEOUT_S)
+            with contextlib.suppress(*LOST):
+                async with self._session.get(
+                    yarl.URL(path, encoded=True),
+                    headers=headers,
+                    timeout=timeout,
+                    allow_redirects=False,
+                ) as upstream:
+                    return url if upstream.status == 200 else None
+            return None
+
+        found = await asyncio.gather(*map(keeps, engines))
+        return next((url for url in found if url is not None), None)
 
     def _remember(self, answer: LegAnswer) -> None:
         """Who goes on from a response later has to ask the engine that made it."""
@@ -431,7 +490,7 @@ class Legs:
 
     async def _open(self, url: str, ask: LegRequest, params: msgspec.Raw | None) -> LegAnswer:
         with contextlib.ExitStack() as held:
-            held.enter_context(self.decoders.busy(url))
+            held.enter_context(self.decoders.busy(url, ask.tokens))
             leg = ask.life.asked("decode", url)
             data = decode_body(ask.body, params) if ask.whole is None else ask.whole
             async with self.decoders.patience(url):

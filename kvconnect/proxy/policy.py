@@ -17,6 +17,7 @@ or who the client is.
 import enum
 import hashlib
 import re
+from collections.abc import Iterator
 
 import msgspec
 
@@ -77,6 +78,10 @@ _ANSWER_ONLY = frozenset(
 
 _BODY = msgspec.json.Decoder(Body)
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
+BYTES_PER_TOKEN = 4
+# Of a prompt that is a text or token ids: two prompts with other beginnings share few blocks.
+_HEAD_BYTES = 1024
+_USERS = re.compile(rb'"role"\s*:\s*"user"')
 _LIST_OPENING = re.compile(rb"\[\s*(.)", re.DOTALL)
 # Some connectors find their peer's address in the request id: no client may write one there.
 _REQUEST_ID = re.compile(r"(?!.*_addr_)[\w.:-]{1,128}", re.ASCII)
@@ -216,8 +221,37 @@ def release_body(params: msgspec.Raw) -> bytes:
     One token of another prompt than prefill's, so that nothing is read: a connector that finds
     the prompt to be another's releases the lease, and any other one when this request ends.
     """
-    zero = {"prompt": msgspec.Raw(b"[0]"), "max_tokens": _ONE, "kv_transfer_params": params}
-    return msgspec.json.encode(zero)
+    return one_token_body(kv_transfer_params=params)
+
+
+def one_token_body(**more: msgspec.Raw) -> bytes:
+    """The least that a text completion can be."""
+    return msgspec.json.encode({"prompt": msgspec.Raw(b"[0]"), "max_tokens": _ONE} | more)
+
+
+def guessed_tokens(body: Body) -> int:
+    """How many tokens a request has, by its bytes. A wrong guess costs time, and no answer."""
+    return sum(map(len, body.values())) // BYTES_PER_TOKEN
+
+
+def prompt_head(body: Body) -> bytes:
+    """The beginning of the prompt, which requests share that share a prefix.
+
+    Of a chat it is all up to and with the first user's message: the next turn of the
+    conversation has the same, and another conversation under the same system prompt has not.
+    """
+    for key in ("messages", "input"):
+        if (opening := _LIST_OPENING.match(body.get(key, _NULL))) and opening[1] == b"{":
+            return b"".join(_to_first_user(_LIST.decode(body[key])))
+    prompt = body.get("prompt", body.get("input", _NULL))
+    return bytes(prompt)[:_HEAD_BYTES]
+
+
+def _to_first_user(messages: list[msgspec.Raw]) -> Iterator[bytes]:
+    for message in messages:
+        yield bytes(message)
+        if _USERS.search(message):
+            return
 
 
 def splittable(path: str, body: Body) -> bool:

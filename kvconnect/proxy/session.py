@@ -15,9 +15,16 @@ _KEEPALIVE_S = 3.0
 
 
 def engine_session(
-    connect_timeout_s: float, silence_timeout_s: float | None
+    connect_timeout_s: float, silence_timeout_s: float | None, api_key: str | None = None
 ) -> aiohttp.ClientSession:
-    """A client without limits on connections, or on how long an engine may generate."""
+    """A client without limits on connections, or on how long an engine may generate.
+
+    ``api_key``: what engines are sent where a request does not bring its client's.
+    """
+    # byte for byte: an engine must not compress what the client did not ask to have so
+    headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
             limit=0, keepalive_timeout=_KEEPALIVE_S, socket_factory=watched_socket
@@ -27,8 +34,7 @@ def engine_session(
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
-        # byte for byte: an engine must not compress what the client did not ask to have so
-        headers={"Accept-Encoding": "identity", "Content-Type": "application/json"},
+        headers=headers,
     )
 
 

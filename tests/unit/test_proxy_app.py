@@ -1180,8 +1180,8 @@ def test_the_life_of_a_request_tells_its_times_and_its_engines():
         (breaks, answers, "ok", 200, "no prefill engine"),
         (says(b"{}", 400), answers, "ok", 200, "prefill refused it"),
         (prefills, says(b"{}", 400), "error", 400, ""),
-        (prefills, breaks, "error", 503, "no decode engine"),
-        (prefills, stream_that_breaks(TOKENS[0]), "broken", 200, "the engine broke off"),
+        (prefills, breaks, "error", 503, "no decode engine can be reached; try again"),
+        (prefills, stream_that_breaks(TOKENS[0]), "broken", 200, "the engine broke off its answer"),
     ],
 )
 def test_the_life_of_a_request_tells_its_outcome(prefill, decode, outcome, status, cause):

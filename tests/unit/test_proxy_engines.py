@@ -1,0 +1,278 @@
+"""The proxy in production: stuck engines, budgets, deadlines, policies, engines that come, go."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+import pytest
+from aiohttp import web
+from test_proxy_app import (
+    ANSWER,
+    CHAT,
+    TEXT,
+    TOKENS,
+    Dead,
+    Engine,
+    answers,
+    hangs,
+    impatient,
+    keeps_nothing,
+    prefills,
+    rig,
+    run,
+    says,
+    streams,
+    then,
+)
+
+from kvconnect.proxy.budget import RESERVE
+
+
+async def until(holds: Callable[[], Awaitable[bool]] | Callable[[], bool]) -> None:
+    """Waits for something that comes to pass, however long this machine takes."""
+    while True:
+        found = holds()
+        if found if isinstance(found, bool) else await found:
+            return
+        await asyncio.sleep(0.01)
+
+
+# --- stuck engines -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_engine_whose_api_server_lives_and_whose_engine_says_nothing_is_left_out(monkeypatch):
+    """Its /health used to be enough: half of all requests hung for as long as it was stuck."""
+    impatient(monkeypatch)
+    working = False
+
+    async def stuck_engine(engine: Engine, request: web.Request) -> web.StreamResponse:
+        if request.method == "GET" or working:
+            return await answers(engine, request)
+        return await hangs(engine, request)
+
+    async def scenario() -> None:
+        nonlocal working
+        stuck, well = Engine(stuck_engine), Engine(answers)
+        async with rig([Engine(prefills)], [stuck, well]) as r:
+            hung = asyncio.create_task(r.ask())
+            await stuck.reached.wait()
+            r.clock.now += 11
+            assert await r.ask() == (200, ANSWER)
+            assert await hung == (200, ANSWER)
+            state = (await r.health())["decode"][0]
+            assert (state["stuck"], state["up"]) == (True, False)
+
+            r.clock.now += 60  # its backoff is over; a live request is no probe of it
+            asked = len(well.bodies)
+            for _ in range(3):
+                assert await r.ask() == (200, ANSWER)
+            assert len(well.bodies) == asked + 3
+
+            working = True  # the token that it is asked for comes
+
+            async def works() -> bool:
+                return not (await r.health())["decode"][0]["stuck"]
+
+            await until(works)
+            assert {"prompt": [0], "max_tokens": 1} in stuck.bodies
+
+    run(scenario())
+
+
+# --- budgets and deadlines ---------------------------------------------------------------------
+
+
+def test_retries_end_with_their_budget():
+    """Every request used to be sent to each engine of a role, in an outage too."""
+
+    async def scenario() -> None:
+        ds = [Engine(says(b"oops", 500)) for _ in range(2)]
+        async with rig([Engine(keeps_nothing)], ds, retry_ratio=0.0) as r:
+            asked = int(RESERVE) + 5
+            for _ in range(asked):
+                assert await r.ask() == (500, b"oops")
+            assert sum(len(d.bodies) for d in ds) == asked + RESERVE
+            counters = await r.counters()
+            assert (counters["retries"], counters["unretried"]) == (RESERVE, 5)
+
+    run(scenario())
+
+
+def test_without_budget_prefill_is_not_asked_again_and_decode_works_alone():
+    async def scenario() -> None:
+        ps, d = [Engine(says(b"oops", 500)) for _ in range(2)], Engine(answers)
+        async with rig(ps, [d], retry_ratio=0.0) as r:
+            for _ in range(int(RESERVE) + 2):
+                assert await r.ask() == (200, ANSWER)
+            assert sum(len(p.bodies) for p in ps) == 2 * RESERVE + 2
+
+    run(scenario())
+
+
+def test_engines_that_refuse_connections_cost_no_budget():
+    async def scenario() -> None:
+        d = Engine(answers)
+        async with rig([Engine(prefills)], [Dead(), d], retry_ratio=0.0) as r:
+            for _ in range(int(RESERVE) + 5):
+                assert await r.ask() == (200, ANSWER)
+            assert "unretried" not in await r.counters()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("who", ["operator", "client"])
+def test_a_request_that_takes_too_long_gets_504_and_its_engine_stops(who):
+    async def scenario() -> None:
+        d = Engine(hangs)
+        limits = {"deadline_s": 0.5} if who == "operator" else {"deadline_s": 600.0}
+        headers = {} if who == "operator" else {"X-Request-Timeout-S": "0.5"}
+        async with rig([Engine(prefills)], [d], **limits) as r:
+            async with r.session.post(TEXT, json={"prompt": "p"}, headers=headers) as response:
+                assert response.status == 504
+                assert (await response.json())["error"]["code"] == 504
+            await asyncio.wait_for(d.aborted.wait(), 60)
+            (life,) = r.journal.recent
+            assert (life.outcome, life.cause) == ("error", "no answer within the deadline")
+
+    run(scenario())
+
+
+def test_a_stream_that_takes_too_long_ends_in_an_error():
+    async def scenario() -> None:
+        d, got = Engine(then(streams(TOKENS[0]), hangs)), bytearray()
+
+        async def read_all() -> None:
+            async with r.session.post(TEXT, json={"prompt": "p", "stream": True}) as response:
+                async for chunk in response.content.iter_any():
+                    got.extend(chunk)
+
+        async with rig([Engine(prefills)], [d], deadline_s=1.0) as r:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await read_all()
+            assert b"longer than its deadline" in got
+            await asyncio.wait_for(d.aborted.wait(), 60)
+            assert (await r.counters())["late"] == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "-1", "0", "soon", ""])
+def test_a_deadline_that_is_none_is_left_alone(odd):
+    async def scenario() -> None:
+        async with rig([Engine(prefills)], [Engine(answers)]) as r:
+            headers = {"X-Request-Timeout-S": odd}
+            async with r.session.post(TEXT, json={"prompt": "p"}, headers=headers) as response:
+                assert response.status == 200
+
+    run(scenario())
+
+
+# --- policies ----------------------------------------------------------------------------------
+
+
+def conversation(number: int, turns: int) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": "be kind"}]
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"question {turn} of {number}"})
+        messages.append({"role": "assistant", "content": "so it is"})
+    return messages[:-1]
+
+
+class Cache:
+    """An engine that knows which conversations it has seen, as a prefix cache does."""
+
+    def __init__(self) -> None:
+        self.hits = 0
+        self.seen: set[str] = set()
+
+    async def __call__(self, engine: Engine, request: web.Request) -> web.StreamResponse:
+        texts = [message["content"] for message in (await request.json())["messages"]]
+        self.hits += json.dumps(texts[:-2]) in self.seen
+        self.seen.add(json.dumps(texts))
+        return await prefills(engine, request)
+
+
+async def hit_rate(policy: str) -> float:
+    caches = [Cache() for _ in range(3)]
+    async with rig([Engine(cache) for cache in caches], [Engine(answers)], policy=policy) as r:
+        for turns in range(1, 4):
+            for number in range(10):
+                assert (await r.ask(CHAT, messages=conversation(number, turns)))[0] == 200
+    return sum(cache.hits for cache in caches) / 20
+
+
+@pytest.mark.slow
+def test_conversations_find_their_prefix_where_policy_is_prefix():
+    """10 conversations of 3 turns, 3 engines: every later turn where the earlier ones are."""
+
+    async def scenario() -> None:
+        assert await hit_rate("prefix") == 1.0
+        assert await hit_rate("round-robin") < 0.7
+
+    run(scenario())
+
+
+def test_a_session_stays_with_its_engines():
+    async def scenario() -> None:
+        ps, ds = [Engine(prefills) for _ in range(3)], [Engine(answers) for _ in range(3)]
+        async with rig(ps, ds) as r:
+            for number in range(6):
+                headers = {"X-Session-ID": "mine"}
+                body = {"prompt": f"another {number}"}
+                async with r.session.post(TEXT, json=body, headers=headers) as response:
+                    assert response.status == 200
+            assert sorted(len(p.bodies) for p in ps) == [0, 0, 6]
+            assert sorted(len(d.bodies) for d in ds) == [0, 0, 6]
+
+    run(scenario())
+
+
+def test_short_prompts_go_to_decode_alone_where_that_is_chosen():
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers)
+        async with rig([p], [d], split_from_tokens=100) as r:
+            await r.ask(prompt="short")
+            assert p.bodies == []
+            await r.ask(prompt="x" * 500)
+            assert len(p.bodies) == 1
+            assert await r.counters() == {"requests": 2, "decode_alone": 1, "short": 1}
+
+    run(scenario())
+
+
+# --- keys --------------------------------------------------------------------------------------
+
+
+def test_engines_get_the_proxys_own_key_and_not_the_clients():
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers)
+        async with rig([p], [d], api_key="clients", engine_api_key="engines") as r:
+            headers = {"Authorization": "Bearer clients"}
+            async with r.session.post(TEXT, json={"prompt": "p"}, headers=headers) as response:
+                assert response.status == 200
+            for engine in (p, d):
+                assert engine.heads[0].headers["Authorization"] == "Bearer engines"
+
+    run(scenario())
+
+
+# --- responses that are kept -------------------------------------------------------------------
+
+
+def test_the_keeper_of_a_response_that_this_worker_never_saw_is_found():
+    """With several workers, or after a restart, it used to be asked of any engine."""
+
+    async def keeps(engine: Engine, request: web.Request) -> web.StreamResponse:
+        status = 404 if request.method == "GET" and engine is not keeper else 200
+        return web.Response(body=ANSWER, status=status)
+
+    async def scenario() -> None:
+        others = [Engine(keeps) for _ in range(2)]
+        async with rig([Engine(prefills)], [others[0], keeper, others[1]]) as r:
+            await r.ask("/v1/responses", input="and?", previous_response_id="resp_of_another")
+            assert [len(engine.bodies) for engine in (keeper, *others)] == [1, 0, 0]
+
+    keeper = Engine(keeps)
+    run(scenario())
