@@ -4,35 +4,90 @@ from typing import Annotated, Literal
 
 import typer
 
+Engines = Annotated[
+    list[str],
+    typer.Option(
+        help="Base URL of an engine; repeat. dns+http://NAME:PORT and k8s://NAMESPACE/LABEL=VALUE"
+        ":PORT look for engines and go on looking."
+    ),
+]
+# keys from the environment too: everybody on the host can read a command line
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="KVCONNECT_API_KEY", help="Key that clients must send.")
+]
+EngineKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="KVCONNECT_ENGINE_API_KEY",
+        help="Key that engines get in place of the client's Authorization.",
+    ),
+]
+AdminKey = Annotated[
+    str | None,
+    typer.Option(envvar="KVCONNECT_ADMIN_KEY", help="Key to add, drain and remove engines."),
+]
+SplitFrom = Annotated[
+    int, typer.Option(min=0, help="Shorter prompts go to decode alone (guessed from bytes).")
+]
+RetryRatio = Annotated[
+    float, typer.Option(min=0, help="How many legs may be asked for again, for each request.")
+]
+Silence = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds without a byte until an engine counts as down; no limit unless set."
+    ),
+]
+Deadline = Annotated[
+    float | None, typer.Option(help="Seconds that a request may take; no limit unless set.")
+]
+AtOnceOption = Annotated[
+    Literal["never", "auto", "always"],
+    typer.Option(
+        help="Ask decode while prefill computes: where engines say that they can and a prompt "
+        "is worth it (auto), or wherever prefill can (always)."
+    ),
+]
+Certificates = Annotated[
+    str | None, typer.Option(help="PEM file of certificates: clients come over TLS.")
+]
+
 
 def proxy(
-    prefill: Annotated[list[str], typer.Option(help="Base URL of a prefill engine; repeat.")],
-    decode: Annotated[list[str], typer.Option(help="Base URL of a decode engine; repeat.")],
+    prefill: Engines,
+    decode: Engines,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        # from the environment too: everybody on the host can read a command line
-        str | None,
-        typer.Option(envvar="KVCONNECT_API_KEY", help="Key that clients must send."),
-    ] = None,
-    timeout_s: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds without a byte until an engine counts as down; no limit unless set."
-        ),
-    ] = None,
+    policy: Annotated[
+        Literal["least-loaded", "prefix", "round-robin"],
+        typer.Option(help="Which engine of a role is asked first."),
+    ] = "least-loaded",
+    api_key: ApiKey = None,
+    engine_api_key: EngineKey = None,
+    admin_key: AdminKey = None,
+    split_from_tokens: SplitFrom = 0,
+    retry_ratio: RetryRatio = 0.2,
+    deadline_s: Deadline = None,
+    timeout_s: Silence = None,
     max_body_mib: Annotated[
         int, typer.Option(min=1, help="Largest request body that is accepted, in MiB.")
     ] = 64,
-    at_once: Annotated[
-        Literal["never", "auto", "always"],
-        typer.Option(
-            help="Ask decode while prefill computes: where engines say that they can and a prompt "
-            "is worth it (auto), or wherever prefill can (always)."
-        ),
-    ] = "never",
+    at_once: AtOnceOption = "never",
+    ssl_certfile: Certificates = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="Its key, if in another file.")] = None,
+    reuse_port: Annotated[
+        bool, typer.Option(help="Let other proxies of this host listen on the same port.")
+    ] = False,
 ) -> None:
     """Serve completions through prefill engines and decode engines."""
+    settings = dict(locals())
+    host, port = settings.pop("host"), settings.pop("port")
+    settings["max_body_bytes"] = settings.pop("max_body_mib") * 2**20
+    settings["silence_timeout_s"] = settings.pop("timeout_s")
+    _serve(host, port, settings)
+
+
+def _serve(host: str, port: int, settings: dict[str, object]) -> None:
     # here, not above: `kvconnect --help` has no use for an HTTP stack
     import asyncio
 
@@ -41,15 +96,7 @@ def proxy(
     from kvconnect.proxy.config import make_config
 
     try:
-        config = make_config(
-            prefill=prefill,
-            decode=decode,
-            api_key=api_key,
-            silence_timeout_s=timeout_s,
-            max_body_bytes=max_body_mib * 2**20,
-            at_once=at_once,
-        )
-        asyncio.run(serve(config, host, port, typer.echo))
+        asyncio.run(serve(make_config(**settings), host, port, typer.echo))
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
     except OSError as error:

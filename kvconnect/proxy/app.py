@@ -11,10 +11,10 @@ Does not know how engines are asked (``legs``), what for (``policy``) or in whic
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import math
 import signal
+import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -22,7 +22,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 from aiohttp import web
 
+from kvconnect.proxy.admin import Admin, Role
 from kvconnect.proxy.config import ProxyConfig
+from kvconnect.proxy.http import has_key, json_error
 from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyReply
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.policy import (
@@ -32,7 +34,6 @@ from kvconnect.proxy.policy import (
     RESPONSES,
     TEXT,
     Body,
-    error_body,
     error_event,
     guessed_tokens,
     previous_response,
@@ -41,6 +42,7 @@ from kvconnect.proxy.policy import (
     request_id,
     splittable,
 )
+from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.session import LOST
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -71,15 +73,6 @@ _WHOLE = (
 )
 
 
-def _json_error(status: int, message: str) -> web.Response:
-    response = web.Response(
-        status=status, body=error_body(status, message), content_type="application/json"
-    )
-    if status == 503:
-        response.headers["Retry-After"] = "1"
-    return response
-
-
 def _whole(reply: ProxyReply) -> web.Response:
     response = web.Response(status=reply.status, body=reply.body)
     response.headers.clear()
@@ -99,7 +92,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
             404: f"{request.path} is not served by this proxy",
             413: f"the request body is larger than {limit} bytes",
         }.get(error.status, error.reason)
-        return _json_error(error.status, message)
+        return json_error(error.status, message)
 
 
 @web.middleware
@@ -137,10 +130,14 @@ class Proxy:
         yield
         await self._legs.close()
 
+    def pools(self) -> dict[Role, Pool]:
+        """The engines of both roles. While the application runs."""
+        return {"prefill": self._legs.prefillers, "decode": self._legs.decoders}
+
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST what generates: completions, chats, responses, messages."""
-        if not self._authorised(request):
-            return _json_error(401, "the API key is missing or wrong")
+        if not has_key(request, self.config.api_key):
+            return json_error(401, "the API key is missing or wrong")
         counters = self._legs.counters
         counters.requests += 1
         try:
@@ -148,7 +145,7 @@ class Proxy:
             try:
                 body = read_body(raw)
             except ValueError as error:
-                return _json_error(400, str(error))
+                return json_error(400, str(error))
             cause, tokens = "", guessed_tokens(body)
             if not splittable(request.path, body):
                 cause = "not splittable"
@@ -177,8 +174,8 @@ class Proxy:
 
     async def pass_whole(self, request: web.Request) -> web.StreamResponse:
         """What is not split: a decode engine gets it as it is."""
-        if not self._authorised(request):
-            return _json_error(401, "the API key is missing or wrong")
+        if not has_key(request, self.config.api_key):
+            return json_error(401, "the API key is missing or wrong")
         content = _headers_of(request, ("Content-Type", "Accept"))
         raw = await request.read()
         with self._life(request) as life:
@@ -266,11 +263,11 @@ class Proxy:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/models."""
-        if not self._authorised(request):
-            return _json_error(401, "the API key is missing or wrong")
+        if not has_key(request, self.config.api_key):
+            return json_error(401, "the API key is missing or wrong")
         reply = await self._legs.models(self._onward(request))
         return (
-            _json_error(503, "no engine can be reached; try again")
+            json_error(503, "no engine can be reached; try again")
             if reply is None
             else _whole(reply)
         )
@@ -284,7 +281,7 @@ class Proxy:
         report: dict[str, object] = {"status": "ok" if up else "unavailable"}
         if up and not legs.prefillers.any_up():
             report["status"] = "decode alone"
-        if self._authorised(request):  # addresses are nobody else's business
+        if has_key(request, self.config.api_key):  # addresses are nobody else's business
             report |= {
                 "prefill": legs.prefillers.states(),
                 "decode": legs.decoders.states(),
@@ -304,15 +301,6 @@ class Proxy:
         onward["X-Request-Id"] = request_id(request.headers.get("X-Request-Id")) or uuid.uuid4().hex
         return onward
 
-    def _authorised(self, request: web.Request) -> bool:
-        if self.config.api_key is None:
-            return True
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        sent = key.strip().encode("utf-8", "surrogateescape")
-        return scheme.lower() == "bearer" and hmac.compare_digest(
-            sent, self.config.api_key.encode()
-        )
-
 
 PROXY = web.AppKey("proxy", Proxy)
 """Where an application of `make_app` keeps its `Proxy`."""
@@ -331,7 +319,7 @@ def _query(request: web.Request) -> str:
 def _failed(life: RequestLife, status: int, message: str) -> web.Response:
     """The answer to a request that no engine answered."""
     life.status, life.outcome, life.cause = status, "error", message
-    return _json_error(status, message)
+    return json_error(status, message)
 
 
 async def _break_off(
@@ -361,6 +349,8 @@ def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application
         app.router.add_get(path, proxy.pass_whole)
     app.router.add_get("/v1/models", proxy.models)
     app.router.add_get("/health", proxy.health)
+    if config.admin_key is not None:
+        app.router.add_routes(Admin(config.admin_key, proxy.pools).routes())
     app.on_response_prepare.append(_allow_origin)
     return app
 
@@ -369,6 +359,10 @@ async def start(
     config: ProxyConfig, host: str, port: int, clock: Callable[[], float] = time.monotonic
 ) -> web.AppRunner:
     """A proxy that listens; ``cleanup`` on the runner ends it."""
+    tls = None
+    if config.ssl_certfile is not None:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
     runner = web.AppRunner(
         make_app(config, clock),
         handler_cancellation=True,
@@ -377,7 +371,9 @@ async def start(
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(
+            runner, host, port, ssl_context=tls, reuse_port=config.reuse_port or None
+        ).start()
     except BaseException:
         await runner.cleanup()
         raise
@@ -395,8 +391,10 @@ async def serve(config: ProxyConfig, host: str, port: int, announce: Callable[[s
         if ":" in bound_host:
             bound_host = f"[{bound_host}]"
         announce(
-            f"kvconnect proxy listens on http://{bound_host}:{bound_port} "
-            f"({len(config.prefill)} prefill, {len(config.decode)} decode)"
+            f"kvconnect proxy listens on {'https' if config.ssl_certfile else 'http'}://"
+            f"{bound_host}:{bound_port} "
+            f"({len(config.prefill + config.find_prefill)} prefill, "
+            f"{len(config.decode + config.find_decode)} decode)"
         )
         await stop.wait()
     finally:

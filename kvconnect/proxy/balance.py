@@ -22,7 +22,7 @@ CROWDED = 2.0
 _AT_EASE_TOKENS = 4096
 
 
-class Loaded(Protocol):
+class LoadedEngine(Protocol):
     """What the policy sees of an engine."""
 
     @property
@@ -31,7 +31,7 @@ class Loaded(Protocol):
     def tokens(self) -> int: ...
 
 
-_E = TypeVar("_E", bound=Loaded)
+_E = TypeVar("_E", bound=LoadedEngine)
 
 
 def in_order(engines: Sequence[_E], policy: Policy, turn: int, key: bytes | None) -> list[_E]:

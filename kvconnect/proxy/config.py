@@ -1,5 +1,6 @@
 """What an operator may set about the proxy, checked once at startup."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -7,6 +8,7 @@ import msgspec
 
 from kvconnect.errors import ConfigError
 from kvconnect.proxy.balance import Policy
+from kvconnect.proxy.discovery import SCHEMES, finder
 
 AtOnce = Literal["never", "auto", "always"]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -19,6 +21,10 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Base URLs of prefill engines, e.g. ``http://10.0.0.1:8100``."""
     decode: tuple[str, ...]
     """Base URLs of decode engines."""
+    find_prefill: tuple[str, ...] = ()
+    """Where more of them are looked for: see ``discovery``."""
+    find_decode: tuple[str, ...] = ()
+    """The same for decode engines."""
     api_key: str | None = None
     """What clients must send as ``Authorization: Bearer …``; None lets everybody in."""
     connect_timeout_s: Seconds = 2.0
@@ -37,6 +43,12 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Seconds that a request may take, whatever its client says; None: as long as it takes."""
     silence_timeout_s: Seconds | None = None
     """Seconds without a byte until an engine counts as down; None waits as long as it takes."""
+    ssl_certfile: str | None = None
+    """Certificates in PEM form, for clients that come over TLS; None: plain HTTP."""
+    ssl_keyfile: str | None = None
+    """Their private key, where it is not in the same file."""
+    reuse_port: bool = False
+    """Let other proxies on this host listen on the same port: the kernel deals out connections."""
     max_body_bytes: Annotated[int, msgspec.Meta(gt=0)] = 64 * 2**20
     """Largest request body that is accepted, in bytes."""
     at_once: AtOnce = "never"
@@ -57,26 +69,31 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def make_config(**settings: object) -> ProxyConfig:
     """A checked configuration; ConfigError names what cannot work."""
     for role in ("prefill", "decode"):
-        urls = settings.get(role) or ()
-        settings[role] = _engine_urls(role, urls)  # type: ignore[arg-type]
+        given: Iterable[str] = settings.get(role) or ()  # type: ignore[assignment]
+        texts = tuple(given)
+        if not texts:
+            raise ConfigError(f"no {role} engine is named; add --{role} http://HOST:PORT")
+        found = tuple(text for text in texts if text.partition("://")[0] in SCHEMES)
+        settings[role] = _engine_urls(role, [text for text in texts if text not in found])
+        for text in found:
+            finder(text)
+        settings[f"find_{role}"] = found
     try:
         return msgspec.convert(settings, ProxyConfig)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def _engine_urls(role: str, urls: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    if not urls:
-        raise ConfigError(f"no {role} engine is named; add --{role} http://HOST:PORT")
-    checked = tuple(_engine_url(role, url) for url in urls)
+def _engine_urls(role: str, urls: Iterable[str]) -> tuple[str, ...]:
+    checked = tuple(engine_url(role, url) for url in urls)
     twice = {url for url in checked if checked.count(url) > 1}
     if twice:
         raise ConfigError(f"--{role} {twice.pop()} is given twice; name each engine once")
     return checked
 
 
-def _engine_url(role: str, text: str) -> str:
-    """The URL as requests are built from it: no trailing slash."""
+def engine_url(role: str, text: str) -> str:
+    """The URL as requests are built from it: no trailing slash. ConfigError says what is wrong."""
 
     def refuse(why: str, remedy: str) -> ConfigError:
         return ConfigError(f"--{role} {text!r} {why}; {remedy}")

@@ -33,6 +33,7 @@ import yarl
 
 from kvconnect.proxy.budget import RetryBudget
 from kvconnect.proxy.config import ProxyConfig
+from kvconnect.proxy.discovery import Discovery, finder
 from kvconnect.proxy.early import EarlyEngines
 from kvconnect.proxy.health import HealthWatch, report_lost, report_status
 from kvconnect.proxy.life import RequestLife
@@ -217,12 +218,19 @@ class Legs:
         self.health = HealthWatch(
             self.prefillers, self.decoders, self._session, config.connect_timeout_s
         )
-        self._watch = asyncio.create_task(self.health.watch())
+        self._watches = [
+            asyncio.create_task(watch)
+            for watch in (
+                self.health.watch(),
+                Discovery(self.prefillers, [finder(url) for url in config.find_prefill]).watch(),
+                Discovery(self.decoders, [finder(url) for url in config.find_decode]).watch(),
+            )
+        ]
         self._early = EarlyEngines(self.decoders, self._session, config.at_once)
         self._keepers: OrderedDict[str, str] = OrderedDict()  # response id → its engine
 
     async def close(self) -> None:
-        own = [self._watch, *self._releases]
+        own = [*self._watches, *self._releases]
         for task in own:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
