@@ -27,6 +27,7 @@ from pathlib import Path
 
 import multi
 import yaml
+from bucket import bucket
 from conftest import model
 from identities import RANK, write_adapter
 from pair import eventually, words
@@ -74,9 +75,8 @@ def data_parallel(cluster):
 
 def adapted(cluster):
     """Ray loads the adapter on either side when the first request asks for it."""
-    adapters = cluster.folder / "adapters"
-    write_adapter(adapters / ADAPTER, MODEL, ADAPTER_SEED)
-    config = {"lora_config": {"dynamic_lora_loading_path": f"pyarrow-file://{adapters}"}}
+    write_adapter(cluster.folder / "buckets/adapters" / ADAPTER, MODEL, ADAPTER_SEED)
+    config = {"lora_config": {"dynamic_lora_loading_path": "pyarrow-s3://anonymous@adapters"}}
     engine = {"enable_lora": True, "max_lora_rank": RANK}
     return in_python(cluster, NIXL, TO_ADAPTER, decode=ONE, engine=engine, config=config)
 
@@ -149,20 +149,21 @@ def deploy(cluster):
     for role, number in replicas.items():  # what comes a second time is to be transferred again
         args[role] = fitted(args[role], number, {}, {"enable_prefix_caching": False})
     config["http_options"] = {"host": HOST, "port": cluster.port}
+    prefill = f"Prefill:{MODEL.name}"
 
-    def submit():
+    def submit(scaling):
+        # this part alone may change: Ray would start all of the application anew for any other
+        app["deployments"] = [{"name": prefill, "autoscaling_config": scaling}]
         file.write_text(yaml.safe_dump(config))
         start = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file)]
         subprocess.run([*start, "-a", cluster.dashboard], check=True, stdout=sys.stderr)
 
-    submit()
+    submit(stays)
     cluster.wait_up()
-    prefill = f"Prefill:{MODEL.name}"
     with ThreadPoolExecutor(1) as pool:
         gone = threading.Event()
         answering = pool.submit(cluster.answers, REQUESTS, until=gone)
-        app["deployments"] = [{"name": prefill, "autoscaling_config": leaves}]
-        submit()
+        submit(leaves)
         try:
             eventually(lambda: cluster.replicas(prefill) == 1, GONE_S, "a prefill replica has gone")
         finally:
@@ -258,7 +259,7 @@ def ask(port, endpoint, body):
 class Cluster:
     """Ray on this machine, with Serve; a context."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, buckets):
         import ray
         from ray import serve
 
@@ -266,6 +267,7 @@ class Cluster:
         cached = str(Path.home() / ".cache/vllm")  # else each replica inspects the model anew
         os.environ |= {
             "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", cached),
+            "AWS_ENDPOINT_URL_S3": buckets,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_prestart_worker_first_driver": "0",  # nobody uses sixteen idle Pythons
             "RAY_metrics_report_interval_ms": "2000",
@@ -314,9 +316,10 @@ class Cluster:
         return serve.status()
 
     def replicas(self, deployment):
-        """How many there are, those that are stopping included."""
+        """How many there are, those that are stopping included; none while Ray reads a new file."""
         (app,) = self.status().applications.values()
-        return sum(app.deployments[deployment].replica_states.values())
+        found = app.deployments.get(deployment)
+        return sum(found.replica_states.values()) if found else 0
 
     def answers(self, requests, until=None):
         """Of each request its text and its prompt's length, or the error; four at a time. With
@@ -378,7 +381,10 @@ def alone(requests):
 def check(name, expected):
     """A line about an application; ``ok``: it is as it should be."""
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder, Cluster(Path(folder)) as cluster:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))
+        buckets = stack.enter_context(bucket(folder / "buckets"))
+        cluster = stack.enter_context(Cluster(folder, buckets))
         answers = APPLICATIONS[name](cluster)
         tokens = settled(cluster.prompt_tokens)
     external = {replica: n for replica, n in tokens["external_kv_transfer"].items() if n}
