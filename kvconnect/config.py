@@ -116,6 +116,10 @@ class PeerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     allow_lossy: bool = False
     """Decode: accept KV of another 16-bit or 8-bit float type (fp16 ↔ bf16, e4m3 ↔ e5m2)."""
 
+    expected_gb_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Decode: GB/s that a peer should be read at. The log warns once of each that is read at less
+    than half of it; without it, at less than 5 % of a raw copy of this host's memory."""
+
     def __post_init__(self) -> None:
         if self.kv_lease_max_duration < self.kv_lease_duration:
             raise ValueError(

@@ -29,9 +29,9 @@ Why it is so, and what was rejected:
 
 import contextlib
 import enum
-import logging
 from dataclasses import dataclass, field
 
+from kvconnect.consumer.failures import FailureCause, count_failure, log_failure, refusal
 from kvconnect.consumer.follow import Follower, RankTables
 from kvconnect.consumer.reads import RankReads
 from kvconnect.consumer.release import Releaser
@@ -46,10 +46,6 @@ from kvconnect.errors import contained
 from kvconnect.orders import Cancel, Fetch, Release
 from kvconnect.stats import Stats
 from kvconnect.transport.base import Done, TransferId
-
-logger = logging.getLogger(f"vllm.{__name__}")
-
-TRANSFER, HANDSHAKE = "num_failed_transfers", "num_failed_handshakes"
 
 
 class Phase(enum.Enum):
@@ -71,6 +67,8 @@ class FetchState:
     deadline: float
     phase: Phase = Phase.GREETING
     error: str = ""
+    cause: FailureCause = FailureCause.TRANSFER
+    path: str = ""  # that was begun last: direct or staged
     aborted: bool = False
     opens: dict[int, Call] = field(default_factory=dict)  # index of the rank → call
     closes: dict[int, Call] = field(default_factory=dict)
@@ -165,7 +163,7 @@ class Fetcher:
         """The request ended; its fetch ends as failed once its reads have drained."""
         if fetch := self._fetches.get(order.request_id):
             fetch.aborted = True
-            self._fail(fetch, "the request was aborted")
+            self._fail(fetch, "the request was aborted", FailureCause.ABORTED)
             self.wake_queue.wake(order.request_id)
 
     def done(self, done: Done) -> None:
@@ -217,7 +215,7 @@ class Fetcher:
 
         def end(why: str) -> None:
             self._stats.count("num_unexpected_errors")
-            self._fail(fetch, why)
+            self._fail(fetch, why, FailureCause.UNEXPECTED)
 
         return contained(f"fetch of request {fetch.order.request_id}", end)
 
@@ -235,7 +233,7 @@ class Fetcher:
             self._stats.count("num_streamed_transfers")
         if fetch.error and not fetch.aborted:
             self._failed[request_id] = fetch.error
-            logger.warning("request %s: KV was not loaded: %s", request_id, fetch.error)
+            log_failure(fetch)
 
     # -- one fetch ----------------------------------------------------------------------
 
@@ -280,22 +278,25 @@ class Fetcher:
         for index, call in (*fetch.opens.items(), *fetch.closes.items()):
             late = isinstance(call.reply, wire.Closed) and not call.reply.stood
             if call.error and index in fetch.opens:
-                self._fail(fetch, call.error)
+                self._fail(fetch, call.error, FailureCause.PEER_LOST)
             elif isinstance(call.reply, wire.Refused):
-                self._fail(fetch, f"peer {remote.peers[index]} refused: {call.reply.detail}")
+                self._fail(fetch, *refusal(remote.peers[index], call.reply))
             elif late and index in fetch.opens:
                 self._stats.count("num_late_reads")
-                self._fail(fetch, "the lease was over before the read had ended")
+                error = "the lease was over before the read had ended"
+                self._fail(fetch, error, FailureCause.LATE)
         if remote.state is PeerState.FAILED:
-            greeted = fetch.phase is not Phase.GREETING
-            self._fail(fetch, remote.error, TRANSFER if greeted else HANDSHAKE)
+            greeting = fetch.phase is Phase.GREETING
+            cause = FailureCause.HANDSHAKE if greeting else FailureCause.PEER_LOST
+            self._fail(fetch, remote.error, cause)
 
     def _check_time(self, fetch: FetchState) -> None:
         if self._clock() < fetch.ends_at(self._load_timeout_s):
             return
         opened = fetch.phase in (Phase.READING, Phase.CLOSING) and fetch.has_all
         waited = 0.0 if opened or fetch.transfers else fetch.order.source.wait_s
-        self._fail(fetch, f"not loaded within {self._load_timeout_s + waited:g} s")
+        error = f"not loaded within {self._load_timeout_s + waited:g} s"
+        self._fail(fetch, error, FailureCause.TIMEOUT)
         if fetch.transfers and fetch.remote.state is not PeerState.FAILED:
             # the fence: without it a read could still land in blocks that get a new owner
             fetch.remote.fail("a read did not end in time")
@@ -303,7 +304,7 @@ class Fetcher:
     def _open(self, fetch: FetchState) -> None:
         source = fetch.order.source
         if source.lease_id and any(source.lease_id in p.gone for p in fetch.remote.peers):
-            self._fail(fetch, "the lease is over")
+            self._fail(fetch, "the lease is over", FailureCause.LEASE_OVER)
             return
         for index, path in enumerate(fetch.remote.paths):
             if path is not None:
@@ -317,12 +318,12 @@ class Fetcher:
             order.request_id, order.source, fetch.remote, fetch.lease_id_at
         )
 
-    def _fail(self, fetch: FetchState, error: str, counted_as: str = TRANSFER) -> None:
+    def _fail(self, fetch: FetchState, error: str, cause: FailureCause) -> None:
         if fetch.phase is Phase.FAILING:
             return
-        fetch.phase, fetch.error = Phase.FAILING, error
+        fetch.phase, fetch.error, fetch.cause = Phase.FAILING, error, cause
         if not fetch.aborted:
-            self._stats.count(counted_as)
+            count_failure(self._stats, cause)
         asked = [told.asked for told in fetch.told.values() if told.asked]
         for call in (*fetch.opens.values(), *asked):
             self._dialer.calls.cancel(call)

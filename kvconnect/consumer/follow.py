@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvconnect.consumer.failures import LOST_LEASE, FailureCause, refusal
 from kvconnect.consumer.reads import RankReads
 from kvconnect.consumer.remote import ConsumerContext
 from kvconnect.consumer.renew import LeaseRenewer
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from kvconnect.consumer.fetch import FetchState
 
 MAX_BLOCKS_TOLD = 1 << 22  # in all groups: an Opened itself has fewer, by its bytes
-BEGINS_ANEW = ("gone", "withdrawn")  # causes of a refusal: the lease id is over, the name is not
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Follower:
         context: ConsumerContext,
         renewer: LeaseRenewer,
         reads: RankReads,
-        fail: Callable[["FetchState", str], None],
+        fail: Callable[["FetchState", str, FailureCause], None],
     ) -> None:
         """``fail`` ends a fetch, of which a rank does not answer any more."""
         self._fail = fail
@@ -99,7 +99,7 @@ class Follower:
                 self._reads.start(fetch, index)
             elif told is not None and (asked := told.asked) is not None:
                 if asked.error:
-                    self._fail(fetch, asked.error)
+                    self._fail(fetch, asked.error, FailureCause.PEER_LOST)
                 elif isinstance(asked.reply, wire.Computed):
                     told.extend(asked.reply)
                     began = True
@@ -124,10 +124,10 @@ class Follower:
         return True
 
     def _refused(self, fetch: "FetchState", index: int, refused: wire.Refused) -> None:
-        if refused.cause in BEGINS_ANEW:
+        if refused.cause in LOST_LEASE:  # the lease id is over, its name may not be
             self.begin_anew(fetch, index)
         else:
-            self._fail(fetch, f"peer {fetch.remote.peers[index]} refused: {refused.detail}")
+            self._fail(fetch, *refusal(fetch.remote.peers[index], refused))
 
     def _ask(self, fetch: "FetchState", index: int, told: RankTables) -> Call:
         lease_id, have = told.lease_id, _lengths(told.tables)

@@ -9,10 +9,11 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvconnect.consumer.failures import FailureCause
 from kvconnect.consumer.remote import ConsumerContext, PeerPath, Remotes
 from kvconnect.consumer.stage import ChunkReceiver
 from kvconnect.errors import GeometryError
-from kvconnect.stats import Stats
+from kvconnect.stats import PeerRead, Stats, labelled
 from kvconnect.transport.base import Done, Op, TransferId, Work
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class RankReads:
         context: ConsumerContext,
         remotes: Remotes,
         stats: Stats,
-        fail: Callable[["FetchState", str], None],
+        fail: Callable[["FetchState", str, FailureCause], None],
     ) -> None:
         """``fail`` ends a fetch, of which a rank cannot be read."""
         self._context = context
@@ -76,12 +77,14 @@ class RankReads:
                 found = path.choose_staged(told.tables, fetch.order.blocks, told.stretch)
                 staged, fetch.expected[index] = found
                 staged = fetch.fell_back.get(index, staged)
+            fetch.path = _name(staged)
             if staged:
                 self._start_receiver(fetch, index, path)
             else:
                 self._submit(fetch, index, path, told)
         except (GeometryError, IndexError) as e:
-            self._fail(fetch, f"peer {fetch.remote.peers[index]}: {e}")
+            error = f"peer {fetch.remote.peers[index]}: {e}"
+            self._fail(fetch, error, FailureCause.GEOMETRY)
 
     def _submit(self, fetch: "FetchState", index: int, path: PeerPath, told: "RankTables") -> None:
         route = path.route
@@ -110,14 +113,14 @@ class RankReads:
         if path.staged is None or index in fetch.fell_back:
             if self._context.mode == "direct":
                 error += "; where hosts cannot read each other's memory, transfer_mode must be auto"
-            self._fail(fetch, error)
+            self._fail(fetch, error, FailureCause.TRANSFER)
             # its transport may have been made anew: learn of that by greeting it again
             self._context.dialer.fail(peer, f"a read failed: {error}")
             return
         if path.was_read:
             fetch.remote.greet_anew(error)
             self._remotes.look_again()
-        self._fall_back(fetch, index, error, staged=True)
+        self._fall_back(fetch, index, error, FailureCause.TRANSFER, staged=True)
 
     def _not_staged(self, fetch: "FetchState", index: int, receiver: ChunkReceiver) -> None:
         """A staged transfer failed, and touches our blocks no more: read directly instead."""
@@ -128,13 +131,20 @@ class RankReads:
         if receiver.only_this_path:
             path.costs.failed(True, self._context.clock() - fetch.began[index])
         if not receiver.only_this_path or path.route is None or index in fetch.fell_back:
-            self._fail(fetch, receiver.error)
+            self._fail(fetch, receiver.error, receiver.cause)
         else:
-            self._fall_back(fetch, index, receiver.error, staged=False)
+            if receiver.cause is FailureCause.CHECKSUM:  # no load failed by it
+                self._stats.count("num_checksum_failures")
+            self._fall_back(fetch, index, receiver.error, receiver.cause, staged=False)
 
-    def _fall_back(self, fetch: "FetchState", index: int, error: str, staged: bool) -> None:
+    def _fall_back(
+        self, fetch: "FetchState", index: int, error: str, cause: FailureCause, staged: bool
+    ) -> None:
         fetch.fell_back[index] = staged
         self._stats.count("num_fallbacks")
+        self._stats.count(
+            labelled("num_fallbacks_to", "staged" if staged else "direct", cause.label)
+        )
         logger.warning(
             "request %s: the other path is taken to peer %s: %s",
             fetch.order.request_id,
@@ -147,10 +157,15 @@ class RankReads:
         assert path.staged is not None
         hello = self._context.transport.hello()
         stretch = fetch.told[index].stretch
-        receiver = ChunkReceiver(path.staged, fetch.order, hello, fetch.deadline, stretch)
+        receiver = ChunkReceiver(
+            path.staged, fetch.order, hello, fetch.deadline, stretch, self._asked_again
+        )
         if not receiver.done:
             fetch.receivers[index], fetch.began[index] = receiver, self._context.clock()
             self._receiving.add(fetch.order.request_id)
+
+    def _asked_again(self, why: str) -> None:
+        self._stats.count(labelled("num_retries", why))
 
     def receive(self, fetch: "FetchState") -> None:
         """Move the staged transfers of a fetch on."""
@@ -162,6 +177,7 @@ class RankReads:
                 self._not_staged(fetch, index, receiver)
             elif receiver.done:
                 del fetch.receivers[index]
+                self._stats.count("num_chunks", receiver.chunks)
                 seconds = self._context.clock() - fetch.began[index]
                 self._stats.transfer(Done(0, None, receiver.nbytes, receiver.chunks, 0.0, seconds))
                 self._measured(fetch, index, True, receiver.nbytes, seconds)
@@ -175,3 +191,12 @@ class RankReads:
         if path := fetch.remote.paths[at]:
             path.costs.measured(staged, fetch.expected.get(at, 0), nbytes, seconds)
             self._stats.path(staged, path.costs)
+            request_id, peer = fetch.order.request_id, str(fetch.remote.peers[0])
+            now = self._context.clock()
+            read = PeerRead(request_id, _name(staged), peer, nbytes, now - seconds, now)
+            self._stats.read(read)
+
+
+def _name(staged: bool) -> str:
+    """Of a path, as metrics and the log have it."""
+    return "staged" if staged else "direct"

@@ -17,6 +17,7 @@ and scattering here overlap, since several chunks are under way.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvconnect.consumer.failures import FailureCause, refusal
 from kvconnect.control import wire
 from kvconnect.control.calls import Call
 from kvconnect.control.dialer import Dialer
@@ -162,8 +163,12 @@ class ChunkReceiver:
         hello: bytes,
         deadline: float,
         stretch: Stretch = ALL,
+        asked_again: Callable[[str], None] = lambda _why: None,
     ) -> None:
-        """Raises GeometryError. ``stretch``: only what the source has in these of its blocks."""
+        """Raises GeometryError. ``stretch``: only what the source has in these of its blocks.
+
+        ``asked_again`` is told why a chunk is asked for once more: ``busy`` or ``lost``.
+        """
         self._staged = staged
         # made one by one while others are under way, of which the next is known
         self._chunks = staged.chunk_plan.chunks(
@@ -181,6 +186,8 @@ class ChunkReceiver:
         """Whether it failed by reason of the path, so that another one may do."""
         self.lease_is_over = False
         """Whether it failed because the source says so."""
+        self.cause = FailureCause.TRANSFER
+        self._asked_again = asked_again
         self.nbytes = 0
         """Bytes of the chunks that were asked for."""
         self.chunks = 0
@@ -216,8 +223,13 @@ class ChunkReceiver:
         if not self.error:
             self._check_progress(lease_id, reader, waits_for_stage=not ready)
 
-    def _fail(self, error: str, only_this_path: bool = True) -> None:
-        self.error, self.only_this_path = error, only_this_path
+    def _fail(
+        self,
+        error: str,
+        cause: FailureCause = FailureCause.TRANSFER,
+        only_this_path: bool = True,
+    ) -> None:
+        self.error, self.cause, self.only_this_path = error, cause, only_this_path
 
     def _check_progress(self, lease_id: str, reader: int, waits_for_stage: bool) -> None:
         """Fail a pull whose source hangs, has ended the lease, or cannot write to us."""
@@ -229,16 +241,18 @@ class ChunkReceiver:
         if silent_s < PROBE_S and now - self._since < STUCK_S:
             return
         if not path.probe(lease_id, reader):
-            self._fail("the lease is over", only_this_path=False)
+            self._fail("the lease is over", FailureCause.LEASE_OVER, only_this_path=False)
             self.lease_is_over = True
         elif now - max(path.heard_at, self._since) >= SILENT_S:
             self._fail(
                 f"peer {path.peer} has answered nothing for {SILENT_S:g} s; is it stopped, or its "
                 "host out of reach?",
+                FailureCause.PEER_LOST,
                 only_this_path=False,
             )
         elif now - self._since >= STUCK_S:
-            self._fail(f"peer {path.peer} has filled no chunk for {STUCK_S:g} s")
+            error = f"peer {path.peer} has filled no chunk for {STUCK_S:g} s"
+            self._fail(error, FailureCause.TIMEOUT)
 
     def abandon(self) -> None:
         """Give up; slots that the source may still write to go into quarantine.
@@ -307,15 +321,17 @@ class ChunkReceiver:
         """Ask for it again if that may help."""
         path, now = self._staged, self._staged.clock()
         if refused.cause == "busy":
+            self._asked_again("busy")
             asked.again_at = now + BUSY_S
             return
         may_help = asked.times_staged < path.times_staged or not self._staged_anew
         if refused.cause not in LOST or not may_help:
             path.stage_anew()  # for the next pull: who knows what the source has kept
-            error = f"peer {path.peer} refused a chunk: {refused.detail}"
             self.lease_is_over = refused.cause == "gone"
-            self._fail(error, only_this_path=not self.lease_is_over)
+            error, cause = refusal(path.peer, refused, " a chunk")
+            self._fail(error, cause, only_this_path=not self.lease_is_over)
             return
+        self._asked_again("lost")
         if asked.times_staged == path.times_staged:  # else another chunk was refused before
             path.stage_anew()
             self._staged_anew += 1
@@ -327,7 +343,7 @@ class ChunkReceiver:
             return
         if asked.launch is None:
             if asked.call.error:
-                self._fail(asked.call.error, only_this_path=False)
+                self._fail(asked.call.error, FailureCause.PEER_LOST, only_this_path=False)
                 return
             reply = asked.call.reply
             if reply is None:
@@ -355,7 +371,8 @@ class ChunkReceiver:
         if not asked.launch.done():
             return
         if asked.launch.sums.astype("<u8").tobytes() != asked.sums:
-            self._fail(f"a chunk of peer {self._staged.peer} arrived with another checksum")
+            error = f"a chunk of peer {self._staged.peer} arrived with another checksum"
+            self._fail(error, FailureCause.CHECKSUM)
             return
         self._asked.remove(asked)
         self._staged.slots.give(asked.slot)

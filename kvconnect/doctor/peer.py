@@ -15,7 +15,8 @@ from kvconnect.control.wire import Address
 from kvconnect.doctor.finding import Finding, Verdict, fault
 from kvconnect.doctor.inspected import Greeting, InspectedEngine, InspectError, pair
 from kvconnect.doctor.link import LinkJob, measure
-from kvconnect.doctor.speed import judge, raw_copy
+from kvconnect.doctor.speed import judge
+from kvconnect.telemetry.bandwidth import raw_copy
 
 SLOW_S = 0.01
 ROUND_TRIPS = 9

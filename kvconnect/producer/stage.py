@@ -410,7 +410,7 @@ class ChunkSender:
     def _measured(self, link: Link, what: Literal["gather", "write"], per_byte: float) -> None:
         if reader := self._readers.get(link):
             average = reader.gathered if what == "gather" else reader.written
-            self._stats.average(SECONDS_PER_BYTE[what], average.add(per_byte))
+            self._stats.observe(SECONDS_PER_BYTE[what], average.add(per_byte))
 
     def _answer(self, link: Link, seq: int, answer: wire.Message) -> None:
         self._under_way.discard((link, seq))

@@ -9,7 +9,7 @@
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import msgspec
@@ -22,7 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvconnect.config import parse
 from kvconnect.vllm.engine import check_parallelism
-from kvconnect.vllm.metrics import Metrics, SummedStats
+from kvconnect.vllm.metrics import Metric, Metrics, SummedStats
 from kvconnect.vllm.transfer_fields import check_fields
 
 if TYPE_CHECKING:
@@ -145,8 +145,13 @@ class HalvesConnector(KVConnectorBase_V1, SupportsHMA, Generic[S, W]):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> Metrics:
         return Metrics(
-            cls.stats_type.metrics, vllm_config, metric_types, labelnames, per_engine_labelvalues
+            cls.exported_metrics(), vllm_config, metric_types, labelnames, per_engine_labelvalues
         )
+
+    @classmethod
+    def exported_metrics(cls) -> Sequence[Metric]:
+        """Those of the connector's stats that it can count."""
+        return cls.stats_type.metrics
 
     # -- scheduler -----------------------------------------------------------------------
 

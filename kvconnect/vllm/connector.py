@@ -1,6 +1,6 @@
 """What all prefill → decode connectors are: leased blocks of one engine, read by another."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
@@ -9,7 +9,8 @@ from kvconnect.config import NixlOptions, PeerConfig, parse
 from kvconnect.orders import Order
 from kvconnect.vllm import _compat, leaving, lent
 from kvconnect.vllm.base import HalvesConnector
-from kvconnect.vllm.metrics import PeerStats
+from kvconnect.vllm.metrics import Metric
+from kvconnect.vllm.peer_metrics import READS_EARLY, PeerStats
 from kvconnect.vllm.protocol import RouterProtocol
 from kvconnect.vllm.scheduler import Scheduler
 from kvconnect.vllm.transfer_fields import recompute_failed_loads
@@ -81,6 +82,12 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         name, own = config.chosen_transport("cuda")
         over_ucx = list(own.get("backends", NixlOptions().backends)) == ["UCX"]
         return name == "nccl" or (name == "nixl" and over_ucx)
+
+    @classmethod
+    def exported_metrics(cls) -> Sequence[Metric]:
+        """Routers take who exports READS_EARLY for one that can read while prefill computes."""
+        reads_early = hasattr(cls.config_type, "prefill_timeout")
+        return [one for one in cls.stats_type.metrics if reads_early or one.name != READS_EARLY]
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:

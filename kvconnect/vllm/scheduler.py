@@ -20,10 +20,11 @@ from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.lease import Terms
 from kvconnect.orders import Blocks, Offer, Order
 from kvconnect.planner import Planner
-from kvconnect.stats import StatsData
+from kvconnect.stats import StatsData, labelled
 from kvconnect.vllm import _compat, leaving
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.early_loads import EarlyLoads
+from kvconnect.vllm.held import LEASED, LOADING, NEXT_TURN, HeldBlocks
 from kvconnect.vllm.params import PREFIX_BYTES, TICKET_VERSION, Prompt, Ticket, token_kinds
 from kvconnect.vllm.prefill_progress import PrefillProgress
 from kvconnect.vllm.protocol import NOWHERE, EngineInfo, RouterProtocol
@@ -75,6 +76,7 @@ class Scheduler:
         ttl_s = getattr(config, "decoder_kv_blocks_ttl", 0.0)
         self.turns = LentTurns(ttl_s, vllm_config, kv_cache_config)
         self._turns_threshold = getattr(config, "kv_recompute_threshold", 0)
+        self._held = HeldBlocks()
         self.lent: dict[str, Any] = {}
         """Finished requests, by id, whose blocks are kept for readers."""
         self.drain_s = config.drain_timeout
@@ -142,7 +144,10 @@ class Scheduler:
         tokens = self._planner.match(request_id, local_tokens)
         if tokens < self._turns_threshold and self._protocol.lends(request):
             return 0
-        if not tokens or self.adapters.digest(request) == "":
+        if tokens and self.adapters.digest(request) == "":
+            self._count("num_stale_weights", "loaded")
+            return 0
+        if not tokens:
             return 0
         if self.early_loads.may_begin(request_id, tokens):
             return tokens
@@ -164,6 +169,7 @@ class Scheduler:
             blocks_to_fill, needed_from = self._wanted(blocks, request)
             self._windows.load(request_id, blocks_to_fill, needed_from)
             self._planner.fetch(request_id, blocks_to_fill, needed_from)
+            self._held.hold(LOADING, request_id, sum(map(len, blocks_to_fill)))
         else:  # all of it is here already, or vLLM chose not to load
             self._windows.done(request_id)
             self._planner.release(request_id)
@@ -179,6 +185,8 @@ class Scheduler:
             self._planner.received(request_id)
             self._windows.received(request_id)
             self.early_loads.ended(request_id)
+            if (seconds := self._held.free(LOADING, request_id)) is not None:
+                self._planner.stats.observe("handover_seconds", seconds)
 
     def sent(self, request_ids: Iterable[str]) -> None:
         """The leases of these requests are over on all ranks."""
@@ -186,10 +194,14 @@ class Scheduler:
         self.turns.over(request_ids)
         for request_id in request_ids:
             self.lent.pop(request_id, None)
+            for cause in (LEASED, NEXT_TURN):
+                if self._held.free(cause, request_id) is not None:
+                    self._count("num_leases", "ended")
 
     def revoke(self, request_ids: Iterable[str]) -> None:
         """The blocks of these requests are wanted back: their readers are late."""
         if revoked := self._planner.revoke(request_ids):
+            self._count("num_leases", "revoked", revoked)
             logger.info("kvconnect: %d leases are revoked", revoked)
 
     @property
@@ -228,8 +240,13 @@ class Scheduler:
             terms = self.turns.lend(request, tables, adapter)
         if terms is None:
             self._planner.withdraw(request.request_id)
+            self._count("num_leases", "withdrawn", lends)
+            self._count("num_stale_weights", "lent", adapter == "")
         else:
             self.lent[request.request_id] = request
+            self._held.hold(
+                LEASED if lends else NEXT_TURN, request.request_id, sum(map(len, terms.tables))
+            )
         params = None if terms is None else self._lend(request, terms)
         self.progress.ended(request.request_id)
         return terms is not None, params
@@ -244,7 +261,11 @@ class Scheduler:
 
     def take_stats(self) -> StatsData | None:
         """What was counted here since the last call; None if nothing."""
+        self._held.report(self._planner.stats)
         return self._planner.stats.take()
+
+    def _count(self, name: str, what: str, times: int = 1) -> None:
+        self._planner.stats.count(labelled(name, what), times)
 
     def close(self) -> None:
         """The engine ends. Idempotent."""
@@ -274,6 +295,7 @@ class Scheduler:
         if asked_at is None or not self.lent or time.monotonic() < asked_at + self.drain_s:
             return
         if late := self._planner.revoke(list(self.lent)):
+            self._count("num_leases", "revoked", late)
             logger.warning(
                 "kvconnect: %d leases were not read within %.0f s of the signal to end",
                 late,
@@ -327,6 +349,7 @@ class Scheduler:
         if self.adapters.undecided(request):
             return None
         if (adapter := self.adapters.begin(request)) == "":
+            self._count("num_stale_weights", "loaded")
             raise OfferError("which weights its adapter has is not known here")
         backoff = 0 if hasattr(request, SHORTENED) else self._backoff
         return self._protocol.offer(request, Prompt(request, adapter, backoff))
@@ -343,6 +366,7 @@ class Scheduler:
     def _lend(self, request: Any, terms: Terms) -> dict[str, Any] | None:
         self.progress.granted(request.request_id, terms.tables, terms.digest)
         lease_id = self._planner.grant(terms)
+        self._count("num_leases", "granted")
         ticket = Ticket(
             version=TICKET_VERSION,
             engine_id=self._us.engine_id,

@@ -25,7 +25,8 @@ from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
 from kvconnect.orders import Fetch, Grant, Order, Outcome, Progress, Revoke
 from kvconnect.staging import Staging, staging_slot_bytes
-from kvconnect.stats import StatsData
+from kvconnect.stats import READS, StatsData, labelled
+from kvconnect.telemetry.bandwidth import BandwidthWatch
 from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.adapter_reports import AdapterReport, merged, worker_adapters
 from kvconnect.vllm.engine import Rank, kernels_for, this_rank, use_device
@@ -95,6 +96,7 @@ class Worker:
         self._fenced: tuple[type[Order], ...] = (Fetch, Progress, *drafts)
         self._address_sent = False
         self.adapters = worker_adapters(vllm_config)
+        self._bandwidth = BandwidthWatch(config.expected_gb_s)
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -249,8 +251,18 @@ class Worker:
         return outcome, lost
 
     def take_stats(self) -> StatsData | None:
-        """See `Mover.take_stats`."""
-        return self.mover.take_stats() if self.mover else None
+        """See `Mover.take_stats`; with what peers do of what is expected of them."""
+        taken = self.mover.take_stats() if self.mover else None
+        if taken is None:
+            return None
+        for read in taken.pop(READS, ()):
+            self._bandwidth.read(read)
+        if ceiling := self._bandwidth.ceiling:
+            taken["expected_rate"] = [ceiling]
+            for name in [name for name in taken if name.startswith("read_rate|")]:
+                share = labelled("read_share", *name.split("|")[1:])
+                taken[share] = [rate / ceiling for rate in taken[name]]
+        return taken
 
     def close(self) -> None:
         """Stop the mover. Idempotent."""

@@ -191,7 +191,7 @@ def test_what_nobody_asks_for_is_kept_to_a_bound():
     """An engine without steps asks for nothing, whatever its mover measures."""
     reported, measured = Stats(), Stats()
     for number in range(KEPT + 2):
-        measured.average("descriptor_seconds", number)
+        measured.observe("descriptor_seconds", number)
         measured.count("num_fallbacks")
         reported.add(measured.take())
     stats = reported.take()

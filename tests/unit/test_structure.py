@@ -29,6 +29,7 @@ LAYERS = [
     {"control"},
     {"transport", "staging", "orders"},
     {"stats", "offload"},
+    {"telemetry"},
     {"producer", "consumer"},
     {"planner", "mover"},
     {"chain"},

@@ -1,24 +1,39 @@
 """Our stats as vLLM's API server exports them, on real Prometheus metrics."""
 
 import ast
+import importlib.util
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector import v1
 
 import kvconnect
+from kvconnect.consumer.failures import FailureCause, count_failure
 from kvconnect.costs import Costs
 from kvconnect.proxy.early import READS_EARLY
-from kvconnect.stats import OBSERVED, Stats
-from kvconnect.vllm.metrics import PEER, Metrics, PeerStats
-from kvconnect.vllm.multi.metrics import CHAIN
+from kvconnect.stats import OBSERVED, PeerRead, Stats
+from kvconnect.vllm.held import HeldBlocks
+from kvconnect.vllm.metrics import MAX_PEERS, OTHER_PEERS, Metrics
+from kvconnect.vllm.mooncake.connector import KVConnectMooncake
+from kvconnect.vllm.multi.metrics import CHAIN, MultiStats
+from kvconnect.vllm.nixl import KVConnectNixl
 from kvconnect.vllm.offload.metrics import OFFLOAD, OffloadStats
+from kvconnect.vllm.p2p.connector import KVConnectP2pNccl
+from kvconnect.vllm.peer_metrics import PEER, PeerStats
 
 MIB = 1 << 20
 ROOT = Path(kvconnect.__file__).parent
+
+_spec = importlib.util.spec_from_file_location(
+    "metrics_page", ROOT.parent / "scripts/metrics_page.py"
+)
+metrics_page = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(metrics_page)
 
 
 class Exported:
@@ -69,17 +84,154 @@ def test_an_average_of_nothing_is_not_set():
     assert exported.value("vllm:kvconnect_direct_bytes_per_second") == 0
 
 
-def test_no_label_names_a_peer():
+def read(peer, nbytes=4 * MIB, seconds=0.5, path="staged"):
+    return PeerRead("r", path, peer, nbytes, 10.0, 10.0 + seconds)
+
+
+def test_reads_are_counted_by_path_and_peer():
+    stats, exported = Stats(), Exported()
+    for path in ("staged", "direct", "direct"):
+        stats.read(read("10.0.0.1:7", path=path))
+    exported.metrics.observe(stats.take())
+    labels = {"path": "direct", "peer": "10.0.0.1:7"}
+    assert exported.value("vllm:kvconnect_reads_total", **labels) == 2
+    assert exported.value("vllm:kvconnect_read_bytes_total", **labels) == 8 * MIB
+    assert exported.value("vllm:kvconnect_read_seconds_total", **labels) == 1.0
+    assert exported.value("vllm:kvconnect_read_bytes_per_second", **labels) == 8 * MIB
+    labels["path"] = "staged"
+    assert exported.value("vllm:kvconnect_reads_total", **labels) == 1
+
+
+def test_peers_have_so_many_labels_and_no_more():
     """Peers come and go, and Prometheus never forgets one."""
     exported = Exported()
-    exported.metrics.observe(taken(staged=True))
-    labels = {
-        name
+    for number in range(3 * MAX_PEERS):
+        stats = Stats()
+        stats.read(read(f"10.0.0.1:{number}"))
+        exported.metrics.observe(stats.take())
+    peers = {
+        sample.labels["peer"]
         for family in exported.registry.collect()
         for sample in family.samples
-        for name in sample.labels
+        if "peer" in sample.labels
     }
-    assert labels == {"model_name", "engine", "le"}
+    assert len(peers) == MAX_PEERS + 1
+    rest = exported.value("vllm:kvconnect_reads_total", path="staged", peer=OTHER_PEERS)
+    assert rest == 2 * MAX_PEERS
+    assert exported.value("vllm:kvconnect_reads_total", path="staged", peer="10.0.0.1:0") == 1
+
+
+def test_a_peer_s_name_cannot_make_other_labels():
+    exported, stats = Exported(), Stats()
+    stats.read(read("evil|staged|x"))
+    exported.metrics.observe(stats.take())
+    assert exported.value("vllm:kvconnect_reads_total", path="staged", peer="evil_staged_x") == 1
+
+
+def test_causes_are_there_before_anything_fails_for_an_increase_to_be_seen():
+    exported, stats = Exported(), Stats()
+    cause = {"cause": "checksum"}
+    assert exported.value("vllm:kvconnect_failed_loads_total", **cause) == 0
+    count_failure(stats, FailureCause.CHECKSUM)
+    exported.metrics.observe(stats.take())
+    assert exported.value("vllm:kvconnect_failed_loads_total", **cause) == 1
+    assert exported.value("vllm:kvconnect_checksum_failures_total") == 1
+    assert exported.value("vllm:nixl_num_failed_transfers_total") == 1
+
+
+def test_held_blocks_and_the_oldest_of_them_are_gauges_by_cause():
+    now = [100.0]
+    held, stats, exported = HeldBlocks(lambda: now[0]), Stats(), Exported()
+    held.hold("leased", "a", 5)
+    now[0] += 2
+    held.hold("leased", "b", 7)
+    held.hold("loading", "c", 1)
+    held.report(stats)
+    exported.metrics.observe(stats.take())
+    blocks, oldest = "vllm:kvconnect_held_blocks", "vllm:kvconnect_held_oldest_seconds"
+    assert exported.value(blocks, cause="leased") == 12
+    assert exported.value(oldest, cause="leased") == 2
+    assert exported.value("vllm:kvconnect_leases_standing") == 2
+    held.report(stats)
+    assert stats.take() is None, "nothing has changed, and no second has passed"
+    now[0] += 3
+    assert held.free("leased", "a") == 5
+    assert held.free("leased", "a") is None
+    held.report(stats)
+    exported.metrics.observe(stats.take())
+    assert exported.value(blocks, cause="leased") == 7
+    assert exported.value(oldest, cause="leased") == 3
+    assert exported.value(blocks, cause="loading") == 1
+    now[0] += 1
+    held.report(stats)
+    exported.metrics.observe(stats.take())
+    assert exported.value(oldest, cause="loading") == 4
+
+
+ODD = [
+    None,
+    3,
+    "many",
+    [],
+    {"num_late_reads": {"a": 1}},
+    {"num_late_reads": [1.0], "transfer_duration": 3},
+    {"num_late_reads": -1, "read_rate|a": [1.0], "num_reads|a|b|c": 1, "num_reads": 1},
+    {"transfer_duration": ["long", None, {}], "num_descriptors": [object()]},
+    {"transfer_duration": [math.inf, math.nan, 10**400], "num_invalid_params": 10**400},
+    {"num_late_reads": math.nan, 7: 7, None: [1.0], "": 1, "|": 1, "read_rate||": [1.0]},
+    {"transfer_duration": np.ones(3), "num_late_reads": np.ones(2)},
+    {"staged_seconds_per_byte": [5e-324], "descriptor_seconds": [True]},
+    {"transfer_duration": (1.0, 2.0), "load_us": "2"},
+]
+
+
+@pytest.mark.parametrize("kind", [PeerStats, OffloadStats])
+@pytest.mark.parametrize("odd", ODD)
+def test_stats_never_raise(kind, odd):
+    """An exception in stats ends the API server's output loop, and with it every request."""
+    exported = Exported(kind.metrics)
+    for one, other in ((odd, odd), ({"num_late_reads": 1}, odd), (odd, {"num_late_reads": [1]})):
+        stats = kind(data=one)
+        stats.is_empty()
+        stats.reduce()
+        both = stats.aggregate(kind(data=other))
+        both.reduce()
+        exported.metrics.observe(one)
+        exported.metrics.observe(both.to_dict())
+        exported.metrics.observe(both.to_dict(), engine_idx=7)
+    multi = MultiStats()
+    multi.put("one", KVConnectNixl, kind(data=odd))
+    multi.aggregate(multi)
+    multi.aggregate(kind(data=odd))
+    multi.reduce()
+    multi.is_empty()
+
+
+def test_a_count_adds_to_an_average_of_another_version():
+    """A whole number replaced what was counted as a fraction before."""
+    both = PeerStats(data={"num_late_reads": 1.5}).aggregate(PeerStats(data={"num_late_reads": 2}))
+    assert both.data == {"num_late_reads": 3.5}
+
+
+@pytest.mark.parametrize(
+    ("connector", "can"),
+    [(KVConnectNixl, True), (KVConnectMooncake, True), (KVConnectP2pNccl, False)],
+)
+def test_only_a_connector_that_reads_while_prefill_computes_says_so(connector, can):
+    """The proxy asks both engines at once where decode exports it; P2pNccl has no such form."""
+    exported = {metric.name for metric in connector.exported_metrics()}
+    assert (READS_EARLY.decode() in exported) is can
+    assert len(exported) >= len({m.name for m in PEER}) - 1
+
+
+def test_the_page_of_metrics_is_current():
+    assert metrics_page.PAGE.read_text() == metrics_page.page(), "run scripts/metrics_page.py"
+
+
+def test_every_metric_says_what_it_means_and_what_to_do():
+    for metric in PEER + OFFLOAD + CHAIN:
+        assert len(metric.help) > 10, metric.name
+        assert len(metric.advice) > 10, metric.name
 
 
 def test_stats_of_another_version_are_passed_over():
@@ -107,23 +259,37 @@ def test_counts_are_summed_and_times_are_seconds():
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in ROOT.rglob("*.py")
-    if path.name != "metrics.py"
+    if not path.name.endswith("metrics.py")
 }
 TABLES = {
-    "peer": (PEER, ("mover.py", "stats.py", "consumer/", "producer/", "vllm/scheduler.py")),
+    "peer": (
+        PEER,
+        (
+            "mover.py",
+            "stats.py",
+            "consumer/",
+            "producer/",
+            "vllm/scheduler.py",
+            "vllm/worker.py",
+            "vllm/held.py",
+        ),
+    ),
     "offload": (OFFLOAD, ("offload/", "vllm/offload/")),
     "chain": (CHAIN, ("chain/", "vllm/multi/")),
 }
 
 
 def names_counted(text):
-    """Keys of counts and arguments of `Stats.count` and `average`; what a table of names holds."""
+    """Keys of counts and arguments of `Stats.count` and `observe`; what a table of names holds."""
     for node in ast.walk(ast.parse(text)):
         match node:
             case ast.Subscript(value=ast.Name(id=owner) | ast.Attribute(attr=owner), slice=key):
-                if owner.endswith("counts"):
+                if owner.endswith(("counts", "taken")):
                     yield key
-            case ast.Call(func=ast.Attribute(attr="count" | "average"), args=[key, *_]):
+            case ast.Call(
+                func=ast.Attribute(attr="count" | "observe" | "_count") | ast.Name(id="labelled"),
+                args=[key, *_],
+            ):
                 yield key
             case ast.Call(func=ast.Name(id="Counter"), keywords=found):
                 yield from (ast.Constant(keyword.arg) for keyword in found)

@@ -22,36 +22,48 @@ CHAIN = (
         "vllm:kvconnect_chain_tokens_from_peers",
         ("tokens_from_peers",),
         "Prompt tokens of chained loads that other engines gave.",
+        unit="tokens",
+        advice="Nothing: it shows where tokens came from.",
     ),
     Metric(
         "vllm:kvconnect_chain_tokens_from_host",
         ("tokens_from_host",),
         "Prompt tokens of chained loads out of host memory.",
+        unit="tokens",
+        advice="Nothing: it shows where tokens came from.",
     ),
     Metric(
         "vllm:kvconnect_chain_tokens_from_disk",
         ("tokens_from_disk",),
         "Prompt tokens of chained loads out of the disk tier.",
+        unit="tokens",
+        advice="Nothing: it shows where tokens came from.",
     ),
     Metric(
         "vllm:kvconnect_chain_tokens_from_beside",
         ("tokens_from_beside",),
         "Prompt tokens of chained loads out of what other engines stored.",
+        unit="tokens",
+        advice="Nothing: it shows where tokens came from.",
     ),
     Metric(
         "vllm:kvconnect_chain_tokens_lost",
         ("tokens_lost",),
         "Prompt tokens of chained loads that no source could give, and that were computed again.",
+        unit="tokens",
+        advice="See the log's lines of loads that failed.",
     ),
     Metric(
         "vllm:kvconnect_chain_fallbacks",
         ("fallbacks",),
         "Times that another source took over within a load, per rank.",
+        advice="See why the first source failed, in the log.",
     ),
     Metric(
         "vllm:kvconnect_chain_failed_pieces",
         ("pieces_failed",),
         "Chunks that no source could give, per rank.",
+        advice="As for `tokens_lost`.",
     ),
 )
 
@@ -84,7 +96,8 @@ class MultiStats(KVConnectorStats):
         }
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        assert isinstance(other, MultiStats)
+        if not isinstance(other, MultiStats):  # another connector's, which is not ours to count
+            return self
         for label, stats in other.data.items():
             mine = self.data.get(label)
             self.data[label] = stats if mine is None else mine.aggregate(stats)

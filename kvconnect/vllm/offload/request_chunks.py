@@ -33,6 +33,8 @@ class RequestChunks:
         """A load has failed; another would too, and the request must get on."""
         self.looked = False
         """Whether the workers were given a step to say what other engines hold."""
+        self.counted = False
+        """Whether it was counted what of the prompt is nowhere."""
         self.offered = [0] * len(group_configs)
         """Per group, chunks from the first on that were offered to be stored."""
         self.most_tokens = _limit(request, "max_offload_tokens")

@@ -130,9 +130,16 @@ class OffloadScheduler:
 
     def update_state_after_alloc(self, request: Any, blocks: Any, tokens: int) -> None:
         """Blocks were allocated, of which ``tokens`` are to be loaded."""
-        if not tokens or self._tier is None:
+        if self._tier is None:
             return
         tracked = self._track(request)
+        if not tracked.counted:  # vLLM asks again when the load has ended, or after a preemption
+            tracked.counted = True
+            self._counts["tokens_missed"] += max(
+                request.num_tokens - 1 - tracked.local_tokens - tokens, 0
+            )
+        if not tokens:
+            return
         chunks = self._chunks_to_load(tracked, blocks, tracked.local_tokens + tokens)
         self._counts.update(self._sources(chunks))
         result = self._tier.load(request.request_id, chunks)

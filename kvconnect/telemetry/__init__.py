@@ -1,0 +1,1 @@
+"""What is made of measurements for people: warnings of slow links, and traces of requests."""
