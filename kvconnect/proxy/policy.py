@@ -169,6 +169,8 @@ class EngineAddress(msgspec.Struct, frozen=True):
     remote_port: int
     step_tokens: int = 0
     """How many tokens it computes in a step; 0: it does not say."""
+    kvconnect: str | None = None
+    """The ticket that came with the answer: it names the engine beyond doubt."""
 
 
 class _Offered(msgspec.Struct):
@@ -190,6 +192,8 @@ def early_params(address: EngineAddress, transfer_id: str) -> msgspec.Raw:
     offer = {"do_remote_prefill": True, "do_remote_decode": False}
     offer |= msgspec.structs.asdict(address)
     del offer["step_tokens"]
+    if ticket := offer.pop("kvconnect"):
+        offer["kvconnect_engine"] = ticket
     return _named({k: msgspec.Raw(msgspec.json.encode(v)) for k, v in offer.items()}, transfer_id)
 
 

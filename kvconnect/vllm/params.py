@@ -26,6 +26,8 @@ from kvconnect.orders import Offer, Source
 logger = logging.getLogger(f"vllm.{__name__}")
 
 TICKET_KEY = "kvconnect"
+ENGINE_KEY = "kvconnect_engine"
+"""Any ticket of an engine that is asked at once: where it is counts, and not what it leased."""
 TRANSFER_KEY = "transfer_id"
 STEP_KEY = "step_tokens"
 MAX_TICKET_CHARS = 1 << 20
@@ -257,8 +259,10 @@ def parse_early(
     ``name``: the lease's. ``wait_s``: how long computing may take; where blocks are named,
     prefill has answered already.
     """
-    _ticket(params, secret)
     wait_s = 0.0 if params.get("remote_block_ids") else wait_s
+    if (ticket := _ticket(params, secret, ENGINE_KEY)) is not None:
+        check_engine(ticket.engine_id, engine_id, None, name)
+        return Source(_shards(ticket), name, None, ttl_s, wait_s)
     check_engine(text_of(params, "remote_engine_id"), engine_id, None, name)
     address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
     warn_unsigned()
@@ -273,12 +277,12 @@ def parse_rejected(
     return Offer(source, tokens=0, digest=b"")
 
 
-def _ticket(params: dict[str, Any], secret: bytes | None) -> Ticket | None:
-    if params.get(TICKET_KEY):
-        return open_ticket(params[TICKET_KEY], secret)
+def _ticket(params: dict[str, Any], secret: bytes | None, key: str = TICKET_KEY) -> Ticket | None:
+    if params.get(key):
+        return open_ticket(params[key], secret)
     if secret is not None:
         raise OfferError(
-            f"no {TICKET_KEY} ticket, which auth_secret_file requires; does the prefill engine "
+            f"no {key} ticket, which auth_secret_file requires; does the prefill engine "
             "run kvconnect with the same secret, and does the router copy all params?"
         )
     return None
@@ -287,13 +291,16 @@ def _ticket(params: dict[str, Any], secret: bytes | None) -> Ticket | None:
 def _source(params: dict[str, Any], ticket: Ticket | None, engine_id: str, ttl_s: float) -> Source:
     if ticket is not None:
         check_engine(ticket.engine_id, engine_id, ticket.lease_id, ticket.request_id)
-        shards = tuple(Address(where.host, where.port, key) for where, key in ticket.shards)
-        return Source(shards, ticket.request_id, ticket.lease_id, ticket.ttl_ms / 1000)
+        return Source(_shards(ticket), ticket.request_id, ticket.lease_id, ticket.ttl_ms / 1000)
     request_id = text_of(params, "remote_request_id")
     check_engine(text_of(params, "remote_engine_id"), engine_id, None, request_id)
     address = Address(text_of(params, "remote_host", 255), _integer(params, "remote_port", 65_535))
     warn_unsigned()
     return Source((address,), request_id, None, ttl_s)
+
+
+def _shards(ticket: Ticket) -> tuple[Address, ...]:
+    return tuple(Address(where.host, where.port, key) for where, key in ticket.shards)
 
 
 @functools.cache

@@ -117,17 +117,17 @@ class RouterProtocol:
             return None
 
     def name(self, request: Any) -> str:
-        """Under which name the lease of a request that `lends` is found; "": its request id."""
+        """Under which name the lease of a request that `lends` is found; "": its request id.
+
+        With a secret its id is none: what meets so brings no ticket of ours.
+        """
         try:
-            return "" if self.us.secret is not None else self._shared_name(request, by_id=True)
+            return self._shared_name(request, by_id=self.us.secret is None)
         except OfferError:
             return ""
 
     def is_read_early(self, request: Any) -> bool:
-        """Whether who decodes a request that `lends` may have been asked already.
-
-        Not where a secret is set: its offers need a ticket, and there is none so early.
-        """
+        """Whether who decodes a request that `lends` may have been asked already."""
         named = self.streams_by_id or names_transfer(request.kv_transfer_params)
         return named and bool(self.name(request))
 

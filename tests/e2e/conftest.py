@@ -125,7 +125,12 @@ def small_blocks_pair(folder: Path) -> Setup:
 
 
 def streaming_pair(folder: Path) -> Setup:
-    """TP 2 → 1: prefill computes 256 tokens a step, in blocks of 32; decode has blocks of 128."""
+    """TP 2 → 1: prefill computes 256 tokens a step, in blocks of 32; decode has blocks of 128.
+
+    With a secret.
+    """
+    secret = folder / "secret"
+    secret.write_text("0123456789abcdef0123456789abcdef\n")
     steps = ["--block-size", "32", "--max-num-batched-tokens", "256"]
     return Setup(
         model("KVCONNECT_TP_MODEL"),
@@ -133,7 +138,7 @@ def streaming_pair(folder: Path) -> Setup:
         decode=["--block-size", "128"],
         both=SHORT,
         # two ranks that spin leave little of two cores to anybody else: be patient
-        extra={"handshake_timeout": 60, "kv_lease_duration": 90},
+        extra={"auth_secret_file": str(secret), "handshake_timeout": 60, "kv_lease_duration": 90},
     )
 
 

@@ -16,6 +16,7 @@ def at_once(pair: Pair, prompt: Any, max_tokens: int = 12) -> list[int]:
     name = f"transfer {next(NUMBERS)}"
     known = pair.prefilled(words(3, seed=1))
     where = {k: known[k] for k in ("remote_engine_id", "remote_host", "remote_port")}
+    where["kvconnect_engine"] = known["kvconnect"]
     asked = {"do_remote_prefill": True, "transfer_id": name, **where}
     answers: list[Any] = []
     prefill = {**PREFILL, "transfer_id": name}

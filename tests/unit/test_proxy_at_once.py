@@ -57,6 +57,7 @@ def test_both_are_asked_at_once_when_prefill_has_said_that_it_can():
                 "do_remote_prefill": True,
                 "do_remote_decode": False,
                 "transfer_id": params(p)["transfer_id"],
+                "kvconnect_engine": "ticket",
                 **WHERE,
             }
             assert params(p, 0)["transfer_id"] != params(p)["transfer_id"]
@@ -342,6 +343,7 @@ def test_auto_asks_at_once_where_both_engines_say_that_they_can():
             while "kvconnect" in params(d):  # in turn, until decode has been looked at
                 assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
             early = {"do_remote_prefill": True, "do_remote_decode": False, **WHERE}
+            early["kvconnect_engine"] = "ticket"
             assert params(d) == early | {"transfer_id": params(p)["transfer_id"]}
             looks = [head for head in d.heads if head.path == "/metrics"]
             assert len(looks) == 1

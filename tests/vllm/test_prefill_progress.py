@@ -67,6 +67,14 @@ class Prefill:
         request.num_computed_tokens += tokens
         return orders
 
+    def answers(self):
+        """A request that was computed in one step: what is given back with its answer."""
+        request, _ = self.arrives(request_id="before")
+        request.status, request.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, TOKENS
+        _, said = self.engine.scheduler.request_finished(request, ([1, 2, 3],))
+        self.engine.scheduler.take_orders()
+        return said
+
     def finishes(self, request):
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED
         self.engine.scheduler.request_finished(request, (self.tables[request.request_id],))
@@ -288,6 +296,49 @@ def test_decode_is_asked_at_once():
     assert (fetch.tokens, fetch.source) == (TOKENS, renew.source)
 
 
+@pytest.fixture
+def secret(tmp_path):
+    """Configurations that have it."""
+    path = tmp_path / "secret"
+    path.write_text("0123456789abcdef0123456789abcdef")
+    return NixlConfig(auth_secret_file=str(path), prefill_timeout=33)
+
+
+def test_with_a_secret_decode_goes_by_a_ticket_of_that_engines(secret):
+    """Of an earlier request: where the engine is counts, and not what it leased."""
+    p, d = Prefill(config=secret), Engine("D", "kv_both", secret, RouterProtocol)
+    said = p.answers()
+    assert said["transfer_id"] == "x"
+    asked = DECODE | {"transfer_id": "y", "kvconnect_engine": said["kvconnect"]}
+    request = d.arrives(asked | {"remote_host": "10.6.6.6"}, num_computed_tokens=0)
+    (renew,) = d.steps([RenewLease])
+    source = renew.source
+    assert (source.request_id, source.lease_id, source.wait_s) == ("transfer y", None, 33)
+    (address,) = source.shards
+    assert (address.host, address.port, address.key) == ("127.0.0.1", 7777, "k")
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == TOKENS
+    again, promise = p.arrives(PREFILL | {"transfer_id": "y"}, "r2")
+    assert promise.name == "transfer y"
+    assert p.step(again, 16, new=True) == []
+    (told,) = p.step(again, 24)
+    assert told.lease_id == promise.lease_id
+
+
+@pytest.mark.parametrize("ticket", [None, "another secret's", "none's"])
+def test_with_a_secret_decode_dials_nobody_whom_no_ticket_names(secret, tmp_path, ticket):
+    d = Engine("D", "kv_both", secret, RouterProtocol)
+    (tmp_path / "another").write_text("fedcba9876543210fedcba9876543210")
+    another = NixlConfig(auth_secret_file=str(tmp_path / "another"))
+    named = {}
+    if ticket:
+        said = Prefill(config=another if ticket != "none's" else NixlConfig()).answers()
+        named = {"kvconnect_engine": said["kvconnect"]}
+    request = d.arrives(DECODE | named, num_computed_tokens=0)
+    assert d.scheduler.take_orders() == []
+    assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
+    assert d.scheduler.take_stats()["num_invalid_params"] == 1
+
+
 PUSH = {  # what vLLM's disagg_proxy_pushconnector_demo.py sends
     "do_remote_decode": False,
     "do_remote_prefill": True,
@@ -429,16 +480,3 @@ def test_bad_params_are_prefilled_here(changed):
     d = Engine("D", "kv_both", NixlConfig(), RouterProtocol)
     request = d.arrives(DECODE | changed, num_computed_tokens=0)
     assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
-
-
-def test_with_a_secret_a_ticket_is_needed(tmp_path):
-    secret = tmp_path / "secret"
-    secret.write_text("0123456789abcdef")
-    config = NixlConfig(auth_secret_file=str(secret))
-    d = Engine("D", "kv_both", config, RouterProtocol)
-    request = d.arrives(DECODE, num_computed_tokens=0)
-    assert d.scheduler.get_num_new_matched_tokens(request, 0) == 0
-    p = Engine("P", "kv_both", config, RouterProtocol, spec=FULL)
-    request = p.arrives(PREFILL)
-    assert p.steps([Promise])[0].name == ""
-    assert "transfer_id" not in p.finishes(request)[1], "so a router asks in turn"
