@@ -89,7 +89,7 @@ class LeaseBook:
         self._promised: dict[str, str] = {}  # lease_id → name
         self._leases: dict[str, _Lease] = {}  # lease_id → lease
         self._lease_ids: dict[str, str] = {}  # name → lease_id, promised or granted
-        self._over: OrderedDict[str, None] = OrderedDict()  # names of leases that ended last
+        self._over: OrderedDict[str, bytes] = OrderedDict()  # names that ended last → digest
         self._reading = 0  # leases that somebody is reading
         self._deadlines: Deadlines[str] = Deadlines()  # of lease ids
 
@@ -126,7 +126,7 @@ class LeaseBook:
         """A promised request ended without KV to lease (abort, error)."""
         name = self._promised.pop(lease_id, None)
         if name is not None:
-            self._unnamed(name, lease_id)
+            self._unnamed(name, lease_id, b"")
 
     def release_unread(self, lease_id: str) -> str | None:
         """End a lease that nobody reads; returns the request id whose blocks may be freed."""
@@ -142,9 +142,10 @@ class LeaseBook:
         """Id under which a request's lease is promised or granted now."""
         return self._lease_ids.get(name)
 
-    def is_over(self, name: str) -> bool:
-        """Whether what was last promised or granted under ``name`` ended a short while ago."""
-        return name in self._over
+    def is_over(self, name: str, digest: bytes = b"") -> bool:
+        """Whether a lease of that name, and of that prompt if it is known, has just ended."""
+        ended = self._over.get(name)
+        return ended is not None and (not ended or not digest or ended == digest)
 
     def standing(self, lease_id: str) -> LeaseState:
         """How the lease stands at this moment."""
@@ -214,18 +215,18 @@ class LeaseBook:
         self._deadlines.drop(lease_id)
         self._reading -= bool(lease.reading)
         for name in _names(lease.terms):
-            self._unnamed(name, lease_id)
+            self._unnamed(name, lease_id, lease.terms.digest)
         return lease.terms.request_id
 
     def _named(self, name: str, lease_id: str) -> None:
         self._lease_ids[name] = lease_id
         self._over.pop(name, None)
 
-    def _unnamed(self, name: str, lease_id: str) -> None:
+    def _unnamed(self, name: str, lease_id: str, digest: bytes) -> None:
         if self._lease_ids.get(name) != lease_id:  # another has taken the name since
             return
         del self._lease_ids[name]
-        self._over[name] = None
+        self._over[name] = digest
         if len(self._over) > REMEMBERED_NAMES:
             self._over.popitem(last=False)
 

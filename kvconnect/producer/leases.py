@@ -100,7 +100,7 @@ class LeaseServer:
                 self._promises.close(successor, *close)
         for link, message in self._parked.take(lease_id):
             if successor and isinstance(message, wire.Open):
-                self._open(link, message)
+                self._open(link, message, successor)
             else:
                 why = "the request ended without KV to hand over, or is computed anew"
                 self._refuse(link, message, "withdrawn", why)
@@ -159,8 +159,8 @@ class LeaseServer:
         freed, self._freed = self._freed, set()
         return freed
 
-    def _open(self, link: Link, message: wire.Open) -> None:
-        lease_id = self._lease_id(message)
+    def _open(self, link: Link, message: wire.Open, lease_id: str | None = None) -> None:
+        lease_id = lease_id or self._lease_id(message)
         standing = self._book.standing(lease_id) if lease_id else LeaseState.GONE
         told = self._promises.terms(lease_id) if lease_id and message.stream else None
         if lease_id:
@@ -210,7 +210,7 @@ class LeaseServer:
     def _answer_parked(self, lease_id: str, streaming: bool = False) -> None:
         for link, message in self._parked.take(lease_id, streaming):
             if isinstance(message, wire.Open):
-                self._open(link, message)
+                self._open(link, message, lease_id)
             else:
                 self._follow(link, message)
 
@@ -249,7 +249,8 @@ class LeaseServer:
 
     def _may_be_early(self, link: Link, message: wire.Open) -> bool:
         """Whether the reader waits for a request that has not arrived."""
-        return not self._book.is_over(message.request_id or "") and self._early.admit(link, message)
+        over = self._book.is_over(message.request_id or "", message.digest)
+        return not over and self._early.admit(link, message)
 
     def _park(self, link: Link, message: wire.Open | wire.Follow, lease_id: str) -> None:
         if not self._parked.park(link, message, lease_id):

@@ -1,5 +1,7 @@
 """Readers that come before the request whose lease they want: they wait, and not for ever."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from kit.engines import Engine, World
@@ -150,6 +152,35 @@ def test_waiting_readers_are_bounded(rig, monkeypatch):
     ((_, refused),) = rig.send(ask(3))
     assert refused.cause == "gone"
     assert rig.send(ask(2, request_id="another")) == [], "who waits already goes on waiting"
+
+
+def test_a_name_that_ended_may_come_again_with_another_prompt(rig):
+    """A client sends its X-Request-Id twice."""
+    rig.server.promise("transfer", "g")
+    rig.server.grant(TERMS)
+    rig.server.revoke(["g"])
+    ((_, refused),) = rig.send(ask())
+    assert refused.cause == "gone"
+    ((_, refused),) = rig.send(ask(2, digest=b"", tokens=0))
+    assert refused.cause == "gone", "who releases it need not wait"
+    assert rig.send(ask(3, digest=b"another")) == []
+    rig.server.promise("transfer", "h")
+    rig.server.grant(replace(TERMS, lease_id="h", digest=b"another"))
+    ((_, opened),) = rig.answers.take()
+    assert (opened.seq, opened.lease_id) == (3, "h")
+
+
+def test_who_waits_for_a_lease_gets_it_though_another_took_its_name(rig):
+    rig.server.promise("transfer", "g")
+    assert rig.send(ask()) == []
+    rig.server.promise("transfer", "h")
+    assert rig.send(ask(2, digest=b"another"), FAR) == []
+    rig.server.grant(TERMS)
+    ((link, opened),) = rig.answers.take()
+    assert (link, opened.seq, opened.lease_id) == (NEAR, 1, "g")
+    rig.server.grant(replace(TERMS, request_id="s", lease_id="h", digest=b"another"))
+    ((link, opened),) = rig.answers.take()
+    assert (link, opened.lease_id) == (FAR, "h")
 
 
 def test_nothing_is_kept_of_who_left():
