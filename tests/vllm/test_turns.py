@@ -4,15 +4,24 @@ import json
 import time
 
 import pytest
+from halves import Request as Plain
 from vllm_scheduler import EngineCore
 
 from kvconnect.orders import Fetch, Grant, Release, RenewLease, Revoke
 from kvconnect.vllm import leaving
-from kvconnect.vllm.params import open_ticket, seal_ticket
+from kvconnect.vllm.params import Prompt, open_ticket, seal_ticket
 
 HERE = {"do_remote_prefill": False, "do_remote_decode": False}
 ANSWERED = 16
 """Tokens of an answer; the scheduler's tests sample a 7 each time."""
+
+
+class Request(Plain):
+    """One whose tokens are known as vLLM's are."""
+
+    @property
+    def all_token_ids(self):
+        return self._all_token_ids
 
 
 def core(**options):
@@ -82,6 +91,26 @@ def test_decode_answers_with_params_of_all_that_it_has_computed(d):
     assert grant.terms.ttl_s == 480
 
 
+@pytest.mark.parametrize(("prompt", "lent"), [(32, 32), (33, 48)])
+def test_the_last_token_is_never_lent(d, prompt, lent):
+    ids, params = d.answer(tokens=prompt)
+    assert (len(ids), params["remote_num_tokens"]) == (prompt + ANSWERED, lent)
+
+
+def test_what_was_computed_in_vain_is_not_lent(d):
+    """Async scheduling computes on before it knows that an answer has ended."""
+    turns, request = d.core.connector.scheduler.turns, Request("r", HERE, tokens=32)
+    request.num_computed_tokens = 40
+    terms = turns.lend(request, [[1, 2, 3]], None)
+    assert (terms.tokens, terms.tables) == (16, ((1,),))
+
+
+def test_more_blocks_than_are_free_besides_are_not_lent():
+    d = Decode(num_blocks=17)  # 16
+    _, answered = d.answer(tokens=130)  # 10
+    assert answered is None and d.core.blocks_in_use == 0
+
+
 def test_the_next_turn_loads_what_decode_has(p, d):
     ids, params = d.answer()
     _, orders = goes_on(p, [*ids, *range(200, 220)], params)
@@ -148,6 +177,9 @@ def test_few_tokens_are_computed_rather_than_loaded(d):
 @pytest.mark.parametrize("change", [{"salt": "x"}, {"step": 1}, {"prefixes": b""}])
 def test_a_forged_ticket_loads_nothing(p, d, change):
     ids, params = d.answer()
+    if "step" in change:  # and the digests to it: that many are work
+        digests = Prompt(Request("r", HERE)).prefixes(1, ids)
+        change = change | {"prefixes": b"".join(one[:8] for one in digests)}
     ticket = open_ticket(params["kvconnect"], None)
     salt = change.pop("salt", None)
     params["kvconnect"] = seal_ticket(
@@ -232,6 +264,18 @@ def test_a_prompt_that_gets_no_blocks_takes_those_of_turns_that_never_came():
     d.step()
     assert wants.num_computed_tokens
     assert list(d.core.scheduler.requests) == ["new", "wants"]
+
+
+def test_who_wants_much_gets_several_leases_at_once(d):
+    for i in range(4):
+        d.answer(f"r{i}", first=100 * i)
+    turns = d.core.connector.scheduler.turns
+    asks = d.core.add("asks", HERE, first=900, tokens=250)  # 16, and then 31; 23 are free
+    turns.asked(asks)
+    assert turns.to_revoke() == ["r0"]
+    turns.over(["r0"])
+    turns.asked(d.core.add("more", HERE, first=900, tokens=496))
+    assert turns.to_revoke() == ["r1", "r2"]
 
 
 def test_who_is_refused_whatever_we_count_gets_one_lease_after_the_other(d):
