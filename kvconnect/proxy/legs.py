@@ -24,7 +24,7 @@ import re
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 import aiohttp
@@ -33,6 +33,7 @@ import yarl
 
 from kvconnect.proxy.budget import RetryBudget
 from kvconnect.proxy.config import ProxyConfig
+from kvconnect.proxy.conversations import AnswerEnding, Conversations, HeldTurn, chat_keys
 from kvconnect.proxy.discovery import Discovery, finder
 from kvconnect.proxy.early import EarlyEngines
 from kvconnect.proxy.health import HealthWatch, report_lost, report_status
@@ -96,6 +97,8 @@ class ProxyCounters(msgspec.Struct):
     """Those of ``retries`` that were decode legs without the KV that prefill had offered."""
     decode_alone: int = 0
     """Requests that no prefill engine worked for; the next three say why."""
+    gone_on: int = 0
+    """Turns of chats of which a decode engine lends what it holds."""
     not_splittable: int = 0
     no_prefill: int = 0
     no_params: int = 0
@@ -140,6 +143,8 @@ class LegRequest:
     """Requests with the same one go to the same engines: a session, or a prompt's head."""
     tokens: int = 0
     """How many it has, about: the load that it is."""
+    held: HeldTurn | None = None
+    """What a decode engine lends of the chat that the request goes on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,7 @@ class LegAnswer:
     upstream: aiohttp.ClientResponse
     pool: Pool
     held: contextlib.ExitStack
+    ending: AnswerEnding
 
     @property
     def faulty(self) -> bool:
@@ -174,7 +180,9 @@ class LegAnswer:
     async def rest(self) -> bytes:
         """The next bytes, empty at the end. Raises one of LOST."""
         async with self.pool.patience(self.url):
-            return await self.upstream.content.readany()
+            data = await self.upstream.content.readany()
+        self.ending.hear(data)
+        return data
 
     def close(self) -> None:
         self.held.close()
@@ -228,6 +236,7 @@ class Legs:
         ]
         self._early = EarlyEngines(self.decoders, self._session, config.at_once)
         self._keepers: OrderedDict[str, str] = OrderedDict()  # response id → its engine
+        self._conversations = Conversations(clock)
 
     async def close(self) -> None:
         own = [*self._watches, *self._releases]
@@ -244,6 +253,10 @@ class Legs:
         ``split``: a prefill engine computes the prompt, if there is one.
         """
         self.budget.earn()
+        keys = chat_keys(ask.path, ask.body) if split else ()
+        if (held := self._conversations.take(keys)) and self.decoders.serves(held.url):
+            self.counters.gone_on += 1
+            ask = replace(ask, held=held)
         answer = await (self._split(ask) if split else self._first_answer(ask, None))
         if answer is not None and ask.path == RESPONSES:
             self._remember(answer)
@@ -251,6 +264,7 @@ class Legs:
             yield answer
         finally:
             if answer is not None:
+                self._conversations.remember(keys, answer.url, answer.ending)
                 answer.close()
 
     async def _split(self, ask: LegRequest) -> LegAnswer | None:
@@ -362,7 +376,8 @@ class Legs:
 
     async def _prefill_at(self, url: str, ask: LegRequest, transfer_id: str | None) -> "_Prefilled":
         """What one prefill engine says; notes whether it can be read while it computes."""
-        data = prefill_body(ask.path, ask.body, transfer_id)
+        held = None if ask.held is None else ask.held.params
+        data = prefill_body(ask.path, ask.body, transfer_id, held)
         leg = ask.life.asked("prefill", url)
         try:
             with self.prefillers.busy(url, ask.tokens):
@@ -444,10 +459,8 @@ class Legs:
     async def _decoders_for(self, ask: LegRequest) -> tuple[str, ...]:
         """Decode engines in the order to be asked: first the one that a request goes on from."""
         engines = self.decoders.candidates(ask.key)
-        if ask.keeper_of is None:
-            return engines
-        keeper = self._keepers.get(ask.keeper_of)
-        if keeper is None and len(engines) > 1:
+        keeper = ask.held.url if ask.held else self._keepers.get(ask.keeper_of or "")
+        if keeper is None and ask.keeper_of is not None and len(engines) > 1:
             keeper = await self._find_keeper(ask.keeper_of, ask.headers, engines)
         if keeper is None or not self.decoders.has(keeper):
             return engines
@@ -509,7 +522,9 @@ class Legs:
             # Without params there is nothing that a second try would leave out.
             if params is not None and upstream.status == 200 and _is_stream(upstream):
                 head, opening = await _opening(head, upstream)
-            return LegAnswer(url, head, opening, upstream, self.decoders, held.pop_all())
+            ending = AnswerEnding()
+            ending.hear(head)
+            return LegAnswer(url, head, opening, upstream, self.decoders, held.pop_all(), ending)
 
     async def models(self, headers: dict[str, str]) -> ProxyReply | None:
         """The model list of the first engine that has one."""

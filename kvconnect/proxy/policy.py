@@ -17,7 +17,7 @@ or who the client is.
 import enum
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -133,13 +133,24 @@ def request_id(claimed: str | None) -> str | None:
     return cleaned if _REQUEST_ID.fullmatch(cleaned) else None
 
 
-def prefill_body(path: str, body: Body, transfer_id: str | None = None) -> bytes:
+def prefill_body(
+    path: str,
+    body: Body,
+    transfer_id: str | None = None,
+    held: Mapping[str, object] | None = None,
+) -> bytes:
     """The prefill leg: the same prompt, one token, and its KV kept for a decode engine.
 
-    ``transfer_id``: the name of the KV, for a decode engine that may come for it early.
+    ``transfer_id``: the name of the KV, for a decode engine that may come for it early. ``held``:
+    what a decode engine lends of the chat so far.
     """
     asked = {key: value for key, value in body.items() if key not in _ANSWER_ONLY}
-    order = _DO_PREFILL if transfer_id is None else _named(_BODY.decode(_DO_PREFILL), transfer_id)
+    order = _DO_PREFILL
+    if held is not None:
+        goes_on = {"do_remote_decode": True, "do_remote_prefill": False}
+        order = msgspec.Raw(msgspec.json.encode({**held, **goes_on}))
+    if transfer_id is not None:
+        order = _named(_BODY.decode(order), transfer_id)
     asked |= {"stream": _FALSE, "kv_transfer_params": _with_wishes(order, body)}
     if path == RESPONSES:
         return msgspec.json.encode(asked | {"max_output_tokens": _ONE, "store": _FALSE})

@@ -136,6 +136,11 @@ class Pool:
         """Whether the engine is there; it may be down, or drain."""
         return url in self._engines
 
+    def serves(self, url: str) -> bool:
+        """Whether the engine is there, up, and does not drain."""
+        engine = self._engines.get(url)
+        return engine is not None and not engine.failures and not engine.draining
+
     def _of(self, url: str) -> _Engine:
         """The engine; one that nobody sees where it is gone."""
         return self._engines.get(url) or _Engine(url)
