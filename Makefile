@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo test test-unit test-deploy test-ray test-versions test-routers test-hosts crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
+.PHONY: help setup demo docs test test-unit test-deploy test-ray test-versions test-routers test-hosts crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -34,6 +34,9 @@ test: setup ## all tests: two files at once, then those with real engines one by
 test-unit: setup ## the tests that start no engine, and what of the package they run
 	@$(RUN) python -m coverage run -m pytest -q --timeout=120 tests/unit tests/property tests/contract $(ARGS) && \
 	    python -m coverage report
+
+docs: ## the documentation as a site in .cache/docs/site, strictly (ARGS=serve: while it is edited); no setup
+	@"$(ROOT)/scripts/docs.sh" $(ARGS)
 
 test-deploy: setup ## deploy/: charts rendered, objects and arguments valid (or CHARTS=none; see tests/render_deploy.py)
 	@$(RUN) python tests/render_deploy.py
