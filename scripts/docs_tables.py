@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 import typer
-from kvconnect_bench import bench
 
 from kvconnect.cli import main
 from kvconnect.config import (
@@ -34,6 +33,7 @@ from kvconnect.config import (
 from kvconnect.offload.config import OffloadConfig
 from kvconnect.transport.nccl.transport import NcclOptions
 from kvconnect.vllm.p2p.config import P2pNcclConfig
+from kvconnect_bench import bench
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/options.md", "docs/cli.md")

@@ -17,7 +17,6 @@ from kvconnect.cli.proxy import proxy
 main = typer.Typer(
     name="kvconnect",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,  # an API key may be among them
 )
 main.add_typer(config, name="config")

@@ -241,16 +241,6 @@ def test_classes_that_the_documentation_names_exist(page):
     assert not missing, f"{page} names {sorted(missing)}, which are not classes of the package"
 
 
-@pytest.mark.parametrize(
-    "page",
-    [*ROOT.parent.glob("*.md"), *(ROOT.parent / "docs").rglob("*.md")],
-    ids=lambda path: path.relative_to(ROOT.parent).as_posix(),
-)
-def test_links_of_the_documentation_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
 def test_sizes_counts_what_is_there(tmp_path):
     """scripts/sizes.py prints the sizes that the documentation promises."""
     (tmp_path / "docs").mkdir()
