@@ -7,6 +7,7 @@ from kvconnect_bench.inter_token import inter_token
 from kvconnect_bench.kernels import kernels
 from kvconnect_bench.offload import offload
 from kvconnect_bench.pd import pd
+from kvconnect_bench.proxy import proxy
 from kvconnect_bench.trace import trace
 from kvconnect_bench.transport import transport
 
@@ -23,3 +24,4 @@ bench.command()(idle)
 bench.command()(kernels)
 bench.command()(transport)
 bench.command()(offload)
+bench.command()(proxy)
