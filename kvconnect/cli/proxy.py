@@ -92,11 +92,12 @@ def _serve(host: str, port: int, settings: dict[str, object]) -> None:
     import asyncio
 
     from kvconnect.errors import ConfigError
-    from kvconnect.proxy.app import serve
+    from kvconnect.proxy.app import loop_factory, serve
     from kvconnect.proxy.config import make_config
 
     try:
-        asyncio.run(serve(make_config(**settings), host, port, typer.echo))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(serve(make_config(**settings), host, port, typer.echo))
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
     except OSError as error:

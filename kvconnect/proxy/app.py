@@ -28,6 +28,7 @@ from kvconnect.proxy.http import has_key, json_error
 from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyReply
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.policy import (
+    ALONE,
     BYTES_PER_TOKEN,
     CHAT,
     MESSAGES,
@@ -60,6 +61,7 @@ _WHOLE = (
     "/tokenize",
     "/detokenize",
     "/v1/embeddings",
+    "/v2/embed",
     "/pooling",
     "/classify",
     "/score",
@@ -67,6 +69,13 @@ _WHOLE = (
     "/rerank",
     "/v1/rerank",
     "/v2/rerank",
+    "/generative_scoring",
+    "/v1/completions/render",
+    "/v1/chat/completions/render",
+    "/v1/responses/render",
+    "/v1/messages/render",
+    "/v1/completions/derender",
+    "/v1/chat/completions/derender",
     "/v1/audio/transcriptions",
     "/v1/audio/translations",
     "/v1/responses/{response_id}/cancel",
@@ -341,11 +350,11 @@ def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application
     )
     app[PROXY] = proxy
     app.cleanup_ctx.append(proxy.running)
-    for path in (TEXT, CHAT, RESPONSES, MESSAGES):
+    for path in (TEXT, CHAT, RESPONSES, MESSAGES, *ALONE):
         app.router.add_post(path, proxy.complete)
     for path in _WHOLE:
         app.router.add_post(path, proxy.pass_whole)
-    for path in ("/version", "/v1/responses/{response_id}"):
+    for path in ("/version", "/tokenizer_info", "/v1/responses/{response_id}"):
         app.router.add_get(path, proxy.pass_whole)
     app.router.add_get("/v1/models", proxy.models)
     app.router.add_get("/health", proxy.health)
@@ -378,6 +387,15 @@ async def start(
         await runner.cleanup()
         raise
     return runner
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed, as it is with vLLM: a quarter less CPU time for a request."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def serve(config: ProxyConfig, host: str, port: int, announce: Callable[[str], None]) -> None:

@@ -44,6 +44,8 @@ _WISHES = ("max_load_tokens", "max_offload_tokens")
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+# They generate, too, but are no single request of the engine, or have no protocol of two legs.
+ALONE = ("/v1/chat/completions/batch", "/cohere/v2/chat")
 
 # Fields that shape an answer and never the prompt's tokens.
 _ANSWER_ONLY = frozenset(
@@ -271,6 +273,8 @@ def _to_first_user(messages: list[msgspec.Raw]) -> Iterator[bytes]:
 
 def splittable(path: str, body: Body) -> bool:
     """Whether two engines can share the work without wasting or mixing up KV."""
+    if path in ALONE:
+        return False
     if path == RESPONSES and any(
         _given(body, key) for key in ("previous_response_id", "prompt", "conversation")
     ):

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from kvconnect.cli.proxy import proxy
 from kvconnect.proxy import health, legs
-from kvconnect.proxy.app import PROXY, start
+from kvconnect.proxy.app import PROXY, loop_factory, start
 from kvconnect.proxy.config import make_config
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.session import engine_session
@@ -1235,6 +1235,14 @@ def test_a_setting_that_cannot_work_is_said_before_anything_starts():
     result = CliRunner().invoke(app, ["--prefill", "localhost:1", "--decode", "http://d"])
     assert result.exit_code == 2
     assert "write http://HOST:PORT" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_event_loop_is_uvloops_where_there_is_one(monkeypatch):
+    import uvloop
+
+    assert loop_factory() is uvloop.new_event_loop
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert loop_factory() is None
 
 
 def test_an_address_that_is_taken_is_said():

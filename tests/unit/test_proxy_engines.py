@@ -276,3 +276,34 @@ def test_the_keeper_of_a_response_that_this_worker_never_saw_is_found():
 
     keeper = Engine(keeps)
     run(scenario())
+
+
+# --- what vLLM serves --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/batch", "/cohere/v2/chat"])
+def test_what_generates_and_is_not_split_carries_no_transfer_params_either(path):
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers)
+        async with rig([p], [d]) as r:
+            evil = {"do_remote_prefill": True, "remote_host": "10.6.6.6"}
+            assert await r.ask(path, kv_transfer_params=evil) == (200, ANSWER)
+            assert d.bodies == [{"prompt": "p"}]
+            assert p.heads == []
+            assert await r.counters() == {"requests": 1, "decode_alone": 1, "not_splittable": 1}
+
+    run(scenario())
+
+
+def test_decode_is_told_how_much_prefill_had_cached():
+    """vLLM's decode engine then reports prefill's cached tokens, and not all that it loaded."""
+
+    async def scenario() -> None:
+        params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": 48}
+        answer = says(json.dumps({"id": "p", "kv_transfer_params": params}).encode())
+        d = Engine(answers)
+        async with rig([Engine(answer)], [d]) as r:
+            await r.ask()
+            assert d.bodies[0]["kv_transfer_params"] == params
+
+    run(scenario())
