@@ -45,7 +45,7 @@ _WISHES = ("max_load_tokens", "max_offload_tokens")
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 # They generate, too, but are no single request of the engine, or have no protocol of two legs.
-ALONE = ("/v1/chat/completions/batch", "/cohere/v2/chat")
+ALONE = ("/v1/chat/completions/batch", "/cohere/v2/chat", "/v1/systemone")
 
 # Fields that shape an answer and never the prompt's tokens.
 _ANSWER_ONLY = frozenset(

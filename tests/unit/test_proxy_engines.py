@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -281,7 +283,7 @@ def test_the_keeper_of_a_response_that_this_worker_never_saw_is_found():
 # --- what vLLM serves --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions/batch", "/cohere/v2/chat"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions/batch", "/cohere/v2/chat", "/v1/systemone"])
 def test_what_generates_and_is_not_split_carries_no_transfer_params_either(path):
     async def scenario() -> None:
         p, d = Engine(prefills), Engine(answers)
@@ -307,3 +309,13 @@ def test_decode_is_told_how_much_prefill_had_cached():
             assert d.bodies[0]["kv_transfer_params"] == params
 
     run(scenario())
+
+
+def test_the_tests_that_the_documentation_names_exist():
+    root = Path(__file__).parents[2]
+    table = (root / "docs/proxy.md").read_text()
+    sources = [*root.glob("tests/unit/test_proxy_*.py"), root / "tests/vllm/test_proxy_routes.py"]
+    defined = set(re.findall(r"def (test_\w+)", "".join(file.read_text() for file in sources)))
+    named = set(re.findall(r"`(test_\w+)`", table))
+    assert len(named) > 20
+    assert named <= defined

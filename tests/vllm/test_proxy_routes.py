@@ -32,7 +32,6 @@ NOT_SERVED = {
     "/ready": "of vLLM's Rust front end; /health is ours",
     "/readyz": "of vLLM's Rust front end; /health is ours",
     "/v1/realtime": "a WebSocket on one engine",
-    "/v1/systemone": "of one engine",
 }
 
 
