@@ -8,8 +8,10 @@ Prints a line of JSON for each router and connector, and exits with 1 if anythin
 are compared in float32 with those of the prefill engine alone. docs/routers.md is what it found.
 """
 
+import functools
 import importlib.util
 import json
+import operator
 import os
 import socket
 import subprocess
@@ -25,7 +27,7 @@ import multi
 import pytest
 from conftest import model
 from nursery import Nursery
-from pair import PREFILL, Client, Pair, Setup, eventually, words
+from pair import PREFILL, Client, Pair, Setup, eventually, in_parallel, words
 
 from kvconnect.cli.engines import engine_env, proxy_command
 from kvconnect.cli.processes import HOST, Fleet
@@ -366,34 +368,49 @@ def check_turns(router, command, pair, chats=20):
     """Second turns behind a router: what prefill computed of them, and what without reuse."""
     source = "vllm:prompt_tokens_by_source_total"
     local, external = {"source": "local_compute"}, {"source": "external_kv_transfer"}
-    computed, loaded, equal, answered = {}, 0, 0, {}
-    with behind(command(pair), pair) as client:
+    computed, loaded, answered = {}, 0, {}
 
-        def ask(at, messages, **options):
-            body = {"model": at.model, "messages": messages, "temperature": 0, "max_tokens": 160}
-            status, answer = at.request("POST", "/v1/chat/completions", body | options)
-            assert status == 200, answer
-            return answer["choices"][0]["message"]["content"]
+    def ask(at, messages, **options):
+        # a first answer has to be worth loading, a second one tells whether it was read right
+        most = 120 if len(messages) == 1 else 24
+        body = {"model": at.model, "messages": messages, "temperature": 0, "max_tokens": most}
+        status, answer = at.request("POST", "/v1/chat/completions", body | options)
+        assert status == 200, answer
+        return answer["choices"][0]["message"]["content"], answer.get("kv_transfer_params")
 
+    def in_turn(messages, **_):
+        """As of a router that knows no conversations."""
+        _, params = ask(pair.prefill, messages, max_tokens=1, kv_transfer_params=PREFILL)
+        return ask(pair.decode, messages, kv_transfer_params=params)
+
+    with behind(command, pair) as client:
         for reuse in (False, True):
-            # the first word tells one conversation from the others, and from those without reuse
+            # how it begins tells one conversation from the others, and from those without reuse
+            answers = functools.partial(ask, client) if reuse else in_turn
+            told = f"{router} {reuse}"
             firsts = [
-                {"role": "user", "content": f"{reuse} {n}: tell a long story about the number {n}."}
+                {"role": "user", "content": f"{n} {told}: tell a long story about the number {n}."}
                 for n in range(chats)
             ]
-            names = [{"conversation_id": f"{n}"} if reuse else {} for n in range(chats)]
-            said = [ask(client, [one], **name) for one, name in zip(firsts, names, strict=True)]
+
+            def turn(messages, answers=answers):
+                return answers(messages, conversation_id=messages[0]["content"])[0]
+
+            said = in_parallel(turn, [[one] for one in firsts])
             turns = [
                 [one, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}]
                 for one, text in zip(firsts, said, strict=True)
             ]
             before = pair.prefill.metric(source, **local), pair.prefill.metric(source, **external)
-            found = [ask(client, turn, **name) for turn, name in zip(turns, names, strict=True)]
+            found = in_parallel(turn, turns)
             computed[reuse] = pair.prefill.metric(source, **local) - before[0]
             loaded = pair.prefill.metric(source, **external) - before[1]
-            answered |= {json.dumps(turn): text for turn, text in zip(turns, found, strict=True)}
-    for number, (turn, text) in enumerate(answered.items()):
-        equal += text == ask(pair.prefill, json.loads(turn), cache_salt=f"{number}")
+            answered |= {json.dumps(one): text for one, text in zip(turns, found, strict=True)}
+
+    def alone(messages):
+        return ask(pair.prefill, json.loads(messages), cache_salt=messages[:40])[0]
+
+    equal = sum(map(operator.eq, answered.values(), in_parallel(alone, list(answered))))
     return {
         "router": f"{router}, second turns of {chats} chats",
         "equal": f"{equal} of {len(answered)}",

@@ -84,9 +84,9 @@ def test_a_stream_that_is_given_up_is_closed(serving):
         await anext(made)
         await anext(made)
         await made.aclose()
+        return serving.closed
 
-    asyncio.run(give_up())
-    assert serving.closed
+    assert asyncio.run(give_up())
 
 
 def test_a_vllm_whose_streams_are_not_known_is_left_alone(monkeypatch, caplog):
