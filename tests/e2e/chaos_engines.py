@@ -11,8 +11,9 @@ ends by its deadline; an engine that nobody killed lives on; what is held at the
 one lease. Prints one line of JSON; exits with 1 if anything was wrong. Without vLLM:
 tests/contract/chaos_movers.py.
 
-With --at-once the proxy asks both sides at once, and KV is streamed: prompts are computed in many
-steps, engines have so few blocks that they preempt requests, and clients hang up at any moment.
+With --at-once the proxy always asks both sides at once, and KV is streamed: prompts are computed
+in many steps, engines have so few blocks that they preempt requests, and clients hang up at any
+moment.
 """
 
 import argparse
@@ -64,10 +65,11 @@ AT_ONCE = (
     "--max-model-len=1536",
     "--no-enable-prefix-caching",
     "--max-num-batched-tokens=128",  # a prompt is three to ten steps
+    "--no-scheduler-reserve-full-isl",  # so that prefill preempts prompts that it has begun
 )
-FEW = {"prefill": 51, "decode": 101}
+FEW = {"prefill": 60, "decode": 131}
 """Blocks of 32 tokens: prefill has hardly more than one longest prompt takes."""
-AT_ONCE_CLIENTS, AT_ONCE_ANSWER = 8, 40
+AT_ONCE_CLIENTS, AT_ONCE_ANSWER = 10, 32
 PREFILL_S = 12
 HANGS_UP, HANG_UP_S = 0.2, 4.0
 """Which part of clients does not wait for the answer, and how long these wait at most."""
@@ -229,7 +231,8 @@ class Run:
         self.report = Report(connector)
         self.lock = threading.Lock()
         self.stop, self.begun = threading.Event(), time.monotonic()
-        lengths = [rng.randrange(100, 1200) for _ in range(PROMPTS)]
+        shortest = 300 if at_once else 100
+        lengths = [rng.randrange(shortest, 1200) for _ in range(PROMPTS)]
         self.prompts = [words(n, seed=n) for n in lengths]
 
     def go(self, seconds):
@@ -400,7 +403,7 @@ def run(connector, seconds, seed, folder, at_once=False):
         for engine in engines[:2]:
             proxies.enter_context(engine.faults)
         urls = {role: [e.url for e in engines if e.role == role] for role in ("prefill", "decode")}
-        options = ["--at-once=auto"] if at_once else []
+        options = ["--at-once=always"] if at_once else []
         command = proxy_command(urls["prefill"], urls["decode"], options)
         server = fleet.start("proxy", command, engine_env())
         chaos = Run(connector, engines, Client(server, path.name), rng, at_once)

@@ -10,7 +10,17 @@ from kvconnect.control import wire
 from kvconnect.control.channel import Link
 from kvconnect.control.listener import Incoming
 from kvconnect.lease import Terms
-from kvconnect.orders import Cancel, Fetch, Grant, Promise, Release, RenewLease, Source, Withdraw
+from kvconnect.orders import (
+    Cancel,
+    Fetch,
+    Grant,
+    Progress,
+    Promise,
+    Release,
+    RenewLease,
+    Source,
+    Withdraw,
+)
 from kvconnect.producer import waiting
 from kvconnect.producer.leases import LeaseServer
 from kvconnect.producer.waiting import MAX_WAIT_S, SILENT_S, EarlyReaders
@@ -172,15 +182,13 @@ def test_a_name_that_ended_may_come_again_with_another_prompt(rig):
 
 def test_who_waits_for_a_lease_gets_it_though_another_took_its_name(rig):
     rig.server.promise("transfer", "g")
-    assert rig.send(ask()) == []
+    assert rig.send(ask(stream=True)) == []
     rig.server.promise("transfer", "h")
-    assert rig.send(ask(2, digest=b"another"), FAR) == []
-    rig.server.grant(TERMS)
-    ((link, opened),) = rig.answers.take()
-    assert (link, opened.seq, opened.lease_id) == (NEAR, 1, "g")
-    rig.server.grant(replace(TERMS, request_id="s", lease_id="h", digest=b"another"))
-    ((link, opened),) = rig.answers.take()
-    assert (link, opened.lease_id) == (FAR, "h")
+    assert rig.send(ask(2, digest=b"another", stream=True), FAR) == []
+    for lease_id, digest, link in (("g", b"digest", NEAR), ("h", b"another", FAR)):
+        rig.server.progress(Progress(lease_id, ((4,), ()), 30, digest))
+        ((at, opened),) = rig.answers.take()
+        assert (at, opened.lease_id, opened.tables) == (link, lease_id, ((4,), ()))
 
 
 def test_nothing_is_kept_of_who_left():
