@@ -120,7 +120,7 @@ class Mover:
         # guarded by the loop's lock:
         self._orders: deque[tuple[Sequence[Order], Fence | None, tuple[type[Order], ...]]] = deque()
         self._awaited: list[threading.Event] = []
-        self._outcome = Outcome()
+        self._outcome, self._has_ended = Outcome(), threading.Event()
         self._closed = False
 
     # -- the engine's thread ----------------------------------------------------------
@@ -135,8 +135,7 @@ class Mover:
         fence: Fence | None = None,
         fenced: tuple[type[Order], ...] = (Fetch, Progress),
     ) -> None:
-        """Give orders; carried out in sequence, those of the kinds in ``fenced`` once ``fence``
-        says so, and at once where they need not wait for the device.
+        """Give orders; carried out in sequence, those of ``fenced`` once ``fence`` says so.
 
         A Fetch writes into blocks that steps still running may use. A Grant does not wait: its
         prompt's last token was sampled, so its KV is there; to wait for the step after that one
@@ -165,7 +164,12 @@ class Mover:
         self._loop.check()
         with self._loop.lock:
             taken, self._outcome = self._outcome, Outcome()
+            self._has_ended.clear()
         return taken
+
+    def wait_for_outcome(self, timeout_s: float) -> None:
+        """Wait until there is something to take."""
+        self._has_ended.wait(timeout_s)
 
     def take_stats(self) -> StatsData | None:
         """What was measured since the last call; None if nothing."""
@@ -339,7 +343,6 @@ class Mover:
     def _publish(self) -> None:
         sent = self._lease_server.take_freed()
         received, failed = self._fetcher.take()
-        computed = self._renewer.take_computed()
         self._stats.count("num_kv_expired_reqs", self._lease_server.expired)
         self._stats.count("num_notifications_after_expiry", self._lease_server.late)
         counted = self._stats.take()
@@ -348,9 +351,11 @@ class Mover:
                 self._reported.add(counted)
             self._outcome.sent |= sent
             self._outcome.received |= received
-            self._outcome.computed |= computed
+            self._outcome.computed |= self._renewer.take_computed()
             self._outcome.ended_s |= dict.fromkeys(received, self._clock())
             self._outcome.failed |= failed
+            if self._outcome:
+                self._has_ended.set()
         self._lease_server.expired = self._lease_server.late = 0
 
     def _make_consumer(self, context: ConsumerContext) -> tuple[LeaseRenewer, Releaser, Fetcher]:

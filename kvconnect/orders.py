@@ -203,4 +203,4 @@ class Outcome:
         self.ended_s |= other.ended_s
 
     def __bool__(self) -> bool:
-        return bool(self.sent or self.received or self.failed)
+        return bool(self.sent or self.received or self.computed)

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 
 class Orders(KVConnectorMetadata):
-    """A step's orders, scheduler → workers; a worker takes them once. ``step``: its number."""
+    """A step's orders, scheduler → workers; a worker takes them once."""
 
-    def __init__(self, orders: list[Order], step: int = 0) -> None:
+    def __init__(self, orders: list[Order], step: int = 0, wait_s: float = 0.0) -> None:
+        """``step``: its number; ``wait_s``: how long workers may wait in it for a load to end."""
         self._orders = orders
-        self.step = step
+        self.step, self.wait_s = step, wait_s
 
     def take(self) -> list[Order]:
         """The orders, the first time."""
@@ -70,6 +71,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     ) -> Worker:
         self._config = config
         self._lost_blocks: set[int] = set()
+        self._wait_s = 0.0
         return Worker(vllm_config, kv_cache_config, config)
 
     # -- classes of vLLM ask before there is an instance ---------------------------------
@@ -117,7 +119,9 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         self.scheduler.progress.step(scheduler_output)
-        return Orders(self.scheduler.take_orders(), self.scheduler.adapters.next_step())
+        scheduler, tokens = self.scheduler, scheduler_output.total_num_scheduled_tokens
+        wait_s = scheduler.idle_steps.wait_s(tokens)
+        return Orders(scheduler.take_orders(), scheduler.adapters.next_step(), wait_s)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         metadata = connector_output.kv_connector_worker_meta
@@ -170,9 +174,10 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         if isinstance(connector_metadata, Orders):
             self.worker.adapters.bound(connector_metadata.step)
             self.worker.put(connector_metadata.take())
+            self._wait_s = connector_metadata.wait_s
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        outcome, lost = self.worker.take()
+        outcome, lost = self.worker.take(self._wait_s)
         if not _compat.HAS_TRANSFER_RESULTS:
             self._lost_blocks |= lost
         return _compat.TransferResults(

@@ -25,6 +25,7 @@ from kvconnect.vllm import _compat, leaving
 from kvconnect.vllm.adapter_reports import scheduler_adapters
 from kvconnect.vllm.early_loads import EarlyLoads
 from kvconnect.vllm.held import LEASED, LOADING, NEXT_TURN, HeldBlocks
+from kvconnect.vllm.idle import IdleSteps
 from kvconnect.vllm.params import PREFIX_BYTES, TICKET_VERSION, Prompt, Ticket, token_kinds
 from kvconnect.vllm.prefill_progress import PrefillProgress
 from kvconnect.vllm.protocol import NOWHERE, EngineInfo, RouterProtocol
@@ -77,6 +78,7 @@ class Scheduler:
         self.turns = LentTurns(ttl_s, vllm_config, kv_cache_config)
         self._turns_threshold = getattr(config, "kv_recompute_threshold", 0)
         self._held = HeldBlocks()
+        self.idle_steps = IdleSteps(parallel)
         self.lent: dict[str, Any] = {}
         """Finished requests, by id, whose blocks are kept for readers."""
         self.drain_s = config.drain_timeout

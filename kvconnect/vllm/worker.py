@@ -236,10 +236,14 @@ class Worker:
         if any(isinstance(order, Revoke) for order in orders):
             self.mover.wait_carried_out()
 
-    def take(self) -> tuple[Outcome, set[int]]:
-        """What ended since the last call, and the block ids of failed fetches."""
+    def take(self, wait_s: float = 0.0) -> tuple[Outcome, set[int]]:
+        """What ended since the last call, and the block ids of failed fetches.
+
+        ``wait_s``: how long to wait for something to end.
+        """
         outcome, self._ended = self._ended, Outcome()
         if self.mover is not None:
+            self.mover.wait_for_outcome(wait_s)
             outcome.add(self.mover.take())
         self._lent -= outcome.sent
         self._computed |= outcome.computed

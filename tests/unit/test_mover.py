@@ -294,6 +294,25 @@ def test_movers_that_ended_leave_no_thread_file_or_memory():
     assert last.in_use - first.in_use < 18 * 20_000  # of 18 movers, each several times as large
 
 
+def test_the_engines_thread_sees_a_fetch_end_without_asking_again_and_again():
+    network, fabric, world = Network(), Fabric(), World()
+    p, d = Engine(world), Engine(world)
+    producer, consumer = (make_threaded(network.channel(), fabric, one) for one in (p, d))
+    p.movers, p.addresses = [producer], [producer.address]
+    try:
+        for number in range(2):
+            terms = p.lend(f"r{number}", [1], seed=1, ttl_s=300)
+            order = Fetch(f"d{number}", p.source(terms), (((0, 1),),), 1, terms.digest)
+            consumer.put([order])
+            consumer.wait_carried_out()
+            while not (ended := consumer.take()).received:
+                consumer.wait_for_outcome(3600)
+            assert ended.received == {f"d{number}"}
+    finally:
+        consumer.close()
+        producer.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["in memory", "zmq"])
 def test_threads_and_real_time_serve_many_requests(kind):
