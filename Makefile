@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo docs test test-unit test-deploy test-ray test-versions test-routers test-hosts crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
+.PHONY: help setup demo docs test test-unit test-deploy test-ray test-versions test-routers test-hosts test-lmcache crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -57,6 +57,9 @@ test-routers: setup ## unmodified routers before two engines of each connector: 
 
 test-hosts: setup ## two engines of each connector on this host, no port set, and over ::1 (three minutes)
 	@$(RUN) python tests/e2e/hosts.py $(ARGS)
+
+test-lmcache: setup ## LMCache's connector and server beside ours in a chain (three minutes)
+	@$(RUN) python tests/e2e/lmcache_chain.py $(ARGS)
 
 chaos: setup ## ranks and engines killed and stopped, side channels spoiled, over every transport (an hour)
 	@$(RUN) for one in nixl mooncake ucx; do python tests/contract/chaos_movers.py $$one; done

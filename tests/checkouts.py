@@ -1,7 +1,8 @@
-"""Repositories of other projects that ours is run or held against."""
+"""Repositories and wheels of other projects that ours is run or held against."""
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 CACHE = Path(__file__).parents[1] / ".cache"
@@ -9,6 +10,16 @@ CACHE = Path(__file__).parents[1] / ".cache"
 
 class UnavailableError(Exception):
     """Something cannot be had here; says what to do."""
+
+
+def unpacked(requirement):
+    """A folder with what a wheel holds, without what it depends on; "name==version"."""
+    into = CACHE / "wheels" / requirement
+    if not into.exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(into)]
+        if subprocess.run([*pip, requirement]).returncode:
+            raise UnavailableError(f"{requirement} cannot be installed, see pip's message above")
+    return into
 
 
 def checkout(variable, repository):

@@ -33,7 +33,7 @@ from kvconnect.cli.engines import engine_env, proxy_command
 from kvconnect.cli.processes import HOST, Fleet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkouts import CACHE, UnavailableError, checkout
+from checkouts import CACHE, UnavailableError, checkout, unpacked
 
 SOURCES = Path(os.environ.get("KVCONNECT_VLLM_SRC", ""))
 EXAMPLES = SOURCES / "examples/disaggregated"
@@ -258,12 +258,7 @@ def plain(pair):
 
 def dynamo_protocols():
     """The module by which Dynamo knows connectors, out of its wheel."""
-    folder = CACHE / "dynamo"
-    source = folder / "dynamo/vllm/kv_connector_protocols.py"
-    if not source.exists():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
-        if subprocess.run([*pip, DYNAMO]).returncode:
-            raise UnavailableError(f"{DYNAMO} cannot be installed, see pip's message above")
+    source = unpacked(DYNAMO) / "dynamo/vllm/kv_connector_protocols.py"
     spec = importlib.util.spec_from_file_location("dynamo_protocols", source)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
