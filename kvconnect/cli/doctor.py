@@ -1,7 +1,7 @@
 """``kvconnect doctor`` and ``kvconnect config``: what is wrong here, and what to do about it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,6 +32,7 @@ def doctor(
     """Check this machine, its software and a configuration. Exit status: the worst, 0 to 2."""
     import os
     import time
+    from functools import partial
 
     from kvconnect.cli.inspect import address_of
     from kvconnect.doctor.checks import Wanted, checks
@@ -49,7 +50,7 @@ def doctor(
     wanted = Wanted(explained, config is not None, addresses, model, expect)
     began = time.monotonic()
     with quiet():
-        status = show(findings(checks(wanted, os.environ)), as_json)
+        status = show(partial(findings, checks(wanted, os.environ)), as_json)
     if not as_json:
         typer.echo(f"{time.monotonic() - began:.1f} s")
     raise typer.Exit(status)
@@ -76,24 +77,30 @@ def explain_config(
         found = explain(read_config(given)).findings
     except ConfigError as e:
         raise typer.BadParameter(str(e)) from None
-    raise typer.Exit(show(found, as_json))
+    raise typer.Exit(show(lambda _: found, as_json))
 
 
-def show(found: "Iterable[Finding]", as_json: bool) -> int:
-    """Print findings as they come; returns the worst verdict."""
+def show(find: Callable[[Callable[[str], None]], "Iterable[Finding]"], as_json: bool) -> int:
+    """Print findings as they come; returns the worst verdict.
+
+    ``find`` is given what to tell the name of the next check to: a terminal shows that meanwhile.
+    """
     from rich.console import Console
     from rich.text import Text
 
     console, told, worst = Console(highlight=False), [], 0
-    for one in found:
-        worst = max(worst, int(one.verdict))
-        told.append(_plain(one))
-        if not as_json:
-            line = Text(f"{one.verdict.name.lower():8}", style=COLOURS[one.verdict])
-            line.append(f"{one.subject}: {one.fact}", style="default")
-            if one.remedy:
-                line.append(f"\n        → {one.remedy}", style="default" if one.verdict else "dim")
-            console.print(line, soft_wrap=True)
+    waits = console if console.is_terminal and not as_json else Console(stderr=True)
+    with waits.status("") as status:
+        for one in find(lambda name: status.update(f"{name} …")):
+            worst = max(worst, int(one.verdict))
+            told.append(_plain(one))
+            if not as_json:
+                line = Text(f"{one.verdict.name.lower():8}", style=COLOURS[one.verdict])
+                line.append(f"{one.subject}: {one.fact}", style="default")
+                if one.remedy:
+                    style = "default" if one.verdict else "dim"
+                    line.append(f"\n        → {one.remedy}", style=style)
+                console.print(line, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps({"worst": worst, "findings": told}, indent=2))
     return worst

@@ -51,8 +51,9 @@ def inspect(
         raise typer.BadParameter("give at most two addresses")
     try:
         key = read_secret(secret) or b""
-        engines = [greet(address_of(text), key, timeout) for text in addresses or ()]
-        exported = {url: _metrics(url, timeout) for url in metrics or ()}
+        with Console(stderr=True).status("waiting for an answer …"):
+            engines = [greet(address_of(text), key, timeout) for text in addresses or ()]
+            exported = {url: _metrics(url, timeout) for url in metrics or ()}
     except KvConnectError as e:
         typer.echo(str(e), err=True)
         raise typer.Exit(1) from e

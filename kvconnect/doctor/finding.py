@@ -37,9 +37,15 @@ def fault(subject: str, error: object, remedy: str = "") -> Finding:
     return Finding(subject, fact, Verdict.FAULT, said or remedy)
 
 
-def findings(checks: Mapping[str, Check]) -> Iterator[Finding]:
-    """What all checks find. One that raises is a finding, and the others go on."""
+def findings(
+    checks: Mapping[str, Check], tell: Callable[[str], object] = lambda _: None
+) -> Iterator[Finding]:
+    """What all checks find. One that raises is a finding, and the others go on.
+
+    ``tell`` is told the name of each check before it runs.
+    """
     for name, check in checks.items():
+        tell(name)
         try:
             yield from check()
         except KvConnectError as e:

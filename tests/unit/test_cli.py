@@ -20,7 +20,7 @@ import kvconnect
 from kvconnect.cli import engines, main
 from kvconnect.cli.counters import read_counters
 from kvconnect.cli.demo import ConnectorName
-from kvconnect.cli.demos.rows import HandOverRow, table, verdict
+from kvconnect.cli.demos.rows import HandOverRow, picture, table, verdict
 from kvconnect.cli.demos.scenes import scenes
 from kvconnect.cli.engines import CONNECTORS, VllmServe, engine_env, proxy_command, transfer_config
 from kvconnect.cli.processes import Fleet, Server, ServerError
@@ -331,6 +331,72 @@ def test_one_wrong_row_is_a_failure(row: HandOverRow, fault: str) -> None:
     right, line = verdict([GOOD, row, ALONE], expected=3)
     assert not right
     assert fault in line
+
+
+def test_the_picture_says_who_sent_what_to_whom() -> None:
+    lines = picture([GOOD, ALONE]).splitlines()
+    assert lines == [
+        f"           prefill {'━' * 30}▶ decode  90 tokens",
+        f"decode's own cache {'━' * 7}▶{' ' * 23} decode  20 tokens",
+        f"   decode computed {'━' * 30}▶ decode  90 tokens",
+    ]
+    assert picture([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["proxy"], 2, "kvconnect proxy: Missing option '--prefill'; see `kvconnect proxy --help`"),
+        (
+            ["proxy", "--prefill=ftp://p", "--decode=http://d"],
+            2,
+            "kvconnect proxy: Invalid value: --prefill 'ftp://p' is not an http(s) URL with a host"
+            "; write http://HOST:PORT",
+        ),
+        (["doctr"], 2, "kvconnect: No such command 'doctr'"),
+        (["config", "explain", "{"], 2, "kvconnect config explain: Invalid value: --config is no"),
+        (
+            ["inspect", "127.0.0.1"],
+            2,
+            "kvconnect inspect: Invalid value: '127.0.0.1' is no address",
+        ),
+        (["inspect", "--metrics", "nothing"], 1, "cannot be read: "),
+        (["bench", "pd", "--lenght", "3"], 2, "kvconnect bench pd: No such option: --lenght"),
+        (["config", "explain", '{"kv_connector": "KVConnectNixl", "kv_role": "kv_both"}'], 0, ""),
+        (["config", "explain", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'], 1, ""),
+        (["config", "explain", '{"kv_connector": "KVConnectNixl", "kv_role": "both"}'], 2, ""),
+    ],
+)
+def test_an_error_is_one_line_with_the_remedy(arguments: list[str], status: int, said: str) -> None:
+    """docs/cli.md has the statuses."""
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == status, done.output
+    assert len(done.stderr.splitlines()) == bool(said)
+    assert said in done.stderr
+    assert not said or "; " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("kvconnect ", {"bench", "config", "demo", "doctor", "inspect", "proxy"}),
+        ("kvconnect bench ", {"pd", "transport", "offload"}),
+        ("kvconnect proxy --pre", {"--prefill"}),
+        ("kvconnect demo --connector mu", {"multi"}),
+    ],
+)
+def test_bash_completes_commands_options_and_values(words: str, offered: set[str]) -> None:
+    done = CliRunner().invoke(
+        main,
+        [],
+        prog_name="kvconnect",
+        env={
+            "_KVCONNECT_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        },
+    )
+    assert offered <= set(done.output.split()), done.output
 
 
 def test_missing_rows_are_a_failure() -> None:

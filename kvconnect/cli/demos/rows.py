@@ -4,6 +4,7 @@ A table shows rows of one class, in 80 columns; its caption belongs under it.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -12,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 MB = 1e6
+ARROW = 30  # cells of the longest arrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,10 @@ class DemoRow(ABC):
     def checks(self) -> list[tuple[bool, str]]:
         """What must not be, and the words for it."""
 
+    @abstractmethod
+    def flows(self) -> dict[tuple[str, str], int]:
+        """Prompt tokens by who sent them and who got them."""
+
     @classmethod
     @abstractmethod
     def summary(cls, rows: Sequence[Self]) -> str:
@@ -53,6 +59,22 @@ def table(rows: Sequence[DemoRow]) -> Table:
         mark = "[red]✗[/red]" if row.faults() else "[green]✓[/green]"
         shown.add_row(*row.cells().values(), mark)
     return shown
+
+
+def picture(rows: Sequence[DemoRow]) -> str:
+    """Who sent what to whom, over all rows: an arrow each, as long as it is many tokens."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        sums.update(row.flows())
+    if not (most := max(sums.values(), default=0)):
+        return ""
+    width = max(len(sender) for sender, _ in sums)
+    return "\n".join(
+        f"{sender:>{width}} {'━' * -(-tokens * ARROW // most) + '▶':{ARROW + 1}} {receiver}"
+        f"  {tokens:,} tokens"
+        for (sender, receiver), tokens in sums.items()
+        if tokens
+    )
 
 
 def verdict(rows: Sequence[DemoRow], expected: int) -> tuple[bool, str]:
@@ -106,6 +128,13 @@ again to sample from it.
             "Com-\nputed": f"{self.computed_tokens:,}",
             "= P": f"{self.equal_to_prefill}/{self.prompts}",
             "= D": f"{self.equal_to_decode}/{self.prompts}",
+        }
+
+    def flows(self) -> dict[tuple[str, str], int]:
+        return {
+            ("prefill", "decode"): self.moved_tokens,
+            ("decode's own cache", "decode"): self.cached_tokens,
+            ("decode computed", "decode"): self.computed_tokens,
         }
 
     def checks(self) -> list[tuple[bool, str]]:
@@ -166,6 +195,11 @@ class TimedRow(DemoRow):
     @property
     def speedup(self) -> float:
         return self.recompute_ms / self.first_token_ms if self.first_token_ms else 0.0
+
+    def flows(self) -> dict[tuple[str, str], int]:
+        sent = {f"from {source}": tokens for source, tokens in self.loaded().items()}
+        sent["computed"] = self.computed_tokens
+        return {(sender, "engine"): tokens for sender, tokens in sent.items()}
 
     def loaded(self) -> dict[str, int]:
         """Tokens by the source they came from."""

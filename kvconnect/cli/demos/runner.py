@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kvconnect.cli.client import Completion
-from kvconnect.cli.demos.rows import DemoRow, table, verdict
+from kvconnect.cli.demos.rows import DemoRow, picture, table, verdict
 from kvconnect.cli.engines import START_TIMEOUT_S
 from kvconnect.cli.processes import Fleet, Server
 
@@ -56,6 +56,7 @@ class Demo(ABC):
         right, line = verdict(self.rows, self.expected)
         self.console.print(table(self.rows))
         self.console.print(self.rows[0].caption, highlight=False)
+        self.console.print(f"\n{picture(self.rows)}\n", highlight=False, markup=False)
         colour = "green" if right else "red"
         self.console.print(f"[bold {colour}]{escape(line)}[/] ({seconds:.0f} s)")
         return right
