@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo docs test test-unit test-deploy test-ray test-versions test-routers test-hosts test-lmcache crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
+.PHONY: help setup demo docs test test-unit test-deploy test-observability test-ray test-versions test-routers test-hosts test-lmcache crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -40,6 +40,9 @@ docs: ## the documentation as a site in .cache/docs/site, strictly (ARGS=serve: 
 
 test-deploy: setup ## deploy/: charts rendered, objects and arguments valid (or CHARTS=none; see tests/render_deploy.py)
 	@$(RUN) python tests/render_deploy.py
+
+test-observability: setup ## a real Prometheus at real engines: every query of the dashboard; a trace (three minutes)
+	@$(RUN) python tests/e2e/observability.py $(ARGS)
 
 test-ray: setup ## our backends in the real Ray Serve LLM, then engines in it (half an hour, 9 GB)
 	@$(RUN) tests/ray.sh -m pytest -q --timeout=600 tests/unit/test_ray_serve.py

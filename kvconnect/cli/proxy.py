@@ -48,6 +48,10 @@ AtOnceOption = Annotated[
         "is worth it (auto), or wherever prefill can (always)."
     ),
 ]
+TracesEndpoint = Annotated[
+    str | None,
+    typer.Option(help="Send spans there by OTLP over HTTP, e.g. http://localhost:4318/v1/traces."),
+]
 Certificates = Annotated[
     str | None, typer.Option(help="PEM file of certificates: clients come over TLS.")
 ]
@@ -73,6 +77,7 @@ def proxy(
         int, typer.Option(min=1, help="Largest request body that is accepted, in MiB.")
     ] = 64,
     at_once: AtOnceOption = "never",
+    otlp_traces_endpoint: TracesEndpoint = None,
     ssl_certfile: Certificates = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="Its key, if in another file.")] = None,
     reuse_port: Annotated[

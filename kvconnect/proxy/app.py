@@ -45,6 +45,8 @@ from kvconnect.proxy.policy import (
 )
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.session import LOST
+from kvconnect.proxy.traces import RequestTraces
+from kvconnect.telemetry.spans import SpanWriter
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -132,12 +134,18 @@ class Proxy:
         self.journal = Journal(clock)
         self._clock = clock
         self._legs: Legs
+        self._traces: RequestTraces | None = None
+        if endpoint := config.otlp_traces_endpoint:
+            writer = SpanWriter.exporting(endpoint, "kvconnect-proxy")
+            self._traces = RequestTraces(self.journal, writer)
 
     async def running(self, _app: web.Application) -> AsyncIterator[None]:
         """aiohttp's cleanup context: connections to engines belong to the running loop."""
         self._legs = Legs(self.config, self._clock)
         yield
         await self._legs.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     def pools(self) -> dict[Role, Pool]:
         """The engines of both roles. While the application runs."""

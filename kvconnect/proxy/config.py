@@ -49,6 +49,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Their private key, where it is not in the same file."""
     reuse_port: bool = False
     """Let other proxies on this host listen on the same port: the kernel deals out connections."""
+    otlp_traces_endpoint: str | None = None
+    """Where spans go by OTLP over HTTP, e.g. ``http://localhost:4318/v1/traces``; None: nowhere."""
     max_body_bytes: Annotated[int, msgspec.Meta(gt=0)] = 64 * 2**20
     """Largest request body that is accepted, in bytes."""
     at_once: AtOnce = "never"

@@ -4,7 +4,8 @@ Does not know HTTP or engines. Whoever shows, counts or traces requests reads it
 
 - ``Journal.of`` makes a `RequestLife`; `legs` and `app` note in it what happens.
 - ``running`` are those under way, ``recent`` the last hundred that ended, oldest first.
-- ``on_end`` lists callables that get each life when it ended. They must not raise, nor take long.
+- ``on_begin`` and ``on_end`` list callables that get each life when it began, and when it ended.
+  They must not raise, nor take long.
 - Times are seconds of the journal's clock, None for what did not happen. ``began_unix_s`` is for
   people and traces.
 """
@@ -75,6 +76,7 @@ class Journal:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.running: set[RequestLife] = set()
         self.recent: deque[RequestLife] = deque(maxlen=REMEMBERED)
+        self.on_begin: list[Callable[[RequestLife], None]] = []
         self.on_end: list[Callable[[RequestLife], None]] = []
         self._clock = clock
 
@@ -83,6 +85,8 @@ class Journal:
         """A request's life, from now until the block is left. Who sets no outcome gave it up."""
         life = RequestLife(request_id, path, self._clock(), time.time(), self._clock, headers)
         self.running.add(life)
+        for told in self.on_begin:
+            told(life)
         try:
             yield life
         finally:

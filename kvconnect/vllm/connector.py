@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 class Orders(KVConnectorMetadata):
     """A step's orders, scheduler → workers; a worker takes them once."""
 
-    def __init__(self, orders: list[Order], step: int = 0, wait_s: float = 0.0) -> None:
-        """``step``: its number; ``wait_s``: how long workers may wait in it for a load to end."""
+    def __init__(
+        self,
+        orders: list[Order],
+        step: int = 0,
+        wait_s: float = 0.0,
+        traced: Mapping[str, Mapping[str, str]] = {},
+    ) -> None:
+        """``step``: its number; ``wait_s``: how long workers may wait in it for a load to end;
+        ``traced``: of requests whose loads begin, the headers that tell their trace.
+        """
         self._orders = orders
-        self.step, self.wait_s = step, wait_s
+        self.step, self.wait_s, self.traced = step, wait_s, traced
 
     def take(self) -> list[Order]:
         """The orders, the first time."""
@@ -120,8 +128,8 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         self.scheduler.progress.step(scheduler_output)
         scheduler, tokens = self.scheduler, scheduler_output.total_num_scheduled_tokens
-        wait_s = scheduler.idle_steps.wait_s(tokens)
-        return Orders(scheduler.take_orders(), scheduler.adapters.next_step(), wait_s)
+        wait_s, step = scheduler.idle_steps.wait_s(tokens), scheduler.adapters.next_step()
+        return Orders(scheduler.take_orders(), step, wait_s, scheduler.take_traced())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         metadata = connector_output.kv_connector_worker_meta
@@ -173,6 +181,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         super().bind_connector_metadata(connector_metadata)
         if isinstance(connector_metadata, Orders):
             self.worker.adapters.bound(connector_metadata.step)
+            self.worker.traces.ordered(connector_metadata.traced)
             self.worker.put(connector_metadata.take())
             self._wait_s = connector_metadata.wait_s
 

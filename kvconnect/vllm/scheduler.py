@@ -79,6 +79,7 @@ class Scheduler:
         self._turns_threshold = getattr(config, "kv_recompute_threshold", 0)
         self._held = HeldBlocks()
         self.idle_steps = IdleSteps(parallel)
+        self._traced: dict[str, Mapping[str, str]] = {}  # loads that were ordered → their headers
         self.lent: dict[str, Any] = {}
         """Finished requests, by id, whose blocks are kept for readers."""
         self.drain_s = config.drain_timeout
@@ -172,6 +173,8 @@ class Scheduler:
             self._windows.load(request_id, blocks_to_fill, needed_from)
             self._planner.fetch(request_id, blocks_to_fill, needed_from)
             self._held.hold(LOADING, request_id, sum(map(len, blocks_to_fill)))
+            if headers := getattr(request, "trace_headers", None):
+                self._traced[request_id] = dict(headers)
         else:  # all of it is here already, or vLLM chose not to load
             self._windows.done(request_id)
             self._planner.release(request_id)
@@ -260,6 +263,11 @@ class Scheduler:
         if wanted := self.turns.to_revoke(everything=leaving.asked_at is not None):
             self.revoke(wanted)
         return self._planner.take_orders()
+
+    def take_traced(self) -> Mapping[str, Mapping[str, str]]:
+        """Requests whose loads were ordered since the last call, and what tells their traces."""
+        taken, self._traced = self._traced, {}
+        return taken
 
     def take_stats(self) -> StatsData | None:
         """What was counted here since the last call; None if nothing."""

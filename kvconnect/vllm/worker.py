@@ -27,6 +27,7 @@ from kvconnect.orders import Fetch, Grant, Order, Outcome, Progress, Revoke
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.stats import READS, StatsData, labelled
 from kvconnect.telemetry.bandwidth import BandwidthWatch
+from kvconnect.telemetry.handovers import HandOverTraces
 from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.adapter_reports import AdapterReport, merged, worker_adapters
 from kvconnect.vllm.engine import Rank, kernels_for, this_rank, use_device
@@ -96,6 +97,7 @@ class Worker:
         self._fenced: tuple[type[Order], ...] = (Fetch, Progress, *drafts)
         self._address_sent = False
         self.adapters = worker_adapters(vllm_config)
+        self.traces = HandOverTraces()
         self._bandwidth = BandwidthWatch(config.expected_gb_s)
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
@@ -246,6 +248,7 @@ class Worker:
             self.mover.wait_for_outcome(wait_s)
             outcome.add(self.mover.take())
         self._lent -= outcome.sent
+        self.traces.ended(outcome.ended_s, outcome.failed)
         self._computed |= outcome.computed
         lost: set[int] = set()
         for request_id in outcome.received:
@@ -257,10 +260,12 @@ class Worker:
     def take_stats(self) -> StatsData | None:
         """See `Mover.take_stats`; with what peers do of what is expected of them."""
         taken = self.mover.take_stats() if self.mover else None
+        for read in taken.pop(READS, ()) if taken else ():
+            self._bandwidth.read(read)
+            self.traces.read(read)
+        self.traces.write()
         if taken is None:
             return None
-        for read in taken.pop(READS, ()):
-            self._bandwidth.read(read)
         if ceiling := self._bandwidth.ceiling:
             taken["expected_rate"] = [ceiling]
             for name in [name for name in taken if name.startswith("read_rate|")]:

@@ -49,6 +49,7 @@ ALLOWED = {
     "ucxx": ("transport/ucx/transport.py",),
     "zmq": ("control/channel.py", "vllm/p2p/pings.py"),
     "ray": ("integrations/",),
+    "opentelemetry": ("telemetry/spans.py",),
     "aiohttp": ("proxy/", "cli/", "vllm/mooncake/"),
     "kvconnect_bench": ("cli/group.py",),
     "pytest": (),
@@ -114,6 +115,7 @@ def test_importing_it_loads_no_heavy_library(module):
         "zmq",
         "aiohttp",
         "ray",
+        "opentelemetry",
         "kvconnect_bench",
     )
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"

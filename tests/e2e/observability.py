@@ -1,0 +1,219 @@
+"""A real Prometheus at real engines: all queries of the dashboard have data, a request is a trace.
+
+    python tests/e2e/observability.py [SECONDS]    # SECONDS: until every query must have data
+
+Needs Debian's package `prometheus`. Prints a line of JSON for each query, the trace of a request
+with its spans and times, and exits with 1 if anything is missing.
+"""
+
+import http.server
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import yaml
+from conftest import HERE, model
+from nursery import Nursery
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from pair import Client, words
+from xpyd import free_port
+
+from kvconnect.cli.engines import (
+    START_TIMEOUT_S,
+    VllmServe,
+    engine_env,
+    multi_config,
+    proxy_command,
+    transfer_config,
+)
+from kvconnect.cli.processes import HOST, Fleet
+
+DEPLOYED = HERE.parents[1] / "deploy/observability"
+DASHBOARD = json.loads((DEPLOYED / "grafana/dashboards/kvconnect.json").read_text())
+QUERIES = [
+    (panel["title"], target["expr"])
+    for panel in DASHBOARD["panels"]
+    for target in panel.get("targets", ())
+]
+SPANS = {
+    "kvconnect.proxy",
+    "kvconnect.prefill",
+    "kvconnect.decode",
+    "kvconnect.handover",
+    "kvconnect.wait",
+    "kvconnect.transfer",
+    "kvconnect.verify",
+}
+VLLM_SPAN = "llm_request"
+
+
+class SpanReceiver:
+    """Takes spans by OTLP over HTTP."""
+
+    def __init__(self):
+        self.spans = []
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                told = ExportTraceServiceRequest()
+                told.ParseFromString(self.rfile.read(int(self.headers["Content-Length"])))
+                for resource in told.resource_spans:
+                    for scope in resource.scope_spans:
+                        receiver.spans += scope.spans
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer((HOST, 0), Handler)
+        self.endpoint = f"http://{HOST}:{self.server.server_port}/v1/traces"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def traces(self):
+        """Spans by trace."""
+        found = {}
+        for span in list(self.spans):
+            found.setdefault(span.trace_id, []).append(span)
+        return list(found.values())
+
+    def whole(self):
+        """The spans of one request, all of which have arrived; None: not yet."""
+        for spans in self.traces():
+            names = [span.name for span in spans]
+            if set(names) >= SPANS and names.count(VLLM_SPAN) == 2:
+                return sorted(spans, key=lambda span: (span.start_time_unix_nano, span.name))
+        return None
+
+
+def prometheus(folder, engines):
+    """A real one, which scrapes engines each second and knows the alert rules."""
+    config = yaml.safe_load((DEPLOYED / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(DEPLOYED / "alerts.yaml")]
+    targets = [urllib.parse.urlsplit(engine.url).netloc for engine in engines]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": targets}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    program = shutil.which("prometheus")
+    if program is None:
+        sys.exit("prometheus is not installed: Debian's package prometheus has it")
+    port = free_port()
+    command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}"]
+    command += [f"--web.listen-address={HOST}:{port}", "--log.level=error"]
+    return subprocess.Popen(command), f"http://{HOST}:{port}"
+
+
+def asked(url, path, **params):
+    query = urllib.parse.urlencode(params)
+    try:
+        with urllib.request.urlopen(f"{url}/api/v1/{path}?{query}", timeout=10) as answer:
+            return json.load(answer)["data"]
+    except OSError:
+        return None
+
+
+def values(url, expression):
+    """What a query finds now, numbers alone."""
+    found = asked(url, "query", query=expression) or {"result": []}
+    told = [float(series["value"][1]) for series in found["result"]]
+    return [value for value in told if math.isfinite(value)]
+
+
+def work(proxy, keeper, number):
+    """Something of everything that the dashboard shows."""
+    status, answer = proxy.post(words(500, seed=number), max_tokens=4)
+    assert status == 200, answer
+    for _ in range(2):  # stored, and loaded
+        keeper.tokens(words(400, seed=number // 2), 2)
+        keeper.request("POST", "/reset_prefix_cache")
+
+
+def engines(fleet, traces):
+    """A pair with spans, and one engine that offloads in a chain."""
+    folder = model("KVCONNECT_MODEL")
+    short = ["--max-model-len", "1024"]
+    env = engine_env(
+        OTEL_EXPORTER_OTLP_TRACES_PROTOCOL="http/protobuf",
+        OTEL_BSP_SCHEDULE_DELAY="500",
+        VLLM_SERVER_DEV_MODE="1",
+    )
+    traced = [*short, "--otlp-traces-endpoint", traces]
+    servers = [
+        fleet.start(role, VllmServe(folder, transfer_config("nixl", role), traced).command, env)
+        for role in ("prefill", "decode")
+    ]
+    keeps = VllmServe(folder, multi_config(cpu_bytes_to_use=1 << 28), short)
+    servers.append(fleet.start("keeper", keeps.command, env))
+    fleet.wait_up(servers, START_TIMEOUT_S)
+    options = ["--otlp-traces-endpoint", traces]
+    prefill, decode = servers[0].url, servers[1].url
+    proxy = fleet.start("proxy", proxy_command([prefill], [decode], options), env)
+    fleet.wait_up([proxy], START_TIMEOUT_S)
+    return servers, Client(proxy, folder.name), Client(servers[2], folder.name)
+
+
+def show(spans):
+    """A trace, as a waterfall."""
+    first = min((span.start_time_unix_nano for span in spans), default=0)
+    depth = {}
+    for span in sorted(spans, key=lambda span: span.start_time_unix_nano):
+        depth[span.span_id] = depth.get(span.parent_span_id, -1) + 1
+        began, ended = span.start_time_unix_nano - first, span.end_time_unix_nano - first
+        name = "  " * depth[span.span_id] + span.name
+        print(f"{name:<30} {began / 1e6:9.1f} ms … {ended / 1e6:9.1f} ms", flush=True)
+
+
+def watch(servers, proxy, keeper, receiver, folder, within_s):
+    """Work until all that is looked for is there; the queries that lack data, and the rules."""
+    metrics, url = prometheus(folder, servers)
+    try:
+        deadline, number, lacking = time.monotonic() + within_s, 0, QUERIES
+        while (lacking or receiver.whole() is None) and time.monotonic() < deadline:
+            work(proxy, keeper, number)
+            number += 1
+            if number % 3 == 0:
+                lacking = [(title, e) for title, e in QUERIES if not values(url, e)]
+        for title, expression in QUERIES:
+            row = {"panel": title, "query": expression, "values": values(url, expression)}
+            print(json.dumps(row), flush=True)
+        groups = (asked(url, "rules") or {"groups": []})["groups"]
+        return lacking, [rule for group in groups for rule in group["rules"]]
+    finally:
+        metrics.terminate()
+        metrics.wait()
+
+
+def main():
+    within_s = float(sys.argv[1]) if len(sys.argv) > 1 else 180.0
+    receiver = SpanReceiver()
+    with (
+        Nursery() as nursery,
+        tempfile.TemporaryDirectory() as folder,
+        Fleet(Path(folder) / "logs", nursery.launch) as fleet,
+    ):
+        started = engines(fleet, receiver.endpoint)
+        lacking, rules = watch(*started, receiver, Path(folder), within_s)
+    trace = receiver.whole()
+    healthy = sum(rule["health"] == "ok" for rule in rules)
+    print(f"{len(QUERIES) - len(lacking)} of {len(QUERIES)} queries have data")
+    print(f"{healthy} of {len(rules)} rules were evaluated")
+    show(trace or [])
+    wrong = bool(lacking) or trace is None or not rules or healthy < len(rules)
+    if wrong:
+        seen = [sorted({span.name for span in spans}) for spans in receiver.traces()]
+        print("missing:", lacking, seen[:5])
+    sys.exit(wrong)
+
+
+if __name__ == "__main__":
+    main()
