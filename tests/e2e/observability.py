@@ -1,6 +1,6 @@
 """A real Prometheus at real engines: all queries of the dashboard have data, a request is a trace.
 
-    python tests/e2e/observability.py [SECONDS]    # SECONDS: until every query must have data
+    python tests/e2e/observability.py [SECONDS]    # within which all queries must have data
 
 Needs Debian's package `prometheus`. Prints a line of JSON for each query, the trace of a request
 with its spans and times, and exits with 1 if anything is missing.
@@ -31,6 +31,7 @@ from kvconnect.cli.engines import (
     VllmServe,
     engine_env,
     multi_config,
+    offload_config,
     proxy_command,
     transfer_config,
 )
@@ -129,17 +130,17 @@ def values(url, expression):
     return [value for value in told if math.isfinite(value)]
 
 
-def work(proxy, keeper, number):
+def work(proxy, keepers, number):
     """Something of everything that the dashboard shows."""
     status, answer = proxy.post(words(500, seed=number), max_tokens=4)
     assert status == 200, answer
-    for _ in range(2):  # stored, and loaded
+    for keeper in keepers:  # every second time stored, then loaded
         keeper.tokens(words(400, seed=number // 2), 2)
         keeper.request("POST", "/reset_prefix_cache")
 
 
 def engines(fleet, traces):
-    """A pair with spans, and one engine that offloads in a chain."""
+    """A pair with spans, one engine that offloads, and one that does so in a chain."""
     folder = model("KVCONNECT_MODEL")
     short = ["--max-model-len", "1024"]
     env = engine_env(
@@ -152,14 +153,15 @@ def engines(fleet, traces):
         fleet.start(role, VllmServe(folder, transfer_config("nixl", role), traced).command, env)
         for role in ("prefill", "decode")
     ]
-    keeps = VllmServe(folder, multi_config(cpu_bytes_to_use=1 << 28), short)
-    servers.append(fleet.start("keeper", keeps.command, env))
+    for name, config in (("keeper", offload_config), ("chain", multi_config)):
+        keeps = VllmServe(folder, config(cpu_bytes_to_use=1 << 28), short)
+        servers.append(fleet.start(name, keeps.command, env))
     fleet.wait_up(servers, START_TIMEOUT_S)
     options = ["--otlp-traces-endpoint", traces]
     prefill, decode = servers[0].url, servers[1].url
     proxy = fleet.start("proxy", proxy_command([prefill], [decode], options), env)
     fleet.wait_up([proxy], START_TIMEOUT_S)
-    return servers, Client(proxy, folder.name), Client(servers[2], folder.name)
+    return servers, Client(proxy, folder.name), [Client(s, folder.name) for s in servers[2:]]
 
 
 def show(spans):
@@ -173,13 +175,13 @@ def show(spans):
         print(f"{name:<30} {began / 1e6:9.1f} ms … {ended / 1e6:9.1f} ms", flush=True)
 
 
-def watch(servers, proxy, keeper, receiver, folder, within_s):
+def watch(servers, proxy, keepers, receiver, folder, within_s):
     """Work until all that is looked for is there; the queries that lack data, and the rules."""
     metrics, url = prometheus(folder, servers)
     try:
         deadline, number, lacking = time.monotonic() + within_s, 0, QUERIES
         while (lacking or receiver.whole() is None) and time.monotonic() < deadline:
-            work(proxy, keeper, number)
+            work(proxy, keepers, number)
             number += 1
             if number % 3 == 0:
                 lacking = [(title, e) for title, e in QUERIES if not values(url, e)]
