@@ -17,7 +17,7 @@ Policy = Literal["least-loaded", "prefix", "round-robin"]
 
 # What a request costs beside its prompt, in tokens: many short ones are a load, too.
 REQUEST_TOKENS = 64
-CROWDED = 2.0
+CROWDED = 1.5  # less than 2: of two engines none ever has more than twice its share
 # Below so many tokens in flight no engine is crowded, whatever the others have.
 _AT_EASE_TOKENS = 4096
 

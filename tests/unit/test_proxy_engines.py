@@ -116,9 +116,9 @@ def test_without_budget_prefill_is_not_asked_again_and_decode_works_alone():
 def test_engines_that_refuse_connections_cost_no_budget():
     async def scenario() -> None:
         d = Engine(answers)
-        async with rig([Engine(prefills)], [Dead(), d], retry_ratio=0.0) as r:
-            for _ in range(int(RESERVE) + 5):
-                assert await r.ask() == (200, ANSWER)
+        dead = [Dead() for _ in range(int(RESERVE) + 5)]
+        async with rig([Engine(prefills)], [*dead, d], retry_ratio=0.0) as r:
+            assert await r.ask() == (200, ANSWER)
             assert "unretried" not in await r.counters()
 
     run(scenario())
