@@ -93,8 +93,9 @@ KVC_EXPORT int kvc_move(int gather, const kvc_copy* copies, uint32_t n_copies,
     for (uint32_t i = 0; i < n_wires; ++i) {
       uint32_t n = 0;
       for (uint64_t found = 0; found < tokens; ++n) found += segments[n].count;
-      isa().run({parts.data(), n_copies, segments, n, tokens, (uint8_t*)wires[i], gather != 0,
-                 bytes >= KVC_STREAM_FROM},
+      const kvc_segment* later = i + 1 < n_wires ? segments + n : nullptr;
+      isa().run({parts.data(), n_copies, segments, n, later, tokens, (uint8_t*)wires[i],
+                 gather != 0, bytes >= KVC_STREAM_FROM},
                 sums);
       segments += n;
     }

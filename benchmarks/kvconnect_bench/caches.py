@@ -33,6 +33,7 @@ from kvconnect_bench.numbers import bits_at
 
 ORDERS = ("LBHNC", "LBNHC", "BLHNC", "LHBNC", "BLNHC", "BHLNC")
 LAYOUTS = (*ORDERS, "pieces", "vec", "amx")
+TORCH_ALIGN = 64
 GUARD_BYTES = 64
 ITEM_BYTES = {name: row.itemsize for name, row in NUMBERS.items()} | {
     "int8": 1,
@@ -110,8 +111,10 @@ class Cache:
         inner = prod(counts[1][at:])
         size = prod(counts[1][:at]) * (inner + padding) * model.itemsize
         # whole memory, guards included: one equality shows that nothing else was touched
-        rng = np.random.default_rng(seed)
-        self.memory = rng.integers(0, 256, size + 2 * GUARD_BYTES, dtype=np.uint8)
+        self.memory = _aligned(size + 2 * GUARD_BYTES)
+        self.memory[:] = np.random.default_rng(seed).integers(
+            0, 256, len(self.memory), dtype=np.uint8
+        )
         live = self.memory[GUARD_BYTES : GUARD_BYTES + size].view(f"u{model.itemsize}")
         blocks = live.reshape(*counts[1][:at], inner + padding)[..., :inner]
         self._cells = self._found(counts[0], blocks.reshape(counts[1]))
@@ -260,6 +263,13 @@ def engine(
         Cache(model, num_blocks, layout, rank, tp_size, stage, seed + i, padding)
         for i, (stage, rank) in enumerate(places)
     ]
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Memory that begins where torch's does, at 64 bytes; numpy's begins at 16."""
+    memory = np.empty(nbytes + TORCH_ALIGN, np.uint8)
+    first = -memory.ctypes.data % TORCH_ALIGN
+    return memory[first : first + nbytes]
 
 
 def _packed(own: np.ndarray, layout: str, tokens: int, size: int, last: bool) -> np.ndarray:

@@ -11,6 +11,7 @@ struct Call {
   uint32_t n_parts;
   const kvc_segment* segments;
   uint32_t n_segments;
+  const kvc_segment* later;  // the first segment of the next chunk; null after the last one
   uint64_t tokens;  // of the chunk
   uint8_t* wire;
   bool gather;
