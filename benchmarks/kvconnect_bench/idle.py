@@ -11,7 +11,8 @@ import typer
 
 from kvconnect.cli.engines import check_model
 from kvconnect_bench import options
-from kvconnect_bench.pair import MeasuredPair, compared, pair_alone, save
+from kvconnect_bench.pair import MeasuredPair, compared, pair_alone
+from kvconnect_bench.results import save
 
 DTYPE = "bfloat16"
 THREAD_NAME = "kvconnect-mover"  # kvconnect.mover.THREAD_NAME, whose import would bring numpy
@@ -51,7 +52,7 @@ def idle(
             rows += _watch(pair, seconds)
     console.print(_table(rows))
     if out is not None:
-        save(out, DTYPE, rows)
+        save(out, "idle", rows, dtype=DTYPE, seconds=seconds)
 
 
 def _watch(pair: MeasuredPair, seconds: float) -> list[IdleRow]:

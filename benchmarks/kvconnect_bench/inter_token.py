@@ -18,8 +18,9 @@ import typer
 
 from kvconnect.cli.engines import check_model
 from kvconnect_bench import options
-from kvconnect_bench.pair import ALONE, IN_TREE, MeasuredPair, compared, pair_alone, save
+from kvconnect_bench.pair import ALONE, IN_TREE, MeasuredPair, compared, pair_alone
 from kvconnect_bench.pd import VOCABULARY
+from kvconnect_bench.results import save
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def inter_token(
     ]
     console.print(_table(rows))
     if out is not None:
-        save(out, dtype, rows)
+        save(out, "inter-token", rows, dtype=dtype)
 
 
 def _answer(

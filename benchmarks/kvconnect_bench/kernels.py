@@ -4,20 +4,15 @@ Needs torch and no vLLM. Rounds are interleaved: in each, every row is measured 
 a memcpy of as many bytes; a fraction is the median of the rounds' fractions. One thread on a CPU.
 """
 
-import contextlib
-import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvconnect_bench import options
+from kvconnect_bench.results import machine, save
 
 if TYPE_CHECKING:
     from kvconnect_bench.kernel_cases import KernelArena, KernelCase
@@ -91,12 +86,11 @@ def kernels(
             if case.verb == "gather" and case.shape.compare_torch:
                 case.check_torch()
     rows = _measure(arena, cases, rounds, console)
-    machine = _machine(found.name, rounds) | {"huge_pages": huge_pages}
-    console.print(_table(rows, machine))
+    gpu = _gpu() if found.name == "cuda" else None
+    conditions = {"gpu": gpu, "kernels": found.name, "rounds": rounds, "huge_pages": huge_pages}
+    console.print(_table(rows, machine() | conditions))
     if out is not None:
-        out.write_text(
-            json.dumps({"machine": machine, "rows": [asdict(r) for r in rows]}, indent=2)
-        )
+        save(out, "kernels", rows, **conditions)
 
 
 def _measure(
@@ -141,38 +135,17 @@ def _row(case: "KernelCase", t: KernelTimes) -> KernelRow:
     )
 
 
-def _machine(kernels_name: str, rounds: int) -> dict[str, Any]:
-    import numpy
+def _gpu() -> str | None:
     import torch
 
-    from kvconnect import __version__
-
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_name() if kernels_name == "cuda" else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "gpu": gpu,
-        "kernels": kernels_name,
-        "rounds": rounds,
-        "versions": {
-            "kvconnect": __version__,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def _table(rows: Sequence[KernelRow], machine: dict[str, Any]) -> Any:
+def _table(rows: Sequence[KernelRow], where: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    where = machine["gpu"] or f"{machine['cpu']}, one thread"
-    table = Table(title=f"{machine['kernels']} on {where}; fractions of memcpy in the same run")
+    device = where["gpu"] or f"{where['cpu']}, one thread"
+    table = Table(title=f"{where['kernels']} on {device}; fractions of memcpy in the same run")
     for heading in ("shape", "verb"):
         table.add_column(heading)
     for heading in ("run", "GB/s", "memcpy", "fraction", "× torch"):

@@ -9,7 +9,7 @@ import typer
 
 from kvconnect.cli.engines import check_installed, check_model
 from kvconnect_bench import options
-from kvconnect_bench.pair import save
+from kvconnect_bench.results import save
 
 DTYPE = "bfloat16"
 COST_TOKENS = 512, 32
@@ -31,7 +31,7 @@ def offload(
     mb: Annotated[int, typer.Option(help="MiB of KV that the tiers move at a time.")] = 256,
     lengths: Annotated[str, typer.Option(help="Prompt tokens of the hits.")] = "500,2000,4000",
     prompts: Annotated[int, typer.Option(help="Per length and source.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Of the tiers, and of the cost.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Of the tiers, and of the cost.")] = 8,
     requests: Annotated[int, typer.Option(help="Per round and engine of the cost.")] = 24,
     together: Annotated[
         bool, typer.Option(help="Load both engines of the cost at once, not one at a time.")
@@ -53,7 +53,7 @@ def offload(
         console.print(_table(part, found))
         rows += [Measured(part, row) for row in found]
     if out is not None:
-        save(out, DTYPE, rows)
+        save(out, "offload", rows, dtype=DTYPE)
 
 
 def _measure(

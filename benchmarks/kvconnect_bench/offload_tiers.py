@@ -1,20 +1,22 @@
 """Host memory and disk of one rank, beside plain copies of the same bytes in the same round.
 
-Plain copies: numpy's memcpy, and one thread's pwrite and pread of whole slots, with direct I/O
-where the filesystem has it. No engine runs.
+Plain copies: numpy's memcpy of all of it, and one thread's pwrite and pread of whole slots, with
+direct I/O where the filesystem has it. No engine runs: jobs go to a runner, as an engine gives
+them, and its steps are made here. A plain copy again, beside itself, says what means nothing here.
 """
 
+import itertools
 import os
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from kvconnect.offload.jobs import Fill, Forget, Job, Save, Spill
 from kvconnect.offload.store.arena import attach, make
 from kvconnect.offload.store.backing import FileBacking, Wrap, anonymous, mapped
 from kvconnect.offload.store.disk import DiskStore
@@ -22,31 +24,34 @@ from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.host import HostStore
 from kvconnect.offload.store.io_threads import IoThreads, SystemFile
 from kvconnect.offload.store.neighbours import claim
+from kvconnect.offload.store.runner import BUSY_PAUSE_S, Runner
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, slot_bytes
 from kvconnect.offload.store.tiered_store import TieredStore
 from kvconnect.ops import load
 from kvconnect_bench.caches import Cache, Model
+from kvconnect_bench.results import Spread
 
 HEADERS = 100_000
 # of a block of 16 tokens: 64 KiB a layer and 2 MiB in all, as of Llama-3.1-8B in bf16
 MODEL = Model(layers=32, heads=8, block_tokens=16, content=256)
+CHUNK_MB = 2.0
 FINGERPRINT = b"\x01" * 32
 
 
 @dataclass(frozen=True)
 class TierRow:
-    """One operation; medians of the rounds."""
+    """One operation, over the rounds."""
 
     operation: str
     beside: str
     """The plain copy that it is compared with; itself if it is one."""
     mb: int
-    gb_per_s: float
-    ratio: float
+    chunk_mb: float
+    rounds: int
+    rate: Spread
+    ratio: Spread
     """Its rate divided by the plain copy's in the same round."""
-    ratio_low: float
-    ratio_high: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ class StoringRank:
         self._host = make(spec)
         arena, _ = claim(folder, spec, FileBacking)
         disk = DiskStore(SlotIndex(arena), IoThreads(2, 2 * count))
-        self._vault = TieredStore(HostStore(SlotIndex(self._host), [slot_layout]), disk)
+        vault = TieredStore(HostStore(SlotIndex(self._host), [slot_layout]), disk)
+        self._runner = Runner(vault, [slot_layout.block_bytes])
+        self._numbers = itertools.count(1)
         self._close_disk = disk.close
         self._keys = [number.to_bytes(32, "big") for number in range(count)]
         self._piece = spec.stride
@@ -84,22 +91,24 @@ class StoringRank:
 
     def operations(self) -> dict[str, tuple[str, Callable[[], None], Callable[[], None]]]:
         """What is timed, by name: what it is compared with, what has to be done first, itself."""
-        store, keys = self._vault, self._keys
+        keys = self._keys
 
         def nothing() -> None:
             """Needs nothing."""
 
+        def copied() -> None:
+            np.copyto(self._target, self._source)
+
         def forget() -> None:
-            for key in keys:
-                store.forget(key)
+            self._done([Forget(key, False) for key in keys])
 
         def forget_on_disk() -> None:
-            for key in keys:
-                store.forget_on_disk(key)
+            self._done([Forget(key, True) for key in keys])
 
         pwrite, pread = "pwrite, one thread", "pread, one thread"
         return {
-            "memcpy": ("memcpy", nothing, lambda: np.copyto(self._target, self._source)),
+            "memcpy": ("memcpy", nothing, copied),
+            "memcpy again": ("memcpy", nothing, copied),
             "save: blocks to memory": ("memcpy", forget, self._save),
             "load: memory to blocks": ("memcpy", nothing, self._fill),
             pwrite: (pwrite, nothing, lambda: self._plainly(self._file.write)),
@@ -116,30 +125,31 @@ class StoringRank:
         self._host.close()
 
     def _save(self) -> None:
-        for number, key in enumerate(self._keys):
-            assert self._vault.save(number, key, 0, (number,))
-            self._settle()
+        self._done([Save(next(self._numbers), k, 0, (n,)) for n, k in enumerate(self._keys)])
 
     def _fill(self) -> None:
-        for number, key in enumerate(self._keys):
-            assert self._vault.load(number, key, 0, (number,))
-        self._settle()
+        self._done([Fill(next(self._numbers), k, 0, (n,)) for n, k in enumerate(self._keys)])
 
     def _spill(self) -> None:
-        for number, key in enumerate(self._keys):
-            assert self._vault.spill(number, key)
-        self._settle()
+        self._done([Spill(next(self._numbers), key) for key in self._keys])
 
     def _plainly(self, move: Callable[[memoryview, int], int]) -> None:
         for start in range(0, len(self._target), self._piece):
             move(self._target[start : start + self._piece].data, start)
 
-    def _settle(self) -> None:
+    def _done(self, jobs: Sequence[Job]) -> None:
+        """Give jobs, and make the runner's steps until all that are answered have ended."""
+        self._runner.put(jobs)
+        open_jobs = sum(not isinstance(job, Forget) for job in jobs)
         while True:
-            assert not any(ended.error for ended in self._vault.poll())
-            if not self._vault.busy:
-                return
-            time.sleep(0.0002)  # leaves the interpreter to the disk's threads
+            moved = self._runner.step()
+            found = self._runner.take()
+            assert not any(one.error for one in found.done) and not found.lost
+            open_jobs -= len(found.done)
+            if not moved:
+                if not open_jobs:
+                    return
+                time.sleep(BUSY_PAUSE_S)
 
 
 def _plain_file(path: Path, content: np.ndarray) -> tuple[SystemFile, int]:
@@ -204,13 +214,7 @@ def _found_again(spec: ArenaSpec, path: Path, wrap: Wrap, rounds: int) -> Iterat
 
 
 def _row(name: str, beside: str, nbytes: int, own: list[float], plain: list[float]) -> TierRow:
-    ratios = [p / s for s, p in zip(own, plain, strict=True)]
-    return TierRow(
-        operation=name,
-        beside=beside,
-        mb=nbytes >> 20,
-        gb_per_s=round(nbytes / 1e9 / statistics.median(own), 2),
-        ratio=round(statistics.median(ratios), 2),
-        ratio_low=round(min(ratios), 2),
-        ratio_high=round(max(ratios), 2),
-    )
+    rate = Spread.of("GB/s", [nbytes / 1e9 / one for one in own])
+    ratio = Spread.of(f"of {beside}", [p / o for o, p in zip(own, plain, strict=True)])
+    assert rate and ratio
+    return TierRow(name, beside, nbytes >> 20, CHUNK_MB, len(own), rate, ratio)

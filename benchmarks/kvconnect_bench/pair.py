@@ -5,15 +5,11 @@ import contextlib
 import http.client
 import itertools
 import json
-import os
-import platform
 import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -212,29 +208,3 @@ def _free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def save(out: Path, dtype: str, rows: Sequence[Any]) -> None:
-    """The rows, which are dataclasses, and where they were measured, as JSON."""
-    result = {"machine": _machine(dtype), "rows": [asdict(row) for row in rows]}
-    out.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _machine(dtype: str) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    versions = {}
-    for name in ("kvconnect", "vllm", "torch", "nixl"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "dtype": dtype,
-        "env": {k: os.environ[k] for k in ("UCX_TLS", "OMP_NUM_THREADS") if k in os.environ},
-        "date": time.strftime("%Y-%m-%d"),
-    }

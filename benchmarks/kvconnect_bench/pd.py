@@ -23,7 +23,8 @@ import typer
 
 from kvconnect.cli.engines import check_model
 from kvconnect_bench import options
-from kvconnect_bench.pair import ALONE, IN_TREE, Asked, MeasuredPair, compared, pair_alone, save
+from kvconnect_bench.pair import ALONE, IN_TREE, Asked, MeasuredPair, compared, pair_alone
+from kvconnect_bench.results import Spread, save
 
 VOCABULARY = (1000, 30_000)  # token ids that are plain words in every tokenizer we ship
 BLOCK_TOKENS = 128  # or any size that divides it
@@ -42,28 +43,6 @@ class Case(NamedTuple):
 
 Turns = dict[tuple[Case, str, str], list[Asked]]
 """(case, pair, way) → what each turn took, in the mean of its prompts."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A median and its quartiles."""
-
-    unit: str
-    p25: float
-    p50: float
-    p75: float
-
-    @classmethod
-    def of(cls, unit: str, values: Sequence[float]) -> "Spread | None":
-        """Of at least two values; else None."""
-        if len(values) < 2:
-            return None
-        scale = 1e3 if unit == "ms" else 1.0
-        return cls(unit, *(round(scale * q, 3) for q in statistics.quantiles(values, n=4)))
-
-    def __str__(self) -> str:
-        digits = 2 if abs(self.p50) < 100 else 0
-        return f"{self.p50:.{digits}f} ({self.p25:.{digits}f}-{self.p75:.{digits}f})"
 
 
 @dataclass(frozen=True)
@@ -140,7 +119,7 @@ def pd(
     rows = list(rows_of(measured, seed))
     console.print(_table(rows))
     if out is not None:
-        save(out, dtype, rows)
+        save(out, "pd", rows, dtype=dtype)
 
 
 def _numbers(text: str) -> list[int]:

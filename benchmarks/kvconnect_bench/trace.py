@@ -19,8 +19,9 @@ import typer
 from kvconnect.cli.engines import check_model
 from kvconnect.errors import ConfigError
 from kvconnect_bench import marks, options
-from kvconnect_bench.pair import Asked, compared, pair_alone, save
-from kvconnect_bench.pd import BLOCK_TOKENS, VOCABULARY, Spread
+from kvconnect_bench.pair import Asked, compared, pair_alone
+from kvconnect_bench.pd import BLOCK_TOKENS, VOCABULARY
+from kvconnect_bench.results import Spread, save
 
 ENDS = ("prefill", "step ended")  # where the times are counted from
 TOLD = ("decode", "vLLM was told that the KV is there")
@@ -86,7 +87,7 @@ def trace(
                 rows.append(row)
     console.print(_table(rows))
     if out is not None:
-        save(out, dtype, rows)
+        save(out, "trace", rows, dtype=dtype, connector=connector, seed=seed)
 
 
 def rows_of(

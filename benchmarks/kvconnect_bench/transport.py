@@ -6,20 +6,15 @@ ratios. What arrived is compared byte for byte every time.
 """
 
 import contextlib
-import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvconnect_bench import options
+from kvconnect_bench.results import machine, save
 
 if TYPE_CHECKING:
     from kvconnect_bench.sides import Fetched, SideProcess, TransferCase
@@ -99,11 +94,9 @@ def transport(
                     done = f"round {turn} of {rounds}" if turn > 0 else "warming up"
                     status.update(f"{name} {wire} {kib} KiB: {done}")
             rows += rows_of(case, times)
-    machine = _machine(rounds)
-    console.print(_table(rows, machine))
+    console.print(_table(rows, machine() | {"rounds": rounds}))
     if out is not None:
-        found = {"machine": machine, "rows": [asdict(row) for row in rows]}
-        out.write_text(json.dumps(found, indent=2) + "\n")
+        save(out, "transport", rows, rounds=rounds)
 
 
 def _measure(case: "TransferCase", rounds: int, times: TransferTimes) -> Iterator[int]:
@@ -185,31 +178,11 @@ def rows_of(case: "TransferCase", times: TransferTimes) -> list[TransferRow]:
     return rows
 
 
-def _machine(rounds: int) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    versions = {}
-    for package in ("kvconnect", "nixl", "numpy", "pyzmq", "mooncake-transfer-engine", "ucxx-cu12"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "versions": versions,
-        "rounds": rounds,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _table(rows: Sequence[TransferRow], machine: dict[str, Any]) -> Any:
+def _table(rows: Sequence[TransferRow], where: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 
-    title = f"two processes on {machine['cores']} cores of {machine['cpu']}"
+    title = f"two processes on {where['cores']} cores of {where['cpu']}"
     caption = "contig., memcpy: fractions of their rates in the same run"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)

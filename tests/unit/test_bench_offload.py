@@ -28,8 +28,10 @@ def test_tiers_move_everything_beside_plain_copies(tmp_path, monkeypatch):
     rows = json.loads(report.read_text())["rows"]
     moved = [row["row"] for row in rows if row["part"] == "tiers"]
     assert {row["mb"] for row in moved} == {4}
-    assert all(row["gb_per_s"] > 0 and row["ratio_low"] <= row["ratio"] for row in moved)
+    assert all(0 < row["rate"]["p25"] <= row["rate"]["p50"] for row in moved)
+    assert {row["rate"]["unit"] for row in moved} == {"GB/s"}
     assert sum(row["operation"] == row["beside"] for row in moved) == 3
+    assert "memcpy again" in {row["operation"] for row in moved}
     found = [row["row"] for row in rows if row["part"] == "restarts"]
     assert [row["slots"] for row in found] == [50, 50]
     assert list(tmp_path.iterdir()) == [report], "something was left in the folder"
