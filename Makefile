@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo docs test test-unit test-deploy test-observability test-ray test-versions test-routers test-hosts test-lmcache crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-gpu clean
+.PHONY: help setup demo docs test test-unit test-deploy test-observability test-ray test-versions test-routers test-hosts test-lmcache crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-all bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -100,6 +100,9 @@ check: setup ## lint, formatting, types
 
 bench: setup ## prefill -> decode transfer benchmark
 	@$(RUN) kvconnect bench pd $(ARGS)
+
+bench-all: setup ## every benchmark, ten minutes on two cores with ARGS=--quick; bench/report.html
+	@$(RUN) kvconnect bench all $(ARGS)
 
 bench-gpu: ## the kernels' figures on this machine's GPU, into benchmarks/results
 	@$(GPU_RUN) kvconnect.cli bench kernels --device cuda \

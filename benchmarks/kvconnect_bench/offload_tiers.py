@@ -52,6 +52,8 @@ class TierRow:
     rate: Spread
     ratio: Spread
     """Its rate divided by the plain copy's in the same round."""
+    cpu_ratio: Spread | None
+    """The same by CPU time of the thread, which other processes disturb less; only in memory."""
 
 
 @dataclass(frozen=True)
@@ -169,18 +171,23 @@ def tiers(folder: Path | None, mb: int, rounds: int) -> list[TierRow]:
         rank = StoringRank(place, mb << 20)
         operations = rank.operations()
         seconds: dict[str, list[float]] = {name: [] for name in operations}
+        cpu_s: dict[str, list[float]] = {name: [] for name in operations}
         for turn in range(rounds + 1):
             for name, (_, prepare, run) in operations.items():
                 prepare()
-                started = time.perf_counter()
+                started, cpu = time.perf_counter(), time.thread_time()
                 run()
                 if turn:  # the first one warms up
                     seconds[name].append(time.perf_counter() - started)
+                    cpu_s[name].append(time.thread_time() - cpu)
         rank.close()
     finally:
         shutil.rmtree(place)
     return [
-        _row(name, beside, rank.nbytes, seconds[name], seconds[beside])
+        _row(
+            *(name, beside, rank.nbytes, seconds[name], seconds[beside]),
+            _ratio(cpu_s[name], cpu_s[beside], beside) if beside == "memcpy" else None,
+        )
         for name, (beside, _, _) in operations.items()
     ]
 
@@ -213,8 +220,19 @@ def _found_again(spec: ArenaSpec, path: Path, wrap: Wrap, rounds: int) -> Iterat
         arena.close()
 
 
-def _row(name: str, beside: str, nbytes: int, own: list[float], plain: list[float]) -> TierRow:
+def _row(
+    name: str,
+    beside: str,
+    nbytes: int,
+    own: list[float],
+    plain: list[float],
+    cpu_ratio: Spread | None,
+) -> TierRow:
     rate = Spread.of("GB/s", [nbytes / 1e9 / one for one in own])
-    ratio = Spread.of(f"of {beside}", [p / o for o, p in zip(own, plain, strict=True)])
+    ratio = _ratio(own, plain, beside)
     assert rate and ratio
-    return TierRow(name, beside, nbytes >> 20, CHUNK_MB, len(own), rate, ratio)
+    return TierRow(name, beside, nbytes >> 20, CHUNK_MB, len(own), rate, ratio, cpu_ratio)
+
+
+def _ratio(own: list[float], plain: list[float], beside: str) -> Spread | None:
+    return Spread.of(f"of {beside}", [p / o for o, p in zip(own, plain, strict=True)])

@@ -23,6 +23,11 @@ PACKAGES = (
 VARIABLES = ("UCX_TLS", "OMP_NUM_THREADS")
 
 
+def quartiles(values: Sequence[float]) -> list[float]:
+    """None of them outside of ``values``; one alone is its own."""
+    return statistics.quantiles([*values] * (2 if len(values) < 2 else 1), n=4, method="inclusive")
+
+
 @dataclass(frozen=True)
 class Spread:
     """A median and its quartiles."""
@@ -38,7 +43,7 @@ class Spread:
         if len(values) < 2:
             return None
         scale = {"ms": 1e3, "us": 1e6}.get(unit, 1.0)
-        return cls(unit, *(round(scale * q, 4) for q in statistics.quantiles(values, n=4)))
+        return cls(unit, *(round(scale * q, 4) for q in quartiles(values)))
 
     def __str__(self) -> str:
         digits = 2 if abs(self.p50) < 100 else 0

@@ -31,6 +31,9 @@ def test_tiers_move_everything_beside_plain_copies(tmp_path, monkeypatch):
     assert all(0 < row["rate"]["p25"] <= row["rate"]["p50"] for row in moved)
     assert {row["rate"]["unit"] for row in moved} == {"GB/s"}
     assert sum(row["operation"] == row["beside"] for row in moved) == 3
+    assert {row["operation"] for row in moved if row["cpu_ratio"]} == {
+        *("memcpy", "memcpy again", "save: blocks to memory", "load: memory to blocks")
+    }
     assert "memcpy again" in {row["operation"] for row in moved}
     found = [row["row"] for row in rows if row["part"] == "restarts"]
     assert [row["slots"] for row in found] == [50, 50]

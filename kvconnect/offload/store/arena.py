@@ -107,11 +107,9 @@ class Arena:
         live = self._table[slot : slot + 1]
         assert live["state"][0] == FILLING and nbytes <= self.spec.slot_bytes
         self._order += 1
-        row = np.zeros(1, SLOT)
-        row["magic"], row["format"], row["state"] = SLOT_MAGIC, FORMAT, HELD
-        row["group"], row["tokens"], row["nbytes"], row["digest"] = group, tokens, nbytes, digest
-        row["generation"], row["order"] = live["generation"], self._order
-        row["key"] = np.frombuffer(key, np.uint8)
+        generation, spare = int(live["generation"][0]), (0,) * 5
+        said = (SLOT_MAGIC, FORMAT, HELD, group, tokens, generation, self._order, nbytes, digest)
+        row = np.array([(*said, np.frombuffer(key, np.uint8), spare, 0)], SLOT)
         live[:] = row  # its check is 0 still
         live["check"] = header.checks(row, np.array([slot]), self._seed)
         try:
@@ -119,9 +117,7 @@ class Arena:
         except OSError:
             live["check"], live["state"] = 0, FILLING
             raise
-        return SlotEntry(
-            slot, key, group, tokens, nbytes, digest, int(row["generation"][0]), self._order
-        )
+        return SlotEntry(slot, key, group, tokens, nbytes, digest, generation, self._order)
 
     def drop(self, slot: int) -> None:
         """The slot holds nothing any more."""
