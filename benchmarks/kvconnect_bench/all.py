@@ -20,7 +20,7 @@ AT_MOST_S = 3600.0  # of one benchmark, if it is not quick
 QUICK_S = 240.0
 
 
-class Part(NamedTuple):
+class Benchmark(NamedTuple):
     """A benchmark: what it is given when all is to be quick, and whether engines run."""
 
     name: str
@@ -29,13 +29,13 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("connector", ("--quick",)),
-    Part("scale", ("--quick",)),
-    Part("kernels", ("--rounds", "3", "--call-mib", "16", "--pool-mib", "256")),
-    Part("transport", ("--rounds", "3", "--total-mib", "32", "--row-kib", "16,64")),
-    Part("offload", ("--parts", "tiers,restarts", "--mb", "128", "--rounds", "5")),
-    Part("pd", ("--quick",), engines=True),
-    Part("trace", ("--turns", "3", "--tokens", "1000"), engines=True),
+    Benchmark("connector", ("--quick",)),
+    Benchmark("scale", ("--quick",)),
+    Benchmark("kernels", ("--rounds", "3", "--call-mib", "16", "--pool-mib", "256")),
+    Benchmark("transport", ("--rounds", "3", "--total-mib", "32", "--row-kib", "16,64")),
+    Benchmark("offload", ("--parts", "tiers,restarts", "--mb", "128", "--rounds", "5")),
+    Benchmark("pd", ("--quick",), engines=True),
+    Benchmark("trace", ("--turns", "3", "--tokens", "1000"), engines=True),
 )
 WHOLE_OFFLOAD = ("--parts", "tiers,restarts,eviction,hits,cost")
 
