@@ -17,7 +17,7 @@ import typer
 
 from kvconnect_bench import options
 from kvconnect_bench.results import save
-from kvconnect_bench.simulation import Figures, Peers, of_tests, step_us, table, turn
+from kvconnect_bench.simulation import FigureTable, Peers, of_tests, step_us, table, turn
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 IMPORTS = ("kvconnect", "kvconnect.vllm.plugin", "kvconnect.mover", "kvconnect.transport.nixl")
@@ -39,7 +39,7 @@ def connector(
 
     if quick:
         transfers, leases, peers, tokens, rounds = "1,100,1000", "10,10000", "1,64", "1024,16384", 3
-    console, figures = Console(), Figures()
+    console, figures = Console(), FigureTable()
     logging.disable()
     for what, counts, measure in (
         ("transfers", transfers, _by_transfers),
@@ -59,7 +59,7 @@ def connector(
         save(out, "connector", figures.rows, rounds=rounds)
 
 
-def _by_transfers(figures: Figures, count: int, rounds: int) -> None:
+def _by_transfers(figures: FigureTable, count: int, rounds: int) -> None:
     """So many fetches ordered at once, of one peer and of a scheduler's half."""
     halves, scheduling = of_tests("halves"), of_tests("kvconnect.vllm.protocol")
     config = of_tests("kvconnect.config").NixlConfig()
@@ -102,7 +102,7 @@ def made_so_far(reader: object, count: int) -> int:
     return count + sum(1 for name in ended if not name.startswith("again"))
 
 
-def _by_leases(figures: Figures, count: int, rounds: int) -> None:
+def _by_leases(figures: FigureTable, count: int, rounds: int) -> None:
     """Leases that nobody reads yet, at who lends, at who is to fetch, and at their schedulers."""
     orders = of_tests("kvconnect.orders")
     made = Peers(1, one_reads=True)
@@ -141,7 +141,7 @@ def _by_leases(figures: Figures, count: int, rounds: int) -> None:
     fresh.close()
 
 
-def _by_peers(figures: Figures, count: int, rounds: int) -> None:
+def _by_peers(figures: FigureTable, count: int, rounds: int) -> None:
     """Peers that were greeted, to read from and by whom we are read; and ZMQ's own channels."""
     for reads, name in ((True, "that it reads from"), (False, "that read from it")):
         made = Peers(count, one_reads=reads)
@@ -151,7 +151,7 @@ def _by_peers(figures: Figures, count: int, rounds: int) -> None:
         made.close()
 
 
-def _by_tokens(figures: Figures, count: int, rounds: int) -> None:
+def _by_tokens(figures: FigureTable, count: int, rounds: int) -> None:
     """Offloading's part of a decode step of one request, with KV events, after its prompt."""
     pytest, offloading = of_tests("pytest"), of_tests("test_offload_scheduler")
     steps, block = 200, offloading.BLOCK
@@ -190,7 +190,7 @@ def _by_tokens(figures: Figures, count: int, rounds: int) -> None:
     figures.add("offloading, a block of a prompt", "tokens", count, "us", [prompt_us])
 
 
-def _by_spans(figures: Figures, count: int, rounds: int) -> None:
+def _by_spans(figures: FigureTable, count: int, rounds: int) -> None:
     """A plan of so many spans, one for each layer and block, which are in no order."""
     import numpy as np
 
@@ -218,7 +218,7 @@ def _by_spans(figures: Figures, count: int, rounds: int) -> None:
     figures.add("count of its descriptors", "spans", count, "ms", counted[1:])
 
 
-def _imports(figures: Figures, rounds: int) -> None:
+def _imports(figures: FigureTable, rounds: int) -> None:
     """Modules in a process of their own, less Python's own start; and a mover's start."""
     for number, module in enumerate(IMPORTS, 1):
         code = (

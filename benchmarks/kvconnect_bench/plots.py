@@ -131,6 +131,7 @@ CHARTS: dict[str, Callable[[Sequence[Row]], Found]] = {
     "transport": _of(
         "{transport} {wire} {row_bytes}", "{mode}", {"GB/s": "gb_s", "of memcpy": "of_memcpy"}
     ),
+    "proxy": _of("{router}, {connections} at once", "router", {"ms added": "added_p50_ms"}),
     "idle": _of("{connector} {role}", "engine", {"% of a core": "engine_percent"}),
     "inter-token": _of("{connector}", "p99", {"ms": "p99_ms"}),
 }

@@ -18,7 +18,7 @@ from kvconnect.cli.processes import HOST, Fleet, Server
 from kvconnect_bench import http_load, options
 from kvconnect_bench.http_load import PARAMS, HttpLoad, request
 from kvconnect_bench.idle import thread_cpu_s
-from kvconnect_bench.pair import save
+from kvconnect_bench.results import save
 
 FLOOR, OURS, RUST = "no proxy", "kvconnect proxy", "vllm-router"
 BODY = {"model": "m", "prompt": "word " * 800, "max_tokens": 1}
@@ -78,7 +78,7 @@ def proxy(
     rows = rows_of(measured)
     console.print(_table(rows))
     if out is not None:
-        save(out, "none", rows)
+        save(out, "proxy", rows)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import typer
 
 from kvconnect_bench import options
 from kvconnect_bench.results import save
-from kvconnect_bench.simulation import Figures, Peers, step_us, table, turn
+from kvconnect_bench.simulation import FigureTable, Peers, step_us, table, turn
 
 
 def scale(
@@ -29,7 +29,7 @@ def scale(
 
     if quick:
         peers, rounds = "1,16,64,256", 3
-    console, figures = Console(), Figures()
+    console, figures = Console(), FigureTable()
     logging.disable()
     for count in map(int, peers.split(",")):
         for one_reads in (True, False):
@@ -41,7 +41,7 @@ def scale(
         save(out, "scale", figures.rows, rounds=rounds)
 
 
-def _measure(figures: Figures, count: int, one_reads: bool, rounds: int) -> None:
+def _measure(figures: FigureTable, count: int, one_reads: bool, rounds: int) -> None:
     """All greet, and fetch once, at the same time: a storm. What stays of it, and at rest."""
     who = "it reads from" if one_reads else "that read from it"
     made = Peers(count, one_reads)

@@ -128,8 +128,8 @@ def step_us(
     return found
 
 
-class Figures:
-    """Figures by name and count; each beside that of the smallest count of its name."""
+class FigureTable:
+    """FigureTable by name and count; each beside that of the smallest count of its name."""
 
     def __init__(self, seed: int = 0) -> None:
         self.rows: list[Figure] = []
