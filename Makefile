@@ -48,6 +48,10 @@ test-ray: setup ## our backends in the real Ray Serve LLM, then engines in it (h
 	@$(RUN) tests/ray.sh -m pytest -q --timeout=600 tests/unit/test_ray_serve.py
 	@$(RUN) tests/ray.sh tests/e2e/ray_serve.py $(ARGS)
 
+.PHONY: ui-shots
+ui-shots: setup ## the proxy's page in Chromium: what it shows, accessibility; screenshots into docs/img
+	@$(RUN) KVCONNECT_UI_SHOTS=docs/img tests/ui.sh -m pytest -q -s --timeout=600 tests/unit/test_ui_in_a_browser.py $(ARGS)
+
 crash: setup ## kill -9 during stores
 	@$(RUN) python tests/unit/killing.py --times 200 && \
 	    python tests/unit/killing.py --times 50 --share

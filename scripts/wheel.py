@@ -23,6 +23,7 @@ import ctypes, pathlib, kvconnect
 from kvconnect.ops import load
 folder = pathlib.Path(kvconnect.__file__).parent
 assert "site-packages" in str(folder), folder
+assert (folder / "proxy/ui/page.html").is_file(), "the proxy's page is missing"
 for library in sorted(folder.glob("lib/*.so")):
     ctypes.CDLL(str(library))
     print("loads:", library.name, library.stat().st_size, "bytes")

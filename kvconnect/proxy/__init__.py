@@ -2,5 +2,5 @@
 
 ``policy`` (what is asked) and ``pool`` (whose turn it is) are pure; ``legs`` talks to engines
 over the connections of ``session``, ``app`` to clients; ``life`` remembers what became of each
-request; ``config`` is what an operator may set.
+request; ``ui`` shows it to people; ``config`` is what an operator may set.
 """

@@ -25,7 +25,7 @@ from aiohttp import web
 from kvconnect.proxy.admin import Admin, Role
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.http import has_key, json_error
-from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyReply
+from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyCounters, ProxyReply
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.policy import (
     ALONE,
@@ -46,6 +46,7 @@ from kvconnect.proxy.policy import (
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.session import LOST
 from kvconnect.proxy.traces import RequestTraces
+from kvconnect.proxy.ui.server import Ui
 from kvconnect.telemetry.spans import SpanWriter
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -150,6 +151,10 @@ class Proxy:
     def pools(self) -> dict[Role, Pool]:
         """The engines of both roles. While the application runs."""
         return {"prefill": self._legs.prefillers, "decode": self._legs.decoders}
+
+    def counters(self) -> ProxyCounters:
+        """What was counted. While the application runs."""
+        return self._legs.counters
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST what generates: completions, chats, responses, messages."""
@@ -368,6 +373,7 @@ def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application
     app.router.add_get("/health", proxy.health)
     if config.admin_key is not None:
         app.router.add_routes(Admin(config.admin_key, proxy.pools).routes())
+        Ui(config.admin_key, proxy.journal, clock, proxy.pools, proxy.counters).add_to(app)
     app.on_response_prepare.append(_allow_origin)
     return app
 
