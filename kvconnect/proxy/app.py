@@ -36,6 +36,7 @@ from kvconnect.proxy.policy import (
     TEXT,
     Body,
     error_event,
+    form_steers,
     guessed_tokens,
     previous_response,
     prompt_head,
@@ -58,6 +59,8 @@ _DRAIN_S = 25.0
 _FORWARDED = ("Authorization", "traceparent", "tracestate", "X-Vllm-Priority", "X-Session-ID")
 # A rank is one of the decode engine's own; prefill's ranks have nothing in common with them.
 _FORWARDED_TO_DECODE = ("X-data-parallel-rank", "endpoint-load-metrics-format")
+# Nothing that could be read as another path, by an engine or a gateway in front of it.
+_RESPONSE_ID = r"{response_id:[\w:-][\w.:-]*}"
 # What goes to a decode engine as it is. Those with a response's id go to the one that keeps it.
 _WHOLE = (
     "/v1/messages/count_tokens",
@@ -81,7 +84,7 @@ _WHOLE = (
     "/v1/chat/completions/derender",
     "/v1/audio/transcriptions",
     "/v1/audio/translations",
-    "/v1/responses/{response_id}/cancel",
+    f"/v1/responses/{_RESPONSE_ID}/cancel",
 )
 
 
@@ -200,9 +203,11 @@ class Proxy:
             return json_error(401, "the API key is missing or wrong")
         content = _headers_of(request, ("Content-Type", "Accept"))
         raw = await request.read()
+        if request.content_type == "multipart/form-data" and form_steers(raw):
+            return json_error(400, "vllm_xargs is not accepted in a form; leave it out")
         with self._life(request) as life:
             ask = LegRequest(
-                request.path,
+                request.rel_url.raw_path,
                 {},
                 life.headers,
                 life,
@@ -367,7 +372,7 @@ def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application
         app.router.add_post(path, proxy.complete)
     for path in _WHOLE:
         app.router.add_post(path, proxy.pass_whole)
-    for path in ("/version", "/tokenizer_info", "/v1/responses/{response_id}"):
+    for path in ("/version", "/tokenizer_info", f"/v1/responses/{_RESPONSE_ID}"):
         app.router.add_get(path, proxy.pass_whole)
     app.router.add_get("/v1/models", proxy.models)
     app.router.add_get("/health", proxy.health)

@@ -73,6 +73,8 @@ class HealthWatch:
                 allow_redirects=False,
             ) as upstream:
                 await upstream.read()
+            if stuck and upstream.status >= 500:
+                raise OSError(f"it answers {upstream.status} in place of a token")
         except LOST:
             if url not in pool.hanging():
                 logger.warning("%s hangs: it does not answer /health either", url)
@@ -81,7 +83,10 @@ class HealthWatch:
             pool.lives(url)
 
     async def look(self, pool: Pool) -> None:
-        """Asks engines that are not up for their health, so that one may count as up."""
+        """Asks engines that are not up for their health, so that one may count as up.
+
+        Not those that are stuck: they answer, and only a token shows that they work again.
+        """
 
         async def look(url: str) -> None:
             timeout = aiohttp.ClientTimeout(total=self._connect_timeout_s)
@@ -92,7 +97,9 @@ class HealthWatch:
                     if upstream.status == 200:
                         report_status(pool, url, 200)
 
-        await asyncio.gather(*(look(state.url) for state in pool.states() if not state.up))
+        await asyncio.gather(
+            *(look(state.url) for state in pool.states() if not (state.up or state.stuck))
+        )
 
 
 def report_lost(pool: Pool, url: str, error: BaseException) -> None:

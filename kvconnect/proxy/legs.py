@@ -197,6 +197,8 @@ class _Prefilled:
     refused: bool = False
     final: bool = False
     """Another engine would refuse it, too."""
+    worked: bool = True
+    """It may have: not if it was never reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,8 +367,8 @@ class Legs:
             refused = first.refused
             if first.final:
                 break
-            first = None
-            if waiting and not self._may_retry():
+            worked, first = first.worked, None
+            if waiting and worked and not self._may_retry():
                 break
             self.counters.retries += bool(waiting)
         self.counters.refused += refused
@@ -389,7 +391,7 @@ class Legs:
         except LOST as error:
             report_lost(self.prefillers, url, error)
             self._early.failed(url)
-            return _Prefilled()
+            return _Prefilled(worked=not isinstance(error, _NEVER_ASKED))
         status = upstream.status
         ask.life.answered(leg, status)
         report_status(self.prefillers, url, status)

@@ -87,6 +87,10 @@ _USERS = re.compile(rb'"role"\s*:\s*"user"')
 _LIST_OPENING = re.compile(rb"\[\s*(.)", re.DOTALL)
 # Some connectors find their peer's address in the request id: no client may write one there.
 _REQUEST_ID = re.compile(r"(?!.*_addr_)[\w.:-]{1,128}", re.ASCII)
+# The header of such a field in a form, or one whose name is encoded; files' names may be.
+_STEERING_FIELD = re.compile(
+    rb"content-disposition:[^\r\n]*?(vllm_xargs|(?<!file)name\s*\*)", re.IGNORECASE
+)
 _NOT_IN_REQUEST_ID = re.compile(r"[^\w.:-]", re.ASCII)
 
 
@@ -99,6 +103,8 @@ def read_body(raw: bytes) -> Body:
         raise ValueError("the request body or its vllm_xargs is not a JSON object") from None
     except ValueError as error:
         raise ValueError(f"the request body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("the request body is nested too deep; make it flatter") from None
     wishes = _wishes(body)
     for field in _TRANSFER_FIELDS:
         body.pop(field, None)
@@ -108,6 +114,14 @@ def read_body(raw: bytes) -> Body:
     if wishes:
         body["kv_transfer_params"] = msgspec.Raw(msgspec.json.encode(wishes))
     return body
+
+
+def form_steers(raw: bytes) -> bool:
+    """Whether a form may have a field that vLLM copies into the params of a transfer.
+
+    Its name may be written in several ways (RFC 2231): those that we need not know are refused.
+    """
+    return _STEERING_FIELD.search(raw) is not None
 
 
 def _wishes(body: Body) -> dict[str, int]:

@@ -146,8 +146,9 @@ class Pool:
         return self._engines.get(url) or _Engine(url)
 
     def _forget_if_idle(self, engine: _Engine) -> None:
-        if engine.draining and not engine.in_flight:
-            self._engines.pop(engine.url, None)
+        # another one may have been put in its place
+        if engine.draining and not engine.in_flight and self._engines.get(engine.url) is engine:
+            del self._engines[engine.url]
 
     def failed(self, url: str) -> bool:
         """The engine could not be reached, or broke off. True if that was news."""
@@ -182,8 +183,10 @@ class Pool:
 
     @contextlib.asynccontextmanager
     async def patience(self, url: str) -> AsyncIterator[None]:
-        """Waits for a byte of the engine: TimeoutError if it is given up meanwhile."""
+        """Waits for a byte of the engine: TimeoutError if it is given up meanwhile, or is gone."""
         engine = self._of(url)
+        if url not in self._engines:
+            raise TimeoutError("the engine was removed")
         if not engine.waits:
             engine.quiet_since_s = self._clock()
         async with asyncio.timeout(None) as wait:
@@ -216,7 +219,8 @@ class Pool:
         engine = self._of(url)
         engine.hangs, engine.stuck = True, engine.stuck or stuck
         for wait in engine.waits:
-            wait.reschedule(asyncio.get_running_loop().time())
+            if not wait.expired():  # who was given up before may still be closing its connection
+                wait.reschedule(asyncio.get_running_loop().time())
 
     def is_stuck(self, url: str) -> bool:
         """Whether the engine was given up though its API server may answer."""

@@ -151,6 +151,58 @@ def test_reports_about_an_engine_that_is_gone_mean_nothing(clock):
     assert [state.url for state in pool.states()] == ["a"]
 
 
+def test_an_engine_that_is_put_back_stays_when_an_old_request_ends(clock):
+    """A request of one that drained and was removed used to take the new one with it."""
+    pool = Pool(["a"], clock)
+    with pool.busy("a"):
+        pool.drain("a")
+        pool.remove("a")
+        pool.put("a")
+    assert pool.candidates() == ("a",)
+
+
+def test_nobody_waits_for_an_engine_that_was_removed(clock):
+    """A stream that was just being written to its client used to go on, and nobody watched it."""
+
+    async def scenario() -> None:
+        pool = Pool(["a"], clock)
+        with pool.busy("a"):
+            pool.remove("a")
+            with pytest.raises(TimeoutError, match="removed"):
+                async with pool.patience("a"):
+                    pass
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_an_engine_may_be_given_up_again_while_its_connections_close(clock):
+    """The second time used to raise, which ended the watch over all engines."""
+
+    async def scenario() -> None:
+        pool = Pool(["a"], clock)
+        waiting, closing, closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def ask() -> None:
+            async with pool.patience("a"):
+                try:
+                    waiting.set()
+                    await asyncio.Event().wait()
+                finally:
+                    closing.set()
+                    await closed.wait()
+
+        asking = asyncio.create_task(ask())
+        await waiting.wait()
+        pool.give_up("a")
+        await closing.wait()
+        pool.give_up("a")
+        closed.set()
+        with pytest.raises(TimeoutError):
+            await asking
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 # --- engines that are stuck --------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import yarl
 from aiohttp import web
 from test_proxy_app import (
     ANSWER,
@@ -17,6 +18,7 @@ from test_proxy_app import (
     Dead,
     Engine,
     answers,
+    breaks,
     hangs,
     impatient,
     keeps_nothing,
@@ -83,6 +85,42 @@ def test_an_engine_whose_api_server_lives_and_whose_engine_says_nothing_is_left_
     run(scenario())
 
 
+@pytest.mark.slow
+def test_what_is_stuck_is_up_again_by_a_token_alone(monkeypatch):
+    """`/health`, asked by anybody, and an error in place of the token used to be enough."""
+    impatient(monkeypatch)
+    asked = 0
+
+    async def stuck_engine(engine: Engine, request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        if request.method == "GET":
+            return web.Response()
+        if (await request.json())["prompt"] == [0]:
+            asked += 1
+            return web.Response(status=503)
+        return await hangs(engine, request)
+
+    async def scenario() -> None:
+        stuck, well = Engine(stuck_engine), Engine(answers, answers, breaks)
+        async with rig([Engine(prefills)], [stuck, well]) as r:
+            hung = asyncio.create_task(r.ask())
+            await stuck.reached.wait()
+            r.clock.now += 11
+            assert await r.ask() == (200, ANSWER)
+            assert await hung == (200, ANSWER)
+            before = asked
+            await until(lambda: asked >= before + 2)
+            assert (await r.health())["decode"][0]["stuck"], "an error is no token"
+            well.behaviours = [breaks]
+            asking = asyncio.create_task(r.ask())
+            await until(lambda: well.behaviours == [breaks] and len(well.bodies) >= 3)
+            state = await r.health()
+            assert (state["code"], state["decode"][0]["stuck"]) == (503, True)
+            asking.cancel()
+
+    run(scenario())
+
+
 # --- budgets and deadlines ---------------------------------------------------------------------
 
 
@@ -113,12 +151,15 @@ def test_without_budget_prefill_is_not_asked_again_and_decode_works_alone():
     run(scenario())
 
 
-def test_engines_that_refuse_connections_cost_no_budget():
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_engines_that_refuse_connections_cost_no_budget(role):
     async def scenario() -> None:
-        d = Engine(answers)
+        p, d = Engine(prefills), Engine(answers)
         dead = [Dead() for _ in range(int(RESERVE) + 5)]
-        async with rig([Engine(prefills)], [*dead, d], retry_ratio=0.0) as r:
+        ps, ds = ([*dead, p], [d]) if role == "prefill" else ([p], [*dead, d])
+        async with rig(ps, ds, retry_ratio=0.0) as r:
             assert await r.ask() == (200, ANSWER)
+            assert (len(p.bodies), len(d.bodies)) == (1, 1)
             assert "unretried" not in await r.counters()
 
     run(scenario())
@@ -293,6 +334,78 @@ def test_what_generates_and_is_not_split_carries_no_transfer_params_either(path)
             assert d.bodies == [{"prompt": "p"}]
             assert p.heads == []
             assert await r.counters() == {"requests": 1, "decode_alone": 1, "not_splittable": 1}
+
+    run(scenario())
+
+
+class TakesForms(Engine):
+    """Its bodies are no JSON."""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.heads.append(request)
+        return web.Response()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b'name="vllm_xargs"',
+        b"name=vllm_xargs",
+        b"name*=utf-8''vllm%5Fxargs",
+        b'name*0="vllm_"; name*1="xargs"',
+        b'NAME *="x"',
+    ],
+)
+def test_no_form_carries_transfer_params(name):
+    """vLLM copies them from a transcription's form to where a connector reads them."""
+
+    async def scenario() -> None:
+        d = TakesForms()
+        field = b'--b\r\nContent-Disposition: form-data; %s\r\n\r\n{"kv_transfer_params": "x"}\r\n'
+        plain = (
+            b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename*=utf-8''n\r\n\r\na\r\n"
+        )
+        kind = {"Content-Type": "multipart/form-data; boundary=b"}
+        async with rig([Engine(prefills)], [d]) as r:
+            for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
+                for data, status in (
+                    (plain + field % name + b"--b--", 400),
+                    (plain + b"--b--", 200),
+                ):
+                    async with r.session.post(path, data=data, headers=kind) as response:
+                        assert response.status == status, await response.text()
+            assert len(d.heads) == 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "response_id", ["..%2F..%2Fsleep%3F", "a%3Fb", "%2E%2E", "a%20HTTP", "a%0D%0AX:%20y", "a%25b"]
+)
+def test_a_responses_id_names_no_other_path_of_the_engine(response_id):
+    """It used to go to the engine decoded: `../../sleep?` is another endpoint, by way of nginx."""
+
+    async def scenario() -> None:
+        d = Engine(answers)
+        async with rig([Engine(prefills)], [d]) as r:
+            for method, end in (("GET", ""), ("POST", "/cancel")):
+                path = yarl.URL(f"/v1/responses/{response_id}{end}", encoded=True)
+                async with r.session.request(method, path) as response:
+                    assert response.status in (404, 405)
+            assert d.heads == []
+
+    run(scenario())
+
+
+def test_a_body_that_is_nested_too_deep_is_the_clients_fault():
+    async def scenario() -> None:
+        deep = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+        async with (
+            rig([Engine(prefills)], [Engine(answers)]) as r,
+            r.session.post(TEXT, data=deep) as response,
+        ):
+            assert response.status == 400
+            assert "nested" in (await response.json())["error"]["message"]
 
     run(scenario())
 
