@@ -32,7 +32,7 @@ from pair import PREFILL, Client, Pair, Setup, eventually, in_parallel, words
 from kvconnect.cli.engines import engine_env, proxy_command
 from kvconnect.cli.processes import HOST, Fleet
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 from checkouts import CACHE, UnavailableError, checkout, unpacked
 
 SOURCES = Path(os.environ.get("KVCONNECT_VLLM_SRC", ""))
