@@ -79,11 +79,39 @@ def adapted(cluster):
     return in_python(cluster, NIXL, TO_ADAPTER, decode=ONE, engine=engine, config=config)
 
 
+def components(cluster):
+    return in_python(cluster, NIXL, decode=ONE, build=from_components)
+
+
+def from_components(roles):
+    """What build_pd_openai_app makes, put together of Ray's public classes."""
+    from ray import serve
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+    from ray.serve.llm.deployment import PDDecodeServer, PDPrefillServer
+    from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+
+    prefill, decode = (LLMConfig(**roles[role]) for role in ("prefill_config", "decode_config"))
+    lends = build_llm_deployment(prefill, name_prefix="Prefill:", deployment_cls=PDPrefillServer)
+    answers = build_llm_deployment(
+        decode,
+        name_prefix="Decode:",
+        deployment_cls=PDDecodeServer,
+        bind_kwargs={"prefill_server": lends},
+    )
+    ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress))
+    return ingress.options(**OpenAiIngress.get_deployment_options([decode])).bind(
+        llm_deployments={decode.model_id: answers},
+        model_cards={decode.model_id: to_model_metadata(decode.model_id, decode)},
+    )
+
+
 def in_python(
     cluster,
     transfer,
     requests=None,
     registers=True,
+    build=None,
     decode=TWO,
     config=None,
     engine=None,
@@ -101,7 +129,7 @@ def in_python(
         "prefill_config": fitted(config or {}, ONE, prefills, engine),
         "decode_config": fitted(config or {}, decode, decodes, engine),
     }
-    serve.run(build_pd_openai_app(roles), blocking=False, _local_testing_mode=False)
+    serve.run((build or build_pd_openai_app)(roles), blocking=False, _local_testing_mode=False)
     requests = requests or REQUESTS
     cluster.wait_up()
     for name in {body["model"] for _, body in requests}:
@@ -169,6 +197,7 @@ APPLICATIONS = {
     "path": path,
     "multi": several,
     "deploy": deploy,
+    "components": components,
     "lora": adapted,
 }
 
