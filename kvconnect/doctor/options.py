@@ -227,15 +227,18 @@ def secret(config: PeerConfig, environ: Mapping[str, str]) -> Iterator[Finding]:
 def load_failures(transfer: Mapping[str, Any], configs: list[Any]) -> Iterator[Finding]:
     """What becomes of a request whose KV cannot be loaded."""
     policy = transfer.get("kv_load_failure_policy", POLICIES[0])
-    offloads = any(isinstance(one, OffloadConfig) for one in configs)
+    caches = any(
+        isinstance(one, OffloadConfig) or getattr(one, "bidirectional_kv_xfer", False)
+        for one in configs
+    )
     subject, hint = "load failures", '"kv_load_failure_policy": "recompute" prefills at decode'
     if policy not in POLICIES:
         remedy = f"kv_load_failure_policy is one of {', '.join(POLICIES)}"
         yield Finding(subject, f"{policy!r} is no policy", Verdict.FAULT, remedy)
     elif policy == "recompute":
         yield Finding(subject, "recompute: prefilled at decode")
-    elif offloads and not _is_in_tree(transfer):
-        yield Finding(subject, "recompute, whatever is set: stored KV is only a cache")
+    elif caches and not _is_in_tree(transfer):
+        yield Finding(subject, "recompute, whatever is set: what is kept is only a cache")
     else:
         yield Finding(subject, "fail: an error to the client", remedy=hint)
 

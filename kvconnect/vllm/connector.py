@@ -127,6 +127,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         self.scheduler.progress.step(scheduler_output)
+        self.scheduler.turns.step(scheduler_output.num_scheduled_tokens.keys())
         scheduler, tokens = self.scheduler, scheduler_output.total_num_scheduled_tokens
         wait_s, step = scheduler.idle_steps.wait_s(tokens), scheduler.adapters.next_step()
         return Orders(scheduler.take_orders(), step, wait_s, scheduler.take_traced())

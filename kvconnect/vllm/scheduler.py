@@ -154,7 +154,7 @@ class Scheduler:
             return 0
         if self.early_loads.may_begin(request_id, tokens):
             return tokens
-        self.turns.admitted(request_id)  # it wants no blocks yet
+        self.turns.forget(request_id)  # it wants no blocks yet
         return None
 
     def cached(self, request: Any, local_tokens: int) -> None:
@@ -167,7 +167,7 @@ class Scheduler:
         request_id = request.request_id
         self._release_own(request_id)
         self.early_loads.begins(request_id, tokens)
-        self.turns.admitted(request_id)
+        self.turns.admitted(request)
         if tokens:
             blocks_to_fill, needed_from = self._wanted(blocks, request)
             self._windows.load(request_id, blocks_to_fill, needed_from)
@@ -182,6 +182,7 @@ class Scheduler:
     def take_offer(self, request: Any) -> Offer | None:
         """The request's offer; its load, and its release, are the caller's from now on."""
         self.early_loads.begins(request.request_id, request.num_prompt_tokens)
+        self.turns.admitted(request)
         return self._planner.take_offer(request.request_id)
 
     def update_connector_output(self, request_ids: Sequence[str]) -> None:
@@ -190,6 +191,7 @@ class Scheduler:
             self._planner.received(request_id)
             self._windows.received(request_id)
             self.early_loads.ended(request_id)
+            self.turns.received(request_id)
             if (seconds := self._held.free(LOADING, request_id)) is not None:
                 self._planner.stats.observe("handover_seconds", seconds)
 
@@ -226,7 +228,7 @@ class Scheduler:
         if adapter is not None and self.adapters.mixed(request):
             adapter = ""
         self.adapters.ended(request.request_id)
-        self.turns.admitted(request.request_id)
+        self.turns.forget(request.request_id)
         lends, sample = self._protocol.lends(request), SAMPLE.match(request.request_id)
         if not lends and (sample or not self._protocol.lends_back(request)):
             return False, None

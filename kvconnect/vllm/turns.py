@@ -4,12 +4,13 @@
   beginnings: the next prompt may be another than what was answered, where a chat template drops the
   reasoning. It loads what agrees, and no more; see docs/adr/0009-both-ways.md.
 * A next turn may never come, so these leases give way, the oldest first. Together they keep no more
-  blocks than are free; and a request that got no blocks takes as many as it wants.
+  blocks than are free; and a request that got no blocks takes as many as it wants. So does one
+  that has loaded a part, of which vLLM does not ask again, and lets nobody pass it.
 * Not lent: samples, media and embeddings, what a window or a recurrent state has let go of, and
   anything of an engine that drafts tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from kvconnect.lease import Terms
@@ -42,6 +43,8 @@ class LentTurns:
         self._held: dict[str, int] = {}  # request id → blocks, the oldest first
         self._ending: dict[str, int] = {}  # the same, of those that are revoked
         self._refused: dict[str, int] = {}  # request that got no blocks in this step → how many
+        self._admitted: dict[str, Any] = {}  # request that has blocks, and has computed nothing
+        self._loaded: set[str] = set()  # of those, the ones whose load has ended
 
     def bind(self, block_pool: Any) -> None:
         """The pool that the blocks are of; without it nothing is lent."""
@@ -86,12 +89,28 @@ class LentTurns:
     def asked(self, request: Any) -> None:
         """A request is to be admitted, if there are blocks for it."""
         if self._held:
-            wanted = sum(-(-request.num_tokens // size) for size in self._sizes)
-            self._refused[request.request_id] = wanted
+            self._refused[request.request_id] = self._blocks(request.num_tokens)
 
-    def admitted(self, request_id: str) -> None:
-        """It has its blocks, or has ended. Idempotent."""
+    def admitted(self, request: Any) -> None:
+        """It has its blocks, or those that are loaded first. Idempotent."""
+        self._refused.pop(request.request_id, None)
+        self._admitted[request.request_id] = request
+
+    def received(self, request_id: str) -> None:
+        """Its load has ended: it wants the blocks for the rest."""
+        if request_id in self._admitted:
+            self._loaded.add(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """It wants no blocks, or none yet. Idempotent."""
         self._refused.pop(request_id, None)
+        self._admitted.pop(request_id, None)
+        self._loaded.discard(request_id)
+
+    def step(self, request_ids: Collection[str]) -> None:
+        """These requests compute in this step."""
+        for request_id in self._admitted.keys() & request_ids:
+            self.forget(request_id)
 
     def over(self, request_ids: Iterable[str]) -> None:
         """The blocks of these requests are free, or about to be."""
@@ -103,9 +122,10 @@ class LentTurns:
         """Once a step, when it is scheduled: the requests whose blocks are wanted now."""
         if not self._held:
             return []
-        wanted, self._refused = max(self._refused.values(), default=0), {}
+        refused, self._refused = max(self._refused.values(), default=0), {}
         # vLLM may want more than we count: who is refused with enough blocks free gets one lease
-        least = int(wanted > 0 and not self._ending)
+        least = int(refused > 0 and not self._ending)
+        wanted = max((refused, *(self._rest(self._admitted[one]) for one in self._loaded)))
         free = self._pool.get_num_free_blocks() + sum(self._ending.values())
         held = sum(self._held.values())
         revoked: list[str] = []
@@ -116,3 +136,9 @@ class LentTurns:
             free, held = free + blocks, held - blocks
             revoked.append(request_id)
         return revoked
+
+    def _blocks(self, tokens: int) -> int:
+        return sum(-(-tokens // size) for size in self._sizes)
+
+    def _rest(self, request: Any) -> int:
+        return self._blocks(request.num_tokens) - self._blocks(request.num_computed_tokens)

@@ -278,6 +278,7 @@ def test_failed_loads_of_stored_kv_are_recomputed_whatever_is_said():
     chain = {"kv_role": "kv_both", "kv_connector_extra_config": {"connectors": [NIXL, OFFLOADING]}}
     for transfer, said in (
         (NIXL, "fail"),
+        (NIXL | {"kv_connector_extra_config": {"bidirectional_kv_xfer": True}}, "recompute"),
         (OFFLOADING, "recompute"),
         (chain | {"kv_connector": "KVConnectMulti"}, "recompute"),
         (chain | {"kv_connector": "MultiConnector"}, "fail"),

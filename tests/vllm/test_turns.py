@@ -5,6 +5,7 @@ import time
 
 import pytest
 from halves import Request as Plain
+from test_multi import child
 from vllm_scheduler import EngineCore
 
 from kvconnect.orders import Fetch, Grant, Release, RenewLease, Revoke
@@ -335,3 +336,66 @@ def test_a_turn_of_our_own_engine_is_in_its_prefix_cache_already(d):
     d.step()
     assert request.is_finished()
     assert not d.taken(Fetch)
+
+
+def at_prefill(ids):
+    """What a request is told whose prompt an older prefill engine has computed."""
+    there = {"remote_engine_id": "P", "remote_host": "10.0.0.1", "remote_port": 7777}
+    blocks = {"remote_request_id": "at P", "remote_block_ids": [[1]], "remote_num_tokens": ids}
+    return {"do_remote_prefill": True} | there | blocks
+
+
+def several(*others):
+    """Options of KVConnectMulti whose first child lends to next turns."""
+    both = {"bidirectional_kv_xfer": True, "kv_recompute_threshold": 0}
+    ours = {"kv_connector_module_path": "kvconnect.vllm"}
+    children = [child("KVConnectNixl", **both) | ours, *others]
+    return {"connector": "KVConnectMulti", "connectors": children}
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_load_that_has_its_blocks_wants_none_of_a_next_turn(chained):
+    """In a chain, too, where a connector is not told of blocks but asked for its offer."""
+    ours = {"kv_connector_module_path": "kvconnect.vllm"}
+    d = core(**several(child("KVConnectNixl") | ours) if chained else {})
+    answered = d.add("answered", HERE)
+    d.step()
+    assert answered.is_finished() and list(d.connector.next_turns()) == ["answered"]
+    d.add("loads", at_prefill(40), first=300)
+    made = d.step()
+    assert d.scheduler.requests["loads"].status.name == "WAITING_FOR_REMOTE_KVS"
+    orders = [order for one in getattr(made, "metadata", [made]) for order in one.take()]
+    assert [type(one) for one in orders if isinstance(one, Grant | Revoke)] == [Grant]
+
+
+def test_a_failed_load_of_a_turn_is_computed_beside_a_child_of_another_maker():
+    assert core(**several(child())).scheduler.recompute_kv_load_failures
+
+
+def test_who_has_loaded_a_part_takes_the_blocks_for_the_rest():
+    """vLLM does not ask about it again, and lets nobody pass it: the engine would stand still."""
+    d = Decode(num_blocks=25)
+    answered = d.core.add("answered", HERE, tokens=150, max_tokens=ANSWERED)
+    d.step()
+    asks = d.core.add("asks", at_prefill(32), first=300, tokens=210)
+    while not answered.is_finished():
+        d.step()
+    d.step(finished_recving={"asks"})  # 2 blocks of 14; 11 are lent, 11 free
+    for _ in range(3):
+        d.step()
+    assert not asks.num_output_tokens
+    assert sent(d) == {"answered"}
+    d.step(finished_sending={"answered"})
+    d.step()
+    assert asks.num_output_tokens
+
+
+def test_who_has_loaded_all_takes_nothing_from_a_next_turn():
+    d = Decode()
+    d.answer()
+    d.core.add("asks", at_prefill(200), first=300, tokens=200, max_tokens=4)
+    d.step()
+    d.step(finished_recving={"asks"})
+    for _ in range(6):
+        d.step()
+    assert d.core.answers["asks"] and not d.taken(Revoke)

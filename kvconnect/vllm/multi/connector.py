@@ -55,6 +55,9 @@ class KVConnectMulti(in_tree.MultiConnector):
             for at, child in enumerate(self._connectors)
             if isinstance(child, PeerConnector | KVConnectOffloading)
         }
+        caches = any(isinstance(c, KVConnectOffloading) or c.both_ways for c in ours.values())
+        if caches and role == KVConnectorRole.SCHEDULER:
+            recompute_failed_loads(self._kv_transfer_config)
         self._ours = list(ours) if len(ours) > 1 else []  # in the chain; alone, one is a child
         if self._ours:
             self._link(role, ours)
@@ -76,8 +79,6 @@ class KVConnectMulti(in_tree.MultiConnector):
         schedulers = {label: child.scheduler for label, child in peers.items()}
         scheduler = stores[0].scheduler if stores else None
         self._chain_scheduler = ChainScheduler(self._kv_cache_config, schedulers, scheduler)
-        if stores or any(child.both_ways for child in peers.values()):
-            recompute_failed_loads(self._kv_transfer_config)
 
     @property
     def children(self) -> list[Any]:
