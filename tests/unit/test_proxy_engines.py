@@ -3,6 +3,9 @@
 import asyncio
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from test_proxy_app import (
     TOKENS,
     Dead,
     Engine,
+    Rig,
     answers,
     breaks,
     hangs,
@@ -30,6 +34,7 @@ from test_proxy_app import (
     then,
 )
 
+from kvconnect.proxy import health, pool
 from kvconnect.proxy.budget import RESERVE
 
 
@@ -119,6 +124,73 @@ def test_what_is_stuck_is_up_again_by_a_token_alone(monkeypatch):
             asking.cancel()
 
     run(scenario())
+
+
+ENGINE_ALONE = """
+import asyncio
+from aiohttp import web
+
+async def answer(request):
+    await request.read()
+    return web.Response(body=b'{"choices":[{"text":" Paris"}]}', content_type="application/json")
+
+async def serve():
+    app = web.Application()
+    app.router.add_route("*", "/{any:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(serve())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_delays_only_what_it_had(monkeypatch):
+    """Its kernel goes on to accept connections for it, and answers nobody."""
+    impatient(monkeypatch)
+    monkeypatch.setattr(health, "HEALTH_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(pool, "QUIET_S", 0.1)
+
+    async def scenario(stopped: subprocess.Popen[str]) -> None:
+        assert stopped.stdout is not None
+        url = f"http://127.0.0.1:{stopped.stdout.readline().strip()}"
+        well, p = Engine(answers), Engine(prefills)
+        at_once = asyncio.Semaphore(4)
+
+        async def one(r: Rig) -> int:
+            async with at_once:
+                return (await r.ask())[0]
+
+        async with rig([p], [well], admin_key="k") as r:
+            order = {"role": "decode", "url": url}
+            key = {"Authorization": "Bearer k"}
+            async with r.session.post("/admin/engines", json=order, headers=key) as response:
+                assert response.status == 200
+            await asyncio.gather(*(one(r) for _ in range(8)))
+            r.journal.recent.clear()
+            stopped.send_signal(signal.SIGSTOP)
+
+            async def time_passes() -> None:
+                while True:
+                    await asyncio.sleep(0.1)
+                    r.clock.now += 0.1
+
+            passing = asyncio.create_task(time_passes())
+            assert await asyncio.gather(*(one(r) for _ in range(20))) == [200] * 20
+            asked = sum(leg.url == url for life in r.journal.recent for leg in life.tries)
+            assert 1 <= asked <= 4, "those that were on it when it stopped, and nobody after them"
+            passing.cancel()
+
+    with subprocess.Popen(
+        [sys.executable, "-c", ENGINE_ALONE], stdout=subprocess.PIPE, text=True
+    ) as stopped:
+        try:
+            run(scenario(stopped))
+        finally:
+            stopped.kill()
 
 
 # --- budgets and deadlines ---------------------------------------------------------------------
