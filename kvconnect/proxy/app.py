@@ -107,7 +107,10 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
             404: f"{request.path} is not served by this proxy",
             413: f"the request body is larger than {limit} bytes",
         }.get(error.status, error.reason)
-        return json_error(error.status, message)
+        response = json_error(error.status, message)
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
 
 
 @web.middleware

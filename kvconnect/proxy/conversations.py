@@ -63,12 +63,14 @@ class AnswerEnding:
 
 
 def chat_keys(path: str, body: Body) -> tuple[bytes, ...]:
-    """A digest after each message, of all up to it and of the model; () of what is no chat."""
+    """A digest after each message, of all up to it, model and cache salt; () of what is no chat."""
     if path != CHAT:
         return ()
     try:
         messages = _MESSAGES.decode(body["messages"])
-        h = hashlib.blake2b(msgspec.json.encode(body.get("model")), digest_size=16)
+        # requests of another salt share no KV
+        owner = msgspec.json.encode([body.get("model"), body.get("cache_salt")])
+        h = hashlib.blake2b(owner, digest_size=16)
         keys = []
         for message in messages:
             h.update(msgspec.json.encode(msgspec.json.decode(message)))

@@ -318,6 +318,9 @@ class Legs:
                 return opened.answer
             if opened.spent:
                 prefill.cancel()
+                if not opened.refused and not self._may_retry():
+                    return None
+                self.counters.retries += 1
                 return await self._after(ask, None, decoders)
             prefilled = await prefill
             return await self._after(ask, await self._prefill(ask, prefillers, prefilled), decoders)

@@ -1051,6 +1051,7 @@ def test_a_request_that_cannot_be_served_gets_openais_error(method, path, body, 
             async with r.session.request(method, path, data=body) as response:
                 assert response.status == status
                 assert response.content_type == "application/json"
+                assert response.headers.get("Allow") == ("POST" if status == 405 else None)
                 error = (await response.json())["error"]
             assert (said in error["message"], error["code"]) == (True, status)
             assert p.heads == d.heads == []

@@ -24,6 +24,8 @@ from test_proxy_app import (
     streams,
 )
 
+from kvconnect.proxy.budget import RESERVE
+
 WHERE = {"remote_engine_id": "P", "remote_host": "10.0.0.1", "remote_port": 5600}
 TICKET = {"do_remote_prefill": True, "kvconnect": "ticket", **WHERE}
 
@@ -187,6 +189,22 @@ def test_decode_that_fails_is_asked_once_more_without_kv(fault):
             status, body = await r.ask(stream=True)
             assert (status, body) == (200, b"".join((*TOKENS, DONE)))
             assert params(d) == {}
+
+    run(scenario())
+
+
+def test_decode_is_not_asked_once_more_without_budget():
+    """Where both were asked at once, what decode broke off used to cost no budget."""
+
+    async def scenario() -> None:
+        fails = says(b"no", 500)
+        d = Engine(answers, *[fails, answers] * int(RESERVE), fails)
+        async with rig([Engine(prefills)], [d], at_once="always", retry_ratio=0.0) as r:
+            for _ in range(1 + int(RESERVE)):
+                assert await r.ask() == (200, ANSWER)
+            assert (await r.ask())[0] == 503
+            counters = await r.counters()
+            assert (counters["retries"], counters["unretried"]) == (RESERVE, 1)
 
     run(scenario())
 

@@ -44,6 +44,13 @@ def test_a_turn_begins_as_the_one_before():
     assert chat_keys(CHAT, spaced) == keys(TURN), "another client's way to write it"
 
 
+def test_a_chat_of_another_cache_salt_is_another_chat():
+    """One tenant's turn used to take what decode held of another's, which then was computed."""
+    bodies = [{"messages": TURN, "cache_salt": salt} for salt in ("a", "b")]
+    first, second = (chat_keys(CHAT, read_body(json.dumps(body).encode())) for body in bodies)
+    assert first and not set(first) & set(second)
+
+
 @pytest.mark.parametrize(
     ("messages", "model", "path"),
     [(NEXT[1:], "m", CHAT), (TURN, "n", CHAT), (TURN, "m", TEXT), ("no list", "m", CHAT)],
