@@ -34,7 +34,7 @@ from test_proxy_app import (
     then,
 )
 
-from kvconnect.proxy import health, pool
+from kvconnect.proxy import health, legs, pool
 from kvconnect.proxy.budget import RESERVE
 
 
@@ -390,6 +390,46 @@ def test_the_keeper_of_a_response_that_this_worker_never_saw_is_found():
             assert [len(engine.bodies) for engine in (keeper, *others)] == [1, 0, 0]
 
     keeper = Engine(keeps)
+    run(scenario())
+
+
+def test_a_keeper_that_was_removed_is_not_asked():
+    async def scenario() -> None:
+        made = says(b'{"id":"resp_7f", "output":[]}')
+        keeper, other = Engine(made), Engine(answers)
+        async with rig([Engine(prefills)], [keeper, other], admin_key="k") as r:
+            await r.ask("/v1/responses", prompt=None, input="q")
+            engine = {"role": "decode", "url": keeper.url}
+            key = {"Authorization": "Bearer k"}
+            async with r.session.delete("/admin/engines", params=engine, headers=key) as response:
+                assert response.status == 200
+            went_on = await r.ask("/v1/responses", input="and?", previous_response_id="resp_7f")
+            assert went_on == (200, ANSWER)
+            assert len(keeper.heads) == 1
+            assert "retries" not in await r.counters()
+
+    run(scenario())
+
+
+def test_so_many_keepers_are_remembered(monkeypatch):
+    monkeypatch.setattr(legs, "_REMEMBERED_RESPONSES", 2)
+
+    async def scenario() -> None:
+        made = [says(b'{"id":"resp_%d"}' % number) for number in range(3)]
+        d, other = Engine(*made, answers), Engine(answers)
+        async with rig([Engine(prefills)], [d, other]) as r:
+            for _ in made:
+                # one engine makes them all: it alone is asked for what goes on from its own
+                body = (
+                    {"input": "q", "previous_response_id": "resp_0"} if d.heads else {"input": "q"}
+                )
+                await r.ask("/v1/responses", prompt=None, **body)
+            assert [head.method for head in (*d.heads, *other.heads)] == ["POST"] * 3
+            for response_id, looked in (("resp_2", 0), ("resp_0", 2)):
+                before = len(d.heads) + len(other.heads)
+                await r.ask("/v1/responses", input="q", previous_response_id=response_id)
+                assert len(d.heads) + len(other.heads) - before == 1 + looked
+
     run(scenario())
 
 
