@@ -59,11 +59,19 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ``always``: of all prompts, for decode engines that all run kvconnect's NIXL connector."""
 
     def __post_init__(self) -> None:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError(
+                "ssl_keyfile is set without ssl_certfile, so clients would come over plain HTTP; "
+                "set both, or neither"
+            )
         for name in ("api_key", "engine_api_key", "admin_key"):
             key = getattr(self, name)
-            if key is not None and (not key.strip() or not key.isascii()):
+            if key is not None and (
+                not key or key != key.strip() or not key.isascii() or not key.isprintable()
+            ):
                 raise ValueError(
-                    f"the {name.replace('_', ' ').replace('api', 'API')} is empty or not ASCII; "
+                    f"the {name.replace('_', ' ').replace('api', 'API')} is empty, has blanks "
+                    "or line ends around it, or is not plain ASCII; "
                     "set one, or leave the option out"
                 )
 
