@@ -72,6 +72,8 @@ class Peers:
 
     def fetch(self, number: int, name: str) -> None:
         """Order a fetch between the one and another."""
+        from kvconnect.orders import Fetch
+
         other = self.others[number % len(self.others)]
         reader, lender = (self.one, other) if self.one_reads else (other, self.one)
         terms = lender.lend(name, [3, 1], seed=1, ttl_s=TTL_S)
