@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from kvconnect.errors import ConfigError
-from kvconnect.orders import Fetch
 from kvconnect_bench.results import Figure, Spread, quartiles
 
 TESTS = Path(__file__).parents[2] / "tests"
