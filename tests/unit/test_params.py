@@ -382,6 +382,23 @@ def test_whatever_kv_depends_on_changes_the_digest(other):
     assert other.digest(40) != prompt().digest(40)
 
 
+def test_whatever_kv_depends_on_changes_every_beginning():
+    """Those of decode's answers, of which the next turn's prompt may load as far as it agrees."""
+    ids = range(48)
+    prompts = [prompt(), prompt(cache_salt="tenant"), prompt(cache_salt="another")]
+    prompts += [prompt(lora_request=LORA), Prompt(request(lora_request=LORA), "other weights")]
+    found = [one.prefixes(16, ids) for one in prompts]
+    assert [len(one) for one in found] == [3] * 5
+    assert len({digest for one in found for digest in one}) == 15
+    assert prompt().prefixes(16, (99, *ids[1:]))[2] != found[0][2]
+
+
+@pytest.mark.parametrize("other", ["image", "embeds"])
+def test_a_prompt_that_is_not_of_tokens_alone_has_no_beginnings(other):
+    """What came as an image is a placeholder's token, the same for every image."""
+    assert OTHERS[other].prefixes(16, range(48)) == []
+
+
 def test_digests_differ_among_those_too():
     digests = {o.digest(40) for o in OTHERS.values()} | {
         prompt(cache_salt="another").digest(40),

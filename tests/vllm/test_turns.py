@@ -2,15 +2,24 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from halves import Request as Plain
 from test_multi import child
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm_scheduler import EngineCore
 
 from kvconnect.orders import Fetch, Grant, Release, RenewLease, Revoke
 from kvconnect.vllm import leaving
 from kvconnect.vllm.params import Prompt, open_ticket, seal_ticket
+from kvconnect.vllm.turns import LentTurns
 
 HERE = {"do_remote_prefill": False, "do_remote_decode": False}
 ANSWERED = 16
@@ -104,6 +113,30 @@ def test_what_was_computed_in_vain_is_not_lent(d):
     request.num_computed_tokens = 40
     terms = turns.lend(request, [[1, 2, 3]], None)
     assert (terms.tokens, terms.tables) == (16, ((1,),))
+
+
+def lending(drafts=None, kind=FullAttentionSpec, **also):
+    """What an engine of these drafts and one group of these layers lends to next turns."""
+    spec = kind(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32, **also)
+    group = KVCacheGroupSpec(["layer"], spec)
+    config = KVCacheConfig(num_blocks=9, kv_cache_tensors=[], kv_cache_groups=[group])
+    turns = LentTurns(480, SimpleNamespace(speculative_config=drafts), config)
+    turns.bind(SimpleNamespace(get_num_free_blocks=lambda: 8))
+    return turns
+
+
+@pytest.mark.parametrize(
+    ("options", "lends"),
+    [
+        ({}, True),
+        ({"drafts": object()}, False),
+        ({"kind": SlidingWindowSpec, "sliding_window": 32}, False),
+    ],
+)
+def test_who_drafts_or_lets_go_of_what_shorter_beginnings_need_lends_nothing(options, lends):
+    """A window's blocks are those of the end, whatever the lease says of the beginning."""
+    terms = lending(**options).lend(Request("r", HERE), [[1, 2, 3]], None)
+    assert bool(terms) is lends
 
 
 def test_more_blocks_than_are_free_besides_are_not_lent():
