@@ -436,3 +436,40 @@ def test_who_was_admitted_meanwhile_or_ended_is_not_reported():
     pair.grant()
     pair.world.go_on(10, seconds=1.0)
     assert pair.d.computed == [] and pair.p.sent == ["r"] and pair.nothing_is_held
+
+
+def test_one_whose_source_is_not_there_is_reported_and_fails_as_every_load_does():
+    """Else it would wait for blocks for ever."""
+    pair = Pair()
+    pair.p.stop()
+    pair.world.go_on(60, seconds=1.0)
+    pair.d.put(RenewLease("d", pair.source, reports=True))
+    pair.world.go_on(60, seconds=1.0)
+    assert pair.d.computed == ["d"]
+
+
+def test_a_source_is_not_asked_any_more_about_a_request_that_has_ended():
+    pair = Waiting(wait_s=3600.0)
+    pair.promise()
+    pair.fetch()
+    pair.world.go_on()
+    (mover,) = pair.d.movers
+    (peer,) = mover._remotes.of(pair.source).peers
+    assert mover.dialer.calls.waits_for(peer)
+    pair.d.put(Cancel("d"))
+    pair.world.go_on(10, seconds=1.0)
+    assert not mover.dialer.calls.waits_for(peer)
+
+
+def test_a_report_is_worth_waking_up_for():
+    """A worker waits for what there is to tell; without this until the end of its wait."""
+    pair = Waiting()
+    pair.grant()
+    (mover,) = pair.d.movers
+    for _ in range(100):
+        if (outcome := mover.take()).computed:
+            break
+        pair.world.clock.advance(1)
+        for each in (*pair.p.movers, mover):
+            each.step()
+    assert outcome and outcome.computed == {"d"}

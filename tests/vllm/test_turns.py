@@ -423,12 +423,31 @@ def test_who_has_loaded_a_part_takes_the_blocks_for_the_rest():
     assert asks.num_output_tokens
 
 
-def test_who_has_loaded_all_takes_nothing_from_a_next_turn():
+@pytest.mark.parametrize("loaded", [True, False])
+def test_who_ends_before_it_computes_wants_nothing_any_more(loaded):
+    from vllm.v1.request import RequestStatus
+
     d = Decode()
-    d.answer()
-    d.core.add("asks", at_prefill(200), first=300, tokens=200, max_tokens=4)
+    d.core.add("asks", at_prefill(32), first=300, tokens=250)
     d.step()
+    turns = d.core.connector.scheduler.turns
+    if loaded:
+        turns.received("asks")
+        assert turns._loaded == {"asks"}
+    d.core.scheduler.finish_requests("asks", RequestStatus.FINISHED_ABORTED)
     d.step(finished_recving={"asks"})
-    for _ in range(6):
-        d.step()
-    assert d.core.answers["asks"] and not d.taken(Revoke)
+    assert not turns._loaded and not turns._admitted
+
+
+def test_who_has_loaded_all_takes_nothing_from_a_next_turn():
+    d = Decode(num_blocks=29)
+    d.answer()  # 4 blocks are lent, and 13 loaded: of the 11 that are free none is wanted
+    asks = d.core.add("asks", at_prefill(200), first=300, tokens=200, max_tokens=4)
+    d.step()
+    turns = d.core.connector.scheduler.turns
+    turns.received("asks")  # by now; vLLM hears of it later
+    d.step()
+    assert turns._loaded and not d.taken(Revoke)
+    d.step(finished_recving={"asks"})
+    d.step()
+    assert asks.num_output_tokens and not turns._loaded and not turns._admitted
