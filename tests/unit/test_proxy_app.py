@@ -1125,8 +1125,9 @@ def test_with_an_api_key_only_those_who_have_it_are_served():
                 headers = {"Authorization": key} if key else {}
                 async with r.session.post(TEXT, json={"prompt": "p"}, headers=headers) as refused:
                     assert (refused.status, refused.content_type) == (401, "application/json")
-                async with r.session.get("/v1/models", headers=headers) as refused:
-                    assert refused.status == 401
+                for path in ("/v1/models", "/version", "/v1/responses/resp_1"):
+                    async with r.session.get(path, headers=headers) as refused:
+                        assert refused.status == 401
             assert p.heads == d.heads == []
             health = await r.health()
             assert (health["code"], set(health)) == (200, {"code", "status"})

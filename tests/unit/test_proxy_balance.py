@@ -117,6 +117,15 @@ def test_an_engine_that_comes_is_asked_and_one_that_drains_is_not(clock):
     assert not pool.has("b"), "gone with its last request"
 
 
+def test_an_engine_that_drains_and_failed_is_no_last_resort(clock):
+    pool = Pool(["a", "b"], clock)
+    with pool.busy("a"):
+        pool.failed("a")
+        assert pool.last_resort() == ("a",)
+        pool.drain("a")
+        assert pool.last_resort() == ()
+
+
 def test_an_idle_engine_that_drains_is_gone_at_once(clock):
     pool = Pool(["a"], clock)
     pool.drain("a")
