@@ -126,6 +126,36 @@ def test_what_is_stuck_is_up_again_by_a_token_alone(monkeypatch):
     run(scenario())
 
 
+@pytest.mark.slow
+def test_a_stream_of_an_engine_that_hangs_ends_in_an_error(monkeypatch):
+    impatient(monkeypatch)
+
+    async def hangs_in_its_stream(engine: Engine, request: web.Request) -> web.StreamResponse:
+        if request.method == "GET":
+            return await hangs(engine, request)
+        return await then(streams(TOKENS[0]), hangs)(engine, request)
+
+    async def scenario() -> None:
+        d, other, got = Engine(hangs_in_its_stream), Engine(answers), bytearray()
+
+        async def read_all() -> None:
+            async with r.session.post(TEXT, json={"prompt": "p", "stream": True}) as response:
+                async for chunk in response.content.iter_any():
+                    got.extend(chunk)
+
+        async with rig([Engine(prefills)], [d, other]) as r:
+            reading = asyncio.create_task(read_all())
+            await until(lambda: len(got) >= len(TOKENS[0]))
+            assert await r.ask() == (200, ANSWER)
+            r.clock.now += 3
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await reading
+            assert b"broke off" in got
+            assert len(other.bodies) == 1, "a stream that began is not begun again"
+
+    run(scenario())
+
+
 ENGINE_ALONE = """
 import asyncio
 from aiohttp import web
