@@ -11,7 +11,7 @@ import pytest
 from kvconnect.proxy.balance import in_order
 from kvconnect.proxy.budget import RESERVE, RetryBudget
 from kvconnect.proxy.policy import guessed_tokens, prompt_head, read_body
-from kvconnect.proxy.pool import STUCK_S, Pool
+from kvconnect.proxy.pool import FIRST_BACKOFF_S, STUCK_S, Pool
 
 
 class Clock:
@@ -115,6 +115,16 @@ def test_an_engine_that_comes_is_asked_and_one_that_drains_is_not(clock):
         assert set(pool.candidates()) == {"a", "b"}
         pool.drain("b")
     assert not pool.has("b"), "gone with its last request"
+
+
+def test_one_request_at_a_time_tries_an_engine_that_failed(clock):
+    pool = Pool(["a", "b"], clock)
+    pool.failed("a")
+    clock.now += FIRST_BACKOFF_S
+    assert pool.candidates() == ("a", "b")
+    assert pool.candidates() == ("b",)
+    clock.now += FIRST_BACKOFF_S
+    assert pool.candidates() == ("a", "b"), "whoever had the probe never told"
 
 
 def test_an_engine_that_drains_and_failed_is_no_last_resort(clock):
