@@ -441,6 +441,20 @@ def test_a_keeper_that_was_removed_is_not_asked():
     run(scenario())
 
 
+def test_where_an_engine_sends_a_client_the_proxy_does_not_go():
+    async def scenario() -> None:
+        inner = Engine(answers)
+        async with inner.serving():
+            elsewhere = says(b"", 307, Location=f"{inner.url}/secret")
+            async with rig([Engine(elsewhere)], [Engine(elsewhere)]) as r:
+                body = {"prompt": "p"}
+                async with r.session.post(TEXT, json=body, allow_redirects=False) as response:
+                    assert response.status == 307
+                assert inner.heads == []
+
+    run(scenario())
+
+
 def test_so_many_keepers_are_remembered(monkeypatch):
     monkeypatch.setattr(legs, "_REMEMBERED_RESPONSES", 2)
 
