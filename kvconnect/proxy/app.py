@@ -66,6 +66,7 @@ _WHOLE = (
     "/v1/messages/count_tokens",
     "/tokenize",
     "/detokenize",
+    "/v1/decisions",
     "/v1/embeddings",
     "/v2/embed",
     "/pooling",
