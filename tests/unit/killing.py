@@ -105,7 +105,7 @@ def kill_one(folder, cache, rng, share, report):
 
     pid = in_child(run)
     os.close(write)
-    for _ in range(10):
+    for _ in range(30):
         os.read(read, 1)  # it has stored something, however slow the machine is
     time.sleep(rng.uniform(0, 0.03))
     os.kill(pid, signal.SIGKILL)
