@@ -29,13 +29,11 @@ class HandOverTraces:
 
     def __init__(
         self,
-        rank: int = 0,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
         writer: Callable[[], SpanWriter] = SpanWriter,
     ) -> None:
         """``writer`` is made when the first traced request comes."""
-        self._rank = rank
         self._clock = clock
         self._unix_clock = unix_clock
         self._make_writer = writer
@@ -60,15 +58,18 @@ class HandOverTraces:
             self._open[request_id].ended_s = ended_s[request_id]
             self._open[request_id].error = failed.get(request_id, "")
 
-    def write(self) -> None:
-        """Write the spans of those that have ended; after `read`, of which there are no more."""
+    def write(self, rank: int) -> None:
+        """Write the spans of those that have ended; after `read`, of which there are no more.
+
+        ``rank``: which of its engine's ranks this one is; known once its caches are registered.
+        """
         for request_id, one in list(self._open.items()):
             if one.ended_s is not None:
                 del self._open[request_id]
                 with contained(f"the trace of request {request_id}", _is_not_written):
-                    self._write(request_id, one, one.ended_s)
+                    self._write(rank, request_id, one, one.ended_s)
 
-    def _write(self, request_id: str, one: _HandOver, ended_s: float) -> None:
+    def _write(self, rank: int, request_id: str, one: _HandOver, ended_s: float) -> None:
         if self._writer is None:
             self._writer = self._make_writer()
         writer, unix = self._writer, self._unix_clock() - self._clock()
@@ -87,7 +88,7 @@ class HandOverTraces:
             writer.child(span, "kvconnect.transfer", began, ended, about)
         if one.reads:
             writer.child(span, "kvconnect.verify", unix + read_s, unix + ended_s, {})
-        about = {"kvconnect.request_id": request_id, "kvconnect.rank": self._rank}
+        about = {"kvconnect.request_id": request_id, "kvconnect.rank": rank}
         writer.end(span, unix + ended_s, about, one.error)
 
 

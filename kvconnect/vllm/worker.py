@@ -263,7 +263,7 @@ class Worker:
         for read in taken.pop(READS, ()) if taken else ():
             self._bandwidth.read(read)
             self.traces.read(read)
-        self.traces.write()
+        self.traces.write(self._index)
         if taken is None:
             return None
         if ceiling := self._bandwidth.ceiling:

@@ -27,7 +27,7 @@ class SpanRig:
         self.now = 50.0
 
     def handovers(self):
-        return HandOverTraces(3, lambda: self.now, lambda: self.now + 1000, lambda: self.writer)
+        return HandOverTraces(lambda: self.now, lambda: self.now + 1000, lambda: self.writer)
 
     @property
     def spans(self):
@@ -49,10 +49,10 @@ def test_a_hand_over_is_waiting_reading_and_verifying(rig):
     traces.read(PeerRead("r", "staged", "10.0.0.1:7", 10**9, 51.0, 53.0))
     traces.read(PeerRead("another", "staged", "10.0.0.1:7", 10**9, 40.0, 41.0))
     rig.now = 55.0
-    traces.write()
+    traces.write(3)
     assert not rig.spans, "it has not ended"
     traces.ended({"r": 54.0, "another": 54.0}, {})
-    traces.write()
+    traces.write(3)
     times = {name: told[:2] for name, told in rig.spans.items()}
     assert times == {
         "kvconnect.handover": (1050.0, 1054.0),
@@ -70,7 +70,7 @@ def test_a_hand_over_is_waiting_reading_and_verifying(rig):
     about = rig.spans["kvconnect.transfer"][2].attributes
     assert about["kvconnect.path"] == "staged"
     assert about["kvconnect.bytes_per_second"] == 0.5e9
-    traces.write()
+    traces.write(3)
     assert len(rig.exporter.get_finished_spans()) == 4
 
 
@@ -79,7 +79,7 @@ def test_a_load_that_failed_says_why(rig):
     traces.ordered({"r": HEADERS})
     rig.now = 55.0
     traces.ended({"r": 52.0}, {"r": "the lease is over"})
-    traces.write()
+    traces.write(3)
     assert rig.spans.keys() == {"kvconnect.handover", "kvconnect.wait"}
     assert rig.spans["kvconnect.handover"][2].status.description == "the lease is over"
 
@@ -101,7 +101,7 @@ def test_an_engine_goes_on_without_a_trace(caplog):
     traces.ordered({"r": HEADERS})
     traces.ended({"r": 1.0}, {})
     with caplog.at_level(logging.ERROR):
-        traces.write()
+        traces.write(3)
     assert "no exporter" in caplog.text
 
 

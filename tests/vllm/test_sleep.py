@@ -1,40 +1,27 @@
 """Sleep mode of vLLM 0.33: who can follow it, and what happens before memory is given back."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
-import torch
-from kit.engines import TINY
 from vllm_scheduler import EngineCore
+from workers import engines
 
-from kvconnect.config import NixlConfig
-from kvconnect.control.wire import Address
-from kvconnect.lease import Terms
 from kvconnect.orders import (
     EngineAddresses,
     Fetch,
-    Grant,
     Offer,
     RenewLease,
     Revoke,
     Source,
 )
 from kvconnect.planner import Planner
-from kvconnect.testing import Faulty
-from kvconnect.transport.loopback import Fabric, LoopbackTransport
 from kvconnect.vllm import (
     KVConnectMooncake,
     KVConnectNixl,
     KVConnectOffloading,
     KVConnectP2pNccl,
 )
-from kvconnect.vllm import worker as module
-from kvconnect.vllm.engine import Rank
-from kvconnect.vllm.worker import RankMetadata, Worker
-from kvconnect_bench.caches import Cache
-
-PATIENCE_S = 60.0
+from kvconnect.vllm.worker import RankMetadata
 
 
 @pytest.mark.parametrize(
@@ -59,81 +46,10 @@ def test_what_registers_no_memory_can_sleep():
     assert base(None)
 
 
-class Engine:
-    """A worker's half over memory that is not vLLM's, with its own thread and channel."""
-
-    def __init__(self, monkeypatch, fabric):
-        self.cache = Cache(TINY, 8)
-        self.transports = []
-
-        def transport(_name, regions, _host, _options):
-            self.transports.append(Faulty(LoopbackTransport(regions, fabric)))
-            return self.transports[-1]
-
-        def registered(patch):
-            patch.setattr(module, "this_rank", lambda: Rank(0, 1, 0, 1))
-            patch.setattr(module, "describe", lambda *_: self.cache.shard)
-            patch.setattr(module, "fingerprint", lambda *_: {"model": "m"})
-            patch.setattr(module, "make_transport", transport)
-
-        self._patched = registered
-        self._monkeypatch = monkeypatch
-        config = NixlConfig(transfer_mode="direct", kv_lease_duration=60)
-        vllm_config = SimpleNamespace(
-            lora_config=None,
-            speculative_config=None,
-            parallel_config=SimpleNamespace(data_parallel_index=0),
-            kv_transfer_config=SimpleNamespace(kv_port=0),
-        )
-        self.worker = Worker(vllm_config, None, config)
-        self.do("register_kv_caches", {"layer": torch.zeros(1)})
-
-    def do(self, name, *args):
-        with self._monkeypatch.context() as patch:
-            self._patched(patch)
-            getattr(self.worker, name)(*args)
-
-    def sleep(self):
-        self.do("unregister_kv_caches")
-
-    def wake(self):
-        self.do("restore_kv_caches")
-
-    def lend(self, request_id, blocks, seed):
-        """Its terms, and where it can be had."""
-        here = self.worker.get_handshake_metadata()
-        self.cache.fill(blocks, seed)
-        terms = Terms(request_id, f"lease of {request_id}", (tuple(blocks),), 2, b"d", 60.0)
-        self.worker.put([Grant(terms)])
-        address = Address(here.host, here.link_port, here.key)
-        return Source((address,), request_id, terms.lease_id, 60.0)
-
-    def fetched(self, request_id, source, blocks):
-        """Why it failed; None if it did not."""
-        pairs = tuple(enumerate(blocks))
-        self.worker.put(
-            [RenewLease(request_id, source), Fetch(request_id, source, (pairs,), 2, b"d")]
-        )
-        outcome = self.heard(lambda found: request_id in found.received)
-        return outcome.failed.get(request_id)
-
-    def heard(self, is_it):
-        deadline = time.monotonic() + PATIENCE_S
-        while not is_it(outcome := self.worker.take()[0]):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        return outcome
-
-
 @pytest.fixture
 def pair(monkeypatch):
-    monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", "127.0.0.1")
-    monkeypatch.delenv("VLLM_NIXL_SIDE_CHANNEL_PORT", raising=False)
-    fabric = Fabric()
-    made = [Engine(monkeypatch, fabric) for _ in range(2)]
-    yield made
-    for engine in made:
-        engine.worker.close()
+    with engines(monkeypatch, 0, 0) as made:
+        yield made
 
 
 def test_a_worker_that_waits_sees_the_end_of_a_load_when_it_comes(pair):
