@@ -25,6 +25,7 @@ from kvconnect.proxy.app import PROXY, loop_factory, start
 from kvconnect.proxy.config import make_config
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.session import engine_session
+from kvconnect.testing import FakeClock
 
 PARAMS = {"do_remote_prefill": True, "remote_request_id": "r-1", "remote_port": 5600}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -184,16 +185,8 @@ keeps_nothing = says(b'{"id":"p","choices":[],"kv_transfer_params":null}')
 answers = says(ANSWER)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Rig:
-    def __init__(self, session: aiohttp.ClientSession, clock: Clock, journal: Journal) -> None:
+    def __init__(self, session: aiohttp.ClientSession, clock: FakeClock, journal: Journal) -> None:
         self.session = session
         self.clock = clock
         self.journal = journal
@@ -213,7 +206,7 @@ class Rig:
 
 @contextlib.asynccontextmanager
 async def rig(prefill: list[Engine], decode: list[Engine], **settings: Any) -> AsyncIterator[Rig]:
-    clock = Clock()
+    clock = FakeClock()
     async with contextlib.AsyncExitStack() as stack:
         for engine in (*prefill, *decode):
             await stack.enter_async_context(engine.serving())
@@ -458,7 +451,7 @@ def test_a_prefill_engine_is_tried_again_after_its_backoff():
             for _ in range(3):
                 await r.ask()
             assert (len(flaky.bodies), len(good.bodies)) == (1, 3)
-            r.clock.now += 1.1
+            r.clock.advance(1.1)
             await r.ask()
             assert (len(flaky.bodies), len(good.bodies)) == (2, 3)
             assert all(state["up"] for state in (await r.health())["prefill"])
@@ -702,9 +695,9 @@ def test_an_engine_that_hangs_loses_its_requests_to_another(monkeypatch):
             hung = [asyncio.create_task(r.ask()) for _ in range(2)]
             await stuck.reached.wait()
             assert await r.ask() == (200, ANSWER)  # the other one is known to be up
-            r.clock.now += 3
+            r.clock.advance(3)
             assert [await task for task in hung] == [(200, ANSWER)] * 2
-            r.clock.now += 60  # no live request is a probe of it, either
+            r.clock.advance(60)  # no live request is a probe of it, either
             for _ in range(4):
                 assert await r.ask() == (200, ANSWER)
             assert len(stuck.bodies) == 1
@@ -724,7 +717,7 @@ def test_a_prefill_engine_that_hangs_is_left_out(monkeypatch):
         async with rig([p], [d]) as r:
             hung = asyncio.create_task(r.ask())
             await p.reached.wait()
-            r.clock.now += 3
+            r.clock.advance(3)
             assert await hung == (200, ANSWER)
             assert "kv_transfer_params" not in d.bodies[0]
 
@@ -743,7 +736,7 @@ def test_an_engine_that_is_only_slow_or_the_last_one_is_waited_for(slow, monkeyp
             await slow.reached.wait()
             if not is_last:
                 await r.ask()
-            r.clock.now += 3
+            r.clock.advance(3)
             await asyncio.sleep(1.5)
             assert not waiting.done()
             waiting.cancel()
@@ -1146,7 +1139,7 @@ def test_with_an_api_key_only_those_who_have_it_are_served():
 def test_the_life_of_a_request_tells_its_times_and_its_engines():
     async def scenario() -> None:
         async def after_a_second(engine: Engine, request: web.Request) -> web.StreamResponse:
-            r.clock.now += 1
+            r.clock.advance(1)
             return await prefills(engine, request)
 
         p, d, ended = Engine(after_a_second), Engine(breaks, waits, answers), list[RequestLife]()
@@ -1156,7 +1149,7 @@ def test_the_life_of_a_request_tells_its_times_and_its_engines():
             await d2.reached.wait()
             (life,) = r.journal.running
             assert (life.outcome, life.path, life.ended_s) == ("running", TEXT, None)
-            r.clock.now += 5
+            r.clock.advance(5)
             d2.go_on.set()
             await asking
             assert ended == list(r.journal.recent) == [life]

@@ -146,7 +146,7 @@ def test_prefill_that_breaks_off_is_replaced_by_another():
             assert params(d)["kvconnect"] == "ticket"
             assert len(other.bodies) == 2
             assert await r.counters() == {"requests": 3, "at_once": 1, "retries": 1}
-            r.clock.now += 20.0
+            r.clock.advance(20.0)
             assert await r.ask() == (200, ANSWER)
             assert len(p.bodies) == 3 and (await r.counters())["at_once"] == 1, (
                 "it is asked in turn until it has said again where it is"
@@ -409,7 +409,7 @@ def test_auto_asks_no_decode_engine_at_once_that_was_not_looked_at_since_it_was_
             await asked_at_once_until_it_breaks(r, other, 1)
             other.behaviours[:] = [answers]
             before = len(other.bodies)
-            r.clock.now += 20.0
+            r.clock.advance(20.0)
             assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
             assert len(other.bodies) == before + 1
             assert params(other)["kvconnect"] == "ticket"
@@ -441,7 +441,7 @@ def test_auto_looks_anew_at_a_decode_engine_that_was_down():
             await asked_at_once_until_it_breaks(r, d, 0)
             assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER), "at the other one"
             d.behaviours[:] = [with_metrics(b"")]
-            r.clock.now += 20.0
+            r.clock.advance(20.0)
             while not (await r.health())["decode"][0]["up"]:
                 assert (await r.ask(TEXT, n=2))[0] == 200
             before = (await r.counters())["at_once"]

@@ -12,19 +12,12 @@ from kvconnect.proxy.balance import in_order
 from kvconnect.proxy.budget import RESERVE, RetryBudget
 from kvconnect.proxy.policy import guessed_tokens, prompt_head, read_body
 from kvconnect.proxy.pool import FIRST_BACKOFF_S, STUCK_S, Pool
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from kvconnect.testing import FakeClock
 
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return FakeClock()
 
 
 @dataclass
@@ -43,7 +36,7 @@ def first(loads, policy, turn=0, key=None):
 
 
 def test_least_loaded_counts_tokens_and_not_requests():
-    pool = Pool(["a", "b"], Clock())
+    pool = Pool(["a", "b"], FakeClock())
     with pool.busy("a", tokens=9000), pool.busy("b", tokens=10), pool.busy("b", tokens=10):
         assert pool.candidates() == ("b", "a")
     assert pool.states()[0].tokens == pool.states()[1].tokens == 0
@@ -120,10 +113,10 @@ def test_an_engine_that_comes_is_asked_and_one_that_drains_is_not(clock):
 def test_one_request_at_a_time_tries_an_engine_that_failed(clock):
     pool = Pool(["a", "b"], clock)
     pool.failed("a")
-    clock.now += FIRST_BACKOFF_S
+    clock.advance(FIRST_BACKOFF_S)
     assert pool.candidates() == ("a", "b")
     assert pool.candidates() == ("b",)
-    clock.now += FIRST_BACKOFF_S
+    clock.advance(FIRST_BACKOFF_S)
     assert pool.candidates() == ("a", "b"), "whoever had the probe never told"
 
 
@@ -264,11 +257,11 @@ def with_waits(scenario, clock):
 def test_an_engine_is_stuck_that_says_nothing_while_another_answers(clock):
     async def scenario(pool: Pool, waits: Waits) -> None:
         await waits.on("a")
-        clock.now += STUCK_S
+        clock.advance(STUCK_S)
         assert pool.stuck() == (), "nobody else answers either"
         await waits.on("b")
         assert pool.stuck() == (), "the other one was only asked"
-        clock.now += 0.1
+        clock.advance(0.1)
         await waits.hear("b")
         assert pool.stuck() == ("a",)
         pool.give_up("a", stuck=True)
@@ -284,14 +277,14 @@ def test_an_engine_is_stuck_that_says_nothing_while_another_answers(clock):
 def test_an_engine_with_much_to_compute_is_given_time_in_proportion(clock):
     async def scenario(pool: Pool, waits: Waits) -> None:
         await waits.on("b", tokens=1000)
-        clock.now += 2
+        clock.advance(2)
         await waits.hear("b")
         await waits.on("a", tokens=10_000)
-        clock.now += 80
+        clock.advance(80)
         await waits.on("b")
         await waits.hear("b")
         assert pool.stuck() == (), "19 s is what so many tokens take; 5 times that it may have"
-        clock.now += 20
+        clock.advance(20)
         assert pool.stuck() == ("a",)
 
     with_waits(scenario, clock)
@@ -300,16 +293,16 @@ def test_an_engine_with_much_to_compute_is_given_time_in_proportion(clock):
 def test_what_was_slow_long_ago_excuses_nobody(clock):
     async def scenario(pool: Pool, waits: Waits) -> None:
         await waits.on("b")
-        clock.now += 200
+        clock.advance(200)
         await waits.hear("b")
         for _ in range(3):
-            clock.now += 300
+            clock.advance(300)
             await waits.on("b")
             await waits.hear("b")
         await waits.on("a")
-        clock.now += STUCK_S
+        clock.advance(STUCK_S)
         await waits.on("b")
-        clock.now += 0.1
+        clock.advance(0.1)
         await waits.hear("b")
         assert pool.stuck() == ("a",)
 
@@ -325,13 +318,13 @@ def test_retries_are_a_share_of_requests(clock):
     for _ in range(40):
         budget.earn()
     assert sum(budget.spend() for _ in range(20)) == 10
-    clock.now += 3
+    clock.advance(3)
     assert sum(budget.spend() for _ in range(20)) == 3
 
 
 def test_retries_are_not_saved_up_without_end(clock):
     budget = RetryBudget(0.25, clock)
-    clock.now += 10_000
+    clock.advance(10_000)
     for _ in range(10_000):
         budget.earn()
     assert sum(budget.spend() for _ in range(200)) == RESERVE

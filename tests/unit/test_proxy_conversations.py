@@ -16,6 +16,7 @@ from kvconnect.proxy.conversations import (
     chat_keys,
 )
 from kvconnect.proxy.policy import CHAT, TEXT, read_body
+from kvconnect.testing import FakeClock
 
 LENDS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_host": "d", "kvconnect": "t"}
 TURN = [{"role": "user", "content": "a"}]
@@ -84,15 +85,8 @@ def test_what_an_answer_says_that_it_lends(chunks: tuple[bytes, ...], found: boo
     assert ending(*chunks).params() == (LENDS if found else None)
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_what_is_lent_is_taken_once_and_in_time():
-    clock = Clock()
+    clock = FakeClock()
     held = Conversations(clock)
     held.remember(keys(TURN), "d", ending(WHOLE))
     assert held.take(keys([{"role": "user", "content": "z"}])) is None
@@ -100,12 +94,12 @@ def test_what_is_lent_is_taken_once_and_in_time():
     assert taken is not None and (taken.url, taken.params) == ("d", LENDS)
     assert held.take(keys(NEXT)) is None
     held.remember(keys(TURN), "d", ending(WHOLE))
-    clock.now += REMEMBERED_S
+    clock.advance(REMEMBERED_S)
     assert held.take(keys(NEXT)) is None
 
 
 def test_so_many_chats_are_remembered():
-    held = Conversations(Clock())
+    held = Conversations(FakeClock())
     for n in range(REMEMBERED + 1):
         held.remember((b"%d" % n,), "d", ending(WHOLE))
     assert held.take((b"0",)) is None and held.take((b"1",)) is not None

@@ -67,13 +67,13 @@ def test_an_engine_whose_api_server_lives_and_whose_engine_says_nothing_is_left_
         async with rig([Engine(prefills)], [stuck, well]) as r:
             hung = asyncio.create_task(r.ask())
             await stuck.reached.wait()
-            r.clock.now += 11
+            r.clock.advance(11)
             assert await r.ask() == (200, ANSWER)
             assert await hung == (200, ANSWER)
             state = (await r.health())["decode"][0]
             assert (state["stuck"], state["up"]) == (True, False)
 
-            r.clock.now += 60  # its backoff is over; a live request is no probe of it
+            r.clock.advance(60)  # its backoff is over; a live request is no probe of it
             asked = len(well.bodies)
             for _ in range(3):
                 assert await r.ask() == (200, ANSWER)
@@ -110,7 +110,7 @@ def test_what_is_stuck_is_up_again_by_a_token_alone(monkeypatch):
         async with rig([Engine(prefills)], [stuck, well]) as r:
             hung = asyncio.create_task(r.ask())
             await stuck.reached.wait()
-            r.clock.now += 11
+            r.clock.advance(11)
             assert await r.ask() == (200, ANSWER)
             assert await hung == (200, ANSWER)
             before = asked
@@ -147,7 +147,7 @@ def test_a_stream_of_an_engine_that_hangs_ends_in_an_error(monkeypatch):
             reading = asyncio.create_task(read_all())
             await until(lambda: len(got) >= len(TOKENS[0]))
             assert await r.ask() == (200, ANSWER)
-            r.clock.now += 3
+            r.clock.advance(3)
             with pytest.raises(aiohttp.ClientPayloadError):
                 await reading
             assert b"broke off" in got
@@ -206,7 +206,7 @@ def test_a_process_that_is_stopped_delays_only_what_it_had(monkeypatch):
             async def time_passes() -> None:
                 while True:
                     await asyncio.sleep(0.1)
-                    r.clock.now += 0.1
+                    r.clock.advance(0.1)
 
             passing = asyncio.create_task(time_passes())
             assert await asyncio.gather(*(one(r) for _ in range(20))) == [200] * 20

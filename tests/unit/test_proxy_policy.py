@@ -25,6 +25,7 @@ from kvconnect.proxy.policy import (
     transfer_params,
 )
 from kvconnect.proxy.pool import Pool
+from kvconnect.testing import FakeClock
 
 # A machine that is busy with other tests is no failure of these.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -357,17 +358,9 @@ def test_an_error_event_starts_its_own_event(sent, border):
 # --- whose turn it is --------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 def firsts(pool: Pool, count: int) -> list[str]:
@@ -378,7 +371,7 @@ def firsts(pool: Pool, count: int) -> list[str]:
 @given(st.integers(1, 6), st.integers(1, 4))
 def test_turns_are_fair(engines, rounds):
     urls = [f"http://e{i}" for i in range(engines)]
-    taken = firsts(Pool(urls, Clock()), engines * rounds)
+    taken = firsts(Pool(urls, FakeClock()), engines * rounds)
     assert taken == urls * rounds
 
 
@@ -391,11 +384,11 @@ def test_every_engine_that_is_up_is_a_candidate(clock):
 def test_a_failed_engine_sits_out_until_its_backoff_has_passed(clock):
     pool = Pool(["a", "b"], clock)
     assert pool.failed("a")
-    clock.now += 0.99
+    clock.advance(0.99)
     assert firsts(pool, 4) == ["b"] * 4
     assert pool.candidates() == ("b",)
     assert pool.last_resort() == ("a",)
-    clock.now += 0.02
+    clock.advance(0.02)
     assert pool.candidates() == ("a", "b")
 
 
@@ -403,16 +396,16 @@ def test_one_caller_at_a_time_probes_an_engine(clock):
     """A hundred waiting requests must not all run into a host that swallows packets."""
     pool = Pool(["a", "b"], clock)
     pool.failed("a")
-    clock.now += 1
+    clock.advance(1)
     assert firsts(pool, 4) == ["a", "b", "b", "b"]
 
 
 def test_a_probe_that_never_reports_is_followed_by_another(clock):
     pool = Pool(["a", "b"], clock)
     pool.failed("a")
-    clock.now += 1
+    clock.advance(1)
     assert firsts(pool, 2) == ["a", "b"]
-    clock.now += 1
+    clock.advance(1)
     assert firsts(pool, 1) == ["a"]
 
 
@@ -422,7 +415,7 @@ def test_backoff_doubles_to_its_limit_and_success_ends_it(clock):
     for _ in range(7):
         assert pool.failed("a")
         waits.append(pool.states()[0].retry_in_s)
-        clock.now += waits[-1]
+        clock.advance(waits[-1])
         assert pool.candidates() == ("a",)
     assert waits == [1, 2, 4, 8, 15, 15, 15]
     assert pool.succeeded("a")
@@ -442,7 +435,7 @@ def test_a_burst_of_failures_counts_once(clock):
 def test_the_probe_of_an_engine_counts(clock):
     pool = Pool(["a", "b"], clock)
     pool.failed("a")
-    clock.now += 1
+    clock.advance(1)
     pool.candidates()
     assert pool.failed("a")
     assert pool.states()[0].retry_in_s == 2
@@ -451,7 +444,7 @@ def test_the_probe_of_an_engine_counts(clock):
 def test_the_last_resort_is_who_is_due_soonest(clock):
     pool = Pool(["a", "b"], clock)
     pool.failed("a")
-    clock.now += 0.5
+    clock.advance(0.5)
     pool.failed("b")
     assert pool.candidates() == ()
     assert pool.last_resort() == ("a", "b")
@@ -479,11 +472,11 @@ def test_requests_in_flight_are_counted_also_when_they_fail(clock):
     )
 )
 def test_no_engine_is_ever_lost_or_offered_twice(steps):
-    clock, urls = Clock(), ["a", "b", "c"]
+    clock, urls = FakeClock(), ["a", "b", "c"]
     pool = Pool(urls, clock)
     for step, which in steps:
         if step == "wait":
-            clock.now += which
+            clock.advance(which)
         elif step == "ask":
             pool.candidates()
         else:
@@ -493,7 +486,7 @@ def test_no_engine_is_ever_lost_or_offered_twice(steps):
         asked = pool.candidates()
         assert sorted(asked + resort) == urls
         assert up <= set(asked)
-    clock.now += 15
+    clock.advance(15)
     assert sorted(pool.candidates()) == urls
 
 
