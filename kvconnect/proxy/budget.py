@@ -26,13 +26,13 @@ class RetryBudget:
 
     def earn(self) -> None:
         """A client's request is there."""
-        self._saved = min(RESERVE, self._saved + self._ratio)
+        self._saved += self._ratio
 
     def spend(self) -> bool:
         """Whether one more leg may be asked for again; if so, it is counted."""
         now = self._clock()
-        self._saved = min(RESERVE, self._saved + (now - self._at_s) * _EARNED_A_SECOND)
-        self._at_s = now
+        self._saved += (now - self._at_s) * _EARNED_A_SECOND
+        self._saved, self._at_s = min(RESERVE, self._saved), now
         if self._saved < 1:
             return False
         self._saved -= 1

@@ -242,6 +242,19 @@ def test_retries_end_with_their_budget():
     run(scenario())
 
 
+def test_every_request_of_a_client_earns_its_share_of_retries():
+    async def scenario() -> None:
+        ds = [Engine(says(b"oops", 500)) for _ in range(2)]
+        async with rig([Engine(keeps_nothing)], ds, retry_ratio=1.0) as r:
+            asked = int(RESERVE) + 5
+            for _ in range(asked):
+                assert await r.ask() == (500, b"oops")
+            counters = await r.counters()
+            assert counters["retries"] == asked and "unretried" not in counters
+
+    run(scenario())
+
+
 def test_without_budget_prefill_is_not_asked_again_and_decode_works_alone():
     async def scenario() -> None:
         ps, d = [Engine(says(b"oops", 500)) for _ in range(2)], Engine(answers)
