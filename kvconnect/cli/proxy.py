@@ -41,6 +41,12 @@ Silence = Annotated[
 Deadline = Annotated[
     float | None, typer.Option(help="Seconds that a request may take; no limit unless set.")
 ]
+MostRequests = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Requests at one engine at once: others wait, by priority. No limit unless set."
+    ),
+]
 AtOnceOption = Annotated[
     Literal["never", "auto", "always"],
     typer.Option(
@@ -71,6 +77,10 @@ def proxy(
     admin_key: AdminKey = None,
     split_from_tokens: SplitFrom = 0,
     retry_ratio: RetryRatio = 0.2,
+    max_requests_per_engine: MostRequests = None,
+    max_queue: Annotated[
+        int, typer.Option(min=0, help="How many requests wait at most, where they have to.")
+    ] = 1000,
     deadline_s: Deadline = None,
     timeout_s: Silence = None,
     max_body_mib: Annotated[

@@ -35,6 +35,7 @@ from kvconnect.proxy.policy import (
     RESPONSES,
     TEXT,
     Body,
+    asked_priority,
     error_event,
     form_steers,
     guessed_tokens,
@@ -195,6 +196,7 @@ class Proxy:
                     keeper_of=previous_response(body),
                     key=self._key(request, body),
                     tokens=tokens,
+                    priority=asked_priority(body, request.headers.get("X-Vllm-Priority")),
                 )
                 return await self._decode(request, ask, split=not cause)
         except asyncio.CancelledError:
@@ -242,6 +244,10 @@ class Proxy:
         async with contextlib.AsyncExitStack() as held:
             try:
                 async with asyncio.timeout_at(until):
+                    if ask.whole is None:  # what generates
+                        turn = self._legs.admission.turn(ask.life, split, ask.priority)
+                        if not await held.enter_async_context(turn):
+                            return self._queue_full(ask.life)
                     answer = await held.enter_async_context(self._legs.decode(ask, split))
             except TimeoutError:
                 self._legs.counters.late += 1
@@ -250,6 +256,11 @@ class Proxy:
                 self._legs.counters.unavailable += 1
                 return _failed(ask.life, 503, "no decode engine can be reached; try again")
             return await self._pass_on(request, ask, answer, until)
+
+    def _queue_full(self, life: RequestLife) -> web.Response:
+        self._legs.counters.queue_full += 1
+        message = f"{self.config.max_queue} requests wait for their turn already; try again"
+        return _failed(life, 503, message, self._legs.admission.retry_after_s)
 
     def _deadline(self, request: web.Request) -> float | None:
         """When the event loop's clock says that the request took too long."""
@@ -316,6 +327,7 @@ class Proxy:
             report |= {
                 "prefill": legs.prefillers.states(),
                 "decode": legs.decoders.states(),
+                "queue": legs.admission.state(),
                 "counters": legs.counters,
             }
         return web.Response(
@@ -347,10 +359,10 @@ def _query(request: web.Request) -> str:
     return f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
 
 
-def _failed(life: RequestLife, status: int, message: str) -> web.Response:
+def _failed(life: RequestLife, status: int, message: str, retry_after_s: int = 1) -> web.Response:
     """The answer to a request that no engine answered."""
     life.status, life.outcome, life.cause = status, "error", message
-    return json_error(status, message)
+    return json_error(status, message, retry_after_s)
 
 
 async def _break_off(

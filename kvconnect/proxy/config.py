@@ -39,6 +39,10 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Shorter requests, by their bytes, go to a decode engine alone."""
     retry_ratio: Annotated[float, msgspec.Meta(ge=0)] = 0.2
     """How many legs may be asked for again, for each request: see ``budget``."""
+    max_requests_per_engine: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    """How many requests are at one engine at once; the others wait: see ``admission``."""
+    max_queue: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    """How many requests wait at most, where ``max_requests_per_engine`` is set."""
     deadline_s: Seconds | None = None
     """Seconds that a request may take, whatever its client says; None: as long as it takes."""
     silence_timeout_s: Seconds | None = None

@@ -17,11 +17,11 @@ def has_key(request: web.Request, key: str | None) -> bool:
     )
 
 
-def json_error(status: int, message: str) -> web.Response:
+def json_error(status: int, message: str, retry_after_s: int = 1) -> web.Response:
     """An error as vLLM's clients know it; 503 says when to try again."""
     response = web.Response(
         status=status, body=error_body(status, message), content_type="application/json"
     )
     if status == 503:
-        response.headers["Retry-After"] = "1"
+        response.headers["Retry-After"] = str(retry_after_s)
     return response

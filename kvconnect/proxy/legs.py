@@ -31,6 +31,7 @@ import aiohttp
 import msgspec
 import yarl
 
+from kvconnect.proxy.admission import AdmissionQueue
 from kvconnect.proxy.budget import RetryBudget
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.conversations import AnswerEnding, Conversations, HeldTurn, chat_keys
@@ -112,6 +113,8 @@ class ProxyCounters(msgspec.Struct):
     """Tries that were not repeated, because the budget for retries was spent."""
     late: int = 0
     """Not answered within their deadline."""
+    queue_full: int = 0
+    """Answered with 503: too many waited for their turn."""
     unavailable: int = 0
     """Answered with 503: no decode engine could be reached."""
     broken: int = 0
@@ -143,6 +146,8 @@ class LegRequest:
     """Requests with the same one go to the same engines: a session, or a prompt's head."""
     tokens: int = 0
     """How many it has, about: the load that it is."""
+    priority: int = 0
+    """The lower, the sooner it is its turn."""
     held: HeldTurn | None = None
     """What a decode engine lends of the chat that the request goes on from."""
 
@@ -217,8 +222,12 @@ class Legs:
 
     def __init__(self, config: ProxyConfig, clock: Callable[[], float]) -> None:
         self.counters = ProxyCounters()
-        self.prefillers = Pool(config.prefill, clock, config.policy)
-        self.decoders = Pool(config.decode, clock, config.policy)
+        most = config.max_requests_per_engine
+        self.prefillers = Pool(config.prefill, clock, config.policy, most)
+        self.decoders = Pool(config.decode, clock, config.policy, most)
+        self.admission = AdmissionQueue(
+            self.prefillers, self.decoders, most, config.max_queue, clock
+        )
         self.budget = RetryBudget(config.retry_ratio, clock)
         self._connect_timeout_s = config.connect_timeout_s
         self._session = engine_session(
@@ -232,6 +241,7 @@ class Legs:
             asyncio.create_task(watch)
             for watch in (
                 self.health.watch(),
+                self.admission.watch(),
                 Discovery(self.prefillers, [finder(url) for url in config.find_prefill]).watch(),
                 Discovery(self.decoders, [finder(url) for url in config.find_decode]).watch(),
             )

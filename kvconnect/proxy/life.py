@@ -49,6 +49,10 @@ class RequestLife:
     """Why no prefill engine worked for it, or why it failed; empty if all went as it should."""
     status: int | None = None
     """What the client got; None if it gave up before."""
+    admitted_s: float | None = None
+    """When it had waited for its turn; None: it has not, or nobody has to."""
+    on_answer: list[Callable[["LegTry"], None]] = field(default_factory=list, repr=False)
+    """Told of each engine's answer."""
     outcome: str = "running"
     """``ok``, ``error`` (status of 400 or more), ``broken`` or ``aborted``."""
     sent_bytes: int = 0
@@ -64,6 +68,8 @@ class RequestLife:
     def answered(self, leg: LegTry, status: int) -> None:
         """The engine that ``leg`` asked has answered now."""
         leg.answered_s, leg.status = self.clock(), status
+        for told in self.on_answer:
+            told(leg)
 
     def leg(self, role: str) -> LegTry | None:
         """The try that counted."""

@@ -14,6 +14,7 @@ or who the client is.
   cache. Every other one goes whole to a decode engine.
 """
 
+import contextlib
 import enum
 import hashlib
 import re
@@ -258,6 +259,16 @@ def release_body(params: msgspec.Raw) -> bytes:
 def one_token_body(**more: msgspec.Raw) -> bytes:
     """The least that a text completion can be."""
     return msgspec.json.encode({"prompt": msgspec.Raw(b"[0]"), "max_tokens": _ONE} | more)
+
+
+def asked_priority(body: Body, header: str | None) -> int:
+    """A request's priority, the lower the sooner: vLLM's header, or the field, or 0."""
+    with contextlib.suppress(TypeError, ValueError):
+        return int(header)  # type: ignore[arg-type]
+    try:
+        return msgspec.json.decode(body.get("priority", _NULL), type=int | None) or 0
+    except ValueError:
+        return 0  # the engine says what is wrong with it
 
 
 def guessed_tokens(body: Body) -> int:

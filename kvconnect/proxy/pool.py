@@ -75,12 +75,20 @@ class Pool:
     """The engines of one role."""
 
     def __init__(
-        self, urls: Iterable[str], clock: Callable[[], float], policy: Policy = "least-loaded"
+        self,
+        urls: Iterable[str],
+        clock: Callable[[], float],
+        policy: Policy = "least-loaded",
+        full_at: int | None = None,
     ) -> None:
-        """An engine for each of ``urls``; ``clock`` tells seconds, from any point on."""
+        """An engine for each of ``urls``; ``clock`` tells seconds, from any point on.
+
+        ``full_at``: with so many requests in flight an engine is passed over while others have not.
+        """
         self._engines = {url: _Engine(url) for url in urls}
         self._clock = clock
         self._policy = policy
+        self._full_at = full_at
         self._turn = 0
         self._slowest = SlowestWait(clock)
 
@@ -98,6 +106,8 @@ class Pool:
             due[0].probed = True
             due[0].retry_at_s = now + _backoff_s(due[0].failures)
         ordered = in_order(up, self._policy, self._turn, key)
+        if self._full_at is not None:
+            ordered.sort(key=lambda engine: engine.in_flight >= (self._full_at or 0))
         self._turn += 1
         return tuple(e.url for e in (*due[:1], *ordered, *due[1:]))
 
@@ -131,6 +141,10 @@ class Pool:
         self.give_up(url)
         self._engines.pop(url, None)
         return news
+
+    def serving(self) -> int:
+        """How many engines are there, have not failed since they answered, and do not drain."""
+        return sum(self.serves(url) for url in self._engines)
 
     def has(self, url: str) -> bool:
         """Whether the engine is there; it may be down, or drain."""

@@ -36,6 +36,7 @@ _CAUSES = {
     "released": "refused by decode, KV let go",
     "unretried": "budget for retries spent",
     "late": "deadline missed",
+    "queue_full": "queue full",
     "unavailable": "no decode engine",
     "broken": "answer broken off by an engine",
     "aborted": "given up by the client",
