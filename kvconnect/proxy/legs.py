@@ -214,7 +214,12 @@ class _EarlyAnswer:
     answer: LegAnswer | None = None
     refused: bool = False
     spent: bool = False
-    """It may have used up the KV, or let go of it."""
+    """Another try may do better, without the KV: this one may have used it up, or let go of it."""
+
+    def close(self) -> None:
+        """Of an answer that is not passed on. Idempotent."""
+        if self.answer is not None:
+            self.answer.close()
 
 
 class Legs:
@@ -323,23 +328,22 @@ class Legs:
             opened = await opening
             if opened.refused and prefill.done() and (kept := prefill.result().params) is not None:
                 self._release(opened.url, ask, kept)
-            if opened.answer is not None:
-                given = True
-                return opened.answer
-            if opened.spent:
+            if opened.spent and (opened.refused or self._may_retry()):
                 prefill.cancel()
-                if not opened.refused and not self._may_retry():
-                    return None
+                opened.close()
                 self.counters.retries += 1
                 return await self._after(ask, None, decoders)
+            if opened.spent or opened.answer is not None:
+                given = True
+                return opened.answer
             prefilled = await prefill
             return await self._after(ask, await self._prefill(ask, prefillers, prefilled), decoders)
         finally:
             prefill.cancel()
             opening.cancel()
             _, early = await asyncio.gather(prefill, opening, return_exceptions=True)
-            if not given and isinstance(early, _EarlyAnswer) and early.answer is not None:
-                early.answer.close()
+            if not given and isinstance(early, _EarlyAnswer):
+                early.close()
 
     async def _open_early(
         self, decoders: deque[str], ask: LegRequest, params: msgspec.Raw
@@ -354,12 +358,10 @@ class Legs:
             return _EarlyAnswer(url, spent=not isinstance(error, _NEVER_ASKED))
         status = answer.upstream.status
         report_status(self.decoders, url, status)
-        refused = 400 <= status < 500
-        if not answer.faulty and status not in _ELSEWHERE:
-            return _EarlyAnswer(url, answer, refused)
-        answer.close()
-        decoders.rotate(-1)
-        return _EarlyAnswer(url, refused=refused, spent=True)
+        spent = answer.faulty or status in _ELSEWHERE
+        if spent:
+            decoders.rotate(-1)
+        return _EarlyAnswer(url, answer, refused=400 <= status < 500, spent=spent)
 
     async def _prefill(
         self, ask: LegRequest, engines: Iterable[str], first: "_Prefilled | None" = None

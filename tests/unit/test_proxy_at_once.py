@@ -25,6 +25,11 @@ from test_proxy_app import (
 )
 
 from kvconnect.proxy.budget import RESERVE
+from kvconnect.proxy.config import make_config
+from kvconnect.proxy.legs import LegRequest, Legs
+from kvconnect.proxy.life import LegTry, RequestLife
+from kvconnect.proxy.policy import read_body
+from kvconnect.testing import FakeClock
 
 WHERE = {"remote_engine_id": "P", "remote_host": "10.0.0.1", "remote_port": 5600}
 TICKET = {"do_remote_prefill": True, "kvconnect": "ticket", **WHERE}
@@ -202,7 +207,7 @@ def test_decode_is_not_asked_once_more_without_budget():
         async with rig([Engine(prefills)], [d], at_once="always", retry_ratio=0.0) as r:
             for _ in range(1 + int(RESERVE)):
                 assert await r.ask() == (200, ANSWER)
-            assert (await r.ask())[0] == 503
+            assert await r.ask() == (500, b"no"), "what the engine said; it was 503 of our own"
             counters = await r.counters()
             assert (counters["retries"], counters["unretried"]) == (RESERVE, 1)
 
@@ -298,6 +303,42 @@ def test_a_client_that_goes_ends_both():
             await asyncio.gather(p.reached.wait(), d.reached.wait())
             asked.cancel()
             await asyncio.gather(p.aborted.wait(), d.aborted.wait())
+
+    run(scenario())
+
+
+class LeavingClient(RequestLife):
+    """The life of a request whose client goes as decode begins to answer."""
+
+    asking: asyncio.Task[None]
+
+    def answered(self, leg: LegTry, status: int) -> None:
+        super().answered(leg, status)
+        if leg.role == "decode":
+            self.asking.cancel()
+
+
+def test_what_decode_begins_to_answer_to_a_client_that_goes_is_closed():
+    """Nobody else would: it counted as in flight for ever, and its connection stayed open."""
+
+    async def ask(on: Legs, life: RequestLife) -> None:
+        request = LegRequest(TEXT, read_body(b'{"prompt": "p"}'), {"X-Request-Id": "r"}, life)
+        async with on.decode(request, split=True):
+            pass
+
+    async def scenario() -> None:
+        clock = FakeClock()
+        p, d = Engine(prefills, hangs), Engine(answers)
+        async with p.serving(), d.serving():
+            on = Legs(make_config(prefill=[p.url], decode=[d.url], at_once="always"), clock)
+            await ask(on, RequestLife("r", TEXT, 0.0, 0.0, clock))
+            leaving = LeavingClient("r", TEXT, 0.0, 0.0, clock)
+            leaving.asking = asyncio.create_task(ask(on, leaving))
+            with pytest.raises(asyncio.CancelledError):
+                await leaving.asking
+            assert [len(engine.bodies) for engine in (p, d)] == [2, 2]
+            assert [state.in_flight for state in on.decoders.states()] == [0]
+            await on.close()
 
     run(scenario())
 
