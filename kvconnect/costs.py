@@ -55,6 +55,8 @@ class Line:
     each: float = 0.0
     per_byte: float = 0.0
     measured: int = 0
+    kept: float = KEPT
+    """Of the weight of earlier measurements, at each new one."""
 
     def __post_init__(self) -> None:
         # with c = count / nbytes and y = seconds / nbytes: of c², c, 1, c * y, y
@@ -64,7 +66,7 @@ class Line:
         """A transfer took ``seconds``."""
         c, y = count / nbytes, seconds / nbytes
         new = (c * c, c, 1.0, c * y, y)
-        self._sums = [KEPT * old + x for old, x in zip(self._sums, new, strict=True)]
+        self._sums = [self.kept * old + x for old, x in zip(self._sums, new, strict=True)]
         self.measured += 1
         cc, c, one, cy, y = self._sums
         rest = cc * one - c * c

@@ -319,6 +319,11 @@ ROUTERS = {
     ),
     "plain": ("production-stack disaggregated_prefill (its requests)", plain, [p2p]),
 }
+CONVERSING = {
+    "multiturn": (ROUTERS["multiturn"][0], of_vllm(MULTI_TURN)),
+    "ours-turns": ("kvconnect proxy", ours),
+}
+"""Who hands to prefill what decode lends of the turn before: `check_turns`."""
 AT_ONCE = [(ROUTERS["push"][1], push), (ROUTERS["mooncake"][1], mooncake)]
 """Whose routers ask both engines at once: blocks have to cross while prefill computes."""
 ENGINES = (nixl, stock, push, several, in_tree, mooncake, stock_mooncake, p2p)
@@ -416,12 +421,12 @@ def check_turns(router, command, pair, chats=20):
 
 
 def main():
-    chosen = sys.argv[1:] or list(ROUTERS)
+    chosen = sys.argv[1:] or [*ROUTERS, "ours-turns"]
     smol, wrong = model("KVCONNECT_TP_MODEL"), 0
     assert TOY.is_file(), f"{TOY} is missing: run `make setup`"
     with Nursery() as nursery, tempfile.TemporaryDirectory() as folder:
         for setup in ENGINES:
-            rows = [ROUTERS[name] for name in chosen if setup in ROUTERS[name][2]]
+            rows = [row for name, row in ROUTERS.items() if name in chosen and setup in row[2]]
             if not rows:
                 continue
             with Fleet(Path(folder) / setup.__name__, nursery.launch) as fleet:
@@ -433,13 +438,14 @@ def main():
                     except UnavailableError as error:
                         row = {"router": router, "skipped": str(error)}
                     print(json.dumps(row), flush=True)
-        if "multiturn" in chosen:
+        turns = [CONVERSING[name] for name in chosen if name in CONVERSING]
+        if turns:
             with Fleet(Path(folder) / "turns", nursery.launch) as fleet:
-                row = check_turns(
-                    ROUTERS["multiturn"][0], of_vllm(MULTI_TURN), conversing().start(fleet)
-                )
-                wrong += not row["ok"]
-                print(json.dumps(row), flush=True)
+                pair = conversing().start(fleet)
+                for router, command in turns:
+                    row = check_turns(router, command, pair)
+                    wrong += not row["ok"]
+                    print(json.dumps(row), flush=True)
     sys.exit(bool(wrong))
 
 

@@ -1,0 +1,63 @@
+"""What each engine holds of a prompt: what this proxy sent there lately.
+
+Does not know engines' HTTP. Time is an injected clock.
+
+- An engine that computed a prompt, or got its KV, holds it for a while: `HELD_S`, if nothing newer
+  takes its place before. A wrong guess costs time, and no answer: what an engine no longer has, it
+  computes.
+- A decode engine holds its answer, too, which a chat's next turn brings back.
+- Bounded: `REMEMBERED` beginnings of an engine, those used last.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from kvconnect.proxy.policy import BYTES_PER_TOKEN
+from kvconnect.proxy.prompts import PromptText
+
+REMEMBERED = 32_768
+HELD_S = 300.0
+
+
+class _Held(NamedTuple):
+    until_s: float
+    answered: bool
+
+
+class Holdings:
+    """Of the engines of both roles, by their URLs."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """``clock`` tells seconds, from any point on."""
+        self._clock = clock
+        self._held: dict[str, OrderedDict[bytes, _Held]] = {}  # engine → digest →
+
+    def holds(self, url: str, prompt: PromptText, answered: bool) -> None:
+        """The engine has just computed or got a prompt; ``answered``: and answers it."""
+        held = self._held.setdefault(url, OrderedDict())
+        new = _Held(self._clock() + HELD_S, answered)
+        # the beginning last: it is the last to be forgotten, and what others share
+        for beginning in reversed(prompt.beginnings):
+            held[beginning.digest] = new
+            held.move_to_end(beginning.digest)
+        while len(held) > REMEMBERED:
+            held.popitem(last=False)
+
+    def forget(self, url: str) -> None:
+        """The engine is gone, or was started anew."""
+        self._held.pop(url, None)
+
+    def keep_only(self, urls: Iterable[str]) -> None:
+        """Forget all other engines."""
+        for url in self._held.keys() - set(urls):
+            self.forget(url)
+
+    def tokens(self, url: str, prompt: PromptText) -> int:
+        """About how many of the prompt's tokens the engine holds."""
+        held, now = self._held.get(url, {}), self._clock()
+        for beginning in reversed(prompt.beginnings):
+            if (known := held.get(beginning.digest)) and known.until_s > now:
+                nbytes = beginning.answered_bytes if known.answered else beginning.nbytes
+                return nbytes // BYTES_PER_TOKEN
+        return 0
