@@ -26,8 +26,13 @@ AdminKey = Annotated[
     str | None,
     typer.Option(envvar="KVCONNECT_ADMIN_KEY", help="Key to add, drain and remove engines."),
 ]
-SplitFrom = Annotated[
-    int, typer.Option(min=0, help="Shorter prompts go to decode alone (guessed from bytes).")
+MinPrefillTokens = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Prompts with fewer tokens (guessed from bytes) that decode does not hold go to "
+        "decode alone; auto: as many as it computes in a hand-over's time, as measured.",
+    ),
 ]
 RetryRatio = Annotated[
     float, typer.Option(min=0, help="How many legs may be asked for again, for each request.")
@@ -69,13 +74,13 @@ def proxy(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     policy: Annotated[
-        Literal["least-loaded", "prefix", "round-robin"],
+        Literal["least-loaded", "prefix", "kv-aware", "round-robin"],
         typer.Option(help="Which engine of a role is asked first."),
     ] = "least-loaded",
     api_key: ApiKey = None,
     engine_api_key: EngineKey = None,
     admin_key: AdminKey = None,
-    split_from_tokens: SplitFrom = 0,
+    min_prefill_tokens: MinPrefillTokens = "0",
     retry_ratio: RetryRatio = 0.2,
     max_requests_per_engine: MostRequests = None,
     max_queue: Annotated[
@@ -98,6 +103,8 @@ def proxy(
     settings = dict(locals())
     host, port = settings.pop("host"), settings.pop("port")
     settings["max_body_bytes"] = settings.pop("max_body_mib") * 2**20
+    if min_prefill_tokens.isdecimal():
+        settings["min_prefill_tokens"] = int(min_prefill_tokens)
     settings["silence_timeout_s"] = settings.pop("timeout_s")
     _serve(host, port, settings)
 

@@ -176,11 +176,13 @@ class Proxy:
                 body = read_body(raw)
             except ValueError as error:
                 return json_error(400, str(error))
-            cause, tokens = "", guessed_tokens(body)
+            cause, tokens, placement = "", guessed_tokens(body), self._legs.placement
+            prompt = placement.text(body)
+            stay = None
             if not splittable(request.path, body):
                 cause = "not splittable"
                 counters.not_splittable += 1
-            elif tokens < self.config.split_from_tokens:
+            elif (stay := placement.stays(prompt, tokens)) is not None:
                 cause = "short"
                 counters.short += 1
             counters.decode_alone += bool(cause)
@@ -197,6 +199,8 @@ class Proxy:
                     key=self._key(request, body),
                     tokens=tokens,
                     priority=asked_priority(body, request.headers.get("X-Vllm-Priority")),
+                    prompt=prompt,
+                    near=stay.url if stay else None,
                 )
                 return await self._decode(request, ask, split=not cause)
         except asyncio.CancelledError:
@@ -328,6 +332,7 @@ class Proxy:
                 "prefill": legs.prefillers.states(),
                 "decode": legs.decoders.states(),
                 "queue": legs.admission.state(),
+                "min_prefill_tokens": legs.placement.short.min_tokens(),
                 "counters": legs.counters,
             }
         return web.Response(

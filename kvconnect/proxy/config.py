@@ -35,8 +35,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What must be sent to add, drain and remove engines; None lets nobody."""
     policy: Policy = "least-loaded"
     """Which engine of a role is asked first: see ``balance``."""
-    split_from_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Shorter requests, by their bytes, go to a decode engine alone."""
+    min_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] | Literal["auto"] = 0
+    """Requests with fewer tokens that decode does not hold go to decode alone: see ``short``."""
     retry_ratio: Annotated[float, msgspec.Meta(ge=0)] = 0.2
     """How many legs may be asked for again, for each request: see ``budget``."""
     max_requests_per_engine: Annotated[int, msgspec.Meta(gt=0)] | None = None

@@ -35,6 +35,11 @@ class HeldTurn(NamedTuple):
     params: dict[str, object]
     until_s: float
 
+    def offer(self) -> msgspec.Raw:
+        """Params of a leg that may read it; that engine's own, which holds it, lets go of it."""
+        reads = {"do_remote_prefill": True, "do_remote_decode": False}
+        return msgspec.Raw(msgspec.json.encode(self.params | reads))
+
 
 class AnswerEnding:
     """The end of an answer's body, as it passes."""

@@ -55,7 +55,8 @@ class Holdings:
 
     def tokens(self, url: str, prompt: PromptText) -> int:
         """About how many of the prompt's tokens the engine holds."""
-        held, now = self._held.get(url, {}), self._clock()
+        now = self._clock()
+        held = self._held.get(url) or OrderedDict()
         for beginning in reversed(prompt.beginnings):
             if (known := held.get(beginning.digest)) and known.until_s > now:
                 nbytes = beginning.answered_bytes if known.answered else beginning.nbytes

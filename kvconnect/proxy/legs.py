@@ -39,7 +39,9 @@ from kvconnect.proxy.discovery import Discovery, finder
 from kvconnect.proxy.early import EarlyEngines
 from kvconnect.proxy.health import HealthWatch, report_lost, report_status
 from kvconnect.proxy.life import RequestLife
+from kvconnect.proxy.placement import NO_PROMPT, Placement
 from kvconnect.proxy.policy import (
+    CHAT,
     MAX_HELD_S,
     RESPONSES,
     TEXT,
@@ -54,6 +56,7 @@ from kvconnect.proxy.policy import (
     transfer_params,
 )
 from kvconnect.proxy.pool import Pool
+from kvconnect.proxy.prompts import PromptText
 from kvconnect.proxy.session import LOST, engine_session
 
 # Of LOST, the ones that come before a byte of the request went out.
@@ -148,6 +151,10 @@ class LegRequest:
     """How many it has, about: the load that it is."""
     priority: int = 0
     """The lower, the sooner it is its turn."""
+    prompt: PromptText = NO_PROMPT
+    """What is told of its prompt, if anybody asks what engines hold of it."""
+    near: str | None = None
+    """Decode engine that holds enough of it to do the rest alone."""
     held: HeldTurn | None = None
     """What a decode engine lends of the chat that the request goes on from."""
 
@@ -233,6 +240,9 @@ class Legs:
         self.admission = AdmissionQueue(
             self.prefillers, self.decoders, most, config.max_queue, clock
         )
+        self.placement = Placement(
+            config.policy, config.min_prefill_tokens, self.prefillers, self.decoders, clock
+        )
         self.budget = RetryBudget(config.retry_ratio, clock)
         self._connect_timeout_s = config.connect_timeout_s
         self._session = engine_session(
@@ -270,11 +280,15 @@ class Legs:
         ``split``: a prefill engine computes the prompt, if there is one.
         """
         self.budget.earn()
-        keys = chat_keys(ask.path, ask.body) if split else ()
+        keys = chat_keys(ask.path, ask.body) if split or ask.near else ()
+        own = None
         if (held := self._conversations.take(keys)) and self.decoders.serves(held.url):
-            self.counters.gone_on += 1
-            ask = replace(ask, held=held)
-        answer = await (self._split(ask) if split else self._first_answer(ask, None))
+            if split:
+                self.counters.gone_on += 1
+                ask = replace(ask, held=held)
+            elif held.url == ask.near:
+                own = held.offer()
+        answer = await (self._split(ask) if split else self._first_answer(ask, own))
         if answer is not None and ask.path == RESPONSES:
             self._remember(answer)
         try:
@@ -285,7 +299,8 @@ class Legs:
                 answer.close()
 
     async def _split(self, ask: LegRequest) -> LegAnswer | None:
-        prefillers = deque(self.prefillers.candidates(ask.key))
+        near = self.placement.held(self.prefillers, ask.prompt)
+        prefillers = deque(self.prefillers.candidates(ask.key, near))
         # A stream of responses begins before anything is computed: that is no sign of KV read.
         early = bool(prefillers) and ask.path != RESPONSES
         address = self._early.address(prefillers[0], ask.body) if early else None
@@ -413,6 +428,7 @@ class Legs:
         if status >= 400:
             refused = status < 500
             return _Prefilled(refused=refused, final=refused and status not in _ELSEWHERE)
+        self.placement.prefilled(url, ask.prompt, ask.tokens, ask.life.clock() - leg.asked_s)
         params = transfer_params(answer)
         self._early.answered(url, params, transfer_id)
         return _Prefilled(params, answered=True)
@@ -455,7 +471,10 @@ class Legs:
                     answer.close()
                     continue
                 return answer
-            if not (answer.faulty and may_retry and (params is not None or engines)):
+            if not answer.faulty:
+                self._began(ask, answer, params is not None and ask.near is None)
+                return answer
+            if not (may_retry and (params is not None or engines)):
                 return answer
             if not self._may_retry():
                 return answer
@@ -467,6 +486,15 @@ class Legs:
                 engines.append(url)
         return None
 
+    def _began(self, ask: LegRequest, answer: LegAnswer, handed_over: bool) -> None:
+        """A decode engine answers alone, or with what prefill has computed before."""
+        leg = ask.life.leg("decode")
+        # a chat's or text's stream begins with the first token; others before, or with the last
+        if leg and leg.answered_s and ask.path in (CHAT, TEXT) and _is_stream(answer.upstream):
+            seconds = leg.answered_s - leg.asked_s
+            self.placement.began(answer.url, ask.prompt, ask.tokens, seconds, handed_over)
+        self.placement.answered(answer.url, ask.prompt)
+
     def _may_retry(self) -> bool:
         """Whether a leg that cost an engine work may be asked for again; if so, it is paid for."""
         paid = self.budget.spend()
@@ -475,8 +503,10 @@ class Legs:
 
     async def _decoders_for(self, ask: LegRequest) -> tuple[str, ...]:
         """Decode engines in the order to be asked: first the one that a request goes on from."""
-        engines = self.decoders.candidates(ask.key)
+        near = self.placement.held(self.decoders, ask.prompt)
+        engines = self.decoders.candidates(ask.key, near)
         keeper = ask.held.url if ask.held else self._keepers.get(ask.keeper_of or "")
+        keeper = keeper or ask.near
         if keeper is None and ask.keeper_of is not None and len(engines) > 1:
             keeper = await self._find_keeper(ask.keeper_of, ask.headers, engines)
         if keeper is None or not self.decoders.has(keeper):

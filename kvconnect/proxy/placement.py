@@ -59,8 +59,6 @@ class Placement:
         if not self.short.wanted:
             return None
         least = self.short.min_tokens()
-        if tokens < least:
-            url = None
         held = self._all_held(self._decoders, prompt)
         at_ease = [url for url in held if self._decoders.at_ease(url)]
         url = max(at_ease, key=held.__getitem__, default=None)

@@ -17,12 +17,12 @@ Does not know what is asked of an engine, nor how it is reached. Time is an inje
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
-from kvconnect.proxy.balance import REQUEST_TOKENS, Policy, in_order
+from kvconnect.proxy.balance import REQUEST_TOKENS, Policy, crowded_from, in_order
 
 # An engine that answers nobody for so long is asked whether it is alive.
 QUIET_S = 2.0
@@ -92,10 +92,13 @@ class Pool:
         self._turn = 0
         self._slowest = SlowestWait(clock)
 
-    def candidates(self, key: bytes | None = None) -> tuple[str, ...]:
+    def candidates(
+        self, key: bytes | None = None, held: Mapping[str, int] | None = None
+    ) -> tuple[str, ...]:
         """Engines to try, in this order: at most one probe, those that are up, others due.
 
-        ``key``: requests with the same one belong to the same engine.
+        ``key``: requests with the same one belong to the same engine. ``held``: tokens of the
+        request that an engine need not compute.
         """
         now = self._clock()
         here = [engine for engine in self._engines.values() if not engine.draining]
@@ -105,7 +108,7 @@ class Pool:
             # Whoever asks next leaves the probe alone until it reported, or for one more backoff.
             due[0].probed = True
             due[0].retry_at_s = now + _backoff_s(due[0].failures)
-        ordered = in_order(up, self._policy, self._turn, key)
+        ordered = in_order(up, self._policy, self._turn, key, held)
         if self._full_at is not None:
             ordered.sort(key=lambda engine: engine.in_flight >= (self._full_at or 0))
         self._turn += 1
@@ -149,6 +152,15 @@ class Pool:
     def has(self, url: str) -> bool:
         """Whether the engine is there; it may be down, or drain."""
         return url in self._engines
+
+    def urls(self) -> tuple[str, ...]:
+        """Engines that are there; they may be down, or drain."""
+        return tuple(self._engines)
+
+    def at_ease(self, url: str) -> bool:
+        """Whether the engine serves, and has not too much of the load."""
+        up = [engine for engine in self._engines.values() if self.serves(engine.url)]
+        return self.serves(url) and self._engines[url].tokens <= crowded_from(up)
 
     def serves(self, url: str) -> bool:
         """Whether the engine is there, up, and does not drain."""

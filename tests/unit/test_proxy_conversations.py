@@ -126,6 +126,23 @@ def test_the_next_turn_is_prefilled_with_what_decode_lends(answer: Any):
     run(scenario())
 
 
+def test_a_turn_that_stays_at_decode_lets_go_of_what_decode_lent():
+    """Nobody used to read it, and decode kept its blocks until the lease had run out."""
+
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(says(WHOLE))
+        async with rig([p], [d], min_prefill_tokens=100) as r:
+            long = [{"role": "user", "content": "a" * 800}]
+            await r.ask(CHAT, messages=long)
+            await r.ask(CHAT, messages=[*long, *NEXT[1:]])
+            assert len(p.bodies) == 1
+            given = d.bodies[1]["kv_transfer_params"]
+            reads = {"do_remote_prefill": True, "do_remote_decode": False}
+            assert given == LENDS | reads
+
+    run(scenario())
+
+
 def test_a_decode_engine_that_is_down_lends_nothing():
     async def scenario() -> None:
         p, d = Engine(prefills), Engine(says(WHOLE), breaks, says(WHOLE))

@@ -390,7 +390,7 @@ def test_a_session_stays_with_its_engines():
 def test_short_prompts_go_to_decode_alone_where_that_is_chosen():
     async def scenario() -> None:
         p, d = Engine(prefills), Engine(answers)
-        async with rig([p], [d], split_from_tokens=100) as r:
+        async with rig([p], [d], min_prefill_tokens=100) as r:
             await r.ask(prompt="short")
             assert p.bodies == []
             await r.ask(prompt="x" * 500)
