@@ -77,6 +77,28 @@ def make_case(seed, *, aligned=False, layouts=LAYOUTS):
     return Case(seed, copies, at + GUARD, segments, units, chunks)
 
 
+def make_rows(row_bytes, order, *, heads=8, first=0, v_first=False):
+    """K and V side by side in each token, a megabyte of them: blocks whole, cut, and in sequence.
+
+    ``order``: HND or NHD; ``first``: where K begins, from a multiple of 64; ``v_first``: of the
+    two on the wire.
+    """
+    rng = random.Random(row_bytes)
+    tokens, both = 16, 2 * row_bytes
+    block = tokens * heads * both
+    num_blocks = (2 << 20) // block
+    head, token = (tokens * both, both) if order == "HND" else (both, heads * both)
+    shape = (2, heads, row_bytes // 2, tokens, num_blocks, Type.RAW2, Type.RAW2)
+    k = Copy(GUARD + first, block, head, token, *shape)
+    v = k._replace(base=k.base + row_bytes)
+    ids = rng.sample(range(num_blocks), num_blocks // 2)
+    ids += sorted(set(range(num_blocks)) - set(ids))
+    cuts = [(one, *rng.choice([(0, tokens), (0, tokens), (0, 5), (7, 9)])) for one in ids]
+    segments = np.array([(*cut, i % 3) for i, cut in enumerate(cuts)], dtype=np.int32)
+    copies = [v, k] if v_first else [k, v]
+    return Case(row_bytes, copies, num_blocks * block + 3 * GUARD, segments, 3)
+
+
 def _one_copy(rng, num_blocks, block_tokens, layout):
     kv_type, wire_type, factor = rng.choice(FLOATS), rng.choice(FLOATS), rng.choice((1, 0.5, 3.7))
     if rng.random() < 0.5:
@@ -217,6 +239,17 @@ class HostMemory:
     def read(self):
         """What is there now."""
         return self.array
+
+
+class AlignedMemory(HostMemory):
+    """The same, at a multiple of 64 bytes, as torch's."""
+
+    def __init__(self, array):
+        whole = np.empty(array.nbytes + GUARD, np.uint8)
+        start = -whole.ctypes.data % GUARD
+        self.array = whole[start : start + array.nbytes]
+        self.array[:] = array
+        self.address = self.array.ctypes.data
 
 
 def check_equal(kernels, case, verb, memory=HostMemory):

@@ -3,7 +3,14 @@
 import random
 
 import pytest
-from ops_cases import GridKernels, check_equal, distinct, make_case
+from ops_cases import (
+    AlignedMemory,
+    GridKernels,
+    check_equal,
+    distinct,
+    make_case,
+    make_rows,
+)
 
 from kvconnect.ops.native import LIB, CpuKernels
 
@@ -34,6 +41,18 @@ def test_gather_equals_the_oracle(kernels, first):
 def test_scatter_equals_the_oracle_and_writes_nothing_else(kernels, first):
     for seed in range(first, first + 50):
         check_equal(kernels, distinct(make_case(seed), random.Random(seed)), "scatter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["HND", "NHD"])
+@pytest.mark.parametrize("row_bytes", [256, 512, 192, 160])
+def test_rows_past_the_cache_equal_the_oracle(kernels, row_bytes, order):
+    """Rows of one part between those of another, where whole vectors fit and where none do."""
+    at = {"first": 0}, {"first": 16}, {"first": 6}, {"v_first": True}, {"heads": 1}
+    for how in at:
+        case = make_rows(row_bytes, order, **how)
+        for verb in ("gather", "scatter"):
+            check_equal(kernels, case, verb, AlignedMemory)
 
 
 @pytest.mark.slow
