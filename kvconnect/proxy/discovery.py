@@ -24,7 +24,6 @@ import msgspec
 
 from kvconnect.errors import ConfigError
 from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.session import LOST
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -35,7 +34,7 @@ _TIMEOUT_S = 10.0
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 Find = Callable[[], Awaitable[set[str]]]
-"""URLs of the engines that are there; OSError or one of LOST if that cannot be told."""
+"""URLs of the engines that are there; OSError or aiohttp.ClientError if that cannot be told."""
 
 
 class _Condition(msgspec.Struct):
@@ -84,7 +83,7 @@ class Discovery:
             try:
                 self._found[number] = await find()
                 self._failing[number] = False
-            except (*LOST, ValueError) as error:
+            except (OSError, aiohttp.ClientError, ValueError) as error:
                 if not self._failing[number]:
                     logger.warning("engines cannot be looked for, those known stay: %s", error)
                 self._failing[number] = True

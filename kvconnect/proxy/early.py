@@ -14,13 +14,12 @@
 
 import asyncio
 
-import aiohttp
 import msgspec
 
 from kvconnect.proxy.config import AtOnce
 from kvconnect.proxy.policy import Body, EngineAddress, guessed_tokens, read_early_at
 from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.session import LOST
+from kvconnect.proxy.session import LOST, EngineSession
 
 READS_EARLY = b"vllm:kvconnect_num_streamed_transfers"
 """A metric of decode engines that read what is still computed."""
@@ -30,7 +29,7 @@ LOOK_TIMEOUT_S = 10.0
 class EarlyEngines:
     """What the engines of both pools have said."""
 
-    def __init__(self, decoders: Pool, session: aiohttp.ClientSession, at_once: AtOnce) -> None:
+    def __init__(self, decoders: Pool, session: EngineSession, at_once: AtOnce) -> None:
         self._decoders = decoders
         self._session = session
         self._at_once = at_once
@@ -83,12 +82,8 @@ class EarlyEngines:
         return bool(up) and all(self._reads_early.get(url) for url in up)
 
     async def _look(self, url: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=LOOK_TIMEOUT_S)
         try:
-            async with self._session.get(
-                f"{url}/metrics", timeout=timeout, allow_redirects=False
-            ) as upstream:
-                text = await upstream.read()
+            upstream, text = await self._session.whole("GET", url, "/metrics", LOOK_TIMEOUT_S)
         except LOST:
             return  # whoever asks next looks again
         finally:

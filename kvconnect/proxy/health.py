@@ -9,11 +9,9 @@ import asyncio
 import contextlib
 import logging
 
-import aiohttp
-
 from kvconnect.proxy.policy import TEXT, one_token_body
 from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.session import LOST
+from kvconnect.proxy.session import LOST, EngineSession
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -31,7 +29,7 @@ class HealthWatch:
         self,
         prefillers: Pool,
         decoders: Pool,
-        session: aiohttp.ClientSession,
+        session: EngineSession,
         connect_timeout_s: float,
     ) -> None:
         self._prefillers = prefillers
@@ -62,17 +60,13 @@ class HealthWatch:
         return {*(silent if others else ()), *self._decoders.hanging()}
 
     async def _ask_whether_alive(self, pool: Pool, url: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
         stuck = pool.is_stuck(url)
+        method, target = ("POST", TEXT) if stuck else ("GET", "/health")
+        body = one_token_body() if stuck else None
         try:
-            async with self._session.request(
-                "POST" if stuck else "GET",
-                url + (TEXT if stuck else "/health"),
-                data=one_token_body() if stuck else None,
-                timeout=timeout,
-                allow_redirects=False,
-            ) as upstream:
-                await upstream.read()
+            upstream, _ = await self._session.whole(
+                method, url, target, HEALTH_TIMEOUT_S, body=body
+            )
             if stuck and upstream.status >= 500:
                 raise OSError(f"it answers {upstream.status} in place of a token")
         except LOST:
@@ -89,13 +83,12 @@ class HealthWatch:
         """
 
         async def look(url: str) -> None:
-            timeout = aiohttp.ClientTimeout(total=self._connect_timeout_s)
             with contextlib.suppress(*LOST):
-                async with self._session.get(
-                    f"{url}/health", timeout=timeout, allow_redirects=False
-                ) as upstream:
-                    if upstream.status == 200:
-                        report_status(pool, url, 200)
+                upstream, _ = await self._session.whole(
+                    "GET", url, "/health", self._connect_timeout_s
+                )
+                if upstream.status == 200:
+                    report_status(pool, url, 200)
 
         await asyncio.gather(
             *(look(state.url) for state in pool.states() if not (state.up or state.stuck))

@@ -19,7 +19,6 @@ turn it is ``pool``'s.
 
 import asyncio
 import contextlib
-import io
 import re
 import secrets
 from collections import OrderedDict, deque
@@ -27,9 +26,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
-import aiohttp
 import msgspec
-import yarl
 
 from kvconnect.proxy.admission import AdmissionQueue
 from kvconnect.proxy.budget import RetryBudget
@@ -37,6 +34,7 @@ from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.conversations import AnswerEnding, Conversations, HeldTurn, chat_keys
 from kvconnect.proxy.discovery import Discovery, finder
 from kvconnect.proxy.early import EarlyEngines
+from kvconnect.proxy.exchange import EngineAnswer
 from kvconnect.proxy.health import HealthWatch, report_lost, report_status
 from kvconnect.proxy.life import RequestLife
 from kvconnect.proxy.placement import NO_PROMPT, Placement
@@ -57,10 +55,7 @@ from kvconnect.proxy.policy import (
 )
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.prompts import PromptText
-from kvconnect.proxy.session import LOST, engine_session
-
-# Of LOST, the ones that come before a byte of the request went out.
-_NEVER_ASKED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+from kvconnect.proxy.session import LOST, EngineSession, UnreachedError
 
 # An engine says with these that it cannot, where another might: an adapter that it has not
 # loaded, a prompt too long for it, too many requests.
@@ -71,8 +66,6 @@ _RELEASE_TIMEOUT_S = 10.0
 # Responses whose engine is remembered, for those who go on from one of them.
 _REMEMBERED_RESPONSES = 65_536
 _RESPONSE_ID = re.compile(rb'"id":\s?"(resp_[\w-]{1,100})"')
-# aiohttp warns about larger bodies as bytes, because they are written in one go.
-_WRITTEN_AT_ONCE_BYTES = 2**20
 _NOT_PASSED_ON = frozenset(
     {
         "connection",
@@ -176,7 +169,7 @@ class LegAnswer:
     head: bytes
     """The first bytes of the body; empty only if it has none."""
     opening: Opening
-    upstream: aiohttp.ClientResponse
+    upstream: EngineAnswer
     pool: Pool
     held: contextlib.ExitStack
     ending: AnswerEnding
@@ -192,7 +185,7 @@ class LegAnswer:
     async def rest(self) -> bytes:
         """The next bytes, empty at the end. Raises one of LOST."""
         async with self.pool.patience(self.url):
-            data = await self.upstream.content.readany()
+            data = await self.upstream.readany()
         self.ending.hear(data)
         return data
 
@@ -244,8 +237,7 @@ class Legs:
             config.policy, config.min_prefill_tokens, self.prefillers, self.decoders, clock
         )
         self.budget = RetryBudget(config.retry_ratio, clock)
-        self._connect_timeout_s = config.connect_timeout_s
-        self._session = engine_session(
+        self._session = EngineSession(
             config.connect_timeout_s, config.silence_timeout_s, config.engine_api_key
         )
         self._releases: set[asyncio.Task[None]] = set()
@@ -271,7 +263,7 @@ class Legs:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
         await self._early.close()
-        await self._session.close()
+        self._session.close()
 
     @contextlib.asynccontextmanager
     async def decode(self, ask: LegRequest, split: bool) -> AsyncIterator[LegAnswer | None]:
@@ -370,7 +362,7 @@ class Legs:
         except LOST as error:
             decoders.popleft()
             report_lost(self.decoders, url, error)
-            return _EarlyAnswer(url, spent=not isinstance(error, _NEVER_ASKED))
+            return _EarlyAnswer(url, spent=not isinstance(error, UnreachedError))
         status = answer.upstream.status
         report_status(self.decoders, url, status)
         spent = answer.faulty or status in _ELSEWHERE
@@ -413,15 +405,13 @@ class Legs:
         leg = ask.life.asked("prefill", url)
         try:
             with self.prefillers.busy(url, ask.tokens):
-                async with (
-                    self.prefillers.patience(url),
-                    self._post(url, ask, data) as upstream,
-                ):
-                    answer = await upstream.read()
+                async with self.prefillers.patience(url):
+                    with await self._post(url, ask, data) as upstream:
+                        answer = await upstream.read()
         except LOST as error:
             report_lost(self.prefillers, url, error)
             self._early.failed(url)
-            return _Prefilled(worked=not isinstance(error, _NEVER_ASKED))
+            return _Prefilled(worked=not isinstance(error, UnreachedError))
         status = upstream.status
         ask.life.answered(leg, status)
         report_status(self.prefillers, url, status)
@@ -454,7 +444,7 @@ class Legs:
                 answer = await self._open(url, ask, params)
             except LOST as error:
                 report_lost(self.decoders, url, error)
-                worked = not isinstance(error, _NEVER_ASKED)
+                worked = not isinstance(error, UnreachedError)
                 if worked:
                     # It may have read and released the KV, and a connector without lease
                     # generations would let the next engine read whatever took its place.
@@ -519,16 +509,11 @@ class Legs:
         """Who keeps a response that another worker, or this one before a restart, passed on."""
 
         async def keeps(url: str) -> str | None:
-            path = f"{url}{RESPONSES}/{quote(response_id, safe='')}"
-            timeout = aiohttp.ClientTimeout(total=_LOOK_TIMEOUT_S)
+            target = f"{RESPONSES}/{quote(response_id, safe='')}"
             with contextlib.suppress(*LOST):
-                async with self._session.get(
-                    yarl.URL(path, encoded=True),
-                    headers=headers,
-                    timeout=timeout,
-                    allow_redirects=False,
-                ) as upstream:
-                    return url if upstream.status == 200 else None
+                async with asyncio.timeout(_LOOK_TIMEOUT_S):
+                    with await self._session.ask("GET", url, target, headers) as upstream:
+                        return url if upstream.status == 200 else None
             return None
 
         found = await asyncio.gather(*map(keeps, engines))
@@ -553,7 +538,7 @@ class Legs:
         quiet = LegRequest(TEXT, {}, headers, ask.life)
         with contextlib.suppress(*LOST):
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
-                async with self._post(url, quiet, release_body(params)) as upstream:
+                with await self._post(url, quiet, release_body(params)) as upstream:
                     await upstream.read()
 
     async def _open(self, url: str, ask: LegRequest, params: msgspec.Raw | None) -> LegAnswer:
@@ -564,7 +549,7 @@ class Legs:
             async with self.decoders.patience(url):
                 upstream = await self._post(url, ask, data, ask.decode_headers)
                 held.callback(upstream.close)
-                head, opening = await upstream.content.readany(), Opening.GOOD
+                head, opening = await upstream.readany(), Opening.GOOD
             ask.life.answered(leg, upstream.status)
             # Without params there is nothing that a second try would leave out.
             if params is not None and upstream.status == 200 and _is_stream(upstream):
@@ -578,15 +563,9 @@ class Legs:
         for pool in (self.decoders, self.prefillers):
             for url in (*pool.candidates(), *pool.last_resort()):
                 try:
-                    async with self._session.get(
-                        f"{url}/v1/models",
-                        headers=headers,
-                        allow_redirects=False,
-                        timeout=aiohttp.ClientTimeout(
-                            total=_MODELS_TIMEOUT_S, connect=self._connect_timeout_s
-                        ),
-                    ) as upstream:
-                        body = await upstream.read()
+                    upstream, body = await self._session.whole(
+                        "GET", url, "/v1/models", _MODELS_TIMEOUT_S, headers
+                    )
                 except LOST as error:
                     report_lost(pool, url, error)
                     continue
@@ -595,24 +574,20 @@ class Legs:
                     return ProxyReply(upstream.status, _passed_on(upstream), body)
         return None
 
-    def _post(
+    async def _post(
         self, url: str, ask: LegRequest, data: bytes, headers: Mapping[str, str] = {}
-    ) -> "aiohttp.client._RequestContextManager":
-        return self._session.request(
-            ask.method,
-            yarl.URL(url + ask.path + ask.query, encoded=True),
-            data=data if len(data) <= _WRITTEN_AT_ONCE_BYTES else io.BytesIO(data),
-            headers={**ask.headers, **headers},
-            allow_redirects=False,
+    ) -> EngineAnswer:
+        return await self._session.ask(
+            ask.method, url, ask.path + ask.query, {**ask.headers, **headers}, data
         )
 
 
-async def _opening(head: bytes, upstream: aiohttp.ClientResponse) -> tuple[bytes, Opening]:
+async def _opening(head: bytes, upstream: EngineAnswer) -> tuple[bytes, Opening]:
     """As much of a stream as it takes to tell whether it failed, within the policy's limits."""
     verdict = judge_opening(head)
     try:
         async with asyncio.timeout(MAX_HELD_S) as hold:
-            while verdict is Opening.UNDECIDED and (more := await upstream.content.readany()):
+            while verdict is Opening.UNDECIDED and (more := await upstream.readany()):
                 head += more
                 verdict = judge_opening(head)
     except TimeoutError:
@@ -621,9 +596,9 @@ async def _opening(head: bytes, upstream: aiohttp.ClientResponse) -> tuple[bytes
     return head, verdict
 
 
-def _passed_on(upstream: aiohttp.ClientResponse) -> list[tuple[str, str]]:
-    return [(k, v) for k, v in upstream.headers.items() if k.lower() not in _NOT_PASSED_ON]
+def _passed_on(upstream: EngineAnswer) -> list[tuple[str, str]]:
+    return [(k, v) for k, v in upstream.headers if k.lower() not in _NOT_PASSED_ON]
 
 
-def _is_stream(upstream: aiohttp.ClientResponse) -> bool:
+def _is_stream(upstream: EngineAnswer) -> bool:
     return upstream.content_type == "text/event-stream"

@@ -20,11 +20,10 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from kvconnect.cli.proxy import proxy
-from kvconnect.proxy import health, legs
+from kvconnect.proxy import health, legs, session
 from kvconnect.proxy.app import PROXY, loop_factory, start
 from kvconnect.proxy.config import make_config
 from kvconnect.proxy.life import Journal, RequestLife
-from kvconnect.proxy.session import engine_session
 from kvconnect.testing import FakeClock
 
 PARAMS = {"do_remote_prefill": True, "remote_request_id": "r-1", "remote_port": 5600}
@@ -1207,19 +1206,26 @@ def test_the_life_of_a_request_that_is_given_up_ends():
 # --- the command -------------------------------------------------------------------------------
 
 
-def test_a_host_that_dies_without_a_word_is_noticed():
-    """Nothing else ends a read from it: lease_id has no time limit."""
+def test_a_host_that_dies_without_a_word_is_noticed(monkeypatch):
+    """Nothing else ends a read from it: generation has no time limit."""
+    made: list[socket.socket] = []
+    watched_socket = session.watched_socket
+    monkeypatch.setattr(
+        session, "watched_socket", lambda address: made.append(watched_socket(address)) or made[-1]
+    )
 
     async def scenario() -> None:
         d = Engine(then(streams(TOKENS[0]), hangs))
-        async with d.serving(), engine_session(1, None) as session, session.get(d.url) as response:
-            assert response.connection is not None
-            assert response.connection.transport is not None
-            watched = response.connection.transport.get_extra_info("socket")
-            assert watched.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-            if hasattr(socket, "TCP_KEEPIDLE"):
-                assert watched.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
-            assert watched.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        async with d.serving():
+            with (
+                contextlib.closing(session.EngineSession(1, None)) as engines,
+                await engines.ask("GET", d.url, "/"),
+            ):
+                (watched,) = made
+                assert watched.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                if hasattr(socket, "TCP_KEEPIDLE"):
+                    assert watched.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
+                assert watched.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
     run(scenario())
 

@@ -9,10 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvconnect.proxy.session import LOST
+from kvconnect.proxy.session import LOST, EngineSession
 from kvconnect.proxy.ui.view import ErrorView, HeldView, TierView, TransferView
 
 READ_EVERY_S = 3.0
@@ -182,8 +181,7 @@ class EngineWatch:
                 self._task.cancel()
 
     async def _read_on(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=READ_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+        with contextlib.closing(EngineSession(READ_TIMEOUT_S, None)) as session:
             while True:
                 urls = set(self._urls())
                 for gone in self.readings.keys() - urls:
@@ -191,13 +189,12 @@ class EngineWatch:
                 await asyncio.gather(*(self._read(session, url) for url in urls))
                 await asyncio.sleep(READ_EVERY_S)
 
-    async def _read(self, session: aiohttp.ClientSession, url: str) -> None:
+    async def _read(self, session: EngineSession, url: str) -> None:
         try:
-            async with session.get(f"{url}/metrics", allow_redirects=False) as upstream:
-                text = await upstream.text("utf-8", "replace")
+            upstream, text = await session.whole("GET", url, "/metrics", READ_TIMEOUT_S)
             if upstream.status != 200:
                 raise ValueError(f"/metrics answers {upstream.status}")
-            now = await asyncio.to_thread(EngineReading, text)
+            now = await asyncio.to_thread(EngineReading, text.decode("utf-8", "replace"))
         except LOST:
             self._faults[url] = "cannot be reached"
         except Exception as error:  # of the parser, which foreign text may lead anywhere
