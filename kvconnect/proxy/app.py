@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 from aiohttp import web
 
+from kvconnect.proxy.admin import PATH as ADMIN_PATH
 from kvconnect.proxy.admin import Admin, Role
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.http import has_key, json_error
@@ -48,7 +49,8 @@ from kvconnect.proxy.policy import (
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.session import LOST
 from kvconnect.proxy.traces import RequestTraces
-from kvconnect.proxy.ui.server import Ui
+from kvconnect.proxy.ui.server import EVENTS, Ui
+from kvconnect.proxy.ui.server import PATH as UI_PATH
 from kvconnect.telemetry.spans import SpanWriter
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -62,6 +64,8 @@ _FORWARDED = ("Authorization", "traceparent", "tracestate", "X-Vllm-Priority", "
 _FORWARDED_TO_DECODE = ("X-data-parallel-rank", "endpoint-load-metrics-format")
 # Nothing that could be read as another path, by an engine or a gateway in front of it.
 _RESPONSE_ID = r"{response_id:[\w:-][\w.:-]*}"
+# Served only to whoever has the admin key, and not at all where there is none.
+_OPERATORS = (ADMIN_PATH, UI_PATH, EVENTS)
 # What goes to a decode engine as it is. Those with a response's id go to the one that keeps it.
 _WHOLE = (
     "/v1/messages/count_tokens",
@@ -105,8 +109,9 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         if error.status < 400:
             raise
         limit = request.app[PROXY].config.max_body_bytes
+        needs = " without --admin-key" if request.path in _OPERATORS else ""
         message = {
-            404: f"{request.path} is not served by this proxy",
+            404: f"{request.path} is not served by this proxy{needs}",
             413: f"the request body is larger than {limit} bytes",
         }.get(error.status, error.reason)
         response = json_error(error.status, message)
@@ -453,6 +458,7 @@ async def serve(config: ProxyConfig, host: str, port: int, announce: Callable[[s
             f"{bound_host}:{bound_port} "
             f"({len(config.prefill + config.find_prefill)} prefill, "
             f"{len(config.decode + config.find_decode)} decode)"
+            f"{f', with a page at {UI_PATH}' if config.admin_key else ''}"
         )
         await stop.wait()
     finally:

@@ -1261,7 +1261,8 @@ def test_an_address_that_is_taken_is_said():
 
 
 @pytest.mark.slow
-def test_the_command_announces_itself_and_stops_when_told():
+@pytest.mark.parametrize("more", [[], ["--admin-key", "operator"]], ids=["plain", "with a page"])
+def test_the_command_announces_itself_and_stops_when_told(more):
     program = (
         "import sys, typer; from kvconnect.cli.proxy import proxy;"
         "assert 'aiohttp' not in sys.modules, 'kvconnect --help would pay for it';"
@@ -1269,7 +1270,7 @@ def test_the_command_announces_itself_and_stops_when_told():
     )
     engines = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2"]
     with subprocess.Popen(
-        [sys.executable, "-c", program, *engines, "--port", "0"],
+        [sys.executable, "-c", program, *engines, "--port", "0", *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -1280,6 +1281,7 @@ def test_the_command_announces_itself_and_stops_when_told():
         assert said.startswith("kvconnect proxy listens on http://127.0.0.1:"), (
             said or process.stderr.read().decode()
         )
-        assert said.rstrip().endswith("(1 prefill, 1 decode)")
+        page = ", with a page at /ui" if more else ""
+        assert said.rstrip().endswith(f"(1 prefill, 1 decode){page}")
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0

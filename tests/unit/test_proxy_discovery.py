@@ -105,6 +105,18 @@ def test_orders_need_the_operators_key_and_make_sense():
     run(scenario())
 
 
+@pytest.mark.parametrize("path", ["/ui", "/ui/events", "/admin/engines"])
+def test_what_is_not_there_without_an_admin_key_says_so(path):
+    """It used to be "not served by this proxy", as if there were no such page."""
+
+    async def scenario() -> None:
+        async with rig([Engine(prefills)], [Engine(answers)]) as r, r.session.get(path) as response:
+            assert response.status == 404
+            assert "--admin-key" in (await response.json())["error"]["message"]
+
+    run(scenario())
+
+
 # --- sources -----------------------------------------------------------------------------------
 
 
