@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from kvconnect.proxy.metrics import PREFIX, PROXY
 from kvconnect.vllm.metrics import MAX_PEERS, Metric, MetricKind
 from kvconnect.vllm.multi.metrics import CHAIN
 from kvconnect.vllm.offload.metrics import OFFLOAD
@@ -25,12 +26,16 @@ Made from the code by `scripts/metrics_page.py`; a test holds that it is current
 connectors have the same, name, unit and buckets are theirs.
 
 * They are at `/metrics` of each vLLM engine, with vLLM's labels `model_name` and `engine`, and
-  those named here. Counters end in `_total` there, histograms in `_bucket`, `_sum` and `_count`.
+  those named here; the last table's at the proxy's. Counters end in `_total` there, histograms in
+  `_bucket`, `_sum` and `_count`.
 * A gauge is as of the engine's last step: vLLM reports nothing while an engine has nothing to do.
 * [`deploy/observability`](../deploy/observability/README.md) has a dashboard and alerts of them.
 * `peer` is the address of a prefill engine's first rank. The first {MAX_PEERS} have a value of
   their own; all others together are `other`, since Prometheus never forgets a value.
 """
+TABLE = """\
+| Metric | Kind, unit | Labels | Meaning | What to do when it moves |
+|---|---|---|---|---|"""
 KINDS = {
     MetricKind.COUNTER: "counter",
     MetricKind.HISTOGRAM: "histogram",
@@ -47,34 +52,36 @@ PARTS = {
 
 def page() -> str:
     """All of docs/metrics.md."""
-    return "\n".join([HEAD, *(line for part in PARTS.items() for line in _part(*part))])
+    engines = [line for part in PARTS.items() for line in _part(*part)]
+    return "\n".join([HEAD, *engines, *_proxy()])
 
 
-def exported() -> set[str]:
-    """The names of all series, as Prometheus has them."""
-    found: set[str] = set()
-    for metric in (*PEER, *OFFLOAD, *CHAIN):
-        ends = {
-            MetricKind.COUNTER: ("_total",),
-            MetricKind.HISTOGRAM: ("_bucket", "_sum", "_count"),
-        }.get(metric.kind, ("",))
-        found |= {metric.name + end for end in ends}
-    return found
+def _proxy() -> Iterator[str]:
+    yield "## Proxy\n\n`kvconnect proxy` ([who may read them](proxy.md#metrics))\n"
+    yield TABLE
+    for metric in PROXY:
+        name, kind = PREFIX + metric.name, ", ".join(filter(None, (metric.kind, metric.unit)))
+        yield _row(name, kind, metric.labels, metric.help, metric.advice)
+    yield ""
+
+
+def _row(name: str, kind: str, labels: Iterable[str], meaning: str, advice: str) -> str:
+    shown = ", ".join(f"`{label}`" for label in labels)
+    return f"| `{name}` | {kind} | {shown} | {meaning} | {advice} |"
 
 
 def _part(title: str, told: tuple[str, Iterable[Metric]]) -> Iterator[str]:
     whose, table = told
     yield f"## {title}\n\n{whose}\n"
-    yield "| Metric | Kind, unit | Labels | Meaning | What to do when it moves |"
-    yield "|---|---|---|---|---|"
+    yield TABLE
     seen = set()
     for metric in table:
         if metric.name in seen:
             continue
         seen.add(metric.name)
         kind = ", ".join(filter(None, (KINDS[metric.kind], metric.unit)))
-        labels = ", ".join(f"`{name}`" for name in (*(n for n, _ in metric.labels), *metric.by))
-        yield f"| `{metric.name}` | {kind} | {labels} | {metric.help} | {metric.advice} |"
+        labels = (*(name for name, _ in metric.labels), *metric.by)
+        yield _row(metric.name, kind, labels, metric.help, metric.advice)
     yield ""
 
 

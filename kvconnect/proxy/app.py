@@ -24,10 +24,12 @@ from aiohttp import web
 
 from kvconnect.proxy.admin import PATH as ADMIN_PATH
 from kvconnect.proxy.admin import Admin, Role
+from kvconnect.proxy.admission import QueueState
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.http import has_key, json_error
 from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyCounters, ProxyReply
 from kvconnect.proxy.life import Journal, RequestLife
+from kvconnect.proxy.metrics import CONTENT_TYPE, ProxyMetrics
 from kvconnect.proxy.policy import (
     ALONE,
     BYTES_PER_TOKEN,
@@ -148,6 +150,7 @@ class Proxy:
         self.journal = Journal(clock)
         self._clock = clock
         self._legs: Legs
+        self._metrics = ProxyMetrics(self.journal, self.pools, self.counters, self.queue)
         self._traces: RequestTraces | None = None
         if endpoint := config.otlp_traces_endpoint:
             writer = SpanWriter.exporting(endpoint, "kvconnect-proxy")
@@ -168,6 +171,10 @@ class Proxy:
     def counters(self) -> ProxyCounters:
         """What was counted. While the application runs."""
         return self._legs.counters
+
+    def queue(self) -> QueueState:
+        """Who waits. While the application runs."""
+        return self._legs.admission.state()
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST what generates: completions, chats, responses, messages."""
@@ -332,11 +339,11 @@ class Proxy:
         report: dict[str, object] = {"status": "ok" if up else "unavailable"}
         if up and not legs.prefillers.any_up():
             report["status"] = "decode alone"
-        if has_key(request, self.config.api_key):  # addresses are nobody else's business
+        if self._may_look(request):
             report |= {
                 "prefill": legs.prefillers.states(),
                 "decode": legs.decoders.states(),
-                "queue": legs.admission.state(),
+                "queue": self.queue(),
                 "min_prefill_tokens": legs.placement.short.min_tokens(),
                 "counters": legs.counters,
             }
@@ -344,6 +351,19 @@ class Proxy:
             status=200 if up else 503,
             body=msgspec.json.encode(report),
             content_type="application/json",
+        )
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """GET /metrics, for Prometheus."""
+        if not self._may_look(request):
+            return json_error(401, "the API key or the admin key is missing or wrong")
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    def _may_look(self, request: web.Request) -> bool:
+        """Whether the request comes from who may see engines' addresses: either key will do."""
+        config = self.config
+        return has_key(request, config.api_key) or (
+            config.admin_key is not None and has_key(request, config.admin_key)
         )
 
     def _onward(self, request: web.Request) -> dict[str, str]:
@@ -402,6 +422,7 @@ def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application
         app.router.add_get(path, proxy.pass_whole)
     app.router.add_get("/v1/models", proxy.models)
     app.router.add_get("/health", proxy.health)
+    app.router.add_get("/metrics", proxy.metrics)
     if config.admin_key is not None:
         app.router.add_routes(Admin(config.admin_key, proxy.pools).routes())
         Ui(config.admin_key, proxy.journal, clock, proxy.pools, proxy.counters).add_to(app)

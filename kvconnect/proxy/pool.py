@@ -28,6 +28,8 @@ from kvconnect.proxy.balance import REQUEST_TOKENS, Policy, crowded_from, in_ord
 QUIET_S = 2.0
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 15.0
+ENGINE_STATES = ("stuck", "draining", "up", "down", "not heard of")
+"""Of these the first that is so; the last: it has not answered yet."""
 STUCK_S = 10.0
 STUCK_TIMES = 5.0
 # How long "lately" is, at least; at most twice that.
@@ -47,6 +49,12 @@ class EngineState(msgspec.Struct, frozen=True):
     """Guessed from bytes: those of its requests in flight."""
     draining: bool
     stuck: bool
+
+    @property
+    def state(self) -> str:
+        """All of it in one of `ENGINE_STATES`."""
+        told = (self.stuck, self.draining, self.up, bool(self.failures), True)
+        return ENGINE_STATES[told.index(True)]
 
 
 @dataclass(slots=True)

@@ -97,13 +97,15 @@ class SpanReceiver:
         return None
 
 
-def prometheus(folder, engines):
-    """A real one, which scrapes engines each second and knows the alert rules."""
+def prometheus(folder, engines, proxy):
+    """A real one, which scrapes engines and proxy each second and knows the alert rules."""
     config = yaml.safe_load((DEPLOYED / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOYED / "alerts.yaml")]
     targets = [urllib.parse.urlsplit(engine.url).netloc for engine in engines]
     config["scrape_configs"][0]["static_configs"] = [{"targets": targets}]
+    of_proxy = [{"targets": [proxy.netloc]}]
+    config["scrape_configs"][1]["static_configs"] = of_proxy
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     program = shutil.which("prometheus")
     if program is None:
@@ -157,7 +159,7 @@ def engines(fleet, traces):
         keeps = VllmServe(folder, config(cpu_bytes_to_use=1 << 28), short)
         servers.append(fleet.start(name, keeps.command, env))
     fleet.wait_up(servers, START_TIMEOUT_S)
-    options = ["--otlp-traces-endpoint", traces]
+    options = ["--otlp-traces-endpoint", traces, "--max-requests-per-engine", "8"]
     prefill, decode = servers[0].url, servers[1].url
     proxy = fleet.start("proxy", proxy_command([prefill], [decode], options), env)
     fleet.wait_up([proxy], START_TIMEOUT_S)
@@ -177,7 +179,7 @@ def show(spans):
 
 def watch(servers, proxy, keepers, receiver, folder, within_s):
     """Work until all that is looked for is there; the queries that lack data, and the rules."""
-    metrics, url = prometheus(folder, servers)
+    metrics, url = prometheus(folder, servers, proxy)
     try:
         deadline, number, lacking = time.monotonic() + within_s, 0, QUERIES
         while (lacking or receiver.whole() is None) and time.monotonic() < deadline:

@@ -51,7 +51,7 @@ ALLOWED = {
     "ray": ("integrations/",),
     "opentelemetry": ("telemetry/spans.py",),
     "aiohttp": ("proxy/", "cli/", "vllm/mooncake/"),
-    "prometheus_client": ("proxy/ui/",),
+    "prometheus_client": ("proxy/metrics.py", "proxy/ui/"),
     "kvconnect_bench": ("cli/group.py",),
     "pytest": (),
     "hypothesis": (),

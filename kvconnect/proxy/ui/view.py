@@ -46,7 +46,7 @@ class EngineView(msgspec.Struct, frozen=True):
     role: str
     url: str
     state: str
-    """``up``, ``down``, ``stuck``, ``draining``, or ``not heard of``: it has not answered yet."""
+    """One of `kvconnect.proxy.pool.ENGINE_STATES`."""
     in_flight: int
     retry_in_s: float
     metrics: str
@@ -151,7 +151,4 @@ def _phases(life: RequestLife, now_s: float) -> Iterable[PhaseBar]:
 
 def engine_view(role: str, engine: EngineState, metrics: str) -> EngineView:
     """An engine as it is shown now."""
-    words = {"stuck": engine.stuck, "draining": engine.draining, "up": engine.up}
-    words |= {"down": bool(engine.failures), "not heard of": True}
-    state = next(word for word, is_so in words.items() if is_so)
-    return EngineView(role, engine.url, state, engine.in_flight, engine.retry_in_s, metrics)
+    return EngineView(role, engine.url, engine.state, engine.in_flight, engine.retry_in_s, metrics)
