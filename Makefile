@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 GPU_RUN = cd "$(ROOT)" && KVCONNECT_BUILD_CUDA=1 "$(GPU_PYTHON)" csrc/build_kernels.py && \
   PYTHONPATH=.:benchmarks "$(GPU_PYTHON)" -P -m
 
-.PHONY: help setup demo docs test test-unit test-deploy test-observability test-ray test-versions test-routers test-hosts test-lmcache crash chaos hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-all bench-gpu clean
+.PHONY: help setup demo docs test test-unit test-deploy test-observability test-ray test-versions test-routers test-hosts test-lmcache crash chaos planted hung soak fuzz identity lifecycle test-gpu gpu-first wheel check bench bench-all bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' "$(ROOT)/Makefile"
@@ -73,6 +73,9 @@ chaos: setup ## ranks and engines killed and stopped, side channels spoiled, ove
 	@$(RUN) UCX_TLS=tcp python tests/contract/chaos_movers.py nixl
 	@$(RUN) for one in nixl mooncake p2p multi; do python tests/e2e/chaos_engines.py $$one $(ARGS); done
 	@$(RUN) python tests/e2e/chaos_engines.py nixl --at-once $(ARGS)
+
+planted: setup ## eight faults, and what `kvconnect doctor` says of each (a minute)
+	@$(RUN) python tests/planted.py $(ARGS)
 
 hung: setup ## engines stopped amid transfers, over every transport: what the healthy ones lose
 	@$(RUN) python tests/e2e/hung_engines.py $(ARGS)

@@ -99,7 +99,7 @@ def memory(wanted: int, root: Path = ROOT) -> Iterator[Finding]:
     """What this process and its group may use; ``wanted`` by the configuration."""
     limit = memory_room(root)
     if wanted < limit.nbytes:
-        yield Finding("memory", f"{size(limit.nbytes)}, by {limit.source}")
+        yield Finding("memory", f"{size(limit.nbytes)} can be pinned, by {limit.source}")
     else:
         yield Finding(
             "memory",

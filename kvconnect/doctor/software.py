@@ -1,9 +1,11 @@
 """What software is installed, in which versions, and whether our kernels load."""
 
+import ctypes.util
 import importlib.metadata
+import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,22 @@ LIBRARIES = {
     "ucx": (("ucxx-cu12", "ucxx-cu13"), "`pip install 'kvconnect[ucx]'`"),
 }
 
+PLUGIN = re.compile(r"libplugin_(\w+)\.so$")
+NET_PLUGIN = "NCCL_NET_PLUGIN"
+
 VersionOf = Callable[[str], str]
 """Distribution → version; raises PackageNotFoundError."""
+
+
+FilesOf = Callable[[str], Iterable[str]]
+"""Distribution → its files; none of one that is not there."""
+
+
+def _files(name: str) -> Iterable[str]:
+    try:
+        return map(str, importlib.metadata.files(name) or ())
+    except importlib.metadata.PackageNotFoundError:
+        return ()
 
 
 def installed(names: tuple[str, ...], version_of: VersionOf = importlib.metadata.version) -> str:
@@ -108,7 +124,10 @@ def libraries(
     for transport, (names, remedy) in LIBRARIES.items():
         found = installed(names, version_of)
         if found or transport != chosen:
-            yield Finding(f"library of {transport}", found or "not installed, not needed")
+            fact = found or "not installed, not needed"
+            if has := plugins(names):
+                fact += f", plugins {', '.join(has)}"
+            yield Finding(f"library of {transport}", fact)
         else:
             fact = "not installed, and the configuration needs it"
             yield Finding(f"library of {transport}", fact, Verdict.FAULT, remedy)
@@ -118,10 +137,18 @@ def libraries(
         try:
             path = library.find()
             version = library.spelt(library.Nccl(path).version)
-            yield Finding("library of nccl", f"NCCL {version}, {path}")
+            plugin = os.environ.get(NET_PLUGIN) or ctypes.util.find_library("nccl-net")
+            told = f"network plugin {plugin}" if plugin else "no network plugin: sockets or verbs"
+            yield Finding("library of nccl", f"NCCL {version}, {path}, {told}")
         except ConfigError as e:
             verdict = Verdict.FAULT if chosen == "nccl" else Verdict.OK
             yield Finding("library of nccl", str(e), verdict)
+
+
+def plugins(names: tuple[str, ...], found: FilesOf = _files) -> list[str]:
+    """Of a transport's library: NIXL's backends, each a file of its own."""
+    hits = (PLUGIN.search(path) for name in names for path in found(name))
+    return sorted({hit[1] for hit in hits if hit})
 
 
 def driver(root: Path) -> str:

@@ -183,6 +183,13 @@ def test_a_missing_library_is_a_fault_only_where_it_is_wanted():
     assert not only(software.libraries("nixl", 0, versions(nixl="1.5")), Verdict.FAULT)
 
 
+def test_the_plugins_of_a_library_are_told():
+    files = {"nixl-cu12": ["a/libplugin_UCX.so", "b/libplugin_UCX.so", "b/libplugin_GDS.so.1"]}
+    found = software.plugins(("nixl", "nixl-cu12"), lambda name: files.get(name, ()))
+    assert found == ["UCX"]
+    assert software.plugins(("no such library",)) == []
+
+
 @pytest.mark.parametrize(
     ("version", "verdict"),
     [("0.29.1", "FAULT"), ("0.30.0", "OK"), ("0.33.2", "OK"), ("0.34.0", "WARNING")],
