@@ -76,6 +76,11 @@ class AdmissionQueue:
         """How long whoever was admitted last had waited."""
 
     @property
+    def limited(self) -> bool:
+        """Whether anybody ever waits."""
+        return self._limit is not None
+
+    @property
     def retry_after_s(self) -> int:
         """When who found the queue full may try again: about as long as others wait, whole."""
         return min(max(1, math.ceil(self._waited_s)), MAX_RETRY_AFTER_S)

@@ -22,7 +22,7 @@ import contextlib
 import re
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
@@ -184,7 +184,9 @@ class LegAnswer:
 
     async def rest(self) -> bytes:
         """The next bytes, empty at the end. Raises one of LOST."""
-        async with self.pool.patience(self.url):
+        if self.upstream.complete and not self.upstream.held_bytes:
+            return b""
+        with self.pool.patience(self.url):
             data = await self.upstream.readany()
         self.ending.hear(data)
         return data
@@ -265,9 +267,8 @@ class Legs:
         await self._early.close()
         self._session.close()
 
-    @contextlib.asynccontextmanager
-    async def decode(self, ask: LegRequest, split: bool) -> AsyncIterator[LegAnswer | None]:
-        """The answer to pass on; None when no decode engine could be reached.
+    async def decode(self, ask: LegRequest, split: bool) -> LegAnswer | None:
+        """The answer to pass on, to be closed; None when no decode engine could be reached.
 
         ``split``: a prefill engine computes the prompt, if there is one.
         """
@@ -283,12 +284,9 @@ class Legs:
         answer = await (self._split(ask) if split else self._first_answer(ask, own))
         if answer is not None and ask.path == RESPONSES:
             self._remember(answer)
-        try:
-            yield answer
-        finally:
-            if answer is not None:
-                self._conversations.remember(keys, answer.url, answer.ending)
-                answer.close()
+        if answer is not None and keys:
+            answer.held.callback(self._conversations.remember, keys, answer.url, answer.ending)
+        return answer
 
     async def _split(self, ask: LegRequest) -> LegAnswer | None:
         near = self.placement.held(self.prefillers, ask.prompt)
@@ -404,10 +402,12 @@ class Legs:
         data = prefill_body(ask.path, ask.body, transfer_id, held)
         leg = ask.life.asked("prefill", url)
         try:
-            with self.prefillers.busy(url, ask.tokens):
-                async with self.prefillers.patience(url):
-                    with await self._post(url, ask, data) as upstream:
-                        answer = await upstream.read()
+            with (
+                self.prefillers.busy(url, ask.tokens),
+                self.prefillers.patience(url),
+                await self._post(url, ask, data) as upstream,
+            ):
+                answer = await upstream.read()
         except LOST as error:
             report_lost(self.prefillers, url, error)
             self._early.failed(url)
@@ -546,7 +546,7 @@ class Legs:
             held.enter_context(self.decoders.busy(url, ask.tokens))
             leg = ask.life.asked("decode", url)
             data = decode_body(ask.body, params) if ask.whole is None else ask.whole
-            async with self.decoders.patience(url):
+            with self.decoders.patience(url):
                 upstream = await self._post(url, ask, data, ask.decode_headers)
                 held.callback(upstream.close)
                 head, opening = await upstream.readany(), Opening.GOOD

@@ -106,7 +106,7 @@ def read_body(raw: bytes) -> Body:
         raise ValueError(f"the request body is not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError("the request body is nested too deep; make it flatter") from None
-    wishes = _wishes(body)
+    wishes = _wishes(body) if "kv_transfer_params" in body else {}
     for field in _TRANSFER_FIELDS:
         body.pop(field, None)
         # vLLM copies vllm_xargs into the extra_args that carry the real params.
@@ -128,7 +128,7 @@ def form_steers(raw: bytes) -> bool:
 def _wishes(body: Body) -> dict[str, int]:
     """The harmless part of the transfer params that a client sent."""
     try:
-        sent = msgspec.json.decode(body.get("kv_transfer_params", _NULL))
+        sent = msgspec.json.decode(body["kv_transfer_params"])
     except ValueError:
         return {}
     asked = sent if isinstance(sent, dict) else {}
@@ -240,8 +240,10 @@ def _with_wishes(params: msgspec.Raw, body: Body) -> msgspec.Raw:
 
 def previous_response(body: Body) -> str | None:
     """Id of the response that this one goes on from."""
+    if "previous_response_id" not in body:
+        return None
     try:
-        found = msgspec.json.decode(body.get("previous_response_id", _NULL))
+        found = msgspec.json.decode(body["previous_response_id"])
     except ValueError:
         return None
     return found if isinstance(found, str) else None
@@ -263,10 +265,13 @@ def one_token_body(**more: msgspec.Raw) -> bytes:
 
 def asked_priority(body: Body, header: str | None) -> int:
     """A request's priority, the lower the sooner: vLLM's header, or the field, or 0."""
-    with contextlib.suppress(TypeError, ValueError):
-        return int(header)  # type: ignore[arg-type]
+    if header is not None:
+        with contextlib.suppress(ValueError):
+            return int(header)
+    if "priority" not in body:
+        return 0
     try:
-        return msgspec.json.decode(body.get("priority", _NULL), type=int | None) or 0
+        return msgspec.json.decode(body["priority"], type=int | None) or 0
     except ValueError:
         return 0  # the engine says what is wrong with it
 

@@ -16,8 +16,7 @@ Does not know what is asked of an engine, nor how it is reached. Time is an inje
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -72,7 +71,7 @@ class _Engine:
     """When a byte of it came last."""
     quiet_since_s: float = 0.0
     """The same, or when the first of those who wait for it began to."""
-    waits: set[asyncio.Timeout] = field(default_factory=set)
+    waits: "set[_Wait]" = field(default_factory=set)
     stuck: bool = False
     """Given up though its API server lives: only a token of its shows that it works again."""
     hangs: bool = False
@@ -202,36 +201,18 @@ class Pool:
         engine.hangs = engine.stuck = False
         return was_down
 
-    @contextlib.contextmanager
-    def busy(self, url: str, tokens: int = 0) -> Iterator[None]:
-        """Counts one request of about so many tokens as in flight at the engine."""
-        engine, load = self._of(url), tokens + REQUEST_TOKENS
-        engine.in_flight += 1
-        engine.tokens += load
-        try:
-            yield
-        finally:
-            engine.in_flight -= 1
-            engine.tokens -= load
-            self._forget_if_idle(engine)
+    def busy(self, url: str, tokens: int = 0) -> "_Load":
+        """Counts one request of about so many tokens as in flight at the engine, while entered."""
+        return _Load(self._of(url), tokens + REQUEST_TOKENS, self._forget_if_idle)
 
-    @contextlib.asynccontextmanager
-    async def patience(self, url: str) -> AsyncIterator[None]:
-        """Waits for a byte of the engine: TimeoutError if it is given up meanwhile, or is gone."""
-        engine = self._of(url)
+    def patience(self, url: str) -> "_Wait":
+        """Waits, while entered, for a byte of the engine.
+
+        TimeoutError if it is given up meanwhile, or is gone.
+        """
         if url not in self._engines:
             raise TimeoutError("the engine was removed")
-        if not engine.waits:
-            engine.quiet_since_s = self._clock()
-        async with asyncio.timeout(None) as wait:
-            engine.waits.add(wait)
-            try:
-                yield
-                now = self._clock()
-                self._slowest.saw(now - engine.quiet_since_s, engine.tokens)
-                engine.heard_at_s = engine.quiet_since_s = now
-            finally:
-                engine.waits.remove(wait)
+        return _Wait(self._engines[url], self._clock, self._slowest)
 
     def silent(self) -> tuple[str, ...]:
         """Engines that are waited for and have sent nothing for `QUIET_S`."""
@@ -253,8 +234,7 @@ class Pool:
         engine = self._of(url)
         engine.hangs, engine.stuck = True, engine.stuck or stuck
         for wait in engine.waits:
-            if not wait.expired():  # who was given up before may still be closing its connection
-                wait.reschedule(asyncio.get_running_loop().time())
+            wait.give_up()
 
     def is_stuck(self, url: str) -> bool:
         """Whether the engine was given up though its API server may answer."""
@@ -288,6 +268,63 @@ class Pool:
             )
             for engine in self._engines.values()
         )
+
+
+# Both are classes, and no generators: each request has five of them.
+
+
+class _Load:
+    """A request in flight at an engine, while it is entered."""
+
+    __slots__ = ("_ended", "_engine", "_tokens")
+
+    def __init__(self, engine: _Engine, tokens: int, ended: Callable[[_Engine], None]) -> None:
+        self._engine, self._tokens, self._ended = engine, tokens, ended
+
+    def __enter__(self) -> None:
+        self._engine.in_flight += 1
+        self._engine.tokens += self._tokens
+
+    def __exit__(self, *_error: object) -> None:
+        self._engine.in_flight -= 1
+        self._engine.tokens -= self._tokens
+        self._ended(self._engine)
+
+
+class _Wait:
+    """A task's wait for an engine, while it is entered. `asyncio.timeout`, without a time."""
+
+    __slots__ = ("_cancels_before", "_clock", "_engine", "_given_up", "_slowest", "_task")
+
+    def __init__(self, engine: _Engine, clock: Callable[[], float], slowest: "SlowestWait") -> None:
+        self._engine, self._clock, self._slowest = engine, clock, slowest
+        self._given_up = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "waits for an engine outside of a task"
+        self._task, self._cancels_before = task, task.cancelling()
+        if not self._engine.waits:
+            self._engine.quiet_since_s = self._clock()
+        self._engine.waits.add(self)
+
+    def give_up(self) -> None:
+        """The wait ends with TimeoutError. Idempotent: it may still be closing its connection."""
+        if not self._given_up:
+            self._given_up = True
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        engine = self._engine
+        engine.waits.remove(self)
+        if kind is None:
+            now = self._clock()
+            self._slowest.saw(now - engine.quiet_since_s, engine.tokens)
+            engine.heard_at_s = engine.quiet_since_s = now
+        # somebody else may have cancelled the task, too
+        ours_alone = self._given_up and self._task.uncancel() <= self._cancels_before
+        if ours_alone and kind is asyncio.CancelledError:
+            raise TimeoutError("the engine was given up") from None
 
 
 class SlowestWait:

@@ -323,8 +323,9 @@ def test_what_decode_begins_to_answer_to_a_client_that_goes_is_closed():
 
     async def ask(on: Legs, life: RequestLife) -> None:
         request = LegRequest(TEXT, read_body(b'{"prompt": "p"}'), {"X-Request-Id": "r"}, life)
-        async with on.decode(request, split=True):
-            pass
+        answer = await on.decode(request, split=True)
+        assert answer is not None
+        answer.close()
 
     async def scenario() -> None:
         clock = FakeClock()

@@ -140,9 +140,8 @@ def test_whoever_waits_for_an_engine_that_is_removed_waits_no_longer(clock):
         pool = Pool(["a", "b"], clock)
 
         async def ask() -> None:
-            with pool.busy("a"):
-                async with pool.patience("a"):
-                    await asyncio.Event().wait()
+            with pool.busy("a"), pool.patience("a"):
+                await asyncio.Event().wait()
 
         asking = asyncio.create_task(ask())
         await asyncio.sleep(0)
@@ -180,9 +179,8 @@ def test_nobody_waits_for_an_engine_that_was_removed(clock):
         pool = Pool(["a"], clock)
         with pool.busy("a"):
             pool.remove("a")
-            with pytest.raises(TimeoutError, match="removed"):
-                async with pool.patience("a"):
-                    pass
+            with pytest.raises(TimeoutError, match="removed"), pool.patience("a"):
+                pass
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
@@ -195,7 +193,7 @@ def test_an_engine_may_be_given_up_again_while_its_connections_close(clock):
         waiting, closing, closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
         async def ask() -> None:
-            async with pool.patience("a"):
+            with pool.patience("a"):
                 try:
                     waiting.set()
                     await asyncio.Event().wait()
@@ -231,7 +229,7 @@ class Waits:
 
         async def wait() -> None:
             with self.pool.busy(url, tokens):
-                async with self.pool.patience(url):
+                with self.pool.patience(url):
                     await came.wait()
                 self.pool.succeeded(url)
 
