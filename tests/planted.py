@@ -56,7 +56,8 @@ RELAYED = """
 import importlib, sys
 from kvconnect.control.wire import Address
 host, port, key = sys.argv[1:4]  # an engine tells its own port, where no relay is
-importlib.import_module("kvconnect.cli.inspect").address_of = lambda _: Address(host, int(port), key)
+relay = Address(host, int(port), key)
+importlib.import_module("kvconnect.cli.inspect").address_of = lambda _: relay
 del sys.argv[1:4]
 from kvconnect.cli import main
 main()
