@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 from kvconnect.chain.plan import Hop, LoadPlan, Rates, SourceRate
 from kvconnect.offload.jobs import Fill
 from kvconnect.orders import Cancel, Fetch, Offer, Release
+from kvconnect.stats import PeerRead
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -61,12 +62,19 @@ class ChainedLoad(NamedTuple):
     units: tuple[LoadUnit, ...]
     offers: tuple[tuple[str, Offer], ...] = ()
     """Offers of peers, by the label of the connector that got each."""
+    trace_headers: tuple[tuple[str, str], ...] = ()
+    """What tells the request's trace; without them it has none."""
 
 
 class CancelLoad(NamedTuple):
     """The request of a load has ended; so should the load."""
 
     request_id: str
+
+
+def request_of(fetch: str) -> str:
+    """The request of whose load a fetch is a part, by the fetch's name."""
+    return fetch.rpartition("#")[0]
 
 
 class LoadDone(NamedTuple):
@@ -130,6 +138,8 @@ class ChainLoader:
         """
         self.counts: Counter[str] = Counter()
         """Tokens from each source, fallbacks, and units and tokens that nobody could give."""
+        self.fill_reads: list[PeerRead] = []
+        """What stores filled, until somebody takes it; their ``path`` is the store's name."""
         self._carriers = carriers
         self._rates = rates or Rates(STORES_S | dict.fromkeys(peers, PEER_S))
         self._block_bytes = block_bytes
@@ -252,8 +262,11 @@ class ChainLoader:
             loading.plan.ended(hop)
             return
         self.counts[TOKENS_FROM[self._kind(hop.source)]] += sum(p.tokens for p in good)
+        nbytes = sum(map(self._nbytes, good))
+        if good and hop.source in STORES_S:
+            of, began_s = loading.order.request_id, going.started_s
+            self.fill_reads.append(PeerRead(of, hop.source, "", nbytes, began_s, ended_s))
         if not going.failed:
-            nbytes = sum(map(self._nbytes, good))
             self._rates.measured(hop.source, nbytes, ended_s - going.started_s)
         self._start(loading, loading.plan.ended(hop, going.failed))
 

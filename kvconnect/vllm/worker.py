@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
 from kvconnect.orders import Fetch, Grant, Order, Outcome, Progress, Revoke
 from kvconnect.staging import Staging, staging_slot_bytes
-from kvconnect.stats import READS, StatsData, labelled
+from kvconnect.stats import READS, PeerRead, StatsData, labelled
 from kvconnect.telemetry.bandwidth import BandwidthWatch
 from kvconnect.telemetry.handovers import HandOverTraces
 from kvconnect.transport.registry import make_transport
@@ -99,6 +99,8 @@ class Worker:
         self.adapters = worker_adapters(vllm_config)
         self.traces = HandOverTraces()
         self._bandwidth = BandwidthWatch(config.expected_gb_s)
+        self.on_read: list[Callable[[PeerRead], None]] = [self._bandwidth.read, self.traces.read]
+        """Told of each read that ended well, when stats are taken."""
         self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -261,8 +263,8 @@ class Worker:
         """See `Mover.take_stats`; with what peers do of what is expected of them."""
         taken = self.mover.take_stats() if self.mover else None
         for read in taken.pop(READS, ()) if taken else ():
-            self._bandwidth.read(read)
-            self.traces.read(read)
+            for told in self.on_read:
+                told(read)
         self.traces.write(self._index)
         if taken is None:
             return None

@@ -3,39 +3,16 @@
 import logging
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from kit.spans import SpanRig
 
 from kvconnect.proxy.life import Journal
 from kvconnect.proxy.traces import RequestTraces
 from kvconnect.stats import PeerRead
 from kvconnect.telemetry.handovers import MAX_OPEN, HandOverTraces
-from kvconnect.telemetry.spans import SpanWriter
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 HEADERS = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-
-
-class SpanRig:
-    def __init__(self):
-        self.exporter = InMemorySpanExporter()
-        provider = TracerProvider()
-        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.writer = SpanWriter(provider)
-        self.now = 50.0
-
-    def handovers(self):
-        return HandOverTraces(lambda: self.now, lambda: self.now + 1000, lambda: self.writer)
-
-    @property
-    def spans(self):
-        """By name: began and ended, in seconds since 1970, and the span."""
-        return {
-            span.name: (span.start_time / 1e9, span.end_time / 1e9, span)
-            for span in self.exporter.get_finished_spans()
-        }
 
 
 @pytest.fixture

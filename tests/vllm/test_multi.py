@@ -1,10 +1,12 @@
 """KVConnectMulti: what it tells its children, and vLLM of them; vLLM's own tests of its kind."""
 
 import pickle
+import time
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from kit.spans import SpanRig
 from test_offload_scheduler import BLOCK, Engine, request, spec
 from upstream import run
 from vllm.config import KVTransferConfig
@@ -17,8 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvconnect.chain.load import CancelLoad, ChainedLoad, LoadUnit
 from kvconnect.errors import ConfigError
-from kvconnect.offload.jobs import Fill, Forget, Loss
+from kvconnect.offload.jobs import Fill, Forget, JobDone, Loss
 from kvconnect.orders import Fetch, Offer, Outcome, Release, Source
+from kvconnect.stats import PeerRead
 from kvconnect.vllm._compat import CACHE_HIT_SOURCE, HOST_HIT_SOURCE
 from kvconnect.vllm.multi.chain import ChainScheduler, ChainWorker
 from kvconnect.vllm.multi.connector import KVConnectMulti, MultiConnector
@@ -541,6 +544,7 @@ class PeerWorker:
     def __init__(self):
         self.fetches, self.released = [], 0
         self.next = Outcome()
+        self.on_read = []
 
     def put(self, orders):
         for order in orders:
@@ -601,3 +605,73 @@ def test_tokens_are_counted_by_one_rank_and_what_else_happened_by_each():
         worker.take()
         lost = {"tokens_lost": 1} if first else {}
         assert worker.take_counts() == {"pieces_failed": 1} | lost
+
+
+class StoreWorker:
+    """The worker's half of offloading, which fills as it is told to."""
+
+    def __init__(self):
+        self.fills, self.answered = [], []
+
+    def fill(self, fills):
+        self.fills += fills
+
+    def decline(self, fills):
+        assert not fills
+
+    def collect(self):
+        """`answered` says it."""
+
+
+def test_a_chained_load_is_one_span_with_what_each_source_gave():
+    """Chained loads used to have none: fetches of a chain have names that no request has."""
+    rig, peer, store = SpanRig(), PeerWorker(), StoreWorker()
+    kind = SimpleNamespace(kv_cache_spec=spec(), layer_names=["a", "b"])
+    worker = ChainWorker(SimpleNamespace(kv_cache_groups=[kind]), {"P0": peer}, store)
+    worker.traces = rig.handovers()
+    trace = f"{7:032x}"
+    fill = Fill(5, "key", 0, (7,))
+    units = (LoadUnit(0, ((0, 20),), 1, 1), LoadUnit(0, ((1, 21),), 99, 1, fill, "host"))
+    offers = (("P0", Offer(Source((), "r", None, 1.0), 1, b"")),)
+    traced = (("traceparent", f"00-{trace}-{9:016x}-01"),)
+    worker.put([ChainedLoad("r", units, offers, traced)])
+    (fetch,) = peer.fetches
+    (read,) = peer.on_read
+    read(PeerRead(fetch.request_id, "staged", "10.0.0.1:7", 1000, 52.0, 53.0))
+    peer.next = Outcome(received={fetch.request_id}, ended_s={fetch.request_id: 54.0})
+    store.answered = [(JobDone(5, "damaged"), 55.0)]
+    assert worker.take().received == {"r"}
+    worker.take_counts()
+    rig.now = 60.0
+    times = {name: told[:2] for name, told in rig.spans.items()}
+    assert times["kvconnect.handover"] == (1050.0, 1055.0)
+    assert times["kvconnect.transfer"] == (1052.0, 1053.0)
+    whole = rig.spans["kvconnect.handover"][2]
+    assert f"{whole.context.trace_id:032x}" == trace
+    assert "1 blocks that no source could give" in whole.status.description
+
+
+def test_what_a_store_filled_is_a_transfer_of_its_name():
+    rig, store = SpanRig(), StoreWorker()
+    kind = SimpleNamespace(kv_cache_spec=spec(), layer_names=["a", "b"])
+    worker = ChainWorker(SimpleNamespace(kv_cache_groups=[kind]), {"P0": PeerWorker()}, store)
+    worker.traces = rig.handovers()
+    units = (LoadUnit(0, ((1, 21),), 99, 1, Fill(5, "key", 0, (7,)), "disk"),)
+    traced = (("traceparent", f"00-{7:032x}-{9:016x}-01"),)
+    worker.put([ChainedLoad("r", units, trace_headers=traced)])
+    store.answered = [(JobDone(5), time.monotonic())]
+    worker.take()
+    worker.take_counts()
+    about = rig.spans["kvconnect.transfer"][2].attributes
+    assert about["kvconnect.path"] == "disk" and about["kvconnect.bytes"] > 0
+    assert rig.spans["kvconnect.handover"][2].status.is_unset
+
+
+def test_the_trace_of_a_chained_load_goes_to_the_workers():
+    half = chain(None, Peer(4))
+    one = request()
+    one.trace_headers = {"traceparent": "00-1-2-01"}
+    half.get_num_new_matched_tokens(one, 0)
+    half.update_state_after_alloc(one, table(None, [21, 22]), 4)
+    (order,) = half.take_orders()
+    assert dict(order.trace_headers) == one.trace_headers

@@ -4,14 +4,17 @@ Which of them has what is asked when vLLM asks; which gives what each rank decid
 `kvconnect.chain.load`. They save, lend and count as if they were alone.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvconnect.chain.load import CancelLoad, ChainedLoad, ChainLoader, LoadUnit
+from kvconnect.chain.load import CancelLoad, ChainedLoad, ChainLoader, LoadUnit, request_of
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.jobs import Fill
 from kvconnect.orders import Cancel, Fetch, Offer, Release
+from kvconnect.stats import PeerRead
+from kvconnect.telemetry.handovers import HandOverTraces
 from kvconnect.vllm import _compat
 from kvconnect.vllm.engine import this_rank
 from kvconnect.vllm.offload.messages import WantedChunk
@@ -72,7 +75,8 @@ class ChainScheduler:
         for label, peer in self._peers.items():
             if (offer := peer.take_offer(request)) is not None:
                 offers.append((label, offer))
-        self._orders.append(ChainedLoad(request_id, units, tuple(offers)))
+        traced = tuple((getattr(request, "trace_headers", None) or {}).items())
+        self._orders.append(ChainedLoad(request_id, units, tuple(offers), traced))
         stored = sum(unit.tokens for unit in units if unit.fill)
         self._sources[request_id] = Counter({_compat.HOST_HIT_SOURCE: min(stored, tokens)})
         self._sources[request_id][_compat.CACHE_HIT_SOURCE] += tokens - min(stored, tokens)
@@ -148,6 +152,10 @@ class ChainWorker:
         self._peers = peers
         self._store = store
         self._chained = ChainLoader(self, peers, _block_bytes(kv_cache_config))
+        self.traces = HandOverTraces()
+        for worker in peers.values():
+            worker.on_read.append(self._read)
+        self._rank = 0  # known once the caches are registered
         self.counts_tokens = False
         """Whether this is the first rank: tokens are the same on all, and counted there alone."""
         self._one_group = len(kv_cache_config.kv_cache_groups) == 1
@@ -155,7 +163,8 @@ class ChainWorker:
 
     def register_kv_caches(self) -> None:
         """The children have registered the caches."""
-        self.counts_tokens = this_rank().index == 0
+        self._rank = this_rank().index
+        self.counts_tokens = self._rank == 0
 
     def put(self, orders: Sequence[ChainedLoad | CancelLoad]) -> None:
         """A step's orders, after the children's own."""
@@ -163,29 +172,46 @@ class ChainWorker:
             if isinstance(order, CancelLoad):
                 self._chained.cancel(order)
             else:
+                if order.trace_headers:
+                    self.traces.ordered({order.request_id: dict(order.trace_headers)})
                 self._chained.load(order)
 
     def take(self) -> Results:
         """What has ended since the last call."""
-        sent: list[str] = []
+        results = Results([], set(), set())
+        self._end(results, time.monotonic())  # those that had nothing to wait for
         for worker in self._peers.values():
             outcome, _ = worker.take()
-            sent += outcome.sent
+            results.sent.extend(outcome.sent)
             for name in outcome.received:
                 self._chained.fetched(name, outcome.failed.get(name), outcome.ended_s[name])
+                self._end(results, outcome.ended_s[name])
         if self._store:
             self._store.collect()
             for answer, ended_s in self._store.answered:
                 self._chained.filled(answer.id, answer.error, ended_s)
-        results = Results(sent, set(), set())
+                self._end(results, ended_s)
+        for read in self._chained.fill_reads:
+            self.traces.read(read)
+        self._chained.fill_reads.clear()
+        return results
+
+    def _end(self, results: Results, ended_s: float) -> None:
+        """Take note of the loads that have ended at that time."""
         for ended in self._chained.take():
-            results.received.add(ended.request_id)
+            request_id, lost = ended.request_id, len(ended.lost)
+            results.received.add(request_id)
             # vLLM keeps what lies before lost blocks, of one group and if anything does
             if ended.from_start or (ended.lost and not self._one_group):
-                results.failed.add(ended.request_id)
+                results.failed.add(request_id)
             else:
                 self._lost |= ended.lost
-        return results
+            why = {request_id: f"{lost} blocks that no source could give"} if lost else {}
+            self.traces.ended({request_id: ended_s}, why)
+
+    def _read(self, read: PeerRead) -> None:
+        """A peer's read for one of our fetches has ended."""
+        self.traces.read(read._replace(request_id=request_of(read.request_id)))
 
     def take_lost(self) -> set[int]:
         """Ids of blocks that nobody could fill, of loads that have not failed altogether."""
@@ -193,7 +219,11 @@ class ChainWorker:
         return lost
 
     def take_counts(self) -> dict[str, int] | None:
-        """What was counted since the last call; tokens by the first rank alone."""
+        """What was counted since the last call; tokens by the first rank alone.
+
+        After the children's stats: spans of loads that have ended are written here.
+        """
+        self.traces.write(self._rank)
         counts, self._chained.counts = self._chained.counts, Counter()
         kept = {n: c for n, c in counts.items() if c and (self.counts_tokens or "tokens" not in n)}
         return kept or None
