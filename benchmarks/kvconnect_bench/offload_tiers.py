@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvconnect.offload.jobs import Fill, Forget, Job, Save, Spill
-from kvconnect.offload.store.arena import attach, make
+from kvconnect.offload.store.arena import Written, attach, make
 from kvconnect.offload.store.backing import FileBacking, Wrap, anonymous, mapped
 from kvconnect.offload.store.disk import DiskStore
 from kvconnect.offload.store.header import ArenaSpec
@@ -203,7 +203,7 @@ def restarts(folder: Path | None, rounds: int) -> Iterator[Restart]:
             arena = attach(spec, path, wrap)
             for slot in range(HEADERS):
                 arena.begin(slot)
-                arena.commit(slot, slot.to_bytes(32, "big"), 0, 16, 64, slot)
+                arena.commit([Written(slot, slot.to_bytes(32, "big"), 0, 16, 64, slot)])
             arena.close()
             yield Restart(name, HEADERS, min(_found_again(spec, path, wrap, rounds)))
     finally:

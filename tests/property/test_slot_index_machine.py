@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvconnect.offload.store import backing
-from kvconnect.offload.store.arena import attach, look
+from kvconnect.offload.store.arena import Written, attach, look
 from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.slot_index import SlotIndex
 
@@ -70,17 +70,23 @@ class ShelfMachine(RuleBasedStateMachine):
         self.write(slot, self.contents.to_bytes(8, "little"))
 
     @precondition(lambda self: self.filling)
-    @rule(number=picks, well=st.booleans())
-    def end_filling(self, number, well):
+    @rule(number=picks)
+    def abandon(self, number):
         slot = list(self.filling)[number % len(self.filling)]
-        key, content = self.filling.pop(slot)
-        if well:
-            entry = self.index.commit(slot, key, 0, 1, 8, content)
-            assert (entry.slot, entry.key, entry.digest) == (slot, key, content)
+        del self.filling[slot]
+        self.index.abandon(slot)
+
+    @precondition(lambda self: self.filling)
+    @rule(count=st.integers(1, 4))
+    def commit_together(self, count):
+        """Two of one key among them, too: the later one stays."""
+        ended = [(slot, *self.filling.pop(slot)) for slot in list(self.filling)[:count]]
+        written = [Written(slot, key, 0, 1, 8, content) for slot, key, content in ended]
+        entries = self.index.commit(*written)
+        assert [(one.slot, one.key, one.digest) for one in entries] == ended
+        for _, key, content in ended:
             self.held.pop(key, None)
             self.held[key] = content
-        else:
-            self.index.abandon(slot)
 
     @rule(number=picks)
     def use(self, number):

@@ -11,7 +11,7 @@ import pytest
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import arena as arenas
 from kvconnect.offload.store import backing, header
-from kvconnect.offload.store.arena import attach, look, make
+from kvconnect.offload.store.arena import Written, attach, look, make
 from kvconnect.offload.store.header import HEAD_BYTES, SLOT, ArenaSpec
 from kvconnect.offload.store.slot_index import SlotIndex
 
@@ -39,7 +39,7 @@ def read(arena, slot, nbytes):
 def store(arena, slot, number, nbytes=5000):
     arena.begin(slot)
     write(arena, slot, bytes([number % 251]) * nbytes)
-    return arena.commit(slot, key(number), 0, 16, nbytes, number)
+    return arena.commit([Written(slot, key(number), 0, 16, nbytes, number)])[0]
 
 
 @pytest.fixture(params=[backing.mapped, backing.FileBacking], ids=["mapped", "filed"])
@@ -74,13 +74,13 @@ def test_a_slot_is_held_from_commit_to_the_next_begin():
     arena.begin(3)
     assert arena.entry(3) is None
     assert arena.scan() == ([], [3])
-    entry = arena.commit(3, key(9), 1, 16, 5000, 77)
+    entry = arena.commit([Written(3, key(9), 1, 16, 5000, 77)])[0]
     assert entry[:6] == (3, key(9), 1, 16, 5000, 77)
     assert arena.entry(3) == entry
     assert arena.scan() == ([entry], [])
     arena.begin(3)
     assert not arena.still(entry)
-    again = arena.commit(3, key(9), 1, 16, 5000, 77)
+    again = arena.commit([Written(3, key(9), 1, 16, 5000, 77)])[0]
     assert again != entry, "a reader would take the second content for the first"
     arena.drop(3)
     assert arena.entry(3) is None
@@ -114,10 +114,10 @@ def test_generations_change_with_content():
     seen = [arena.generations()]
     for act in (
         lambda: arena.begin(4),
-        lambda: arena.commit(4, key(1), 0, 1, 1, 1),
+        lambda: arena.commit([Written(4, key(1), 0, 1, 1, 1)]),
         lambda: arena.drop(4),
         lambda: arena.begin(4),
-        lambda: arena.commit(4, key(1), 0, 1, 1, 1),
+        lambda: arena.commit([Written(4, key(1), 0, 1, 1, 1)]),
     ):
         act()
         seen.append(arena.generations())
@@ -293,11 +293,11 @@ def test_a_header_that_cannot_be_written_is_told_and_changes_nothing(path, monke
     with pytest.raises(OSError, match="Input"):
         arena.begin(0)
     with pytest.raises(OSError, match="Input"):
-        arena.commit(1, key(2), 0, 16, 5000, 2)
+        arena.commit([Written(1, key(2), 0, 16, 5000, 2)])
     assert arena.entry(1) is None
     arena.drop(0)
     monkeypatch.undo()
-    assert arena.commit(1, key(2), 0, 16, 5000, 2) == arena.entry(1)
+    assert arena.commit([Written(1, key(2), 0, 16, 5000, 2)])[0] == arena.entry(1)
     assert held(arena) == {1: 2}
 
 
@@ -448,7 +448,7 @@ def test_of_two_slots_with_one_key_the_newer_is_held_and_the_other_forgotten(pat
 def test_a_slot_that_two_read_is_free_when_both_are_done():
     index = SlotIndex(make(SPEC._replace(slots=1)))
     slot = index.fill()
-    index.commit(slot, key(1), 0, 16, 10, 0)
+    index.commit(Written(slot, key(1), 0, 16, 10, 0))
     first, second = index.use(key(1)), index.use(key(1))
     index.drop(key(1))
     index.done(first)
@@ -474,3 +474,13 @@ os.kill(os.getpid(), signal.SIGKILL)
     arena = attach(SPEC, path)
     assert held(arena) == {1: 10}
     assert arena.scan().discarded == [2]
+
+
+def test_of_two_payloads_of_one_key_that_are_committed_together_the_later_one_stays():
+    index = SlotIndex(make(SPEC))
+    slots = index.fill(), index.fill()
+    free = index.free
+    index.commit(*(Written(slot, key(1), 0, 16, 10, slot) for slot in slots))
+    assert index.slot_of(key(1)) == slots[1]
+    assert index.free == free + 1, "the slot of the first one is lost"
+    assert [entry.slot for entry in index.arena.scan().entries] == [slots[1]]

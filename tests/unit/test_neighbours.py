@@ -9,7 +9,7 @@ from store_bench import FINGERPRINT, Bench, key_of
 
 from kvconnect.errors import Reason, StoreError
 from kvconnect.offload.store import neighbours as module
-from kvconnect.offload.store.arena import Arena
+from kvconnect.offload.store.arena import Arena, Written
 from kvconnect.offload.store.backing import FileBacking, mapped
 from kvconnect.offload.store.header import ArenaSpec
 from kvconnect.offload.store.neighbours import OFF_S, Neighbours, claim, other_paths
@@ -33,7 +33,7 @@ def pair(tmp_path):
 
 def hold(arena, slot, number):
     arena.begin(slot)
-    return arena.commit(slot, key_of(number), 0, 1, 8, number)
+    return arena.commit([Written(slot, key_of(number), 0, 1, 8, number)])[0]
 
 
 def refresh(bench):

@@ -27,6 +27,7 @@ Why it is so, and what was rejected:
 import contextlib
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,17 @@ from kvconnect.offload.store.numa import Nodes
 ATTEMPTS = 3  # to open a file that others create and replace meanwhile
 
 
+class Written(NamedTuple):
+    """A payload that is written: what its slot is to hold."""
+
+    slot: int
+    key: bytes
+    group: int
+    tokens: int
+    nbytes: int
+    digest: int
+
+
 class SlotEntry(NamedTuple):
     """What a held slot's header says."""
 
@@ -61,6 +73,10 @@ class SlotEntry(NamedTuple):
     digest: int
     generation: int
     order: int
+
+    def copied_to(self, slot: int) -> Written:
+        """The same payload in another slot, perhaps of another arena."""
+        return Written(slot, *self[1:6])
 
 
 class ArenaScan(NamedTuple):
@@ -85,6 +101,7 @@ class Arena:
             opened.extend(spec.payload_offset)
         table = opened.bytes[HEAD_BYTES : HEAD_BYTES + spec.slots * SLOT.itemsize]
         self._table: np.ndarray = table.view(SLOT)
+        self._first, self._stride = spec.payload_offset, spec.stride
         self._readers = 0
         self._closing = False
         rows, held = self._snapshot()
@@ -100,24 +117,32 @@ class Arena:
         row["generation"] += 1
         self._flush(slot)
 
-    def commit(
-        self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
-    ) -> SlotEntry:
-        """The payload is written; the slot holds ``key`` from here on."""
-        live = self._table[slot : slot + 1]
-        assert live["state"][0] == FILLING and nbytes <= self.spec.slot_bytes
-        self._order += 1
-        generation, spare = int(live["generation"][0]), (0,) * 5
-        said = (SLOT_MAGIC, FORMAT, HELD, group, tokens, generation, self._order, nbytes, digest)
-        row = np.array([(*said, np.frombuffer(key, np.uint8), spare, 0)], SLOT)
-        live[:] = row  # its check is 0 still
-        live["check"] = header.checks(row, np.array([slot]), self._seed)
+    def commit(self, written: Sequence[Written]) -> list[SlotEntry]:
+        """Payloads are written; their slots hold their keys from here on.
+
+        Together, for a header's check alone costs as much as those of many.
+        """
+        slots = np.array([one.slot for one in written])
+        live = self._table[slots]  # a copy
+        assert (live["state"] == FILLING).all()
+        entries, said = [], []
+        for one, generation in zip(written, live["generation"].tolist(), strict=True):
+            assert one.nbytes <= self.spec.slot_bytes
+            self._order += 1
+            entries.append(SlotEntry(*one, generation, self._order))
+            what = (HELD, one.group, one.tokens, generation, self._order, one.nbytes, one.digest)
+            key, spare = np.frombuffer(one.key, np.uint8), (0,) * 5
+            said.append((SLOT_MAGIC, FORMAT, *what, key, spare, 0))
+        rows = np.array(said, SLOT)
+        self._table[slots] = rows  # their checks are 0 still
+        self._table["check"][slots] = header.checks(rows, slots, self._seed)
         try:
-            self._flush(slot)
+            for slot in slots.tolist():
+                self._flush(slot)
         except OSError:
-            live["check"], live["state"] = 0, FILLING
+            self._table["check"][slots], self._table["state"][slots] = 0, FILLING
             raise
-        return SlotEntry(slot, key, group, tokens, nbytes, digest, generation, self._order)
+        return entries
 
     def drop(self, slot: int) -> None:
         """The slot holds nothing any more."""
@@ -174,12 +199,12 @@ class Arena:
 
     def offset(self, slot: int) -> int:
         """Where the slot's payload is in the arena."""
-        return self.spec.payload_offset + slot * self.spec.stride
+        return self._first + slot * self._stride
 
     def payload(self, slot: int) -> np.ndarray:
         """Bytes of the slot's payload in memory, all of its pages; not to be kept."""
         start = self.offset(slot)
-        return self.backing.bytes[start : start + self.spec.stride]
+        return self.backing.bytes[start : start + self._stride]
 
     @property
     def path(self) -> Path:

@@ -198,13 +198,9 @@ class DiskStore:
             self.neighbours.close()
 
     def _end_write(self, job: _Write, error: str) -> tuple[str, int]:
-        memory = job.entry
         if not error:
             try:
-                self.index.commit(
-                    job.slot,
-                    *(memory.key, memory.group, memory.tokens, memory.nbytes, memory.digest),
-                )
+                self.index.commit(job.entry.copied_to(job.slot))
             except OSError as e:
                 error = str(e)
         if error:
@@ -213,7 +209,7 @@ class DiskStore:
             return f"not written: {error}", 0
         self._failures = 0
         self.counts["disk_written"] += 1
-        return "", memory.nbytes
+        return "", job.entry.nbytes
 
     def _end_read(self, job: _Read, error: str) -> tuple[str, int]:
         entry = job.entry

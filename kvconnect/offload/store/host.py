@@ -21,7 +21,7 @@ import numpy as np
 from kvconnect.errors import GeometryError, TransportError
 from kvconnect.geometry.intersect import NO_BLOCK
 from kvconnect.offload.jobs import JobDone
-from kvconnect.offload.store.arena import Arena, SlotEntry
+from kvconnect.offload.store.arena import Arena, SlotEntry, Written
 from kvconnect.offload.store.neighbours import Neighbours
 from kvconnect.offload.store.slot_index import SlotIndex
 from kvconnect.offload.store.slot_layout import SlotLayout, SlotMove
@@ -194,27 +194,29 @@ class HostStore:
 
     def _end(self, jobs: Sequence[_Job], error: str, sums: np.ndarray = NONE) -> None:
         """``sums``: of all blocks that were moved, in their order."""
+        written: list[Written] = []
         for job in jobs:
             moved = [place for place, block in enumerate(job.blocks) if block != NO_BLOCK]
             mine, sums = sums[: len(moved)], sums[len(moved) :]
             if isinstance(job, _StoreJob):
-                self._end_store(job, error, mine)
+                written += self._end_store(job, error, mine)
             else:
                 self._end_load(job, error, np.array_equal(mine, job.sums[moved]), len(moved))
+        if written:
+            self.index.commit(*written)
 
-    def _end_store(self, store: _StoreJob, error: str, sums: np.ndarray) -> None:
+    def _end_store(self, store: _StoreJob, error: str, sums: np.ndarray) -> list[Written]:
         if error:
             self.index.abandon(store.slot)
             self.counts["host_stores_failed"] += 1
             self._ended.append(JobDone(store.job, error))
-            return
+            return []
         slot_layout = self._slot_layouts[store.group]
         digest = slot_layout.put_sums(self.index.arena.payload(store.slot), sums)
-        self.index.commit(
-            store.slot, store.key, store.group, slot_layout.tokens, slot_layout.nbytes, digest
-        )
         self.counts["host_stored"] += 1
         self._ended.append(JobDone(store.job, "", len(store.blocks) * slot_layout.block_bytes))
+        what = store.slot, store.key, store.group, slot_layout.tokens, slot_layout.nbytes, digest
+        return [Written(*what)]
 
     def _end_load(self, load: _LoadJob, error: str, right: bool, blocks: int) -> None:
         if error:

@@ -11,7 +11,7 @@ still read it, so that it is free once the last reader is done.
 from collections import Counter
 from collections.abc import Callable
 
-from kvconnect.offload.store.arena import Arena, SlotEntry
+from kvconnect.offload.store.arena import Arena, SlotEntry, Written
 
 
 class SlotIndex:
@@ -76,18 +76,19 @@ class SlotIndex:
         self._filling.add(slot)
         return slot
 
-    def commit(
-        self, slot: int, key: bytes, group: int, tokens: int, nbytes: int, digest: int
-    ) -> SlotEntry:
-        """The slot's payload is written: it holds ``key``, which nothing else does any more.
+    def commit(self, *written: Written) -> list[SlotEntry]:
+        """Slots' payloads are written: they hold their keys, which nothing else does any more.
 
-        Raises OSError, and the slot is still being filled, if its header cannot be written.
+        Raises OSError, and all are still being filled, if a header cannot be written.
         """
-        self.drop(key)
-        entry = self.arena.commit(slot, key, group, tokens, nbytes, digest)
-        self._filling.remove(slot)
-        self._held[key] = entry
-        return entry
+        for one in written:
+            self.drop(one.key)
+        entries = self.arena.commit(written)
+        for entry in entries:
+            self.drop(entry.key)  # the same key twice
+            self._filling.remove(entry.slot)
+            self._held[entry.key] = entry
+        return entries
 
     def abandon(self, slot: int) -> None:
         """Nobody writes to a slot that was being filled any more, and nothing came of it."""

@@ -255,9 +255,7 @@ class TieredStore:
         if saved:
             index.abandon(fetch.slot)
         else:
-            index.commit(
-                fetch.slot, *(entry.key, entry.group, entry.tokens, entry.nbytes, entry.digest)
-            )
+            index.commit(entry.copied_to(fetch.slot))
             self.host.counts["host_promoted"] += 1
         for wanted in fetch.waiting:
             if not self._load(wanted, entry):
