@@ -1,5 +1,6 @@
 """``kvconnect bench idle``: CPU time of engines that have handed over KV and now do nothing."""
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -85,6 +86,16 @@ def thread_cpu_s(leader: int) -> dict[tuple[int, int, str], float]:
             key = (int(stat.parts[2]), int(stat.parts[4]), name)
             found[key] = (int(fields[11]) + int(fields[12])) / ticks
     return found
+
+
+def session_cpu_s(leader: int) -> float:
+    """CPU seconds so far of a session's processes, of threads that have ended too."""
+    ticks, found = os.sysconf("SC_CLK_TCK"), 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            found += (int(fields[3]) == leader) * (int(fields[11]) + int(fields[12]))
+    return found / ticks
 
 
 def _table(rows: Sequence[IdleRow]) -> Any:

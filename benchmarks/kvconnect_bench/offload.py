@@ -1,6 +1,6 @@
 """``kvconnect bench offload``: rates of the tiers, hits beside computing, cost without hits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +9,10 @@ import typer
 
 from kvconnect.cli.engines import check_installed, check_model
 from kvconnect_bench import options
+from kvconnect_bench.lmcache import check_unpacked
 from kvconnect_bench.results import save
 
 DTYPE = "bfloat16"
-COST_TOKENS = 512, 32
 PARTS = ("tiers", "restarts", "eviction", "hits", "cost")
 
 
@@ -31,54 +31,46 @@ def offload(
     mb: Annotated[int, typer.Option(help="MiB of KV that the tiers move at a time.")] = 256,
     lengths: Annotated[str, typer.Option(help="Prompt tokens of the hits.")] = "500,2000,4000",
     prompts: Annotated[int, typer.Option(help="Per length and source.")] = 8,
-    rounds: Annotated[int, typer.Option(min=2, help="Of the tiers, and of the cost.")] = 8,
-    requests: Annotated[int, typer.Option(help="Per round and engine of the cost.")] = 24,
-    together: Annotated[
-        bool, typer.Option(help="Load both engines of the cost at once, not one at a time.")
-    ] = False,
+    beside: Annotated[str, typer.Option(help="lmcache or none, beside the hits.")] = "none",
+    rounds: Annotated[int, typer.Option(min=2, help="Of tiers and restarts.")] = 8,
+    cost_rounds: Annotated[int, typer.Option(min=2, help="Of the cost.")] = 30,
+    requests: Annotated[int, typer.Option(help="Per round and engine of the cost.")] = 4,
     out: options.Json = None,
 ) -> None:
     """Rates of memory and disk, hits beside computing, cost at 0 % hits, eviction policies."""
     from rich.console import Console
 
+    from kvconnect_bench import offload_cost, offload_engines, offload_eviction, offload_tiers
+
     chosen = parts.split(",")
     if unknown := set(chosen) - set(PARTS):
         raise typer.BadParameter(f"no parts {sorted(unknown)}; there are {', '.join(PARTS)}")
-    path = check_model(model) if {"hits", "cost"} & set(chosen) else Path()
+    if beside not in ("lmcache", "none"):
+        raise typer.BadParameter(f"{beside!r} is neither lmcache nor none", param_hint="--beside")
+    path = Path()
+    if {"hits", "cost"} & set(chosen):
+        path = check_model(model)
+        check_installed("offloading")
+    if "hits" in chosen and beside == "lmcache":
+        check_unpacked()
+    measure: dict[str, Callable[[], Sequence[Any]]] = {
+        "tiers": lambda: offload_tiers.tiers(folder, mb, rounds),
+        "restarts": lambda: list(offload_tiers.restarts(folder, rounds)),
+        "eviction": lambda: list(offload_eviction.eviction()),
+        "hits": lambda: offload_engines.hits(
+            *(path, [int(n) for n in lengths.split(",")], prompts, folder, beside == "lmcache")
+        ),
+        "cost": lambda: offload_cost.cost(path, cost_rounds, requests),
+    }
     console = Console()
     rows: list[Measured] = []
     for part in chosen:
         with console.status(part):
-            found = _measure(part, path, folder, mb, lengths, prompts, rounds, requests, together)
+            found = measure[part]()
         console.print(_table(part, found))
         rows += [Measured(part, row) for row in found]
     if out is not None:
         save(out, "offload", rows, dtype=DTYPE)
-
-
-def _measure(
-    part: str,
-    model: Path,
-    folder: Path | None,
-    mb: int,
-    lengths: str,
-    prompts: int,
-    rounds: int,
-    requests: int,
-    together: bool,
-) -> Sequence[Any]:
-    from kvconnect_bench import offload_engines, offload_eviction, offload_tiers
-
-    if part == "tiers":
-        return offload_tiers.tiers(folder, mb, rounds)
-    if part == "restarts":
-        return list(offload_tiers.restarts(folder, rounds))
-    if part == "eviction":
-        return list(offload_eviction.eviction())
-    check_installed("offloading")
-    if part == "hits":
-        return offload_engines.hits(model, [int(n) for n in lengths.split(",")], prompts, folder)
-    return [offload_engines.cost(model, rounds, requests, COST_TOKENS, together)]
 
 
 def _table(part: str, rows: Sequence[Any]) -> Any:

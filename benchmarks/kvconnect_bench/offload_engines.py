@@ -1,24 +1,20 @@
-"""Real engines that offload: a hit beside computing, and what offloading costs who never hits.
+"""Real engines that offload: a hit of each tier beside computing, and beside LMCache's.
 
-* `hits`: one engine, one request at a time. Its own prefix cache is emptied before each; by its
-  counters it is known that all whole blocks came from where the row says.
-* `cost`: an engine with offloading and one without, both up, each loaded by ``vllm bench serve``
-  with random prompts, the same for both. One at a time, and who begins alternates; or together,
-  where whatever else runs on the machine slows both alike. Throughput is the client's; CPU
-  seconds are those of all processes of the engine.
+* One request at a time. An engine's own prefix cache is emptied before each, but for hits of that
+  cache itself; by the engine's counters it is known that all whole blocks came from where the row
+  says.
+* LMCache's engine runs beside ours, gets the same prompts in the same round, and who is asked first
+  alternates.
 """
 
 import json
 import random
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +26,22 @@ from kvconnect.cli.engines import (
     offload_config,
 )
 from kvconnect.cli.processes import Fleet, Server
-from kvconnect_bench.idle import thread_cpu_s
+from kvconnect_bench.lmcache import lmcache_config, start_lmcache
 from kvconnect_bench.pair import first_token_s
 
 DTYPE = "bfloat16"
 VOCABULARY = (1000, 40_000)  # token ids that are plain words in every tokenizer we ship
 BLOCK_TOKENS = 128
-MEMORY_BYTES = 2 << 30
 SETTLED_S = 30.0  # at most, until what was computed has been saved
-SOURCES = ("recompute", "memory", "disk")
+COUNTERS = {
+    "recompute": "",
+    "device": "vllm:prefix_cache_hits_total",
+    "memory": "vllm:kvconnect_offload_tokens_from_host_total",
+    "disk": "vllm:kvconnect_offload_tokens_from_disk_total",
+}
+"""Where KV comes from, and what counts its tokens."""
+LMCACHE = "LMCache, memory"
+EXTERNAL = 'vllm:prompt_tokens_by_source_total{source="external_kv_transfer"}'
 
 
 @dataclass(frozen=True)
@@ -54,42 +57,23 @@ class HitRow:
     """Than computing: medians."""
 
 
-@dataclass(frozen=True)
-class CostRow:
-    """Offloading on ÷ off without a single hit, over all rounds."""
-
-    together: bool
-    """Whether both engines were loaded at once."""
-    rounds: int
-    requests: int
-    """Per round and engine."""
-    input_tokens: int
-    output_tokens: int
-    throughput_ratio: float
-    """Median of the rounds' ratios of total tokens a second; above 1, offloading was faster."""
-    throughput_low: float
-    throughput_high: float
-    off_spread: float
-    """(highest - lowest) / median of the engine without offloading, over the rounds."""
-    cpu_ratio: float
-    """Median of the rounds' ratios of CPU seconds; above 1, offloading used more."""
-    cpu_low: float
-    cpu_high: float
-    stored_mb: float
-    """By the engine that offloads, in all rounds."""
-
-
-def hits(model: Path, lengths: Sequence[int], prompts: int, folder: Path | None) -> list[HitRow]:
-    """Rows for each length and source."""
+def hits(
+    model: Path, lengths: Sequence[int], prompts: int, folder: Path | None, lmcache: bool
+) -> list[HitRow]:
+    """Rows for each length and source; ``lmcache``: beside LMCacheMPConnector with its server."""
     rows = []
     with tempfile.TemporaryDirectory(dir=folder, prefix="kvconnect-bench-") as place:
         for length in lengths:
             with Fleet(Path(place) / f"logs {length}") as fleet:
-                rows += _hits(fleet, model, length, prompts, Path(place) / f"disk {length}")
+                rows += _hits(
+                    fleet, model, length, prompts, Path(place) / f"disk {length}", lmcache
+                )
     return rows
 
 
-def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> list[HitRow]:
+def _hits(
+    fleet: Fleet, model: Path, length: int, prompts: int, disk: Path, lmcache: bool
+) -> list[HitRow]:
     seed = random.Random(length)
     asked = [[seed.randrange(*VOCABULARY) for _ in range(length)] for _ in range(prompts + 1)]
     one = kv_bytes(model, length)  # memory has room for one prompt, and not for two
@@ -99,20 +83,48 @@ def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> l
         disk_bytes=max(one * (prompts + 3), 8 << 20),
     )
     engine = start_engine(fleet, f"engine for {length}", model, config)
-    seconds: dict[str, list[float]] = {source: [] for source in SOURCES}
+    seconds: dict[str, list[float]] = {source: [] for source in COUNTERS}
 
-    def ask(prompt: list[int], source: str, counter: str) -> None:
-        empty_prefix_cache(engine)
+    def asks(engine: Server, prompt: list[int], counter: str, emptied: bool = True) -> float:
+        if emptied:
+            empty_prefix_cache(engine)
         before = counted(engine, counter)
         body = {"model": model.name, "prompt": prompt, "temperature": 0, "ignore_eos": True}
-        seconds[source].append(first_token_s(engine.url, body))
+        taken_s = first_token_s(engine.url, body)
         _expect(engine, counter, before, length // BLOCK_TOKENS * BLOCK_TOKENS)
+        return taken_s
 
+    def ours(prompt: list[int], sources: Sequence[str]) -> None:
+        for source in sources:
+            seconds[source].append(asks(engine, prompt, COUNTERS[source], source != "device"))
+
+    def here(prompt: list[int]) -> None:
+        ours(prompt, ("recompute", "memory"))
+
+    turns = [here]
+    if lmcache:
+        config = lmcache_config(start_lmcache(fleet))
+        beside = start_engine(fleet, f"LMCache for {length}", model, config)
+        seconds[LMCACHE] = []
+
+        def theirs(prompt: list[int]) -> None:
+            asks(beside, prompt, "")
+            seconds[LMCACHE].append(asks(beside, prompt, EXTERNAL))
+
+        turns.append(theirs)
     for prompt in asked:
-        ask(prompt, "recompute", "")
-        ask(prompt, "memory", "vllm:kvconnect_offload_tokens_from_host_total")
+        for turn in turns:
+            turn(prompt)
+        turns.reverse()
     for prompt in asked[:-1]:  # the last one is in memory
-        ask(prompt, "disk", "vllm:kvconnect_offload_tokens_from_disk_total")
+        ours(prompt, ("disk",))
+    for prompt in asked:  # last: such a hit keeps a prompt in memory longer, too
+        asks(engine, prompt, "")
+        ours(prompt, ("device",))
+    return _hit_rows(length, seconds)
+
+
+def _hit_rows(length: int, seconds: Mapping[str, Sequence[float]]) -> list[HitRow]:
     base = statistics.median(seconds["recompute"][1:])
     return [
         HitRow(
@@ -127,85 +139,18 @@ def _hits(fleet: Fleet, model: Path, length: int, prompts: int, disk: Path) -> l
     ]
 
 
-def cost(
-    model: Path, rounds: int, requests: int, tokens: tuple[int, int], together: bool
-) -> CostRow:
-    """``tokens``: of an input and an output; ``together``: both engines are loaded at once."""
-    with (
-        tempfile.TemporaryDirectory(prefix="kvconnect-bench-") as place,
-        Fleet(Path(place)) as fleet,
-    ):
-        engines = {
-            "on": start_engine(fleet, "on", model, offload_config(cpu_bytes_to_use=MEMORY_BYTES)),
-            "off": start_engine(fleet, "off", model, None),
-        }
-        rates: dict[str, list[float]] = {"on": [], "off": []}
-        cpu_s: dict[str, list[float]] = {"on": [], "off": []}
-        for turn in range(rounds + 1):
-            order = list(engines) if turn % 2 else list(reversed(engines))
-            with ThreadPoolExecutor(2 if together else 1) as pool:
-                runs = [
-                    pool.submit(load_once, engines[name], model, requests, tokens, turn)
-                    for name in order
-                ]
-            for name, run in zip(order, runs, strict=True):
-                found = run.result()
-                if turn:  # the first one warms up
-                    rates[name].append(found[0])
-                    cpu_s[name].append(found[1])
-        hit = counted(engines["on"], "vllm:kvconnect_offload_tokens_from_host_total")
-        if hit:
-            raise RuntimeError(f"{hit:.0f} tokens were loaded, expected none: no cost at 0 %")
-        stored = counted(engines["on"], "vllm:kv_offload_store_bytes_total")
-    faster = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
-    used = [on / off for on, off in zip(cpu_s["on"], cpu_s["off"], strict=True)]
-    spread = (max(rates["off"]) - min(rates["off"])) / statistics.median(rates["off"])
-    return CostRow(
-        together=together,
-        rounds=rounds,
-        requests=requests,
-        input_tokens=tokens[0],
-        output_tokens=tokens[1],
-        throughput_ratio=round(statistics.median(faster), 4),
-        throughput_low=round(min(faster), 4),
-        throughput_high=round(max(faster), 4),
-        off_spread=round(spread, 4),
-        cpu_ratio=round(statistics.median(used), 4),
-        cpu_low=round(min(used), 4),
-        cpu_high=round(max(used), 4),
-        stored_mb=round(stored / 1e6, 1),
-    )
-
-
-def load_once(
-    engine: Server, model: Path, requests: int, tokens: tuple[int, int], turn: int
-) -> tuple[float, float]:
-    """Tokens a second, and CPU seconds of the engine, of one run of ``vllm bench serve``."""
-    result = engine.log.with_suffix(".json")
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
-    command += ["--backend", "openai", "--endpoint", "/v1/completions", "--base-url", engine.url]
-    command += ["--model", str(model), "--served-model-name", model.name, "--ignore-eos"]
-    command += ["--dataset-name", "random", "--random-input-len", str(tokens[0])]
-    command += ["--random-output-len", str(tokens[1]), "--num-prompts", str(requests)]
-    command += ["--max-concurrency", "4", "--seed", str(turn), "--disable-tqdm"]
-    command += ["--save-result", "--result-filename", str(result)]
-    before = sum(thread_cpu_s(engine.pid).values())
-    done = subprocess.run(command, env=engine_env(), capture_output=True, text=True, check=False)  # noqa: S603 - our own command, no shell
-    used = sum(thread_cpu_s(engine.pid).values()) - before
-    if done.returncode:
-        raise RuntimeError(f"vllm bench serve ended with {done.returncode}: {done.stderr[-2000:]}")
-    found = json.loads(result.read_text())
-    if found["completed"] != requests:
-        raise RuntimeError(f"{found['completed']} of {requests} requests were answered")
-    return float(found["total_token_throughput"]), used
-
-
 def start_engine(fleet: Fleet, name: str, model: Path, config: dict[str, Any] | None) -> Server:
-    options = ["--dtype", DTYPE, "--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS)]
-    command = VllmServe(model, config, options).command
-    server = fleet.start(name, command, engine_env(VLLM_SERVER_DEV_MODE="1"))  # /reset_prefix_cache
+    """An engine that is up."""
+    server = launch_engine(fleet, name, model, config)
     fleet.wait_up([server], START_TIMEOUT_S)
     return server
+
+
+def launch_engine(fleet: Fleet, name: str, model: Path, config: dict[str, Any] | None) -> Server:
+    """An engine that starts; ``config``: ``--kv-transfer-config``."""
+    options = ["--dtype", DTYPE, "--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS)]
+    command = VllmServe(model, config, options).command
+    return fleet.start(name, command, engine_env(VLLM_SERVER_DEV_MODE="1"))  # /reset_prefix_cache
 
 
 def kv_bytes(model: Path, tokens: int) -> int:
@@ -218,12 +163,14 @@ def kv_bytes(model: Path, tokens: int) -> int:
 
 
 def counted(engine: Server, name: str) -> float:
-    """A counter of the engine; 0 for no name."""
+    """A counter of the engine, with its first labels or none; 0 for no name."""
     if not name:
         return 0.0
     with urllib.request.urlopen(f"{engine.url}/metrics") as answer:  # noqa: S310 - our own engine
         text = answer.read().decode()
-    return sum(float(n) for n in re.findall(rf"^{re.escape(name)}\{{.*\}} (\S+)$", text, re.M))
+    name, _, label = name.rstrip("}").partition("{")
+    lines = re.findall(rf"^{re.escape(name)}\{{(.*)\}} (\S+)$", text, re.M)
+    return sum(float(n) for labels, n in lines if label in labels)
 
 
 def _expect(engine: Server, counter: str, before: float, tokens: int) -> None:

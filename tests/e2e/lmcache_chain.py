@@ -7,8 +7,6 @@ LMCache's server has it. Prints a line of JSON for each chain; exits with 1 if a
 """
 
 import json
-import os
-import socket
 import sys
 import tempfile
 from dataclasses import replace
@@ -16,49 +14,25 @@ from pathlib import Path
 
 import multi
 from conftest import model
-from pair import eventually, words
-from routers import free_port
+from pair import words
 
-from kvconnect.cli.processes import HOST, Fleet, ServerError
+from kvconnect.cli.processes import Fleet, ServerError
+from kvconnect_bench.lmcache import CHUNK_TOKENS, lmcache_config, start_lmcache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkouts import unpacked
 
 LMCACHE = "lmcache==0.5.6"
-CHUNK = 128
 LENGTHS = range(200, 1200, 100)
 
 
-def lmcache(fleet, folder):
-    """Starts LMCache's server, and returns its port once it listens."""
-    port = free_port()
-    where = ["--host", HOST, "--port", str(port), "--http-port", str(free_port())]
-    holds = ["--chunk-size", str(CHUNK), "--l1-size-gb", "1", "--eviction-policy", "LRU"]
-    how = ["--supported-transfer-mode", "auto", "--disable-observability"]
-    start = [sys.executable, "-m", "lmcache.cli.main", "server", *where, *holds, *how]
-    env = os.environ | {"PYTHONPATH": str(folder), "LMCACHE_DISABLE_BANNER": "1"}
-    fleet.start("lmcache", lambda _: start, env)
-
-    def listens():
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, port)) == 0
-
-    eventually(listens, 180, f"LMCache's server listens; its log: {fleet.servers[0].log}")
-    return port
-
-
 def ours(port):
-    return setup("KVConnectMulti", [multi.nixl(), of_lmcache(port)])
+    return setup("KVConnectMulti", [multi.nixl(), lmcache_config(port)])
 
 
 def in_tree(port):
     handing = multi.child("NixlConnector") | {"kv_connector_module_path": "kvconnect.vllm"}
-    return setup("MultiConnector", [handing, of_lmcache(port)])
-
-
-def of_lmcache(port):
-    at = {"lmcache.mp.host": f"tcp://{HOST}", "lmcache.mp.port": port}
-    return multi.child("LMCacheMPConnector", **at)
+    return setup("MultiConnector", [handing, lmcache_config(port)])
 
 
 def setup(name, children):
@@ -96,7 +70,7 @@ def check(pair):
         for tokens, expected in zip(answers, alone, strict=True)
     )
     total = sum(LENGTHS)
-    chunks = sum(length // CHUNK * CHUNK for length in LENGTHS)
+    chunks = sum(length // CHUNK_TOKENS * CHUNK_TOKENS for length in LENGTHS)
     return {
         "equal": f"{equal} of {3 * len(prompts)}",
         "handed over": f"{by_hand_over:.0f} of {total}",
@@ -119,7 +93,7 @@ def main():
                 Fleet(Path(logs) / f"{name}-lmcache") as lmcaches,
                 Fleet(Path(logs) / name) as fleet,
             ):
-                wanted = CHAINS[name](lmcache(lmcaches, folder))
+                wanted = CHAINS[name](start_lmcache(lmcaches, str(folder)))
                 wanted = replace(wanted, env={**wanted.env, "PYTHONPATH": str(folder)})
                 try:
                     row = check(wanted.start(fleet))

@@ -1,7 +1,9 @@
 """bench offload: what needs no engine is measured small; engines are fakes that count."""
 
 import importlib
+import io
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from kvconnect.cli import main
 offload_tiers = importlib.import_module("kvconnect_bench.offload_tiers")
 offload_eviction = importlib.import_module("kvconnect_bench.offload_eviction")
 offload_engines = importlib.import_module("kvconnect_bench.offload_engines")
+offload_cost = importlib.import_module("kvconnect_bench.offload_cost")
 
 
 def bench(*options: str) -> str:
@@ -65,60 +68,118 @@ def test_memory_for_hits_is_that_of_the_model_s_kv(tmp_path: Path):
 
 
 class Engine:
-    """Counts what is asked of it; ``loads``: whether its counter moves as it should."""
+    """Counts what is asked of it."""
 
-    pid, url, name = 0, "http://engine", "engine"
+    url = "http://engine"
 
-    def __init__(self, loads: bool) -> None:
-        self.loads, self.asked, self.counts = loads, [], {}
+    def __init__(self, name: str, pid: int = 0) -> None:
+        self.name, self.pid, self.cpu_s = name, pid, 0.0
 
 
 @pytest.mark.parametrize("loads", [True, False])
-def test_a_hit_that_was_none_is_no_figure(tmp_path, monkeypatch, loads):
+@pytest.mark.parametrize("lmcache", [True, False])
+def test_a_hit_that_was_none_is_no_figure(tmp_path, monkeypatch, loads, lmcache):
     """A time to first token counts only if the engine says that it loaded the prompt."""
     (tmp_path / "config.json").write_text(
         json.dumps({"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8})
     )
-    engine, counted = Engine(loads), iter(range(0, 1 << 20, 128 if loads else 1))
-    monkeypatch.setattr(offload_engines, "start_engine", lambda *_: engine)
+    counted = iter(range(0, 1 << 20, 128 if loads else 1))
+    monkeypatch.setattr(offload_engines, "start_engine", lambda _fleet, name, *_: Engine(name))
+    monkeypatch.setattr(offload_engines, "start_lmcache", lambda _: 1)
     monkeypatch.setattr(offload_engines, "empty_prefix_cache", lambda _: None)
     monkeypatch.setattr(offload_engines, "counted", lambda *_: next(counted))
     monkeypatch.setattr(offload_engines, "SETTLED_S", 0.0)
-    seconds = iter([1.0] + [2.0, 0.5] * 50)
-    monkeypatch.setattr(offload_engines, "first_token_s", lambda *_: next(seconds))
+    monkeypatch.setattr(offload_engines, "first_token_s", lambda *_: 1.0)
     if not loads:
         with pytest.raises(RuntimeError, match="tokens_from_host"):
-            offload_engines.hits(tmp_path, [200], 3, tmp_path)
+            offload_engines.hits(tmp_path, [200], 3, tmp_path, lmcache)
         return
-    rows = offload_engines.hits(tmp_path, [200], 3, tmp_path)
-    assert [row.source for row in rows] == ["recompute", "memory", "disk"]
+    rows = offload_engines.hits(tmp_path, [200], 3, tmp_path, lmcache)
+    sources = ["recompute", "device", "memory", "disk"] + ["LMCache, memory"] * lmcache
+    assert [row.source for row in rows] == sources
 
 
-def test_throughput_is_compared_round_by_round(tmp_path, monkeypatch):
+def test_a_counter_is_read_with_its_label(monkeypatch):
+    text = b"""# HELP one x
+one_total{engine="0",source="a"} 3.0
+one_total{engine="0",source="b"} 4.0
+"""
+    monkeypatch.setattr(offload_engines.urllib.request, "urlopen", lambda _: io.BytesIO(text))
+    for name, expected in (("one_total", 7), ('one_total{source="b"}', 4), ("one", 0), ("", 0)):
+        assert offload_engines.counted(Engine("on"), name) == expected
+
+
+@pytest.fixture
+def three_engines(monkeypatch):
+    """Engines whose CPU seconds are known: each round is slower than the one before, for all."""
+    engines, asked = {}, []
+
+    def launch(_fleet, name, *_):
+        engines[name] = Engine(name, len(engines))
+        return engines[name]
+
+    def answered_s(engine, _model, prompts):
+        asked.append((engine.name, prompts))
+        slow = 1 + len(asked) // 3
+        engine.cpu_s += slow * (1.1 if engine.name == offload_cost.ON else 1.0)
+        return 1.0 * slow
+
+    def session_cpu_s(pid):
+        return next(engine.cpu_s for engine in engines.values() if engine.pid == pid)
+
+    monkeypatch.setattr(offload_cost.Fleet, "wait_up", lambda *_: None)
+    monkeypatch.setattr(offload_cost, "launch_engine", launch)
+    monkeypatch.setattr(offload_cost, "answered_s", answered_s)
+    monkeypatch.setattr(offload_cost, "session_cpu_s", session_cpu_s)
+    monkeypatch.setattr(offload_cost, "counted", lambda _, name: 5e6 * ("store" in name))
+    return asked
+
+
+def test_cost_is_compared_round_by_round_beside_an_engine_like_the_other(three_engines, tmp_path):
     """Rounds in which the whole machine is slow do not change the ratio."""
-    names = iter(["on", "off"])
-    runs = []
+    on, again = offload_cost.cost(tmp_path, 9, 2)
+    assert (on.engine, again.engine) == ("offloading", "without, again")
+    assert on.rounds == 9
+    assert on.stored_mb == 5.0
+    assert abs(on.cpu.p50 - 1.1) < 0.1
+    assert on.cpu_low <= on.cpu.p50 <= on.cpu_high
+    assert abs(again.cpu.p50 - 1) < 0.1
+    names = [name for name, _ in three_engines]
+    assert names[:3] != names[3:6]
+    assert sorted(names[:3]) == sorted(names[3:6]), "who begins moves on"
+    for first in range(0, len(names), 3):
+        given = [prompts for _, prompts in three_engines[first : first + 3]]
+        assert given[0] == given[1] == given[2]
 
-    def start(_fleet, name, *_):
-        engine = Engine(True)
-        engine.name = next(names)
-        assert engine.name == name
-        return engine
 
-    def load_once(engine, _model, _requests, _tokens, turn):
-        runs.append((turn, engine.name))
-        rate = 100.0 / (1 + turn)
-        return (rate * 0.9, 11.0) if engine.name == "on" else (rate, 10.0)
+def test_what_an_engine_does_after_its_answers_counts(three_engines, monkeypatch, tmp_path):
+    """KV that is stored while another engine has its turn."""
+    real = offload_cost.answered_s
 
-    monkeypatch.setattr(offload_engines, "start_engine", start)
-    monkeypatch.setattr(offload_engines, "load_once", load_once)
-    monkeypatch.setattr(offload_engines, "counted", lambda _, name: 5e6 * ("store" in name))
-    found = offload_engines.cost(tmp_path, 3, 8, (512, 32), together=False)
-    assert (found.throughput_ratio, found.cpu_ratio, found.stored_mb) == (0.9, 1.1, 5.0)
-    assert (found.throughput_low, found.throughput_high) == (0.9, 0.9)
-    assert found.off_spread > 0
-    assert [name for _, name in runs] == ["off", "on", "on", "off"] * 2
-    monkeypatch.setattr(offload_engines, "counted", lambda *_: 1.0)
-    names = iter(["on", "off"])
+    saving = []
+
+    def answered_s(engine, *rest):
+        taken_s = real(engine, *rest)
+        while saving and engine.name != offload_cost.ON:
+            saving.pop().cpu_s += 10.0
+        if engine.name == offload_cost.ON:
+            saving.append(engine)
+        return taken_s
+
+    monkeypatch.setattr(offload_cost, "answered_s", answered_s)
+    on, _ = offload_cost.cost(tmp_path, 5, 2)
+    assert on.cpu_low > 1.5
+
+
+def test_a_load_is_no_cost_at_no_hits(three_engines, monkeypatch, tmp_path):
+    monkeypatch.setattr(offload_cost, "counted", lambda *_: 1.0)
     with pytest.raises(RuntimeError, match="expected none"):
-        offload_engines.cost(tmp_path, 1, 8, (512, 32), together=False)
+        offload_cost.cost(tmp_path, 2, 2)
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    rng, inside = random.Random(1), 0
+    for _ in range(400):
+        low, high = offload_cost.median_within([rng.gauss(1.0, 0.05) for _ in range(30)])
+        inside += low <= 1.0 <= high
+    assert 0.92 < inside / 400 < 0.99
