@@ -140,6 +140,8 @@ class Fetch:
     needed_from: tuple[int, ...] = ()
     """Per group: tokens before this one need not be had, for no window sees them; () for none.
     Cells of the blocks that are left over, and those after ``tokens``, are filled all the same."""
+    chained: bool = False
+    """Others may stand in for its source; who orders it says what becomes of the whole load."""
 
 
 @dataclass(frozen=True)

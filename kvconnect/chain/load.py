@@ -26,9 +26,14 @@ from kvconnect.chain.plan import Hop, LoadPlan, Rates, SourceRate
 from kvconnect.offload.jobs import Fill
 from kvconnect.orders import Cancel, Fetch, Offer, Release
 from kvconnect.stats import PeerRead
+from kvconnect.telemetry.failed_loads import log_failed_load
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
+REMEDY = (
+    "what is lost is computed again; `kvconnect doctor --peer HOST:PORT` looks at a peer, and "
+    "vllm:kvconnect_offload_* at what is stored"
+)
 PEER_S = 1 / 2e9  # per byte, as stores' below: guesses, until the first loads were measured
 STORES_S = {"host": 1 / 5e9, "disk": 1 / 1e9, "beside": 1 / 4e9}
 TOKENS_FROM = {
@@ -252,7 +257,7 @@ class ChainLoader:
         offer = dict(loading.order.offers)[peer]
         name = f"{loading.order.request_id}#{next(self._names)}"
         self._fetches[name] = _RunningHop(loading, hop, self._clock())
-        fetch = Fetch(name, offer.source, blocks, offer.tokens, offer.digest)
+        fetch = Fetch(name, offer.source, blocks, offer.tokens, offer.digest, chained=True)
         self._carriers.ask(peer, fetch)
 
     def _hop_ended(self, going: _RunningHop, ended_s: float) -> None:
@@ -294,7 +299,7 @@ class ChainLoader:
         self.counts["fallbacks"] += len(plan.fell_back)
         self.counts["pieces_failed"] += len(plan.failed)
         self.counts["tokens_lost"] += sum(order.units[n].tokens for n in plan.failed)
-        if not (plan.fell_back or plan.failed):
+        if not (plan.fell_back or plan.failed) or loading.aborted:
             return
         stood_in = Counter(
             (hop.source, other.source) for hop, other in plan.fell_back for _ in other.chunks
@@ -302,10 +307,11 @@ class ChainLoader:
         parts = [f"{n} from {new} that {old} failed" for (old, new), n in stood_in.items()]
         if plan.failed:
             parts.append(f"{len(plan.failed)} that nobody could give, to be computed again")
-        logger.warning(
-            "request %s: of %d chunks %s (%s)",
-            order.request_id,
-            len(order.units),
-            ", ".join(parts),
-            "; ".join(f"{source}: {why}" for source, why in loading.problems.items()),
-        )
+        reasons = "; ".join(f"{source}: {why}" for source, why in loading.problems.items())
+        told = f"of {len(order.units)} chunks {', '.join(parts)} ({reasons})"
+        if plan.failed:
+            firsts = [one.source.shards[:1] for _, one in order.offers]
+            peers = ",".join(str(rank) for ranks in firsts for rank in ranks) or "none"
+            log_failed_load(order.request_id, told, peers, "chain", "sources", REMEDY)
+        else:
+            logger.warning("request %s: %s", order.request_id, told)

@@ -4,17 +4,15 @@ A cause is few enough to be a label of a metric, and says whose fault it is: the
 """
 
 import enum
-import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvconnect.control import wire
 from kvconnect.control.peer import Peer
 from kvconnect.stats import Stats, labelled
+from kvconnect.telemetry.failed_loads import log_failed_load
 
 if TYPE_CHECKING:
     from kvconnect.consumer.fetch import FetchState
-
-logger = logging.getLogger(f"vllm.{__name__}")
 
 TRANSFER, HANDSHAKE = "num_failed_transfers", "num_failed_handshakes"
 
@@ -99,12 +97,11 @@ def count_failure(stats: Stats, cause: FailureCause) -> None:
 
 
 def log_failure(fetch: "FetchState") -> None:
-    """One line of a load that failed: who, from whom, how, why and what to do."""
-    logger.warning(
-        'request %s: KV was not loaded: %s [peer=%s path=%s cause=%s remedy="%s"]',
+    """A fetch that was all of its request's load has failed."""
+    log_failed_load(
         fetch.order.request_id,
         fetch.error,
-        fetch.remote.peers[0],
+        str(fetch.remote.peers[0]),
         fetch.path or "none",
         fetch.cause.label,
         fetch.cause.value.remedy,

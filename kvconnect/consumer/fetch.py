@@ -233,7 +233,8 @@ class Fetcher:
             self._stats.count("num_streamed_transfers")
         if fetch.error and not fetch.aborted:
             self._failed[request_id] = fetch.error
-            log_failure(fetch)
+            if not fetch.order.chained:
+                log_failure(fetch)
 
     # -- one fetch ----------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from kit.engines import Engine, World
+from kit.log_lines import failed_loads
 
 from kvconnect.chain.load import CancelLoad, ChainedLoad, ChainLoader, LoadDone, LoadUnit
 from kvconnect.chain.plan import Rates
@@ -154,8 +155,11 @@ def test_the_lease_stays_open_for_what_the_store_turns_out_not_to_have(world, pr
     assert decode.declined == []
 
 
-def test_a_peer_that_dies_amid_its_fetch_is_made_up_for_by_the_store(world, prefill):
-    """What the store was not asked for at first, it is asked for then; the rest is lost."""
+def test_a_peer_that_dies_amid_its_fetch_is_made_up_for_by_the_store(world, prefill, caplog):
+    """What the store was not asked for at first, it is asked for then; the rest is lost.
+
+    The peer's fetch used to say that KV was not loaded, and the load then once more, elsewise.
+    """
     decode = Decode(world, prefill, Rates({"host": 1.0, "peer": 0.0}))
     decode.engine.transports[0].plan(Fault.HANGS)
     lease = prefill.lend("p", [3, 5, 8, 1], SEED)
@@ -170,6 +174,10 @@ def test_a_peer_that_dies_amid_its_fetch_is_made_up_for_by_the_store(world, pref
     assert decode.chained.counts["fallbacks"] == 1
     assert decode.chained.counts["pieces_failed"] == 2
     assert decode.chained.counts["tokens_lost"] == 2
+    (line,) = failed_loads(caplog)
+    assert (line["request"], line["path"], line["cause"]) == ("d", "chain", "sources")
+    assert line["peer"] == str(prefill.movers[0].address)
+    assert "2 that nobody could give" in line["error"] and "peer: " in line["error"]
 
 
 def test_what_nobody_needed_of_the_store_is_declined(world, prefill):
@@ -182,7 +190,7 @@ def test_what_nobody_needed_of_the_store_is_declined(world, prefill):
     assert decode.holds(BLOCKS)
 
 
-def test_an_aborted_load_ends_without_another_source_and_frees_the_lease(world, prefill):
+def test_an_aborted_load_ends_without_another_source_and_frees_the_lease(world, prefill, caplog):
     decode = Decode(world, prefill)
     decode.hold, decode.broken = True, {101}
     lease = prefill.lend("p", [3, 5, 8, 1], SEED)
@@ -198,6 +206,7 @@ def test_an_aborted_load_ends_without_another_source_and_frees_the_lease(world, 
     decode.hold = False
     decode.go_on(40, seconds=0.5)
     assert [one.request_id for one in decode.ended] == ["d"]
+    assert not failed_loads(caplog), "nobody wants it any more"
     assert sum(isinstance(o, Cancel) for o in decode.orders) == 1
     assert len(decode.engine.transports[0].submitted) == 1
 

@@ -1,10 +1,10 @@
 """A load that failed says so once: by cause in the metrics, and in one line of the log."""
 
 import logging
-import re
 
 import pytest
 from kit.engines import Engine, World
+from kit.log_lines import failed_loads
 
 from kvconnect.consumer.failures import FailureCause
 from kvconnect.control import wire
@@ -17,10 +17,6 @@ from kvconnect_bench.caches import Model
 MODEL = Model(layers=2, heads=4, block_tokens=16, content=512, itemsize=2)
 TABLE = tuple(range(11, -1, -1))
 PLACES = tuple(enumerate(range(12)))
-LINE = re.compile(
-    r"request (?P<request>\S+): KV was not loaded: (?P<error>.+) \[peer=(?P<peer>\S+) "
-    r'path=(?P<path>\S+) cause=(?P<cause>\S+) remedy="(?P<remedy>.+)"\]'
-)
 
 
 class FailingPair:
@@ -45,9 +41,8 @@ class FailingPair:
         return {key.partition("|")[2] for key in told if key.startswith("num_failed_loads|")}
 
     def line(self):
-        said = [LINE.search(record.getMessage()) for record in self.caplog.records]
-        (found,) = filter(None, said)
-        return found.groupdict()
+        (found,) = failed_loads(self.caplog)
+        return found
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Loads of one rank: each ends once, and why it failed is in the log with the request's id."""
 
 import pytest
+from kit.log_lines import failed_loads
 
 from kvconnect.vllm.offload.loads import RunningLoads
 
@@ -27,14 +28,15 @@ def test_why_it_failed_is_logged_with_the_requests_id(caplog, order):
     for number in order:
         loads.done(number, errors[number])
     assert loads.take() == ({"r"}, {"r"})
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        "request r: KV was not loaded: 1 of 3 chunks: not read: I/O error"
-    )
+    (line,) = failed_loads(caplog)
+    assert line["request"] == "r" and line["error"] == "1 of 3 chunks: not read: I/O error"
+    assert (line["peer"], line["path"], line["cause"]) == ("none", "store", "stored")
+    assert line["remedy"]
 
 
 def test_what_cannot_even_be_started_has_failed_at_once(caplog):
     loads = RunningLoads()
     loads.begin("r", [], "memory has no room for 2 chunks on disk")
     assert loads.take() == ({"r"}, {"r"})
-    assert "request r: KV was not loaded: memory has no room" in caplog.text
+    (line,) = failed_loads(caplog)
+    assert line["error"] == "memory has no room for 2 chunks on disk"

@@ -5,11 +5,12 @@
   reasons the first is logged.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-logger = logging.getLogger(f"vllm.{__name__}")
+from kvconnect.telemetry.failed_loads import log_failed_load
+
+REMEDY = "it is computed again; if more fail, see the disk's and memory's health on this host"
 
 
 @dataclass
@@ -62,4 +63,4 @@ class RunningLoads:
         if load.problem:
             self._failed.add(request_id)
             which = f"{load.failed} of {load.chunks} chunks: " if load.failed else ""
-            logger.warning("request %s: KV was not loaded: %s%s", request_id, which, load.problem)
+            log_failed_load(request_id, which + load.problem, "none", "store", "stored", REMEDY)
