@@ -59,6 +59,9 @@ def proxy(
     ),
     seconds: Annotated[float, typer.Option(help="How long each is measured.")] = 5,
     turns: Annotated[int, typer.Option(min=1, help="How often; medians are shown.")] = 3,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Of kvconnect proxy, that share a port (`--reuse-port`).")
+    ] = 1,
     out: options.Json = None,
 ) -> None:
     """Latency that a proxy adds and its requests a second, over engines that do nothing."""
@@ -67,13 +70,13 @@ def proxy(
     counts = [int(count) for count in connections.split(",")]
     console = Console()
     with contextlib.ExitStack() as stack:
-        routers = stack.enter_context(_routers())
+        routers = stack.enter_context(_routers(processes))
         measured: dict[tuple[str, int], list[Figures]] = {}
         for turn in range(turns):
             for count in counts:
-                for name, server in routers.items():
+                for name, servers in routers.items():
                     with console.status(f"turn {turn + 1} of {turns}: {name}, {count}"):
-                        figures = _measure(name, server, count, seconds)
+                        figures = _measure(name, servers, count, seconds)
                     measured.setdefault((name, count), []).append(figures)
     rows = rows_of(measured)
     console.print(_table(rows))
@@ -82,19 +85,26 @@ def proxy(
 
 
 @contextlib.contextmanager
-def _routers() -> Iterator[dict[str, Server]]:
-    """By name, the engines themselves among them."""
+def _routers(processes: int) -> Iterator[dict[str, list[Server]]]:
+    """By name, the engines themselves among them; all of a name share a port."""
     with TemporaryDirectory() as logs, Fleet(Path(logs)) as fleet:
         env = dict(os.environ)
         engines = fleet.start("engines", _engine, env)
         fleet.wait_up([engines], 60)
         # two names of one process: a core is left to the router
         urls = [f"--prefill={engines.url}", f"--decode={engines.url.replace(HOST, 'localhost')}"]
-        started: dict[str, Server] = {OURS: fleet.start("ours", _ours(urls), env)}
+        command = _ours([*urls, "--reuse-port"])
+        ours = [fleet.start("ours", command, env)]
+        port = _port_of(ours[0])
+        for number in range(1, processes):
+            log = Path(logs) / f"ours-{number}.log"
+            ours.append(Server("ours", command(port), port=port, log=log, env=env))
+        fleet.servers += ours[1:]
+        started = {OURS: ours}
         if importlib.util.find_spec("vllm_router"):
-            started[RUST] = fleet.start("rust", _rust(urls), env)
-        fleet.wait_up(list(started.values()), 60)
-        yield {FLOOR: engines} | started
+            started[RUST] = [fleet.start("rust", _rust(urls), env)]
+        fleet.wait_up([server for servers in started.values() for server in servers], 60)
+        yield {FLOOR: [engines]} | started
 
 
 def _engine(port: int) -> list[str]:
@@ -118,8 +128,16 @@ def _rust(urls: list[str]) -> Callable[[int], list[str]]:
     ]
 
 
-def _measure(name: str, server: Server, connections: int, seconds: float) -> Figures:
-    port = int(server.url.rsplit(":", 1)[1])
+def _port_of(server: Server) -> int:
+    return int(server.url.rsplit(":", 1)[1])
+
+
+def _cpu_s(servers: list[Server]) -> float:
+    return sum(sum(thread_cpu_s(server.pid).values()) for server in servers)
+
+
+def _measure(name: str, servers: list[Server], connections: int, seconds: float) -> Figures:
+    port = _port_of(servers[0])
     asked = [request(port, BODY)]
     if name == FLOOR:
         asked = [
@@ -127,9 +145,9 @@ def _measure(name: str, server: Server, connections: int, seconds: float) -> Fig
             for params in ({"do_remote_decode": True}, PARAMS)
         ]
     load = HttpLoad(port, asked)
-    before = sum(thread_cpu_s(server.pid).values())
+    before = _cpu_s(servers)
     rate = load.run(connections, seconds)
-    used_s = sum(thread_cpu_s(server.pid).values()) - before
+    used_s = _cpu_s(servers) - before
     cuts = statistics.quantiles(load.latencies_s, n=100) if len(load.latencies_s) > 1 else [0] * 99
     return Figures(
         rate, cuts[49] * 1e3, cuts[98] * 1e3, used_s / max(load.answered, 1) * 1e6, load.failed

@@ -185,6 +185,53 @@ def test_nobody_waits_for_an_engine_that_was_removed(clock):
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
+def test_who_is_cancelled_while_its_engine_is_given_up_is_cancelled(clock):
+    """Its client went in the same moment: nobody is left for whom another engine could be asked."""
+
+    async def scenario() -> None:
+        pool = Pool(["a"], clock)
+
+        async def ask() -> None:
+            with pool.patience("a"):
+                await asyncio.Event().wait()
+
+        asking = asyncio.create_task(ask())
+        await asyncio.sleep(0)
+        pool.give_up("a")
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_who_was_given_up_can_wait_for_another_engine_within_a_deadline(clock):
+    """A cancellation that is left over would end the next wait, or hide that a deadline passed."""
+
+    async def scenario() -> None:
+        pool = Pool(["a", "b"], clock)
+
+        async def wait_for(url: str) -> None:
+            with pool.patience(url):
+                await asyncio.Event().wait()
+
+        async def ask() -> None:
+            async with asyncio.timeout(0.05):
+                with pytest.raises(TimeoutError, match="given up"):
+                    await wait_for("a")
+                await wait_for("b")
+
+        asking = asyncio.create_task(ask())
+        await asyncio.sleep(0)
+        pool.give_up("a")
+        with pytest.raises(TimeoutError) as late:
+            await asking
+        assert not str(late.value)  # asyncio's own: the deadline, and not the engine
+        assert not asking.cancelling()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 def test_an_engine_may_be_given_up_again_while_its_connections_close(clock):
     """The second time used to raise, which ended the watch over all engines."""
 

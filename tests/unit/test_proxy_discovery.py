@@ -24,6 +24,7 @@ from kvconnect.proxy.app import start
 from kvconnect.proxy.config import make_config
 from kvconnect.proxy.discovery import Discovery, finder
 from kvconnect.proxy.pool import Pool
+from kvconnect.proxy.session import EngineSession, UnreachedError
 
 KEY = {"Authorization": "Bearer operator"}
 
@@ -363,6 +364,42 @@ def test_a_source_that_names_no_engines_is_refused_at_start(url):
 
 
 # --- TLS and several workers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_engines_over_tls_are_asked_only_if_they_are_who_they_say(trusted, tmp_path, monkeypatch):
+    pem = certificate(tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(pem)
+
+    async def scenario() -> None:
+        asked: list[web.Request] = []
+
+        async def healthy(request: web.Request) -> web.Response:
+            asked.append(request)
+            return web.Response(text="x" * 100_000)
+
+        app = web.Application()
+        app.router.add_get("/health", healthy)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        url = f"https://127.0.0.1:{runner.addresses[0][1]}"
+        with contextlib.closing(EngineSession(10, None)) as engines:
+            if trusted:
+                for _ in range(2):
+                    answer, body = await engines.whole("GET", url, "/health", 10)
+                    assert (answer.status, len(body)) == (200, 100_000)
+                assert len({request.transport for request in asked}) == 1
+            else:
+                with pytest.raises(UnreachedError, match="certificate verify failed"):
+                    await engines.whole("GET", url, "/health", 10)
+                assert not asked
+        await runner.cleanup()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_clients_come_over_tls(tmp_path):
