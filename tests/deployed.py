@@ -74,7 +74,7 @@ def check_command(argv):
 
 
 def check_connector(config):
-    name, options = config["kv_connector"], config["kv_connector_extra_config"] or {}
+    name, options = config["kv_connector"], config.get("kv_connector_extra_config") or {}
     connector = getattr(kvconnect.vllm, name)
     assert config["kv_role"] in ("kv_producer", "kv_consumer", "kv_both")
     if "connectors" in options:

@@ -6,7 +6,11 @@
 import ast
 import functools
 import importlib.util
+import itertools
+import json
 import re
+import subprocess
+import tomllib
 
 import pytest
 import typer
@@ -67,6 +71,41 @@ def test_python_runs_but_for_what_starts_an_engine(snippet):
         runs += [] if engine else [statement]
     code = compile(ast.Module(runs, []), f"{snippet.page}:{snippet.line}", "exec")
     exec(code, {"pytest": pytest})
+
+
+PROGRAMS = {".", "bash", "cd", "curl", "docker", "export", "for", "git", "helm", "kubectl"}
+PROGRAMS |= {"kvconnect", "make", "openssl", "pip", "promtool", "python", "tc", "vllm"}
+
+
+def is_shell(snippet):
+    """Whether somebody may paste it: it says so, or its first line begins with a program."""
+    first = re.match(r"(?:[A-Z_0-9]+=\S+ )*(?:\$ )?(\S+)", snippet.text.lstrip())
+    plain = snippet.language == "" and first is not None and first[1] in PROGRAMS
+    return plain or snippet.language in ("sh", "bash")
+
+
+SHELL = [s for page in pages.PAGES for s in pages.snippets(page) if is_shell(s)]
+
+
+@pytest.mark.parametrize("snippet", SHELL, ids=lambda s: f"{s.page}:{s.line}")
+def test_a_shell_takes_what_is_shown_to_be_pasted(snippet):
+    """`test_commands_and_their_options_exist` looks at the words."""
+    ran = subprocess.run(["bash", "-n"], input=snippet.text, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_bodies_that_are_posted_are_json_and_tables_toml():
+    posted = 0
+    for page in pages.PAGES:
+        for line, words in pages.commands(page):
+            for flag, body in itertools.pairwise(words):
+                if words[0] == "curl" and flag in ("-d", "--data", "--json"):
+                    posted += 1
+                    assert isinstance(json.loads(body), dict), f"{pages.name_of(page)}:{line}"
+        for snippet in pages.snippets(page):
+            if snippet.language == "toml":
+                tomllib.loads(snippet.text)
+    assert posted >= 5 and len(SHELL) >= 30
 
 
 CONFIGS = [(page, *found) for page in pages.PAGES for found in pages.configs(page)]
