@@ -52,6 +52,13 @@ test-ray: setup ## our backends in the real Ray Serve LLM, then engines in it (h
 ui-shots: setup ## the proxy's page in Chromium: what it shows, accessibility; screenshots into docs/img
 	@$(RUN) KVCONNECT_UI_SHOTS=docs/img tests/ui.sh -m pytest -q -s --timeout=600 tests/unit/test_ui_in_a_browser.py $(ARGS)
 
+.PHONY: test-start test-proxy
+test-start: setup ## docs/start-cpu.md followed word by word, to /ui of real engines in Chromium; pictures (two minutes)
+	@$(RUN) PYTHONPATH=tests tests/ui.sh tests/e2e/start_page.py --shots docs/img $(ARGS)
+
+test-proxy: setup ## what docs/proxy.md promises, at real engines: engines come, go, hang; prefixes, queues, deadlines (three minutes)
+	@$(RUN) python tests/e2e/proxy_features.py $(ARGS)
+
 crash: setup ## kill -9 during stores
 	@$(RUN) python tests/unit/killing.py --times 200 && \
 	    python tests/unit/killing.py --times 50 --share

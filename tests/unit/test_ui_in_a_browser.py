@@ -5,34 +5,24 @@
 
 import asyncio
 import contextlib
-import io
 import itertools
-import json
 import os
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, web
-from PIL import Image
 from test_proxy_app import PARAMS, Engine
 
 from kvconnect.proxy.app import start
 from kvconnect.proxy.config import make_config
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
+opened = pytest.importorskip("kit.browser", reason="no Playwright: `make ui-shots` has it")
+if opened.chromium() is None:
     pytest.skip("no chromium (Debian: apt-get install chromium)", allow_module_level=True)
-playwright = pytest.importorskip(
-    "playwright.async_api", reason="no Playwright: `make ui-shots` has it"
-)
-axe = pytest.importorskip("axe_playwright_python.async_playwright")
 
 SHOTS = os.environ.get("KVCONNECT_UI_SHOTS")
-LARGEST_SHOT = 150_000
 HOSTILE = "<img src=x onerror=hacked=1>"
-WCAG = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
 ROLES = ("table", "rowgroup", "row", "columnheader", "rowheader", "cell")
 
 
@@ -154,11 +144,6 @@ async def serving() -> AsyncIterator[str]:
             await asyncio.gather(*stay)
 
 
-async def log_in(page, key: str = "operator") -> None:
-    await page.get_by_label("Admin key").fill(key)
-    await page.get_by_role("button", name="Show").click()
-
-
 async def shown(page) -> None:
     """Until engines were read twice, and requests are there."""
     for table in ("engines", "running", "transfers", "held", "tiers", "errors", "recent"):
@@ -166,44 +151,11 @@ async def shown(page) -> None:
     await page.get_by_text("staged").first.wait_for(timeout=60_000)
 
 
-@contextlib.asynccontextmanager
-async def browser() -> AsyncIterator:
-    async with playwright.async_playwright() as driver:
-        # a container's root may not have the sandbox
-        args = ["--no-sandbox", "--force-color-profile=srgb"]
-        made = await driver.chromium.launch(executable_path=CHROMIUM, args=args)
-        try:
-            yield made
-        finally:
-            await made.close()
-
-
-async def accessible(page, name: str) -> None:
-    """No violation of WCAG 2.1 A and AA that axe can find."""
-    found = await axe.Axe().run(page, options=WCAG)
-    rules = len(found.response["passes"])
-    faults = [
-        (rule["id"], [node["html"][:200] for node in rule["nodes"]])
-        for rule in found.response["violations"]
-    ]
-    unsure = [rule["id"] for rule in found.response["incomplete"]]
-    print(f"axe, {name}: {rules} rules passed, {len(faults)} violated, {unsure or 'none'} unsure")
-    assert not faults, json.dumps(faults, indent=1)
-    assert rules >= 10
-
-
-async def shot(page, name: str, folder: Path) -> None:
-    path = folder / f"ui-{name}.png"
-    taken = await page.screenshot()
-    Image.open(io.BytesIO(taken)).quantize(128).save(path, optimize=True)
-    assert path.stat().st_size < LARGEST_SHOT, path
-
-
 async def keeps_strangers_out(page, base: str) -> None:
     await page.goto(f"{base}/ui")
     assert await page.evaluate("document.activeElement.id") == "key"
-    await accessible(page, "key asked for")
-    await log_in(page, "wrong")
+    await opened.accessible(page, "key asked for")
+    await opened.log_in(page, "wrong")
     await page.get_by_text("This key is not the proxy's admin key.").wait_for()
     assert await page.locator("#main").is_hidden()
 
@@ -277,27 +229,19 @@ def test_the_page_as_people_meet_it(tmp_path):
     folder.mkdir(parents=True, exist_ok=True)
 
     async def scenario() -> None:
-        async with serving() as base, browser() as chromium:
-            for name, scheme, width, height in (
-                ("light", "light", 1280, 1500),
-                ("dark", "dark", 1280, 1500),
-                ("phone", "light", 360, 1500),
-            ):
-                context = await chromium.new_context(
-                    color_scheme=scheme,
-                    viewport={"width": width, "height": height},
-                    reduced_motion="reduce" if name == "phone" else "no-preference",
-                )
+        async with serving() as base, opened.browser() as chromium:
+            for name, scheme, width in opened.LOOKS:
+                context = await opened.context(chromium, name, scheme, width)
                 page, asked, faults = await context.new_page(), [], []
                 page.on("request", lambda request, asked=asked: asked.append(request.url))
                 page.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
                 page.set_default_timeout(60_000)
                 await keeps_strangers_out(page, base)
-                await log_in(page)
+                await opened.log_in(page)
                 await shown(page)
                 await says_all(page)
-                await accessible(page, name)
-                await shot(page, name, folder)
+                await opened.accessible(page, name)
+                await opened.shot(page, name, folder)
                 wide = await page.evaluate("document.documentElement.scrollWidth")
                 assert wide <= width, f"{wide - width} pixels are out of sight"
                 moving = "getComputedStyle(document.querySelector('#running .bar i:last-child'))"
