@@ -42,7 +42,7 @@ test-deploy: setup ## deploy/: charts rendered, objects and arguments valid (or 
 	@$(RUN) python tests/render_deploy.py
 
 test-observability: setup ## a real Prometheus at real engines: every query of the dashboard; a trace (three minutes)
-	@$(RUN) python tests/e2e/observability.py $(ARGS)
+	@$(RUN) python tests/e2e/observability.py --picture docs/img/dashboard.png $(ARGS)
 
 test-ray: setup ## our backends in the real Ray Serve LLM, then engines in it (half an hour, 9 GB)
 	@$(RUN) tests/ray.sh -m pytest -q --timeout=600 tests/unit/test_ray_serve.py

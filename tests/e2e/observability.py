@@ -1,11 +1,14 @@
 """A real Prometheus at real engines: all queries of the dashboard have data, a request is a trace.
 
-    python tests/e2e/observability.py [SECONDS]    # within which all queries must have data
+    python tests/e2e/observability.py [SECONDS] [--picture FILE]
 
-Needs Debian's package `prometheus`. Prints a line of JSON for each query, the trace of a request
-with its spans and times, and exits with 1 if anything is missing.
+Needs Debian's package `prometheus`. Within SECONDS all queries must have data. Prints a line of
+JSON for each query, the trace of a request with its spans and times; what the dashboard's panels
+show goes to FILE. Exits with 1 if anything is missing.
 """
 
+import argparse
+import functools
 import http.server
 import json
 import math
@@ -24,6 +27,7 @@ from conftest import HERE, model
 from nursery import Nursery
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from pair import Client, words
+from panels import draw
 from xpyd import free_port
 
 from kvconnect.cli.engines import (
@@ -177,9 +181,10 @@ def show(spans):
         print(f"{name:<30} {began / 1e6:9.1f} ms … {ended / 1e6:9.1f} ms", flush=True)
 
 
-def watch(servers, proxy, keepers, receiver, folder, within_s):
+def watch(servers, proxy, keepers, receiver, folder, within_s, picture):
     """Work until all that is looked for is there; the queries that lack data, and the rules."""
     metrics, url = prometheus(folder, servers, proxy)
+    began = time.time()
     try:
         deadline, number, lacking = time.monotonic() + within_s, 0, QUERIES
         while (lacking or receiver.whole() is None) and time.monotonic() < deadline:
@@ -190,6 +195,10 @@ def watch(servers, proxy, keepers, receiver, folder, within_s):
         for title, expression in QUERIES:
             row = {"panel": title, "query": expression, "values": values(url, expression)}
             print(json.dumps(row), flush=True)
+        if picture is not None:
+            ask = functools.partial(asked, url)
+            shown = draw(ask, DASHBOARD, began, time.time(), picture)
+            print(f"{picture}: {shown} panels show something")
         groups = (asked(url, "rules") or {"groups": []})["groups"]
         return lacking, [rule for group in groups for rule in group["rules"]]
     finally:
@@ -198,7 +207,10 @@ def watch(servers, proxy, keepers, receiver, folder, within_s):
 
 
 def main():
-    within_s = float(sys.argv[1]) if len(sys.argv) > 1 else 180.0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("seconds", nargs="?", type=float, default=180.0)
+    parser.add_argument("--picture", type=Path)
+    given = parser.parse_args()
     receiver = SpanReceiver()
     with (
         Nursery() as nursery,
@@ -206,7 +218,7 @@ def main():
         Fleet(Path(folder) / "logs", nursery.launch) as fleet,
     ):
         started = engines(fleet, receiver.endpoint)
-        lacking, rules = watch(*started, receiver, Path(folder), within_s)
+        lacking, rules = watch(*started, receiver, Path(folder), given.seconds, given.picture)
     trace = receiver.whole()
     healthy = sum(rule["health"] == "ok" for rule in rules)
     print(f"{len(QUERIES) - len(lacking)} of {len(QUERIES)} queries have data")
