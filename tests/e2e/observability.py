@@ -58,6 +58,8 @@ SPANS = {
     "kvconnect.verify",
 }
 VLLM_SPAN = "llm_request"
+PICTURED_S = 75.0
+"""How much of the time a picture shows, at least."""
 
 
 class SpanReceiver:
@@ -187,7 +189,10 @@ def watch(servers, proxy, keepers, receiver, folder, within_s, picture):
     began = time.time()
     try:
         deadline, number, lacking = time.monotonic() + within_s, 0, QUERIES
-        while (lacking or receiver.whole() is None) and time.monotonic() < deadline:
+        drawn = began + (PICTURED_S if picture is not None else 0.0)
+        while (
+            lacking or receiver.whole() is None or time.time() < drawn
+        ) and time.monotonic() < deadline:
             work(proxy, keepers, number)
             number += 1
             if number % 3 == 0:

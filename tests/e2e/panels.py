@@ -42,7 +42,7 @@ def draw(ask: Ask, dashboard: dict[str, Any], began_s: float, until_s: float, pa
         else:
             rows.append((section, panel))
     height = math.ceil(len(rows) / COLUMNS)
-    figure, axes = plt.subplots(height, COLUMNS, figsize=(4.2 * COLUMNS, 2.3 * height), dpi=72)
+    figure, axes = plt.subplots(height, COLUMNS, figsize=(4.2 * COLUMNS, 2.3 * height), dpi=84)
     shown = 0
     for plot, (section, panel) in zip(axes.flat, rows, strict=False):
         shown += _panel(plot, section, panel, lambda e: _series(ask, e, began_s, until_s))
@@ -69,9 +69,10 @@ def _panel(plot: Any, section: str, panel: dict[str, Any], series: Callable[...,
     plot.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
     plot.xaxis.set_major_locator(plt.MaxNLocator(3))
     plot.tick_params(labelsize=6)
-    plot.set_ylim(bottom=0)
+    nothing = plot.get_ylim()[1] <= 0.1 and not any(any(one.get_ydata()) for one in plot.lines)
+    plot.set_ylim(0, 1 if nothing else None)
     if plot.lines:
-        plot.legend(fontsize=5, loc="upper left", framealpha=0.6)
+        plot.legend(fontsize=5.5, loc="upper left", framealpha=0.6)
     return bool(plot.lines)
 
 

@@ -48,6 +48,8 @@ CACHED = "vllm:prompt_tokens_cached_total"
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 DELAYED_S = 1.0
 """Longer than the longest without a fault: that is a delay."""
+NOTICED_S = 15.0
+"""An engine that says nothing is left out by then: `STUCK_S`, and a look each second."""
 CONVERSATIONS, TURNS = 8, 4
 DEADLINE_S, ENDLESS = 0.7, 1700
 ALONE = f"--min-prefill-tokens={2**31}"
@@ -99,6 +101,7 @@ def stopped(engines: Engines) -> Seen:
         pids = [pid for pid in victim.pids if kind == "whole" or pid != victim.pid]
         row = _with_stopped(proxy, victim, pids, max(usual) + DELAYED_S)
         right &= row["answered"] == 40 and row["delayed"] <= CLIENTS and not row["delayed then"]
+        right &= row["by at most s"] <= NOTICED_S
         seen[kind] = {"without a stop": _seconds(usual), **row}
     return right, seen
 
