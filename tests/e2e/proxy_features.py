@@ -53,7 +53,7 @@ NOTICED_S = 15.0
 CONVERSATIONS, TURNS = 8, 4
 CLEARLY = 1.25
 """By chance one policy finds more than another; sticking finds half as much again."""
-DEADLINE_S, ENDLESS = 0.7, 1700
+DEADLINE_S, ENDLESS, LONG = 0.7, 1700, 500
 ALONE = f"--min-prefill-tokens={2**31}"
 """Of a proxy: decode engines do all themselves."""
 Seen = tuple[bool, dict[str, Any]]
@@ -64,20 +64,23 @@ def come_and_go(engines: Engines) -> Seen:
     prompts = [words(200, seed=n) for n in range(24)]
     right = [engines["d0"].tokens(prompt, 24) for prompt in prompts]
     proxy, after_drain = engines.proxy(["p0"], ["d0"]), 0
-    with Load(proxy, prompts, 24, CLIENTS) as load:
+    with Load(proxy, prompts, 24, CLIENTS) as load, ThreadPoolExecutor(1) as pool:
         load.until_served(engines["d0"], 8)
         for role, old, new in (("decode", "d0", "d1"), ("prefill", "p0", "p1")):
             was, comes = engines[old], engines[new]
+            long = pool.submit(proxy.tokens, words(100, seed=99), LONG)
+            eventually(lambda: len(proxy.looks()["running"]) > CLIENTS, 20, "a long one has begun")
             proxy.order(role, comes)
             load.until_served(comes, 8)
             proxy.order(role, was, drain=True)
             drained_at = time.time()
-            eventually(lambda r=role, e=was: proxy.state(r, e) is None, 30, "it has drained")
             load.until_served(comes, 8)
             after_drain += sum(
                 row[role] == was.server.url and row["began_unix_s"] > drained_at
                 for row in proxy.looks()["recent"]
             )
+            eventually(lambda r=role, e=was: proxy.state(r, e) is None, 60, "it has drained")
+            assert len(long.result()) == LONG, "an engine that drains ends what it has"
             proxy.order(role, was)
             load.until_served(was, 8)
             proxy.remove(role, comes)
