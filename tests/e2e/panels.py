@@ -51,7 +51,9 @@ def draw(ask: Ask, dashboard: dict[str, Any], began_s: float, until_s: float, pa
     figure.tight_layout()
     drawn = io.BytesIO()
     figure.savefig(drawn)
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(96, Image.Quantize.FASTOCTREE).save(
+        path, optimize=True
+    )
     assert path.stat().st_size < LARGEST, f"{path} has {path.stat().st_size} bytes"
     return shown
 
