@@ -11,6 +11,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["*.md", "docs/**/*.md", "examples/*.md", "deploy/**/*.md"]
+SHOWN = re.compile(r"\]\(([^)#:\s]+)")
+"""What a page links to, pictures too."""
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 
@@ -27,7 +29,7 @@ def on_files(files, *, config):
 
 
 def _linked(page):
-    targets = [page.parent / target for _, target, _ in LINK.findall(page.read_text())]
+    targets = [page.parent / target for target in SHOWN.findall(page.read_text())]
     return {found.resolve() for found in targets if found.is_file() and found.suffix != ".md"}
 
 
