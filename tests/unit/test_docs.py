@@ -206,10 +206,20 @@ QUOTES = list(quoted())
 def test_what_troubleshooting_quotes_is_in_a_message_of_the_code(line, quote):
     if re.match("kvconnect doctor|vllm:(?!kvconnect|nixl|kv_offload)", quote):
         return  # a command, which is tested above; vLLM's own
-    if re.fullmatch(r"\w+", quote):  # a counter, a variable
+    if quote.startswith("kvconnect_proxy_"):
+        assert f"`{quote}`" in (ROOT / "docs/metrics.md").read_text(), f"line {line}"
+    elif re.fullmatch(r"\w+", quote):  # a counter, a variable
         assert any(re.search(rf"\b{quote}\b", path.read_text()) for path in CODE), f"line {line}"
     else:
         assert any(quote in one for one in strings()), f"line {line}"
+
+
+@every_page
+def test_metrics_of_the_proxy_that_pages_name_are_told(page):
+    told = set(re.findall(r"^\| `(\w+)`", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE))
+    for name in re.findall(r"kvconnect_proxy_\w+\b(?!\*)", page.read_text()):
+        stem = re.sub(r"_(total|sum|count|bucket)$", "", name)
+        assert stem in told, f"{pages.name_of(page)} names {name}"
 
 
 @every_page
