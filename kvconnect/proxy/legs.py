@@ -366,6 +366,8 @@ class Legs:
         spent = answer.faulty or status in _ELSEWHERE
         if spent:
             decoders.rotate(-1)
+        else:
+            self.placement.answered(url, ask.prompt)
         return _EarlyAnswer(url, answer, refused=400 <= status < 500, spent=spent)
 
     async def _prefill(
