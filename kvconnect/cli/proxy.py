@@ -34,6 +34,14 @@ MinPrefillTokens = Annotated[
         "decode alone; auto: as many as it computes in a hand-over's time, as measured.",
     ),
 ]
+KvEvents = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PORTS",
+        help="Where engines publish KV events (--kv-events-config), by which is known what they "
+        "hold: 5557, 5557-5560 for four ranks, or http://HOST:PORT=tcp://HOST:5557; repeat.",
+    ),
+]
 RetryRatio = Annotated[
     float, typer.Option(min=0, help="How many legs may be asked for again, for each request.")
 ]
@@ -81,6 +89,7 @@ def proxy(
     engine_api_key: EngineKey = None,
     admin_key: AdminKey = None,
     min_prefill_tokens: MinPrefillTokens = "0",
+    kv_events: KvEvents = None,
     retry_ratio: RetryRatio = 0.2,
     max_requests_per_engine: MostRequests = None,
     max_queue: Annotated[
@@ -103,6 +112,7 @@ def proxy(
     settings = dict(locals())
     host, port = settings.pop("host"), settings.pop("port")
     settings["max_body_bytes"] = settings.pop("max_body_mib") * 2**20
+    settings["kv_events"] = kv_events or []
     if min_prefill_tokens.isdecimal():
         settings["min_prefill_tokens"] = int(min_prefill_tokens)
     settings["silence_timeout_s"] = settings.pop("timeout_s")

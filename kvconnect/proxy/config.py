@@ -9,6 +9,7 @@ import msgspec
 from kvconnect.errors import ConfigError
 from kvconnect.proxy.balance import Policy
 from kvconnect.proxy.discovery import SCHEMES, finder
+from kvconnect.proxy.kv_subscriber import endpoints
 
 AtOnce = Literal["never", "auto", "always"]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -37,6 +38,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Which engine of a role is asked first: see ``balance``."""
     min_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] | Literal["auto"] = 0
     """Requests with fewer tokens that decode does not hold go to decode alone: see ``short``."""
+    kv_events: tuple[str, ...] = ()
+    """Where engines publish KV events: see ``kv_subscriber``; none: they are not listened to."""
     retry_ratio: Annotated[float, msgspec.Meta(ge=0)] = 0.2
     """How many legs may be asked for again, for each request: see ``budget``."""
     max_requests_per_engine: Annotated[int, msgspec.Meta(gt=0)] | None = None
@@ -68,6 +71,11 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "ssl_keyfile is set without ssl_certfile, so clients would come over plain HTTP; "
                 "set both, or neither"
             )
+        if self.kv_events and self.policy != "kv-aware" and self.min_prefill_tokens == 0:
+            raise ValueError(
+                "kv_events is set, and nothing asks what engines hold; set policy kv-aware or "
+                "min_prefill_tokens, too, or leave it out"
+            )
         for name in ("api_key", "engine_api_key", "admin_key"):
             key = getattr(self, name)
             if key is not None and (
@@ -92,6 +100,7 @@ def make_config(**settings: object) -> ProxyConfig:
         for text in found:
             finder(text)
         settings[f"find_{role}"] = found
+    endpoints(settings.get("kv_events") or ())  # type: ignore[arg-type]
     try:
         return msgspec.convert(settings, ProxyConfig)
     except ValueError as error:

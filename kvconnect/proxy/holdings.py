@@ -1,4 +1,4 @@
-"""What each engine holds of a prompt: what this proxy sent there lately.
+"""What each engine holds of a prompt: what this proxy sent there lately, or what it publishes.
 
 Does not know engines' HTTP. Time is an injected clock.
 
@@ -6,14 +6,19 @@ Does not know engines' HTTP. Time is an injected clock.
   takes its place before. A wrong guess costs time, and no answer: what an engine no longer has, it
   computes.
 - A decode engine holds its answer, too, which a chat's next turn brings back.
+- An engine that publishes KV events says how much it has of a prompt whose tokens are known
+  (``prompt_tokens``): what all of its ranks hold, as any may get the request.
+  Where it has all of them, what was sent there and what followed is believed, too.
 - Bounded: `REMEMBERED` beginnings of an engine, those used last.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from kvconnect.proxy.kv_events import RankBlocks
 from kvconnect.proxy.policy import BYTES_PER_TOKEN
+from kvconnect.proxy.prompt_tokens import PromptTokens
 from kvconnect.proxy.prompts import PromptText
 
 REMEMBERED = 32_768
@@ -28,9 +33,15 @@ class _Held(NamedTuple):
 class Holdings:
     """Of the engines of both roles, by their URLs."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """``clock`` tells seconds, from any point on."""
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        ranks: Callable[[str], Sequence[RankBlocks]] | None = None,
+    ) -> None:
+        """``clock`` tells seconds, from any point on; ``ranks`` of an engine that publishes."""
         self._clock = clock
+        self._ranks = ranks or (lambda _url: ())
+        self._tokens = PromptTokens()
         self._held: dict[str, OrderedDict[bytes, _Held]] = {}  # engine → digest →
 
     def holds(self, url: str, prompt: PromptText, answered: bool) -> None:
@@ -44,6 +55,10 @@ class Holdings:
         while len(held) > REMEMBERED:
             held.popitem(last=False)
 
+    def learn(self, prompt: PromptText, ids: Sequence[int], model: str | None) -> None:
+        """An engine made these tokens of a prompt for a model."""
+        self._tokens.learn(prompt, ids, model)
+
     def forget(self, url: str) -> None:
         """The engine is gone, or was started anew."""
         self._held.pop(url, None)
@@ -55,6 +70,18 @@ class Holdings:
 
     def tokens(self, url: str, prompt: PromptText) -> int:
         """About how many of the prompt's tokens the engine holds."""
+        sent = self._sent(url, prompt)
+        ranks = self._ranks(url)
+        known = self._tokens.of(prompt) if ranks else None
+        if known is None or not known.ids:
+            return sent
+        held = min(rank.held(known.ids, known.model) for rank in ranks)
+        guessed = known.beginning.nbytes // BYTES_PER_TOKEN * held // len(known.ids)
+        block = max((size for rank in ranks for size in rank.block_sizes), default=1)
+        return max(guessed, sent) if held + block > len(known.ids) else guessed
+
+    def _sent(self, url: str, prompt: PromptText) -> int:
+        """What it was sent lately, and answered."""
         now = self._clock()
         held = self._held.get(url) or OrderedDict()
         for beginning in reversed(prompt.beginnings):

@@ -49,7 +49,9 @@ from kvconnect.proxy.policy import (
     decode_body,
     early_params,
     judge_opening,
+    model_name,
     prefill_body,
+    prompt_ids,
     release_body,
     transfer_params,
 )
@@ -235,9 +237,7 @@ class Legs:
         self.admission = AdmissionQueue(
             self.prefillers, self.decoders, most, config.max_queue, clock
         )
-        self.placement = Placement(
-            config.policy, config.min_prefill_tokens, self.prefillers, self.decoders, clock
-        )
+        self.placement = Placement(config, self.prefillers, self.decoders, clock)
         self.budget = RetryBudget(config.retry_ratio, clock)
         self._session = EngineSession(
             config.connect_timeout_s, config.silence_timeout_s, config.engine_api_key
@@ -251,6 +251,7 @@ class Legs:
             for watch in (
                 self.health.watch(),
                 self.admission.watch(),
+                self.placement.watch(),
                 Discovery(self.prefillers, [finder(url) for url in config.find_prefill]).watch(),
                 Discovery(self.decoders, [finder(url) for url in config.find_decode]).watch(),
             )
@@ -401,7 +402,8 @@ class Legs:
     async def _prefill_at(self, url: str, ask: LegRequest, transfer_id: str | None) -> "_Prefilled":
         """What one prefill engine says; notes whether it can be read while it computes."""
         held = None if ask.held is None else ask.held.params
-        data = prefill_body(ask.path, ask.body, transfer_id, held)
+        return_ids = self.placement.wants_ids
+        data = prefill_body(ask.path, ask.body, transfer_id, held, return_ids)
         leg = ask.life.asked("prefill", url)
         try:
             with (
@@ -421,6 +423,8 @@ class Legs:
             refused = status < 500
             return _Prefilled(refused=refused, final=refused and status not in _ELSEWHERE)
         self.placement.prefilled(url, ask.prompt, ask.tokens, ask.life.clock() - leg.asked_s)
+        if return_ids:
+            self.placement.learn(ask.prompt, prompt_ids(answer), model_name(ask.body))
         params = transfer_params(answer)
         self._early.answered(url, params, transfer_id)
         return _Prefilled(params, answered=True)

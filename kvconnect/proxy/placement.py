@@ -8,15 +8,16 @@ Does not know HTTP. Puts together what engines hold (``holdings``) and which pro
 - What is known of an engine is forgotten when it is gone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvconnect.proxy.balance import Policy
+from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.holdings import Holdings
+from kvconnect.proxy.kv_subscriber import KvEvents, endpoints
 from kvconnect.proxy.policy import Body
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.prompts import PromptText, prompt_text
-from kvconnect.proxy.short import MinPrefill, ShortPrompts
+from kvconnect.proxy.short import ShortPrompts
 
 NO_PROMPT = PromptText(())
 
@@ -32,19 +33,31 @@ class Placement:
     """Of the engines of both pools."""
 
     def __init__(
-        self,
-        policy: Policy,
-        min_prefill: MinPrefill,
-        prefillers: Pool,
-        decoders: Pool,
-        clock: Callable[[], float],
+        self, config: ProxyConfig, prefillers: Pool, decoders: Pool, clock: Callable[[], float]
     ) -> None:
         """``clock`` tells seconds, from any point on."""
-        self.short = ShortPrompts(min_prefill, clock)
-        self.holdings = Holdings(clock)
+        self.short = ShortPrompts(config.min_prefill_tokens, clock)
         self._prefillers, self._decoders = prefillers, decoders
-        self._by_held = policy == "kv-aware"
+        self._events: KvEvents | None = None
+        if config.kv_events:
+            self._events = KvEvents(endpoints(config.kv_events), self._staying)
+        self.holdings = Holdings(clock, self._events.ranks if self._events else None)
+        self._by_held = config.policy == "kv-aware"
         self._known: frozenset[str] = frozenset()
+
+    @property
+    def wants_ids(self) -> bool:
+        """Whether prefill engines are to say which tokens a prompt has."""
+        return self._events is not None
+
+    async def watch(self) -> None:
+        """Listen to what engines publish, until cancelled."""
+        if self._events is not None:
+            await self._events.watch()
+
+    def learn(self, prompt: PromptText, ids: Sequence[int], model: str | None) -> None:
+        """A prefill engine made these tokens of a prompt for a model."""
+        self.holdings.learn(prompt, ids, model)
 
     def text(self, body: Body) -> PromptText:
         """What is told of a request's prompt; nothing where nobody asks."""
@@ -82,6 +95,9 @@ class Placement:
         """A decode engine's stream began; before `answered`, which changes what it held."""
         if prompt.beginnings:
             self.short.began(tokens - self.holdings.tokens(url, prompt), seconds, handed_over)
+
+    def _staying(self) -> tuple[str, ...]:
+        return self._prefillers.staying() + self._decoders.staying()
 
     def _all_held(self, pool: Pool, prompt: PromptText) -> dict[str, int]:
         known = frozenset(self._prefillers.urls()) | frozenset(self._decoders.urls())

@@ -19,6 +19,7 @@ import enum
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import msgspec
 
@@ -31,6 +32,7 @@ MAX_HELD_S = 0.25
 
 _NULL = msgspec.Raw(b"null")
 _FALSE = msgspec.Raw(b"false")
+_TRUE = msgspec.Raw(b"true")
 _ONE = msgspec.Raw(b"1")
 _DO_PREFILL = msgspec.Raw(
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
@@ -155,11 +157,13 @@ def prefill_body(
     body: Body,
     transfer_id: str | None = None,
     held: Mapping[str, object] | None = None,
+    return_ids: bool = False,
 ) -> bytes:
     """The prefill leg: the same prompt, one token, and its KV kept for a decode engine.
 
     ``transfer_id``: the name of the KV, for a decode engine that may come for it early. ``held``:
-    what a decode engine lends of the chat so far.
+    what a decode engine lends of the chat so far. ``return_ids``: of a completion or a chat, the
+    prompt's tokens, for `prompt_ids`.
     """
     asked = {key: value for key, value in body.items() if key not in _ANSWER_ONLY}
     order = _DO_PREFILL
@@ -177,6 +181,8 @@ def prefill_body(
     # No stop token may end the answer: some connectors (Mooncake, older NIXL) hand over only
     # what was cut off by length.
     asked["min_tokens"] = _ONE
+    if return_ids:
+        asked["return_token_ids"] = _TRUE
     if "max_completion_tokens" in body:  # where both are given, vLLM honours this one
         asked["max_completion_tokens"] = _ONE
     return msgspec.json.encode(asked)
@@ -357,6 +363,39 @@ def transfer_params(answer: bytes) -> msgspec.Raw | None:
     except ValueError:
         return None
     return params if bytes(params).startswith(b"{") else None
+
+
+class _TokenIds(msgspec.Struct):
+    prompt_token_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]] | None = None
+
+
+class _TokensAnswer(_TokenIds):
+    choices: list[_TokenIds] = []
+
+
+_TOKENS_ANSWER = msgspec.json.Decoder(_TokensAnswer)
+
+
+def prompt_ids(answer: bytes) -> list[int]:
+    """The prompt's tokens, as prefill returned them; [] if it did not.
+
+    A chat has them beside its choices, a completion in its only choice.
+    """
+    try:
+        found = _TOKENS_ANSWER.decode(answer)
+    except ValueError:
+        return []
+    only = found.choices[0].prompt_token_ids if len(found.choices) == 1 else None
+    return found.prompt_token_ids or only or []
+
+
+def model_name(body: Body) -> str | None:
+    """Name of the model, or of the adapter, that a request is for."""
+    try:
+        found = msgspec.json.decode(body.get("model", _NULL))
+    except ValueError:
+        return None
+    return found if isinstance(found, str) else None
 
 
 class Opening(enum.Enum):

@@ -164,6 +164,10 @@ class Pool:
         """Engines that are there; they may be down, or drain."""
         return tuple(self._engines)
 
+    def staying(self) -> tuple[str, ...]:
+        """Engines that do not drain; they may be down."""
+        return tuple(engine.url for engine in self._engines.values() if not engine.draining)
+
     def at_ease(self, url: str) -> bool:
         """Whether the engine serves, and has not too much of the load."""
         up = [engine for engine in self._engines.values() if self.serves(engine.url)]

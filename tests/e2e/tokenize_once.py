@@ -8,6 +8,7 @@ asked for with `return_token_ids`, and its ids in place of it. The text stands t
 differs between the two means nothing.
 """
 
+import contextlib
 import json
 import random
 import statistics
@@ -67,26 +68,28 @@ def kinds(client: Client, text: str) -> dict[str, tuple[str, dict]]:
 def main() -> None:
     tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
     smol = model("KVCONNECT_MODEL")
-    with Nursery() as nursery, tempfile.TemporaryDirectory() as folder:
-        with Fleet(Path(folder), nursery.launch) as fleet:
-            command = VllmServe(smol, None, ["--max-model-len", "8192"]).command
-            server = fleet.start("engine", command, engine_env())
-            fleet.wait_up([server], START_TIMEOUT_S)
-            client = Client(server, smol.name)
-            ways = kinds(client, english(tokens))
-            measured: dict[str, list[float]] = {name: [] for name in ways}
-            answers = {}
-            for number in range(ROUNDS):
-                for name in list(ways)[:: -1 if number % 2 else 1]:
-                    path, body = ways[name]
-                    before = cpu_ms(server.pid)
-                    for _ in range(REQUESTS):
-                        status, answer = client.request("POST", path, body)
-                        assert status == 200, answer
-                    measured[name].append((cpu_ms(server.pid) - before) / REQUESTS)
-                    choice = answer["choices"][0]
-                    said = choice.get("text") or choice["message"]["content"]
-                    answers[name] = answer["usage"]["prompt_tokens"], said
+    with contextlib.ExitStack() as stack:
+        nursery = stack.enter_context(Nursery())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        fleet = stack.enter_context(Fleet(Path(folder), nursery.launch))
+        command = VllmServe(smol, None, ["--max-model-len", "8192"]).command
+        server = fleet.start("engine", command, engine_env())
+        fleet.wait_up([server], START_TIMEOUT_S)
+        client = Client(server, smol.name)
+        ways = kinds(client, english(tokens))
+        measured: dict[str, list[float]] = {name: [] for name in ways}
+        answers = {}
+        for number in range(ROUNDS):
+            for name in list(ways)[:: -1 if number % 2 else 1]:
+                path, body = ways[name]
+                before = cpu_ms(server.pid)
+                for _ in range(REQUESTS):
+                    status, answer = client.request("POST", path, body)
+                    assert status == 200, answer
+                measured[name].append((cpu_ms(server.pid) - before) / REQUESTS)
+                choice = answer["choices"][0]
+                said = choice.get("text") or choice["message"]["content"]
+                answers[name] = answer["usage"]["prompt_tokens"], said
     for name, found in measured.items():
         row = {"prompt": name, "tokens": answers[name][0], "answer": answers[name][1]}
         row |= {"cpu_ms": round(statistics.median(found), 2)}

@@ -47,7 +47,7 @@ ALLOWED = {
     "nixl": ("transport/nixl.py",),
     "mooncake": ("transport/mooncake/engine.py",),
     "ucxx": ("transport/ucx/transport.py",),
-    "zmq": ("control/channel.py", "vllm/p2p/pings.py"),
+    "zmq": ("control/channel.py", "vllm/p2p/pings.py", "proxy/kv_subscriber.py"),
     "ray": ("integrations/",),
     "opentelemetry": ("telemetry/spans.py",),
     "aiohttp": ("proxy/", "cli/", "vllm/mooncake/"),
