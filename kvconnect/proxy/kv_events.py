@@ -60,12 +60,12 @@ _MAPS, _ARRAYS = _decoder(arrays=False), _decoder(arrays=True)
 _ARRAY_BYTES = (*range(0x90, 0xA0), 0xDC, 0xDD)  # how a msgpack array may begin
 
 
-class _Batch(msgspec.Struct, array_like=True):
+class _EventBatch(msgspec.Struct, array_like=True):
     ts: float
     events: list[msgspec.Raw]
 
 
-_BATCH = msgspec.msgpack.Decoder(_Batch)
+_BATCH = msgspec.msgpack.Decoder(_EventBatch)
 
 
 class _Place(NamedTuple):
