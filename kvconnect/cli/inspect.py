@@ -42,6 +42,7 @@ def inspect(
     from rich.console import Console
 
     from kvconnect.config import read_secret
+    from kvconnect.doctor.finding import quiet
     from kvconnect.doctor.inspected import greet, pair
     from kvconnect.errors import KvConnectError
 
@@ -51,7 +52,7 @@ def inspect(
         raise typer.BadParameter("give at most two addresses")
     try:
         key = read_secret(secret) or b""
-        with Console(stderr=True).status("waiting for an answer …"):
+        with quiet(), Console(stderr=True).status("waiting for an answer …"):
             engines = [greet(address_of(text), key, timeout) for text in addresses or ()]
             exported = {url: _metrics(url, timeout) for url in metrics or ()}
     except KvConnectError as e:

@@ -133,5 +133,6 @@ def _serve(host: str, port: int, settings: dict[str, object]) -> None:
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
     except OSError as error:
-        typer.echo(f"kvconnect proxy cannot listen on {host}:{port}: {error}", err=True)
+        remedy = "give a --host of this machine, and a free --port (`ss -ltn`)"
+        typer.echo(f"kvconnect proxy cannot listen on {host}:{port}: {error}; {remedy}", err=True)
         raise typer.Exit(1) from None

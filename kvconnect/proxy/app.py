@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import msgspec
 from aiohttp import web
 
+from kvconnect.errors import ConfigError
 from kvconnect.proxy.admin import PATH as ADMIN_PATH
 from kvconnect.proxy.admin import Admin, Role
 from kvconnect.proxy.admission import QueueState
@@ -455,7 +456,14 @@ async def start(
     tls = None
     if config.ssl_certfile is not None:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        try:
+            tls.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        except OSError as error:  # SSLError is one
+            files = " and ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile)))
+            raise ConfigError(
+                f"--ssl-certfile: {files} cannot be used ({error}); give certificates in PEM form, "
+                "and with --ssl-keyfile their private key"
+            ) from None
     runner = web.AppRunner(
         make_app(config, clock),
         handler_cancellation=True,

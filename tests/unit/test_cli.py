@@ -361,15 +361,29 @@ def test_the_picture_says_who_sent_what_to_whom() -> None:
             "kvconnect inspect: Invalid value: '127.0.0.1' is no address",
         ),
         (["inspect", "--metrics", "nothing"], 1, "cannot be read: "),
+        (["inspect", "127.0.0.1:9", "--timeout", "0.1"], 1, "did not complete the greeting"),
+        (
+            ["proxy", "--prefill=http://p", "--decode=http://d", "--ssl-certfile=/nowhere"],
+            2,
+            "kvconnect proxy: Invalid value: --ssl-certfile: /nowhere cannot be used (",
+        ),
+        (
+            ["proxy", "--prefill=http://p", "--decode=http://d", "--host=203.0.113.7"],
+            1,
+            "kvconnect proxy cannot listen on 203.0.113.7:8000: ",
+        ),
         (["bench", "pd", "--lenght", "3"], 2, "kvconnect bench pd: No such option: --lenght"),
         (["config", "explain", '{"kv_connector": "KVConnectNixl", "kv_role": "kv_both"}'], 0, ""),
         (["config", "explain", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'], 1, ""),
         (["config", "explain", '{"kv_connector": "KVConnectNixl", "kv_role": "both"}'], 2, ""),
     ],
 )
-def test_an_error_is_one_line_with_the_remedy(arguments: list[str], status: int, said: str) -> None:
-    """docs/cli.md has the statuses."""
+def test_an_error_is_one_line_with_the_remedy(
+    arguments: list[str], status: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """docs/cli.md has the statuses. `inspect` used to log first what it then said."""
     done = CliRunner().invoke(main, arguments)
+    assert not caplog.records
     assert done.exit_code == status, done.output
     assert len(done.stderr.splitlines()) == bool(said)
     assert said in done.stderr
