@@ -170,6 +170,23 @@ def make(monkeypatch):
     return lambda **options: Engine(monkeypatch, **options)
 
 
+def test_a_step_that_completes_no_chunk_looks_at_no_blocks(make):
+    """As most steps of a decode: it costs a comparison, however long the request is."""
+    engine, asked = make(), request(blocks=2)
+    engine.stored(asked, ([1, 2],))
+
+    class Tables:
+        """Nobody is to look."""
+
+        def __bool__(self):
+            raise AssertionError("a block table was looked at")
+
+    for _ in range(BLOCK - 2):
+        assert not engine.step(asked, Tables(), 1).saves
+    asked.block_hashes.append(b"\x09" * 16)
+    assert [save.blocks for save in engine.step(asked, ([1, 2, 3],), 1).saves] == [(3,)]
+
+
 def test_blocks_are_referenced_until_every_rank_has_saved_them_whatever_becomes_of_the_request(
     make,
 ):

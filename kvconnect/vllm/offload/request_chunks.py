@@ -37,6 +37,8 @@ class RequestChunks:
         """Whether it was counted what of the prompt is nowhere."""
         self.offered = [0] * len(group_configs)
         """Per group, chunks from the first on that were offered to be stored."""
+        self.next_end = 0
+        """Tokens at which the first chunk ends that was not."""
         self.most_tokens = _limit(request, "max_offload_tokens")
         """How many of the request's tokens may be stored, as its client says."""
         self.most_loaded = _limit(request, "max_load_tokens")

@@ -37,11 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-TOKENS_FROM = {
-    "host": "tokens_from_host",
-    "disk": "tokens_from_disk",
-    "beside": "tokens_from_beside",
-}
+TOKENS_FROM = {source: f"tokens_from_{source}" for source in ("host", "disk", "beside")}
 
 
 class OffloadScheduler:
@@ -177,10 +173,8 @@ class OffloadScheduler:
         if self._tier is not None:
             state = output.kv_connector_block_state
             for request_id, scheduled in output.num_scheduled_tokens.items():
-                tracked = self._requests.get(request_id)
-                tables = state.get_block_ids(request_id) if tracked else None
-                if tracked and tables:
-                    self._store(tracked, tables, scheduled)
+                if tracked := self._requests.get(request_id):
+                    self._store(tracked, state, scheduled)
         work, self._work = self._work, StepJobs()
         work.step = self._adapters.next_step()
         return work
@@ -306,31 +300,33 @@ class OffloadScheduler:
                 counts[TOKENS_FROM[source]] += wanted * self.group_configs[0].block_tokens
         return counts
 
-    def _store(self, tracked: RequestChunks, tables: Any, scheduled: int) -> None:
-        """Offer chunks that this step completes."""
+    def _store(self, tracked: RequestChunks, state: Any, scheduled: int) -> None:
+        """Offer chunks that this step completes; most steps of a decode complete none."""
         assert self._tier is not None
         request = tracked.request
-        if self._adapters.digest(request) == "" or self._adapters.mixed(request):
-            return
         computed = request.num_computed_tokens - request.num_output_placeholders + scheduled
         most = min(computed - self._volatile, tracked.most_tokens)
         if self._config.offload_prompt_only:
             most = min(most, request.num_prompt_tokens)
+        if most < tracked.next_end or not (tables := state.get_block_ids(request.request_id)):
+            return
+        if self._adapters.digest(request) == "" or self._adapters.mixed(request):
+            return
         chunks: list[tuple[int, KeyedChunk]] = []
+        ends: list[int] = []
         for index, (config, keys) in enumerate(
             zip(self.group_configs, tracked.keys(), strict=True)
         ):
-            table, size, tokens = (
-                tables[config.group_id],
-                config.chunk_blocks,
-                config.group.chunk_tokens,
-            )
+            table = tables[config.group_id]
+            size, tokens = config.chunk_blocks, config.group.chunk_tokens
             end = min(most // tokens, len(keys), len(table) // size)
             for number in range(tracked.offered[index], end):
                 blocks = tuple(table[number * size : (number + 1) * size])
                 if not any(self._pool.blocks[block].is_null for block in blocks):
                     chunks.append(((number + 1) * tokens, KeyedChunk(keys[number], index, blocks)))
             tracked.offered[index] = max(end, tracked.offered[index])
+            ends.append((tracked.offered[index] + 1) * tokens)
+        tracked.next_end = min(ends, default=0)
         if chunks:
             chunks.sort(key=lambda one: (one[0], one[1].group))
             result = self._tier.store([chunk for _, chunk in chunks])
