@@ -115,7 +115,7 @@ class EngineAnswer:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _more(self) -> None:
-        """Waits until something arrived."""
+        """Waits until something arrived; what arrived is read before a fault is raised."""
         if self._fault is not None:
             raise self._fault
         self._waiter = asyncio.get_running_loop().create_future()
@@ -128,8 +128,6 @@ class EngineAnswer:
             raise TimeoutError(f"no byte came for {self._silence_s} s") from None
         finally:
             self._waiter = None
-        if self._fault is not None:
-            raise self._fault
 
     # --- what the connection tells it ----------------------------------------------------------
 

@@ -47,18 +47,21 @@ class _Origin:
         self.host_line = f" HTTP/1.1\r\nHost: {parts.netloc}\r\n"
         self.idle: list[EngineConnection] = []
         self.sweeping = False
-        self._addresses: list[aiohappyeyeballs.AddrInfoType] = []
-        self._resolved_s = float("-inf")
-        self._resolving = asyncio.Lock()
+        self._lookup: asyncio.Task[list[aiohappyeyeballs.AddrInfoType]] | None = None
+        self._looked_up_s = 0.0
 
     async def addresses(self) -> list[aiohappyeyeballs.AddrInfoType]:
-        """Where its name leads, remembered for `_RESOLVED_S`."""
+        """Where its name leads, remembered for `_RESOLVED_S`. Whoever asks shares one lookup."""
+        now, lookup = asyncio.get_running_loop().time(), self._lookup
+        old = now - self._looked_up_s >= _RESOLVED_S
+        if lookup is None or (lookup.done() and (old or lookup.exception() is not None)):
+            lookup = self._lookup = asyncio.create_task(self._look_up())
+            self._looked_up_s = now
+        return await asyncio.shield(lookup)
+
+    async def _look_up(self) -> list[aiohappyeyeballs.AddrInfoType]:
         loop = asyncio.get_running_loop()
-        async with self._resolving:
-            if loop.time() - self._resolved_s >= _RESOLVED_S:
-                found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-                self._addresses, self._resolved_s = list(found), loop.time()
-            return self._addresses
+        return list(await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM))
 
 
 class EngineSession:

@@ -169,6 +169,24 @@ def test_an_answer_that_is_broken_off_is_never_taken_for_whole(sent, cause):
     run(scenario)
 
 
+def test_what_arrived_before_the_end_is_read_before_it():
+    """A stream's last events used to be lost if the reset was there before anybody read them."""
+
+    async def scenario() -> None:
+        peer = Peer()
+        answer = peer.connection.send(b"", b"", None)
+        peer.connection.data_received(OK + b"Transfer-Encoding: chunked\r\n\r\n")
+        reading = asyncio.create_task(answer.readany())
+        await asyncio.sleep(0)
+        peer.connection.data_received(b"4\r\nlast\r\n")
+        peer.connection.connection_lost(ConnectionResetError("reset by peer"))
+        assert await reading == b"last"
+        with pytest.raises(EngineLostError, match="reset by peer"):
+            await answer.readany()
+
+    run(scenario)
+
+
 def test_a_reset_ends_no_body_that_ends_with_its_connection():
     async def scenario() -> None:
         peer = Peer()
@@ -458,5 +476,41 @@ def test_who_gives_up_waiting_closes_the_connection():
                 await asked.wait()
                 asking.cancel()
                 await gone.wait()
+
+    run(scenario)
+
+
+def test_a_name_that_is_found_slowly_is_found_once(monkeypatch):
+    """Who asks first gives up waiting; the lookup goes on for those who come after."""
+
+    async def scenario() -> None:
+        loop, lookups, found = asyncio.get_running_loop(), [], asyncio.Event()
+        really = loop.getaddrinfo
+
+        async def slowly(*args: Any, **kwargs: Any) -> Any:
+            lookups.append(args)
+            await found.wait()
+            return await really(*args, **kwargs)
+
+        monkeypatch.setattr(loop, "getaddrinfo", slowly)
+        async with engine(EMPTY) as (url, _, _):
+            with contextlib.closing(EngineSession(0.5, None)) as engines:
+                with pytest.raises(UnreachedError, match=r"within 0\.5 s"):
+                    await engines.ask("GET", url, "/")
+                found.set()
+                for _ in range(2):
+                    with await engines.ask("GET", url, "/"):
+                        pass
+        assert len(lookups) == 1
+
+    run(scenario)
+
+
+def test_a_name_that_is_not_found_is_looked_for_again():
+    async def scenario() -> None:
+        with contextlib.closing(EngineSession(5, None)) as engines:
+            for _ in range(2):
+                with pytest.raises(UnreachedError, match="cannot connect to"):
+                    await engines.ask("GET", "http://a..b", "/")
 
     run(scenario)
