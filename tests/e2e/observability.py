@@ -3,8 +3,9 @@
     python tests/e2e/observability.py [SECONDS] [--picture FILE]
 
 Needs Debian's package `prometheus`. Within SECONDS all queries must have data. Prints a line of
-JSON for each query, the trace of a request with its spans and times; what the dashboard's panels
-show goes to FILE. Exits with 1 if anything is missing.
+JSON for each query, and the traces, with spans and times, of a request through the proxy and of one
+that a chain loaded; what the dashboard's panels show goes to FILE. Exits with 1 if anything is
+missing.
 """
 
 import argparse
@@ -58,6 +59,7 @@ SPANS = {
     "kvconnect.verify",
 }
 VLLM_SPAN = "llm_request"
+CHAINED = {"kvconnect.handover", "kvconnect.wait", "kvconnect.transfer", VLLM_SPAN}
 PICTURED_S = 75.0
 """How much of the time a picture shows, at least."""
 
@@ -102,6 +104,14 @@ class SpanReceiver:
                 return sorted(spans, key=lambda span: (span.start_time_unix_nano, span.name))
         return None
 
+    def chained(self):
+        """The spans of a request that a chain loaded from host memory; None: not yet."""
+        for spans in self.traces():
+            names = {span.name for span in spans}
+            if names >= CHAINED and "kvconnect.proxy" not in names:
+                return spans
+        return None
+
 
 def prometheus(folder, engines, proxy):
     """A real one, which scrapes engines and proxy each second and knows the alert rules."""
@@ -143,7 +153,8 @@ def work(proxy, keepers, number):
     status, answer = proxy.post(words(500, seed=number), max_tokens=4)
     assert status == 200, answer
     for keeper in keepers:  # every second time stored, then loaded
-        keeper.tokens(words(400, seed=number // 2), 2)
+        traced = {"traceparent": f"00-{number + 1:032x}-{number + 1:016x}-01"}
+        keeper.tokens(words(400, seed=number // 2), 2, headers=traced)
         keeper.request("POST", "/reset_prefix_cache")
 
 
@@ -162,7 +173,7 @@ def engines(fleet, traces):
         for role in ("prefill", "decode")
     ]
     for name, config in (("keeper", offload_config), ("chain", multi_config)):
-        keeps = VllmServe(folder, config(cpu_bytes_to_use=1 << 28), short)
+        keeps = VllmServe(folder, config(cpu_bytes_to_use=1 << 28), traced)
         servers.append(fleet.start(name, keeps.command, env))
     fleet.wait_up(servers, START_TIMEOUT_S)
     options = ["--otlp-traces-endpoint", traces, "--max-requests-per-engine", "8"]
@@ -191,7 +202,7 @@ def watch(servers, proxy, keepers, receiver, folder, within_s, picture):
         deadline, number, lacking = time.monotonic() + within_s, 0, QUERIES
         drawn = began + (PICTURED_S if picture is not None else 0.0)
         while (
-            lacking or receiver.whole() is None or time.time() < drawn
+            lacking or None in (receiver.whole(), receiver.chained()) or time.time() < drawn
         ) and time.monotonic() < deadline:
             work(proxy, keepers, number)
             number += 1
@@ -224,12 +235,13 @@ def main():
     ):
         started = engines(fleet, receiver.endpoint)
         lacking, rules = watch(*started, receiver, Path(folder), given.seconds, given.picture)
-    trace = receiver.whole()
+    traces = [receiver.whole(), receiver.chained()]
     healthy = sum(rule["health"] == "ok" for rule in rules)
     print(f"{len(QUERIES) - len(lacking)} of {len(QUERIES)} queries have data")
     print(f"{healthy} of {len(rules)} rules were evaluated")
-    show(trace or [])
-    wrong = bool(lacking) or trace is None or not rules or healthy < len(rules)
+    for trace in traces:
+        show(trace or [])
+    wrong = bool(lacking) or None in traces or not rules or healthy < len(rules)
     if wrong:
         seen = [sorted({span.name for span in spans}) for spans in receiver.traces()]
         print("missing:", lacking, seen[:5])
