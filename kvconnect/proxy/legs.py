@@ -484,9 +484,9 @@ class Legs:
 
     def _began(self, ask: LegRequest, answer: LegAnswer, handed_over: bool) -> None:
         """A decode engine answers alone, or with what prefill has computed before."""
-        leg = ask.life.leg("decode")
         # a chat's or text's stream begins with the first token; others before, or with the last
-        if leg and leg.answered_s and ask.path in (CHAT, TEXT) and _is_stream(answer.upstream):
+        tells = ask.path in (CHAT, TEXT) and _is_stream(answer.upstream)
+        if tells and (leg := ask.life.leg("decode")) and leg.answered_s:
             seconds = leg.answered_s - leg.asked_s
             self.placement.began(answer.url, ask.prompt, ask.tokens, seconds, handed_over)
         self.placement.answered(answer.url, ask.prompt)
