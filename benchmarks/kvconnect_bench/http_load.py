@@ -1,7 +1,8 @@
 """Engines that do nothing, and clients that only count: what is measured is what is between them.
 
 Both speak just enough HTTP/1.1 over asyncio's protocols that one core serves some ten thousand
-requests a second. This file, run with a port, is the engine.
+requests a second. This file, run with a port, is the engine; with ``close`` behind it, one that
+keeps no connection.
 """
 
 import asyncio
@@ -73,16 +74,27 @@ def _end_of(data: bytes) -> int:
     return head_end + 4
 
 
-async def engine(port: int) -> None:
-    """Both engines of a pair: prefill's answer for who asks for it, decode's for anybody else."""
+def _answer_to(message: bytes) -> bytes:
+    if message.startswith(b"GET"):
+        return _HEALTHY
+    if b'"do_remote_decode":true' in message or b'"do_remote_decode": true' in message:
+        return _PREFILLED
+    return _DECODED
+
+
+async def engine(port: int, kept: bool = True) -> None:
+    """Both engines of a pair: prefill's answer for who asks for it, decode's for anybody else.
+
+    ``kept``: connections stay open after an answer.
+    """
 
     def answer(connection: HttpMessages, message: bytes) -> None:
-        if message.startswith(b"GET"):
-            connection.transport.write(_HEALTHY)
-        elif b'"do_remote_decode":true' in message or b'"do_remote_decode": true' in message:
-            connection.transport.write(_PREFILLED)
+        said = _answer_to(message)
+        if kept:
+            connection.transport.write(said)
         else:
-            connection.transport.write(_DECODED)
+            connection.transport.write(said.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
+            connection.transport.close()
 
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: HttpMessages(answer), "127.0.0.1", port, backlog=4096)
@@ -105,6 +117,8 @@ class HttpLoad:
     port: int
     requests: Sequence[bytes]
     """One walk, in this order; what is counted is the whole walk."""
+    kept: bool = True
+    """Whether a connection is used again for the next walk."""
     latencies_s: list[float] = field(default_factory=list)
     answered: int = 0
     """Walks that came to their end, early and late ones too."""
@@ -131,18 +145,29 @@ class HttpLoad:
             self.answered += 1
             if counts_from <= start_s and now <= ends:
                 self.latencies_s.append(now - start_s)
-            if now < ends:
+            if now < ends and self.kept:
                 began[connection] = (now, 0)
                 connection.transport.write(self.requests[0])
+            elif now < ends:
+                del began[connection]
+                connection.transport.abort()
+                opening.add(task := loop.create_task(begin()))
+                task.add_done_callback(opening.discard)
 
-        loop = asyncio.get_running_loop()
-        for _ in range(connections):
+        async def begin() -> None:
+            start_s = time.perf_counter()
             transport, protocol = await loop.create_connection(
                 lambda: HttpMessages(got), "127.0.0.1", self.port
             )
-            began[protocol] = (time.perf_counter(), 0)
+            began[protocol] = (start_s, 0)
             transport.write(self.requests[0])
+
+        loop = asyncio.get_running_loop()
+        opening: set[asyncio.Task[None]] = set()
+        for _ in range(connections):
+            await begin()
         await asyncio.sleep(ends - time.perf_counter())
+        await asyncio.gather(*opening)
         for protocol in began:
             protocol.transport.abort()
         return len(self.latencies_s) / seconds
@@ -150,4 +175,4 @@ class HttpLoad:
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as main_runner:
-        main_runner.run(engine(int(sys.argv[1])))
+        main_runner.run(engine(int(sys.argv[1]), kept="close" not in sys.argv))

@@ -21,6 +21,8 @@ from kvconnect_bench.idle import thread_cpu_s
 from kvconnect_bench.results import save
 
 FLOOR, OURS, RUST = "no proxy", "kvconnect proxy", "vllm-router"
+NEW_CLIENTS, NEW_ENGINES = f"{OURS}, clients anew", f"{OURS}, engines anew"
+"""Clients, or engines, that keep no connection."""
 BODY = {"model": "m", "prompt": "word " * 800, "max_tokens": 1}
 
 
@@ -62,6 +64,9 @@ def proxy(
     processes: Annotated[
         int, typer.Option(min=1, help="Of kvconnect proxy, that share a port (`--reuse-port`).")
     ] = 1,
+    anew: Annotated[
+        bool, typer.Option(help="Also with clients, and engines, that keep no connection.")
+    ] = False,
     out: options.Json = None,
 ) -> None:
     """Latency that a proxy adds and its requests a second, over engines that do nothing."""
@@ -70,7 +75,7 @@ def proxy(
     counts = [int(count) for count in connections.split(",")]
     console = Console()
     with contextlib.ExitStack() as stack:
-        routers = stack.enter_context(_routers(processes))
+        routers = stack.enter_context(_routers(processes, anew))
         measured: dict[tuple[str, int], list[Figures]] = {}
         for turn in range(turns):
             for count in counts:
@@ -85,14 +90,13 @@ def proxy(
 
 
 @contextlib.contextmanager
-def _routers(processes: int) -> Iterator[dict[str, list[Server]]]:
+def _routers(processes: int, anew: bool) -> Iterator[dict[str, list[Server]]]:
     """By name, the engines themselves among them; all of a name share a port."""
     with TemporaryDirectory() as logs, Fleet(Path(logs)) as fleet:
         env = dict(os.environ)
         engines = fleet.start("engines", _engine, env)
         fleet.wait_up([engines], 60)
-        # two names of one process: a core is left to the router
-        urls = [f"--prefill={engines.url}", f"--decode={engines.url.replace(HOST, 'localhost')}"]
+        urls = _urls(engines)
         command = _ours([*urls, "--reuse-port"])
         ours = [fleet.start("ours", command, env)]
         port = _port_of(ours[0])
@@ -101,10 +105,20 @@ def _routers(processes: int) -> Iterator[dict[str, list[Server]]]:
             ours.append(Server("ours", command(port), port=port, log=log, env=env))
         fleet.servers += ours[1:]
         started = {OURS: ours}
+        if anew:
+            closing = fleet.start("engines that close", lambda port: [*_engine(port), "close"], env)
+            fleet.wait_up([closing], 60)
+            started[NEW_CLIENTS] = ours
+            started[NEW_ENGINES] = [fleet.start("anew", _ours(_urls(closing)), env)]
         if importlib.util.find_spec("vllm_router"):
             started[RUST] = [fleet.start("rust", _rust(urls), env)]
         fleet.wait_up([server for servers in started.values() for server in servers], 60)
         yield {FLOOR: [engines]} | started
+
+
+def _urls(engines: Server) -> list[str]:
+    """Two names of one process: a core is left to the router."""
+    return [f"--prefill={engines.url}", f"--decode={engines.url.replace(HOST, 'localhost')}"]
 
 
 def _engine(port: int) -> list[str]:
@@ -144,7 +158,7 @@ def _measure(name: str, servers: list[Server], connections: int, seconds: float)
             request(port, BODY | {"kv_transfer_params": params})
             for params in ({"do_remote_decode": True}, PARAMS)
         ]
-    load = HttpLoad(port, asked)
+    load = HttpLoad(port, asked, kept=name != NEW_CLIENTS)
     before = _cpu_s(servers)
     rate = load.run(connections, seconds)
     used_s = _cpu_s(servers) - before

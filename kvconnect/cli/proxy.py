@@ -100,6 +100,13 @@ def proxy(
     max_body_mib: Annotated[
         int, typer.Option(min=1, help="Largest request body that is accepted, in MiB.")
     ] = 64,
+    tokenize_once: Annotated[
+        bool,
+        typer.Option(
+            "--tokenize-once",
+            help="Give decode the token ids that prefill made: for engines of one tokenizer.",
+        ),
+    ] = False,
     at_once: AtOnceOption = "never",
     otlp_traces_endpoint: TracesEndpoint = None,
     ssl_certfile: Certificates = None,

@@ -60,6 +60,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Where spans go by OTLP over HTTP, e.g. ``http://localhost:4318/v1/traces``; None: nowhere."""
     max_body_bytes: Annotated[int, msgspec.Meta(gt=0)] = 64 * 2**20
     """Largest request body that is accepted, in bytes."""
+    tokenize_once: bool = False
+    """Give decode the token ids that prefill made: see ``tokenized``."""
     at_once: AtOnce = "never"
     """Ask a decode engine while prefill computes, where prefill says that it can be read meanwhile.
     ``auto``: if all decode engines say that they can, and of prompts of more than one step.

@@ -58,6 +58,7 @@ from kvconnect.proxy.policy import (
 from kvconnect.proxy.pool import Pool
 from kvconnect.proxy.prompts import PromptText
 from kvconnect.proxy.session import LOST, EngineSession, UnreachedError
+from kvconnect.proxy.tokenized import ids_in_place, takes_ids, with_ids
 
 # An engine says with these that it cannot, where another might: an adapter that it has not
 # loaded, a prompt too long for it, too many requests.
@@ -238,6 +239,7 @@ class Legs:
             self.prefillers, self.decoders, most, config.max_queue, clock
         )
         self.placement = Placement(config, self.prefillers, self.decoders, clock)
+        self._tokenize_once = config.tokenize_once
         self.budget = RetryBudget(config.retry_ratio, clock)
         self._session = EngineSession(
             config.connect_timeout_s, config.silence_timeout_s, config.engine_api_key
@@ -402,7 +404,8 @@ class Legs:
     async def _prefill_at(self, url: str, ask: LegRequest, transfer_id: str | None) -> "_Prefilled":
         """What one prefill engine says; notes whether it can be read while it computes."""
         held = None if ask.held is None else ask.held.params
-        return_ids = self.placement.wants_ids
+        tokenized = self._tokenize_once and takes_ids(ask.path, ask.body)
+        return_ids = tokenized or self.placement.wants_ids
         data = prefill_body(ask.path, ask.body, transfer_id, held, return_ids)
         leg = ask.life.asked("prefill", url)
         try:
@@ -423,10 +426,12 @@ class Legs:
             refused = status < 500
             return _Prefilled(refused=refused, final=refused and status not in _ELSEWHERE)
         self.placement.prefilled(url, ask.prompt, ask.tokens, ask.life.clock() - leg.asked_s)
-        if return_ids:
-            self.placement.learn(ask.prompt, prompt_ids(answer), model_name(ask.body))
         params = transfer_params(answer)
         self._early.answered(url, params, transfer_id)
+        if return_ids:
+            ids = prompt_ids(answer)
+            self.placement.learn(ask.prompt, ids, model_name(ask.body))
+            params = with_ids(params, ids) if tokenized else params
         return _Prefilled(params, answered=True)
 
     def _transfer_id(self) -> str | None:
@@ -541,6 +546,7 @@ class Legs:
 
     async def _released(self, url: str, ask: LegRequest, params: msgspec.Raw) -> None:
         headers = ask.headers | {"X-Request-Id": f"{ask.headers['X-Request-Id'][:100]}-release"}
+        _, params = ids_in_place(TEXT, {}, params)
         quiet = LegRequest(TEXT, {}, headers, ask.life)
         with contextlib.suppress(*LOST):
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
@@ -551,7 +557,10 @@ class Legs:
         with contextlib.ExitStack() as held:
             held.enter_context(self.decoders.busy(url, ask.tokens))
             leg = ask.life.asked("decode", url)
-            data = decode_body(ask.body, params) if ask.whole is None else ask.whole
+            body = ask.body
+            if params is not None:
+                body, params = ids_in_place(ask.path, body, params)
+            data = decode_body(body, params) if ask.whole is None else ask.whole
             with self.decoders.patience(url):
                 upstream = await self._post(url, ask, data, ask.decode_headers)
                 held.callback(upstream.close)

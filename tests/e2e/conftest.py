@@ -17,7 +17,7 @@ from identities import copy_of, write_adapter
 from nursery import Nursery
 from pair import IPV6, SPOIL_FILE, Pair, Setup, has_ipv6
 from solo import SharersSetup, Solo, SoloSetup
-from xpyd import XpydSetup
+from xpyd import XpydSetup, free_port
 
 from kvconnect.cli.processes import HOST, Fleet, Launch, Process, launch
 
@@ -32,12 +32,14 @@ def model(variable: str) -> Path:
 
 
 def pair(folder: Path) -> Setup:
-    """SmolLM2, one rank each, short leases, failed loads are recomputed."""
+    """SmolLM2, one rank each, short leases, failed loads are recomputed; decode's KV events."""
+    events = {"enable_kv_cache_events": True, "endpoint": f"tcp://*:{free_port()}"}
     return Setup(
         model("KVCONNECT_MODEL"),
         extra={"kv_lease_duration": 10},
         policy="recompute",
         prefill=["--max-num-batched-tokens", "1024"],  # long prompts are prefilled in chunks
+        decode=["--kv-events-config", json.dumps(events)],
         both=["--max-model-len", "4200"],
         env={"VLLM_SERVER_DEV_MODE": "1"},  # reset and pause
     )
