@@ -95,6 +95,15 @@ def test_compose_and_provisioning_name_files_that_are_there():
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
+def test_what_is_scraped_is_what_compose_starts():
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
+    jobs = yaml.safe_load((HERE / "prometheus.yml").read_text())["scrape_configs"]
+    targets = {t for job in jobs for one in job["static_configs"] for t in one["targets"]}
+    assert {target.partition(":")[0] for target in targets} == services.keys()
+    (port,) = {target.partition(":")[2] for target in targets if target.startswith("proxy")}
+    assert port in services["proxy"]["entrypoint"]
+
+
 @pytest.mark.parametrize(
     "command",
     [
