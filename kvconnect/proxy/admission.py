@@ -4,7 +4,7 @@ An engine that gets all that comes queues it by itself, and nobody can overtake 
 at another engine, or later at one without ``--scheduling-policy priority``.
 
 - ``turn`` waits until there is room: at a decode engine for the whole request, and, if it is to be
-  split, at a prefill engine until an engine has answered. Room is so many requests for each engine
+  split, at a prefill engine until an engine has answered, or decode is asked alone. Room is so many requests for each engine
   of the role that is up; a role of which none is up has room for all, which then learn what is so.
 - Lower priorities first, as vLLM has it. Who has no room does not hold up those behind that have.
 - The queue is bounded. What does not fit is whoever would have waited longest: the newcomer, or, if
@@ -107,14 +107,16 @@ class AdmissionQueue:
         self._waited_s = life.admitted_s - life.began_s
         prefilling = split
 
-        def prefill_ended(_leg: LegTry) -> None:
+        def look(leg: LegTry) -> None:
             nonlocal prefilling
-            if prefilling:
+            # it may have turned out that decode has the prompt: then nobody asks prefill
+            alone = leg.role == "decode" and life.leg("prefill") is None
+            if prefilling and (alone or leg.answered_s is not None):
                 prefilling = False
                 self._prefilling -= 1
                 self._admit()
 
-        life.on_answer.append(prefill_ended)
+        life.on_leg.append(look)
         try:
             yield True
         finally:

@@ -51,8 +51,8 @@ class RequestLife:
     """What the client got; None if it gave up before."""
     admitted_s: float | None = None
     """When it had waited for its turn; None: it has not, or nobody has to."""
-    on_answer: list[Callable[["LegTry"], None]] = field(default_factory=list, repr=False)
-    """Told of each engine's answer."""
+    on_leg: list[Callable[["LegTry"], None]] = field(default_factory=list, repr=False)
+    """Told of each engine that is asked, and again when it has answered."""
     outcome: str = "running"
     """``ok``, ``error`` (status of 400 or more), ``broken`` or ``aborted``."""
     sent_bytes: int = 0
@@ -63,12 +63,16 @@ class RequestLife:
         """An engine is asked now."""
         leg = LegTry(role, url, self.clock())
         self.tries.append(leg)
+        self._tell(leg)
         return leg
 
     def answered(self, leg: LegTry, status: int) -> None:
         """The engine that ``leg`` asked has answered now."""
         leg.answered_s, leg.status = self.clock(), status
-        for told in self.on_answer:
+        self._tell(leg)
+
+    def _tell(self, leg: LegTry) -> None:
+        for told in self.on_leg:
             told(leg)
 
     def leg(self, role: str) -> LegTry | None:

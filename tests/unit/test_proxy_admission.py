@@ -161,6 +161,26 @@ def test_prefill_has_room_again_once_it_has_answered():
     run(scenario())
 
 
+def test_prefill_has_room_again_where_decode_is_asked_alone():
+    """It has the prompt already, say. Where both are asked at once, prefill is at work."""
+
+    async def scenario() -> None:
+        desk = Desk(decode=(D, D2))
+        await desk.come("alone", "next", split=True)
+        desk.lives["alone"].asked("decode", D)
+        await settled()
+        assert desk.order == ["alone", "next"]
+        await desk.go("alone")
+        desk.lives["next"].asked("prefill", P)
+        desk.lives["next"].asked("decode", D)
+        await desk.come("last", split=True)
+        assert desk.order == ["alone", "next"]
+        await desk.go("next")
+        assert desk.order == ["alone", "next", "last"]
+
+    run(scenario())
+
+
 def test_engines_that_come_and_go_change_the_room(monkeypatch):
     monkeypatch.setattr(admission, "LOOK_EVERY_S", 0.001)
 
