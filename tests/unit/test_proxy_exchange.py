@@ -249,6 +249,34 @@ def test_what_is_no_answer_ends_the_connection(sent, cause):
     run(scenario)
 
 
+@given(
+    sent=st.sampled_from([row[0] for row in WHOLE]),
+    changes=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 2), st.binary(max_size=9))),
+    cuts=st.sets(st.integers(1, 150)),
+)
+def test_whatever_an_engine_sends_its_answer_ends(sent, changes, cuts):
+    """Whole, or lost; never with an exception in the event loop, nor with two ends."""
+    for at, dropped, added in changes:
+        sent = sent[:at] + added + sent[at + dropped :]
+    edges = [0, *sorted(cut for cut in cuts if cut < len(sent)), len(sent)]
+
+    async def scenario() -> None:
+        peer = Peer()
+        answer = peer.connection.send(b"", b"", None)
+        for start, end in itertools.pairwise(edges):
+            if not peer.wire.closed:
+                peer.connection.data_received(sent[start:end])
+        peer.connection.connection_lost(None)
+        assert peer.lost == 1
+        with contextlib.suppress(EngineLostError):
+            await whole(answer)
+            assert answer.complete
+            assert answer.status >= 200
+        assert not (peer.kept and not answer.complete)
+
+    run(scenario)
+
+
 def test_what_follows_an_answer_belongs_to_nobody():
     async def scenario() -> None:
         peer = Peer()
