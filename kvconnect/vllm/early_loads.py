@@ -21,7 +21,8 @@ class EarlyLoads:
     def __init__(self, planner: Planner, num_blocks: int, block_tokens: Sequence[int]) -> None:
         """``num_blocks``: of all groups together; ``block_tokens``: of a block of each group."""
         self._planner = planner
-        self._room = num_blocks // 2
+        self.most = num_blocks // 2
+        """How many blocks all of them may hold together."""
         self._block_tokens = block_tokens
         self._held: dict[str, int] = {}  # request that loads early → blocks that it holds
         self._waiting: dict[str, bool] = {}  # request that waits → whether prefill computed it
@@ -30,7 +31,7 @@ class EarlyLoads:
         """Whether so many tokens of a request may be loaded now."""
         if self._waiting.get(request_id) or not self._planner.is_early(request_id):
             return True
-        if self._blocks(tokens) <= self._room:
+        if self._blocks(tokens) + sum(self._held.values()) <= self.most:
             return True
         if request_id not in self._waiting:
             self._waiting[request_id] = False
@@ -43,7 +44,6 @@ class EarlyLoads:
         early = not computed and self._planner.is_early(request_id)
         if tokens and early and request_id not in self._held:
             self._held[request_id] = self._blocks(tokens)
-            self._room -= self._held[request_id]
 
     def computed(self, request_ids: Iterable[str]) -> None:
         """Movers say that prefill has computed these, or never will."""
@@ -52,7 +52,7 @@ class EarlyLoads:
 
     def ended(self, request_id: str) -> None:
         """Its load has, and its blocks are its own, or free. Idempotent."""
-        self._room += self._held.pop(request_id, 0)
+        self._held.pop(request_id, None)
 
     def forget(self, request_id: str) -> None:
         """The request has ended; its load may not have."""

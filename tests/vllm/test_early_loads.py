@@ -86,6 +86,18 @@ def test_who_ends_while_it_waits_or_loads_leaves_nothing(decode):
     assert decode.loading == ["a", "b", "e"]
 
 
+def test_who_ended_while_it_waited_is_forgotten(decode):
+    """Else another request of that id would not be asked about."""
+    for number, name in enumerate(("a", "b", "c", "d")):
+        decode.asked(name, first=number * 1000)
+    decode.step()
+    decode.scheduler.finish_requests(["d"], RequestStatus.FINISHED_ABORTED)
+    decode.step()
+    decode.asked("d", first=3000)
+    decode.step()
+    assert decode.reports == ["d", "d"]
+
+
 def test_other_movers_are_asked_again(decode):
     for number, name in enumerate(("a", "b", "c", "d")):
         decode.asked(name, first=number * 1000)

@@ -302,7 +302,7 @@ def test_a_prompt_that_gets_no_blocks_takes_those_of_turns_that_never_came():
 
 def test_who_waits_for_its_prefill_wants_no_blocks_yet(d):
     d.answer()
-    d.core.connector.scheduler.early_loads._room = 0
+    d.core.connector.scheduler.early_loads.most = 0
     early = {"do_remote_prefill": True, "transfer_id": "x", "remote_engine_id": "P"}
     d.core.add("early", early | {"remote_host": "p", "remote_port": 1}, first=300)
     for _ in range(3):
