@@ -4,8 +4,9 @@ An engine that gets all that comes queues it by itself, and nobody can overtake 
 at another engine, or later at one without ``--scheduling-policy priority``.
 
 - ``turn`` waits until there is room: at a decode engine for the whole request, and, if it is to be
-  split, at a prefill engine until an engine has answered, or decode is asked alone. Room is so many requests for each engine
-  of the role that is up; a role of which none is up has room for all, which then learn what is so.
+  split, at a prefill engine until an engine has answered, or decode is asked alone. Room is so
+  many requests for each engine of the role that is up; a role of which none is up has room for
+  all, which then learn what is so.
 - Lower priorities first, as vLLM has it. Who has no room does not hold up those behind that have.
 - The queue is bounded. What does not fit is whoever would have waited longest: the newcomer, or, if
   that one has priority, the last in the queue.
