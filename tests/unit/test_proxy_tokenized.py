@@ -74,7 +74,12 @@ def test_decode_gets_a_chats_tokens_beside_its_params():
         (returns(choices=[{"prompt_token_ids": [-1]}]), {"tokenize_once": True}, {}),
         (returns(choices=[{"prompt_token_ids": IDS}]), {"tokenize_once": True}, {"echo": True}),
         (returns(choices=[{"prompt_token_ids": IDS}]), {}, {}),
-        (Engine(prefills), {"tokenize_once": True, "kv_events": ["1"], "policy": "kv-aware"}, {}),
+        (
+            returns(choices=[{"prompt_token_ids": IDS}]),
+            {"kv_events": ["1"], "policy": "kv-aware"},
+            {},
+        ),
+        (Engine(prefills), {"tokenize_once": True}, {}),
     ],
 )
 def test_a_text_stays_where_its_tokens_are_not_known_to_do(
