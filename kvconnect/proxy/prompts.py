@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from kvconnect.proxy.policy import BYTES_PER_TOKEN, Body
+from kvconnect.proxy.policy import Body
 
 STEP_BYTES = 1024
 # A prompt of a MiB has a digest every KiB; what is longer is not looked at within a message.
@@ -43,11 +43,6 @@ class PromptText(NamedTuple):
 
     beginnings: tuple[Beginning, ...]
     """The shortest first; the last one is the whole prompt."""
-
-    @property
-    def tokens(self) -> int:
-        """About how many."""
-        return self.beginnings[-1].nbytes // BYTES_PER_TOKEN if self.beginnings else 0
 
 
 def prompt_text(body: Body) -> PromptText:

@@ -7,13 +7,20 @@ import random
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kvconnect.cli.engines import START_TIMEOUT_S, VllmServe, engine_env, transfer_config
+from kvconnect.cli.engines import (
+    START_TIMEOUT_S,
+    VllmServe,
+    engine_env,
+    proxy_command,
+    transfer_config,
+)
 from kvconnect.cli.processes import Fleet, Server
 
 PREFILL = {
@@ -169,6 +176,19 @@ class Pair:
     def transferred(self) -> float:
         """Bytes that the decode engine read."""
         return self.decode.metric("vllm:nixl_bytes_transferred_sum")
+
+
+@contextmanager
+def proxied(pair: Pair, *options: str) -> Iterator[Client]:
+    """A client of our own proxy, before both engines."""
+    engines = [pair.prefill.server.url], [pair.decode.server.url]
+    server = pair.fleet.start("proxy", proxy_command(*engines, options), engine_env())
+    try:
+        pair.fleet.wait_up([server], 60)
+        yield Client(server, pair.prefill.model)
+    finally:
+        server.kill()
+        pair.fleet.servers.remove(server)
 
 
 IPV6 = "::1"

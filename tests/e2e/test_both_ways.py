@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from pair import PREFILL, Client, Pair
+from pair import PREFILL, Client, Pair, eventually, proxied
 
 numbers = itertools.count()
 STAYS = {"do_remote_prefill": False, "do_remote_decode": False}
@@ -87,3 +87,20 @@ def test_params_that_do_not_fit_any_more_cost_nothing_but_time(small_blocks_pair
         assert found == alone(pair.decode, messages, 24), what
         if what == "another conversation's":
             assert computed > 400
+
+
+def test_a_turn_that_stays_at_decode_ends_what_decode_lent(small_blocks_pair: Pair):
+    """Its blocks used to be held for as long as a next turn's prefill might have come for them."""
+    pair, first = small_blocks_pair, [user(8)]
+
+    def ended() -> float:
+        return pair.decode.metric("vllm:kvconnect_leases_total", event="ended")
+
+    with proxied(pair, "--min-prefill-tokens", "300") as client:
+        said, held = chat(client, first, None)
+        assert held["do_remote_decode"]
+        turn = [*first, {"role": "assistant", "content": said}, user(9, words=20)]
+        expected, before = alone(pair.decode, turn, 24), ended()
+        assert chat(client, turn, None, 24)[0] == expected
+        assert client.request("GET", "/health")[1]["counters"]["short"] == 1
+        eventually(lambda: ended() > before, 60, "the lease on the first turn has ended")

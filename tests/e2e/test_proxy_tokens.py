@@ -2,27 +2,10 @@
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from pair import Client, Pair, eventually
-
-from kvconnect.cli.engines import engine_env, proxy_command
+from pair import Client, Pair, eventually, proxied
 
 WORDS = ["streets", "rain", "über", "naïve", "雨", "a,", "the", "<|im_end|>", "12345", "don't\\n"]
-
-
-@contextmanager
-def proxied(pair: Pair, *options: str) -> Iterator[Client]:
-    """A client of our own proxy, before both engines."""
-    engines = [pair.prefill.server.url], [pair.decode.server.url]
-    server = pair.fleet.start("proxy", proxy_command(*engines, options), engine_env())
-    try:
-        pair.fleet.wait_up([server], 60)
-        yield Client(server, pair.prefill.model)
-    finally:
-        server.kill()
-        pair.fleet.servers.remove(server)
 
 
 def test_what_decode_evicted_is_prefilled(pair: Pair):
@@ -71,8 +54,8 @@ def test_a_prompt_that_is_tokenized_once_is_answered_alike(pair: Pair):
             events = [json.loads(line) for line in lines if line != "[DONE]"]
         choices = [one for event in events for one in event["choices"]]
         said = [one.get("text") or one.get("delta", one.get("message")) for one in choices]
-        text = [one if isinstance(one, str) else one["content"] or "" for one in said]
-        ids = [token for one in choices for token in one["token_ids"] or ()]
+        text = [one if isinstance(one, str) else one.get("content") or "" for one in said]
+        ids = [token for one in choices for token in one.get("token_ids") or ()]
         prompts = [one.get("prompt_token_ids") for one in (*events, *choices)]
         usage = [event["usage"] for event in events if event.get("usage")]
         return ["".join(text)], ids, [one for one in prompts if one], usage
