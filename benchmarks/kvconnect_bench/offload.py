@@ -77,10 +77,10 @@ def _table(part: str, rows: Sequence[Any]) -> Any:
     from rich.table import Table
 
     names = [field.name for field in fields(rows[0])]
-    if len(rows) == 1:  # many figures of one thing: one a line
-        table = Table("", "", title=part, show_header=False)
+    if len(rows) <= 2:  # many figures of few things: one a line
+        table = Table(*[""] * (len(rows) + 1), title=part, show_header=False)
         for name in names:
-            table.add_row(name, str(getattr(rows[0], name)))
+            table.add_row(name, *(str(getattr(row, name)) for row in rows))
         return table
     table = Table(*names, title=part)
     for row in rows:
