@@ -167,9 +167,9 @@ class Mover:
             self._has_ended.clear()
         return taken
 
-    def wait_for_outcome(self, timeout_s: float) -> None:
-        """Wait until there is something to take."""
-        self._has_ended.wait(timeout_s)
+    def wait_for_outcome(self, timeout_s: float) -> bool:
+        """Wait until there is something to take; whether there is."""
+        return self._has_ended.wait(timeout_s)
 
     def take_stats(self) -> StatsData | None:
         """What was measured since the last call; None if nothing."""

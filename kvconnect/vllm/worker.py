@@ -243,11 +243,12 @@ class Worker:
     def take(self, wait_s: float = 0.0) -> tuple[Outcome, set[int]]:
         """What ended since the last call, and the block ids of failed fetches.
 
-        ``wait_s``: how long to wait for something to end.
+        ``wait_s``: how long to wait for something to end, if nothing has.
         """
         outcome, self._ended = self._ended, Outcome()
         if self.mover is not None:
-            self.mover.wait_for_outcome(wait_s)
+            if not outcome:
+                self.mover.wait_for_outcome(wait_s)
             outcome.add(self.mover.take())
         self._lent -= outcome.sent
         self.traces.ended(outcome.ended_s, outcome.failed)

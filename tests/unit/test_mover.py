@@ -306,8 +306,9 @@ def test_the_engines_thread_sees_a_fetch_end_without_asking_again_and_again():
             consumer.put([order])
             consumer.wait_carried_out()
             while not (ended := consumer.take()).received:
-                consumer.wait_for_outcome(3600)
+                assert consumer.wait_for_outcome(3600)
             assert ended.received == {f"d{number}"}
+            assert not consumer.wait_for_outcome(0), "that was taken"
     finally:
         consumer.close()
         producer.close()

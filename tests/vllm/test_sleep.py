@@ -1,10 +1,11 @@
 """Sleep mode of vLLM 0.33: who can follow it, and what happens before memory is given back."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 from vllm_scheduler import EngineCore
-from workers import engines
+from workers import PATIENCE_S, engines
 
 from kvconnect.orders import (
     EngineAddresses,
@@ -94,6 +95,17 @@ def test_what_a_sleeper_lent_and_fetched_is_over_once(pair):
     assert set(outcome.ended_s) == {"d"} and not d.worker.take()[0]
     p.wake()
     assert not p.worker.take()[0]
+
+
+def test_a_worker_does_not_wait_for_more_while_it_has_what_ended_before_it_slept(pair):
+    """vLLM keeps the request meanwhile."""
+    p, _ = pair
+    p.lend("r", [3, 1], seed=7)
+    p.sleep()
+    p.wake()
+    began = time.monotonic()
+    assert p.worker.take(PATIENCE_S)[0].sent == {"r"}
+    assert time.monotonic() - began < PATIENCE_S
 
 
 def test_orders_that_come_while_it_sleeps_are_carried_out_when_it_wakes(pair):
