@@ -1,17 +1,15 @@
 """``kvconnect bench idle``: CPU time of engines that have handed over KV and now do nothing."""
 
-import contextlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kvconnect.cli.engines import check_model
 from kvconnect_bench import options
+from kvconnect_bench.cpu import threads_of
 from kvconnect_bench.pair import MeasuredPair, compared, pair_alone
 from kvconnect_bench.results import save
 
@@ -58,11 +56,11 @@ def idle(
 
 def _watch(pair: MeasuredPair, seconds: float) -> list[IdleRow]:
     leaders = {role: server.pid for role, server in pair.servers.items()}
-    before = {role: thread_cpu_s(pid) for role, pid in leaders.items()}
+    before = {role: threads_of(pid) for role, pid in leaders.items()}
     time.sleep(seconds)
     rows = []
     for role, pid in leaders.items():
-        used = {key: s - before[role].get(key, 0.0) for key, s in thread_cpu_s(pid).items()}
+        used = {key: s - before[role].get(key, 0.0) for key, s in threads_of(pid).items()}
         by_process: dict[int, float] = {}
         for (process, _, _), cpu_s in used.items():
             by_process[process] = by_process.get(process, 0.0) + cpu_s
@@ -70,32 +68,6 @@ def _watch(pair: MeasuredPair, seconds: float) -> list[IdleRow]:
         percents = (sum(by_process.values()), max(by_process.values()), sum(movers))
         rows.append(IdleRow(pair.name, role, *(round(100 * p / seconds, 2) for p in percents)))
     return rows
-
-
-def thread_cpu_s(leader: int) -> dict[tuple[int, int, str], float]:
-    """CPU seconds so far by (process, thread, thread's name), of a session."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
-        try:
-            text = stat.read_text()
-        except OSError:
-            continue
-        name, fields = text[text.index("(") + 1 : text.rindex(")")], text.rpartition(")")[2].split()
-        if int(fields[3]) == leader:
-            key = (int(stat.parts[2]), int(stat.parts[4]), name)
-            found[key] = (int(fields[11]) + int(fields[12])) / ticks
-    return found
-
-
-def session_cpu_s(leader: int) -> float:
-    """CPU seconds so far of a session's processes, of threads that have ended too."""
-    ticks, found = os.sysconf("SC_CLK_TCK"), 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            found += (int(fields[3]) == leader) * (int(fields[11]) + int(fields[12]))
-    return found / ticks
 
 
 def _table(rows: Sequence[IdleRow]) -> Any:

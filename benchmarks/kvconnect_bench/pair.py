@@ -9,8 +9,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -28,10 +29,14 @@ from kvconnect.cli.engines import (
 from kvconnect.cli.processes import HOST, Fleet, Server
 from kvconnect.errors import ConfigError
 from kvconnect_bench import marks
+from kvconnect_bench.cpu import Threads, only_on, threads_of, used
 
 IN_TREE = "in-tree NixlConnector"
+IN_TREE_PUSH = "in-tree NixlPushConnector"
+IN_TREES = (IN_TREE, IN_TREE_PUSH)
 ALONE = "one engine"
 WHERE = ("remote_engine_id", "remote_host", "remote_port")
+SHAPE = ("tp_size", "pp_size")  # of prefill, which in-tree's push has a router tell as well
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
@@ -42,6 +47,8 @@ class Asked(NamedTuple):
     """Prefill's own time: from its request to its answer. 0 where it was not asked."""
     first_s: float
     """From the first request that was sent, to either engine, to the first token."""
+    cpu_s: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    """CPU seconds that the engines used meanwhile: by role, and by name of process and thread."""
 
     @property
     def hand_over_s(self) -> float:
@@ -68,17 +75,18 @@ class MeasuredPair:
     def streaming(self, prompt: Sequence[int]) -> Asked:
         """Ask both at once."""
         assert self.streams
-        name = f"bench {next(self._names)}"
-        params = {"do_remote_prefill": True, "transfer_id": name, **(self._where or {})}
+        name = f"bench-{next(self._names)}"
+        meet = {"remote_request_id": name} if self.pushes else {"transfer_id": name}
+        params = {"do_remote_prefill": True, **meet, **(self._where or {})}
         started = time.perf_counter()
 
         def prefilled_s() -> float:  # from here: on a busy machine the thread begins later
-            self._prefilled(prompt, transfer_id=name)
+            self._prefilled(prompt, name)
             return time.perf_counter() - started
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             prefilled = pool.submit(prefilled_s)
-            first_s = self._first_token_s(prompt, params)
+            first_s = self._first_token_s(prompt, params, name)
             return Asked(prefilled.result(), first_s)
 
     def decoded(self, prompt: Sequence[int]) -> Asked:
@@ -93,33 +101,56 @@ class MeasuredPair:
         return [after - before for before, after in itertools.pairwise(times)]
 
     @property
+    def pushes(self) -> bool:
+        """Whether its engines must be asked at once, and meet under their request's id."""
+        return self.name == IN_TREE_PUSH
+
+    @property
     def streams(self) -> bool:
         """Whether both engines may be asked at once; says prefill, by repeating a transfer's id."""
         if self._where is None:
-            _, said = self._prefilled(range(1000, 1010), transfer_id="bench asks")
-            self._first_token_s(range(1000, 1010), said)  # else its blocks stay leased
-            names = WHERE if "transfer_id" in said else ()
+            name = "bench-asks"
+            _, said = self._prefilled(range(1000, 1010), name)
+            self._first_token_s(range(1000, 1010), said, name)  # else its blocks stay leased
+            names = WHERE if "transfer_id" in said else (*WHERE, *SHAPE) if self.pushes else ()
             self._where = {name: said[name] for name in names}
         return bool(self._where)
 
-    def _prefilled(self, prompt: Sequence[int], **more: str) -> tuple[float, dict[str, Any]]:
+    def threads(self) -> dict[str, Threads]:
+        """CPU seconds so far of its engines' threads, by role."""
+        return {role: threads_of(server.pid) for role, server in self.servers.items()}
+
+    def used_since(self, before: Mapping[str, Threads], asks: int) -> dict[str, dict[str, float]]:
+        """As `Asked.cpu_s`, an ask, since `threads` said ``before``."""
+        return {
+            role: {name: s / asks for name, s in used(before[role], now).items() if s}
+            for role, now in self.threads().items()
+        }
+
+    def _prefilled(self, prompt: Sequence[int], name: str = "") -> tuple[float, dict[str, Any]]:
+        more = {"transfer_id": name} if name and not self.pushes else {}
         body = self._body | {"prompt": list(prompt), "kv_transfer_params": PREFILL | more}
         started = time.perf_counter()
-        with _post(self.servers["prefill"].url, body) as answer:
+        with _post(self.servers["prefill"].url, body, name) as answer:
             params: dict[str, Any] = json.load(answer)["kv_transfer_params"]
         return time.perf_counter() - started, params
 
-    def _first_token_s(self, prompt: Sequence[int], params: dict[str, Any] | None) -> float:
+    def _first_token_s(
+        self, prompt: Sequence[int], params: dict[str, Any] | None, name: str = ""
+    ) -> float:
         body = self._body | {"prompt": list(prompt)}
         if params is not None:
             body["kv_transfer_params"] = params
-        return first_token_s(self.servers["decode"].url, body)
+        return first_token_s(self.servers["decode"].url, body, name)
 
 
-def first_token_s(url: str, body: Mapping[str, Any]) -> float:
-    """Seconds from the request ``body``, which asks for two tokens here, to its first one."""
+def first_token_s(url: str, body: Mapping[str, Any], name: str = "") -> float:
+    """Seconds from the request ``body``, which asks for two tokens here, to its first one.
+
+    ``name``: the request's id; empty: the engine chooses it.
+    """
     started = time.perf_counter()
-    with _post(url, {**body, "stream": True, "max_tokens": 2}) as answer:
+    with _post(url, {**body, "stream": True, "max_tokens": 2}, name) as answer:
         first = answer.readline()
         seconds = time.perf_counter() - started
         answer.read()
@@ -129,11 +160,12 @@ def first_token_s(url: str, body: Mapping[str, Any]) -> float:
 
 
 @contextlib.contextmanager
-def _post(url: str, body: Mapping[str, Any]) -> Iterator[http.client.HTTPResponse]:
+def _post(url: str, body: Mapping[str, Any], name: str = "") -> Iterator[http.client.HTTPResponse]:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=300)
+    headers = {"Content-Type": "application/json"} | ({"X-Request-Id": name} if name else {})
     try:
         text = json.dumps(body)
-        connection.request("POST", "/v1/completions", text, {"Content-Type": "application/json"})
+        connection.request("POST", "/v1/completions", text, headers)
         answer = connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{url} answered {answer.status}: {answer.read()[:300]!r}")
@@ -147,7 +179,7 @@ def compared(connectors: str, beside: Sequence[str] = (IN_TREE,)) -> tuple[str, 
     ours = tuple(connectors.split(","))
     if unknown := [name for name in ours if name not in CONNECTORS]:
         raise ConfigError(f"connector {unknown[0]!r} is none of {', '.join(CONNECTORS)}")
-    for name in {*ours, *("nixl" for other in beside if other == IN_TREE)}:
+    for name in {*ours, *("nixl" for other in beside if other in IN_TREES)}:
         check_installed(name)
     return *ours, *beside
 
@@ -159,17 +191,20 @@ def pair_alone(
     dtype: str,
     options: Mapping[str, Sequence[str]] | None = None,
     traced: Path | None = None,
+    cores: Mapping[str, Collection[int]] | None = None,
 ) -> Iterator[MeasuredPair]:
     """A pair (see `compared`) that is up; afterwards it is gone, and the next has the machine.
 
     ``options``: more of ``vllm serve``, by role; one engine alone has prefill's.
     ``traced``: where its engines write their `marks`.
+    ``cores``: on which each engine may run, by role; this thread then runs on decode's.
     The engines' logs are kept only if something failed, and then named.
     """
     logs, failed = Path(tempfile.mkdtemp(prefix="kvconnect-bench-")), False
+    cores = cores or {}
     try:
-        with Fleet(logs) as fleet:
-            yield _start_pair(fleet, name, model, ["--dtype", dtype], options or {}, traced)
+        with only_on(cores.get("decode", ())), Fleet(logs) as fleet:
+            yield _start_pair(fleet, name, model, ["--dtype", dtype], options or {}, traced, cores)
     except Exception:
         failed = True
         typer.echo(f"{name} failed; its engines' logs: {logs}", err=True)
@@ -186,17 +221,19 @@ def _start_pair(
     both: Sequence[str],
     options: Mapping[str, Sequence[str]],
     traced: Path | None,
+    cores: Mapping[str, Collection[int]],
 ) -> MeasuredPair:
     def start(role: str) -> Server:
-        config = transfer_config("nixl" if name in (IN_TREE, ALONE) else name, role)
+        config = transfer_config("nixl" if name in (*IN_TREES, ALONE) else name, role)
         more = marks.environment(traced, role) if traced else {}
-        if name == IN_TREE:
-            config["kv_connector"] = "NixlConnector"
+        if name in IN_TREES:
+            config["kv_connector"] = name.removeprefix("in-tree ")
             more["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
         own = options.get("prefill" if name == ALONE else role, ())
         arguments = [*both, "--max-model-len", "8192", *own]
         engine = VllmServe(model, None if name == ALONE else config, arguments)
-        return fleet.start(f"{name} {role}", engine.command, engine_env(**more))
+        with only_on(cores.get(role, ())):
+            return fleet.start(f"{name} {role}", engine.command, engine_env(**more))
 
     servers = {role: start(role) for role in ROLES if name != ALONE or role == "decode"}
     fleet.wait_up(list(servers.values()), START_TIMEOUT_S)

@@ -16,8 +16,8 @@ import typer
 
 from kvconnect.cli.processes import HOST, Fleet, Server
 from kvconnect_bench import http_load, options
+from kvconnect_bench.cpu import threads_of
 from kvconnect_bench.http_load import PARAMS, HttpLoad, request
-from kvconnect_bench.idle import thread_cpu_s
 from kvconnect_bench.results import save
 
 FLOOR, OURS, RUST = "no proxy", "kvconnect proxy", "vllm-router"
@@ -147,7 +147,7 @@ def _port_of(server: Server) -> int:
 
 
 def _cpu_s(servers: list[Server]) -> float:
-    return sum(sum(thread_cpu_s(server.pid).values()) for server in servers)
+    return sum(sum(threads_of(server.pid).values()) for server in servers)
 
 
 def _measure(name: str, servers: list[Server], connections: int, seconds: float) -> Figures:

@@ -70,7 +70,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         answer: dict[str, Any] = {"choices": [{"text": text, "message": text}], "usage": usage}
         if params.get("do_remote_decode"):
-            where = dict.fromkeys(("remote_engine_id", "remote_host", "remote_port"), "here")
+            where: dict[str, Any] = dict.fromkeys(
+                ("remote_engine_id", "remote_host", "remote_port"), "here"
+            )
+            where |= {"tp_size": 1, "pp_size": 1}
             known = {name: params[name] for name in ("transfer_id",) if name in params}
             answer["kv_transfer_params"] = {"do_remote_prefill": True, **where, **known}
         return self.reply(200, json.dumps(answer).encode())

@@ -4,6 +4,7 @@ import concurrent.futures
 import importlib
 import itertools
 import json
+import os
 import re
 import socket
 import sys
@@ -18,7 +19,7 @@ from typer.testing import CliRunner, Result
 from kvconnect.cli import main
 from kvconnect.cli.engines import VllmServe
 from kvconnect_bench.marks import Mark
-from kvconnect_bench.pair import ALONE, IN_TREE, Asked, MeasuredPair
+from kvconnect_bench.pair import ALONE, IN_TREE, IN_TREE_PUSH, Asked, MeasuredPair
 from kvconnect_bench.pd import Case, rows_of
 from kvconnect_bench.trace import rows_of as trace_rows
 
@@ -97,29 +98,69 @@ def test_pairs_of_pd_run_one_after_the_other_on_the_same_prompts(
         name: [prompt for by, way, prompt in asked if (by, way) == (name, "pull")] for name in names
     }
     alone = [prompt for by, _, prompt in asked if by == ALONE]
-    assert of["nixl"] == of["ucx"] == of[IN_TREE] == alone
+    assert of["nixl"] == of["ucx"] == of[IN_TREE]
+    once = [
+        pulls[turn % 3 % 2] for turn, pulls in enumerate(zip(*[iter(of["nixl"])] * 2, strict=True))
+    ]
+    assert once == alone, "in every other of the three turns of a case the first comes last"
     assert [len(prompt) for prompt in alone] == 2 * ([129] * 3 + [257] * 3)
     assert (
-        len({tuple(prompt) for by, way, prompt in asked if by == "nixl" and way != "decoded"}) == 24
+        len({tuple(prompt) for by, way, prompt in asked if by == "nixl" and way != "decoded"}) == 36
     )
-    first = [way for by, way, _ in asked if by == "nixl"][:8]
-    assert first == [
-        "pull",
-        "streaming",
-        "decoded",
-        "decoded",
-        "streaming",
-        "pull",
-        "decoded",
-        "decoded",
-    ]
+    first = [way for by, way, _ in asked if by == "nixl"][:10]
+    again = ["pull", "decoded", "decoded"]  # what is done twice in each turn
+    assert first == ["pull", "streaming", *again, "pull", "streaming", *again]
     report_of = json.loads(report.read_text())
     assert report_of["machine"]["cores"]
     rows = report_of["rows"]
-    assert len(rows) == 2 * (3 * 4 + 1)
+    assert len(rows) == 2 * (3 * 5 + 1)
     assert {(row["turns"], row["seed"]) for row in rows} == {(4, 1)}
     streamed = next(row for row in rows if row["way"] == "streaming")
     assert (streamed["compared_to"], streamed["hand_over_ratio"]["unit"]) == ("nixl pull", "ratio")
+
+
+@pytest.mark.slow
+def test_a_run_of_pd_that_is_out_of_time_ends_after_a_round_and_keeps_its_rows(
+    bench: Bench, tmp_path: Path, up_at_start: list[int]
+) -> None:
+    report = tmp_path / "report.json"
+    options = ("--beside", "in-tree-push", "--tokens", "8", "--turns", "2", "--rounds", "9")
+    done = bench("pd", *options, "--minutes", "0.001", "--json", str(report))
+    assert done.exit_code == 0, done.output
+    assert len(up_at_start) == 2 * 2, "one round of two pairs"
+    found = json.loads(report.read_text())
+    assert found["machine"]["rounds"] == 1
+    ways = {(row["connector"], row["way"]) for row in found["rows"]}
+    assert (IN_TREE_PUSH, "push") in ways and ("nixl", "pull again") in ways
+
+
+@pytest.mark.slow
+def test_with_own_cores_prefill_runs_where_neither_decode_nor_the_client_does(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one core")
+    seen: dict[str, set[int]] = {}
+    measure = MeasuredPair.pull
+
+    def spied(pair: MeasuredPair, prompt: list[int]) -> Asked:
+        servers = pair.servers.items()
+        seen.update({role: os.sched_getaffinity(server.pid) for role, server in servers})
+        seen["client"] = os.sched_getaffinity(0)
+        return measure(pair, prompt)
+
+    monkeypatch.setattr(MeasuredPair, "pull", spied)
+    before, report = os.sched_getaffinity(0), tmp_path / "report.json"
+    options = ("--beside", "", "--tokens", "8", "--turns", "2", "--rounds", "1", "--own-cores")
+    done = bench("pd", *options, "--json", str(report))
+    assert done.exit_code == 0, done.output
+    assert seen["prefill"] and seen["decode"] and not seen["prefill"] & seen["decode"]
+    assert seen["client"] <= seen["decode"], "or it would slow prefill"
+    assert os.sched_getaffinity(0) == before
+    told = json.loads(report.read_text())
+    assert {role: set(cores) for role, cores in told["machine"]["own_cores"].items()} == {
+        role: seen[role] for role in ("prefill", "decode")
+    }
 
 
 def test_a_hand_over_counts_above_the_floor_and_beside_the_pull_of_its_turn() -> None:
@@ -140,6 +181,17 @@ def test_a_hand_over_counts_above_the_floor_and_beside_the_pull_of_its_turn() ->
     assert streaming.prefill_ratio is not None
     assert streaming.prefill_ratio.p50 == pytest.approx(0.75)
     assert floor.above_floor is None
+
+
+def test_cpu_time_of_the_engines_is_told_by_role_and_thread() -> None:
+    case = Case(256, 1025, 1)
+    first = {"prefill": {"worker mover": 0.1, "worker worker": 1.0}, "decode": {"core core": 0.004}}
+    then = {"prefill": {"worker worker": 2.0}, "decode": {"core core": 0.004}}
+    measured = {(case, OURS, "pull"): [Asked(1.0, 1.1, first), Asked(2.0, 2.1, then)]}
+    (row,) = rows_of(measured, seed=1)
+    assert row.prefill_cpu is not None and row.decode_cpu is not None
+    assert (row.prefill_cpu.p50, row.decode_cpu.p50) == pytest.approx((1.55, 0.004))
+    assert row.threads_cpu_s == {"prefill worker worker": 1.5, "prefill worker mover": 0.05}
 
 
 class LateThreads(concurrent.futures.ThreadPoolExecutor):
