@@ -102,6 +102,11 @@ def make_config(**settings: object) -> ProxyConfig:
         for text in found:
             finder(text)
         settings[f"find_{role}"] = found
+    least = settings.get("min_prefill_tokens", 0)
+    if least != "auto" and (type(least) is not int or least < 0):
+        raise ConfigError(
+            f"--min-prefill-tokens {least} is no number of tokens; write 0 or more, or auto"
+        )
     endpoints(settings.get("kv_events") or ())  # type: ignore[arg-type]
     try:
         return msgspec.convert(settings, ProxyConfig)

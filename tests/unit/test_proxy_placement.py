@@ -18,6 +18,7 @@ from test_proxy_app import (
     streams,
 )
 
+from kvconnect.errors import ConfigError
 from kvconnect.proxy import holdings, short
 from kvconnect.proxy.balance import in_order
 from kvconnect.proxy.config import make_config
@@ -184,9 +185,9 @@ def test_the_slowest_prefill_engine_stands_for_decode_until_that_was_seen():
     assert shorts.min_tokens() == pytest.approx(500, rel=0.01)
 
 
-@pytest.mark.parametrize("wrong", [-1, "some"])
+@pytest.mark.parametrize("wrong", [-1, "some", 1.5, True])
 def test_a_number_of_tokens_that_cannot_be_is_refused(wrong: Any):
-    with pytest.raises(Exception, match="min_prefill_tokens"):
+    with pytest.raises(ConfigError, match="--min-prefill-tokens .* is no number of tokens"):
         make_config(prefill=["http://p"], decode=["http://d"], min_prefill_tokens=wrong)
 
 
