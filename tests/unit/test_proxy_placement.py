@@ -187,7 +187,7 @@ def test_the_slowest_prefill_engine_stands_for_decode_until_that_was_seen():
 
 @pytest.mark.parametrize("wrong", [-1, "some", 1.5, True])
 def test_a_number_of_tokens_that_cannot_be_is_refused(wrong: Any):
-    with pytest.raises(ConfigError, match="--min-prefill-tokens .* is no number of tokens"):
+    with pytest.raises(ConfigError, match="is no number of tokens"):
         make_config(prefill=["http://p"], decode=["http://d"], min_prefill_tokens=wrong)
 
 
