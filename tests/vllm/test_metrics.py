@@ -308,6 +308,9 @@ def literal(key, text):
                     case ast.Assign(targets=[ast.Name(id=name)], value=ast.Dict(values=values)):
                         if name == table:
                             return {value.value for value in values}
+                    case ast.Assign(targets=[ast.Name(id=name)], value=ast.DictComp() as made):
+                        if name == table:
+                            return set(eval(ast.unparse(made)).values())
     return set()
 
 
