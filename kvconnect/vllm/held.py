@@ -1,6 +1,8 @@
 """Blocks that no request computes in, and why each is kept: what an operator sees of them.
 
-Everything here is kept up as it happens: a report costs the same however much is held.
+It counts for metrics, and nothing is decided by it: `lent` and `turns` do that. What is still
+being loaded is here alone. Everything is kept up as it happens: a report costs the same however
+much is held.
 """
 
 import time

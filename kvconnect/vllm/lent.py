@@ -9,6 +9,8 @@ pause would last until the last reader is done, and a reset of the prefix cache 
 * What waits for a conversation's next turn is no work either, paused or not: that takes minutes.
 * A reset revokes all leases first, if it can succeed then: if nothing else holds a block. The
   order reaches every rank before the next step writes into a block (`Worker.put`).
+* It has vLLM's requests, to free what they hold; which lease gives way is decided by `turns`, and
+  `held` counts.
 * Blocks that another connector holds as well, beside us in a MultiConnector, are left alone.
 """
 

@@ -6,6 +6,8 @@
 * A next turn may never come, so these leases give way, the oldest first. Together they keep no more
   blocks than are free; and a request that got no blocks takes as many as it wants. So does one
   that has loaded a part, of which vLLM does not ask again, and lets nobody pass it.
+* What is kept here is which leases may give way, and to whom: why blocks are held is told by
+  `held`, and which requests vLLM keeps for any lease by `lent`.
 * Not lent: samples, media and embeddings, what a window or a recurrent state has let go of, and
   anything of an engine that drafts tokens.
 """

@@ -86,12 +86,17 @@ def test_what_an_operator_expects_is_the_ceiling():
     assert watch(expected=40.0).ceiling == 40 * GB
 
 
-def test_so_many_peers_are_remembered_and_no_more(monkeypatch):
+def test_so_many_peers_are_remembered_and_no_more(monkeypatch, caplog):
     monkeypatch.setattr(bandwidth, "MAX_PEERS", 5)
     one = watch()
-    for number in range(50):
-        one.read(read(1.0, f"p:{number}"))
-    assert len(one._seen) == 5
+
+    def warnings_of(number):
+        for _ in range(bandwidth.JUDGED):
+            one.read(read(0.1, f"p:{number}"))
+        return len(warned(caplog))
+
+    assert [warnings_of(number) for number in (0, 1, 2, 3, 4, 0)] == [1, 2, 3, 4, 5, 5]
+    assert [warnings_of(number) for number in (5, 4, 0)] == [6, 6, 7], "0 was forgotten for 5"
 
 
 def test_a_raw_copy_is_measured():

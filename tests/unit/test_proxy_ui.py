@@ -122,7 +122,7 @@ def test_it_is_not_there_without_an_admin_key():
 
 
 def test_the_page_needs_nothing_of_elsewhere_and_puts_in_no_markup():
-    page, _ = server._read_page()
+    page, _ = server.read_page()
     assert not re.findall(r"https?://(?!\)|\[)\w", page)
     assert not re.findall(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(| on\w+=", page

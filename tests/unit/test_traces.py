@@ -65,7 +65,10 @@ def test_what_never_ends_is_forgotten(rig):
     traces = rig.handovers()
     for number in range(MAX_OPEN + 10):
         traces.ordered({str(number): HEADERS})
-    assert len(traces._open) == MAX_OPEN
+    traces.ended({str(number): rig.now for number in (0, 9, 10)}, {})
+    traces.write(3)
+    assert rig.spans["kvconnect.handover"][2].attributes["kvconnect.request_id"] == "10"
+    assert len(rig.exporter.get_finished_spans()) == 2, "its own, and the wait below it"
 
 
 def test_an_engine_goes_on_without_a_trace(caplog):

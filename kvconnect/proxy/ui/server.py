@@ -43,7 +43,7 @@ _CAUSES = {
 }
 
 
-def _read_page() -> tuple[str, str]:
+def read_page() -> tuple[str, str]:
     """The page, and the policy that lets a browser run its script and style alone."""
     page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
 
@@ -80,7 +80,7 @@ class Ui:
         self._counters = counters
         self._watch = EngineWatch(lambda: [state.url for _, state in self._engines()])
         self._stopping = asyncio.Event()
-        self._page, self._policy = _read_page()
+        self._page, self._policy = read_page()
 
     def add_to(self, app: web.Application) -> None:
         """Serve both; whoever looks does not keep the application from ending."""
