@@ -1,9 +1,9 @@
 """Second turns of chats behind the proxy: how soon they begin, by what goes to decode alone.
 
-    python tests/e2e/short_prompts.py [CHATS]
+    python tests/e2e/short_prompts.py [CHATS [N …]]
 
-One prefill and one decode engine (SmolLM2). Prints a line of JSON for each `--min-prefill-tokens`:
-milliseconds to the first token of second turns (median, least, most), what prefill computed of
+One prefill and one decode engine (SmolLM2). Prints a line of JSON for each `--min-prefill-tokens`
+N: milliseconds to the first token of second turns (median, least, most), what prefill computed of
 them, and from how many tokens on the proxy splits at the end.
 """
 
@@ -84,7 +84,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         fleet = stack.enter_context(Fleet(folder, nursery.launch))
         pair = Setup(model("KVCONNECT_MODEL"), both=["--max-model-len", "4200"]).start(fleet)
-        for least in ("0", "auto", "300", "0"):
+        for least in sys.argv[2:] or ("0", "auto", "300", "0"):
             print(json.dumps(measured(pair, least, chats)), flush=True)
 
 
