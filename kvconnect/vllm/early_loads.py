@@ -25,13 +25,14 @@ class EarlyLoads:
         """How many blocks all of them may hold together."""
         self._block_tokens = block_tokens
         self._held: dict[str, int] = {}  # request that loads early → blocks that it holds
+        self._in_use = 0  # their sum: whoever waits is asked about in every step
         self._waiting: dict[str, bool] = {}  # request that waits → whether prefill computed it
 
     def may_begin(self, request_id: str, tokens: int) -> bool:
         """Whether so many tokens of a request may be loaded now."""
         if self._waiting.get(request_id) or not self._planner.is_early(request_id):
             return True
-        if self._blocks(tokens) + sum(self._held.values()) <= self.most:
+        if self._blocks(tokens) + self._in_use <= self.most:
             return True
         if request_id not in self._waiting:
             self._waiting[request_id] = False
@@ -44,6 +45,7 @@ class EarlyLoads:
         early = not computed and self._planner.is_early(request_id)
         if tokens and early and request_id not in self._held:
             self._held[request_id] = self._blocks(tokens)
+            self._in_use += self._held[request_id]
 
     def computed(self, request_ids: Iterable[str]) -> None:
         """Movers say that prefill has computed these, or never will."""
@@ -52,7 +54,7 @@ class EarlyLoads:
 
     def ended(self, request_id: str) -> None:
         """Its load has, and its blocks are its own, or free. Idempotent."""
-        self._held.pop(request_id, None)
+        self._in_use -= self._held.pop(request_id, 0)
 
     def forget(self, request_id: str) -> None:
         """The request has ended; its load may not have."""
