@@ -1,13 +1,13 @@
-"""Loads that may wait for prefill: at most half of our blocks are theirs.
+"""Loads that may wait for prefill: half of our blocks at most.
 
 vLLM allocates a load's blocks when it begins, and preempts none. Where a router asks both engines
 at once, a load begins before its prompt is computed. An engine that is full of such loads can take
 no other; prefill, full of what those others were to read, computes none: each waits for the other.
 
-* An early load that would not fit into that half waits in vLLM's queue, which lets others pass,
+* An early load that would not fit into that share waits in vLLM's queue, which lets others pass,
   until others have ended, or movers report that prefill has computed it.
-* What is computed is loaded whoever holds that half: it waits for nobody, and prefill's blocks are
-  free once it is read. So it goes on as long as no prompt needs more than the other half.
+* What is computed is loaded whoever holds that share: it waits for nobody, and prefill's blocks
+  are free once it is read. It finds blocks, for the longest prompt that vLLM takes fits beside.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,12 +18,17 @@ from kvconnect.planner import Planner
 class EarlyLoads:
     """Those of one engine; its scheduler's half tells it of every load."""
 
-    def __init__(self, planner: Planner, num_blocks: int, block_tokens: Sequence[int]) -> None:
-        """``num_blocks``: of all groups together; ``block_tokens``: of a block of each group."""
+    def __init__(
+        self, planner: Planner, num_blocks: int, block_tokens: Sequence[int], most_tokens: int
+    ) -> None:
+        """``num_blocks``: of all groups together; ``block_tokens``: of a block of each group;
+        ``most_tokens``: of a prompt.
+        """
         self._planner = planner
-        self.most = num_blocks // 2
-        """How many blocks all of them may hold together."""
         self._block_tokens = block_tokens
+        beside = num_blocks - 1 - self._blocks(most_tokens)  # vLLM keeps one as a placeholder
+        self.most = max(min(num_blocks // 2, beside), 0)
+        """How many blocks all of them may hold together."""
         self._held: dict[str, int] = {}  # request that loads early → blocks that it holds
         self._in_use = 0  # their sum: whoever waits is asked about in every step
         self._waiting: dict[str, bool] = {}  # request that waits → whether prefill computed it

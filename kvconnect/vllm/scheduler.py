@@ -73,7 +73,12 @@ class Scheduler:
         self._backoff = _backoff(vllm_config, kv_cache_config)
         self._planner = Planner()
         self.progress = PrefillProgress(self._planner, vllm_config, kv_cache_config)
-        self.early_loads = EarlyLoads(self._planner, kv_cache_config.num_blocks, self._group_sizes)
+        self.early_loads = EarlyLoads(
+            self._planner,
+            kv_cache_config.num_blocks,
+            self._group_sizes,
+            vllm_config.model_config.max_model_len,
+        )
         ttl_s = getattr(config, "decoder_kv_blocks_ttl", 0.0)
         self.turns = LentTurns(ttl_s, vllm_config, kv_cache_config)
         self._turns_threshold = getattr(config, "kv_recompute_threshold", 0)

@@ -23,12 +23,14 @@ from vllm.v1.structured_output import StructuredOutputManager
 from kvconnect.vllm.worker import RankMetadata
 
 BLOCK = 16
+MOST_TOKENS = 256
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
 @functools.cache
 def model():
-    return ModelConfig(model=os.environ["KVCONNECT_TP_MODEL"], dtype="float32")
+    path = os.environ["KVCONNECT_TP_MODEL"]
+    return ModelConfig(model=path, dtype="float32", max_model_len=MOST_TOKENS)
 
 
 class EngineCore:
@@ -48,7 +50,7 @@ class EngineCore:
             scheduler_config=SchedulerConfig(
                 max_num_seqs=8,
                 max_num_batched_tokens=256,
-                max_model_len=256,
+                max_model_len=MOST_TOKENS,
                 is_encoder_decoder=False,
             ),
             kv_transfer_config=KVTransferConfig(
