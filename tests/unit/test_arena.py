@@ -301,6 +301,25 @@ def test_a_header_that_cannot_be_written_is_told_and_changes_nothing(path, monke
     assert held(arena) == {1: 2}
 
 
+def test_of_headers_written_together_none_counts_if_one_cannot_be_written(path, monkeypatch):
+    """A reader, or who starts after a crash, would take for held what is being filled still."""
+    arena = attach(SPEC, path, backing.FileBacking)
+    write_through = arena.backing.flush
+    for slot in range(3):
+        arena.begin(slot)
+
+    def broken(offset, nbytes):
+        if offset == HEAD_BYTES + 2 * SLOT.itemsize:
+            raise OSError(5, "Input/output error")
+        write_through(offset, nbytes)
+
+    monkeypatch.setattr(arena.backing, "flush", broken)
+    with pytest.raises(OSError, match="Input"):
+        arena.commit([Written(slot, key(slot), 0, 16, 5000, slot) for slot in range(3)])
+    assert not held(arena)
+    assert not held(look(path, SPEC.fingerprint, backing.FileBacking))
+
+
 def test_no_room_is_an_error_when_it_is_opened_and_leaves_nothing_behind(path):
     """It used to be found out by SIGBUS, at some later store."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

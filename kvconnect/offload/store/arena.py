@@ -137,18 +137,17 @@ class Arena:
         self._table[slots] = rows  # their checks are 0 still
         self._table["check"][slots] = header.checks(rows, slots, self._seed)
         try:
-            for slot in slots.tolist():
-                self._flush(slot)
+            self._flush(*slots.tolist())
         except OSError:
             self._table["check"][slots], self._table["state"][slots] = 0, FILLING
+            with contextlib.suppress(OSError):  # those before it were written already
+                self._flush(*slots.tolist())
             raise
         return entries
 
     def drop(self, slot: int) -> None:
         """The slot holds nothing any more."""
-        row = self._table[slot : slot + 1]
-        row["check"] = 0
-        row["state"] = FREE
+        self._table["check"][slot], self._table["state"][slot] = 0, FREE
         with contextlib.suppress(OSError):  # what it held is true still; `begin` will ask again
             self._flush(slot)
 
@@ -173,8 +172,9 @@ class Arena:
         empty = ~held & (rows["state"] == FREE) & (rows["check"] == 0)
         return ArenaScan(_entries(rows[found], found), np.flatnonzero(~held & ~empty).tolist())
 
-    def _flush(self, slot: int) -> None:
-        self.backing.flush(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
+    def _flush(self, *slots: int) -> None:
+        for slot in slots:
+            self.backing.flush(HEAD_BYTES + slot * SLOT.itemsize, SLOT.itemsize)
 
     def _snapshot(self) -> tuple[np.ndarray, np.ndarray]:
         """All headers at about this moment, and which of them are held."""
