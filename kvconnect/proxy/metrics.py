@@ -55,7 +55,7 @@ PROXY = (
     ProxyMetric("unretried", "counter", "Tries not repeated: the budget was spent.", _ENGINES),
     ProxyMetric("decode_alone", "counter", "Requests that no prefill engine worked for.", _ENGINES),
     ProxyMetric("not_splittable", "counter", "Those that are no single request.", _NONE),
-    ProxyMetric("short", "counter", "Those below `--split-from-tokens`.", _NONE),
+    ProxyMetric("short", "counter", "Those below `--min-prefill-tokens`.", _NONE),
     ProxyMetric("no_prefill", "counter", "Those that no prefill engine answered.", _ENGINES),
     ProxyMetric(
         "no_params",

@@ -1,12 +1,15 @@
 """What the proxy tells Prometheus, and whom."""
 
 import asyncio
+import re
 
 import aiohttp
 import pytest
+import typer
 from prometheus_client.parser import text_string_to_metric_families
 from test_proxy_app import TEXT, Dead, Engine, answers, breaks_in_body, prefills, rig, run, waits
 
+from kvconnect.cli import main
 from kvconnect.proxy.admission import QueueState
 from kvconnect.proxy.legs import ProxyCounters
 from kvconnect.proxy.life import Journal
@@ -43,6 +46,13 @@ def test_all_that_is_counted_is_told_and_the_other_way_round():
     there = {one.name: one.type for one in text_string_to_metric_families(text)}
     told = {PREFIX + one.name: one.kind for one in PROXY}
     assert {name: kind for name, kind in there.items() if not name.endswith("_created")} == told
+
+
+def test_options_that_a_metric_names_are_the_proxys_or_vllms():
+    said = " ".join(f"{metric.help} {metric.advice}" for metric in PROXY)
+    proxy = typer.main.get_command(main).commands["proxy"]
+    options = {name for option in proxy.params for name in option.opts}
+    assert set(re.findall(r"--[a-z-]+", said)) - options == {"--kv-transfer-config"}
 
 
 def test_requests_are_counted_by_how_they_ended_and_how_long_they_took():
