@@ -74,6 +74,7 @@ class Engine:
                 scheduler_config=SimpleNamespace(
                     max_num_batched_tokens=2048, long_prefill_token_threshold=0
                 ),
+                model_config=SimpleNamespace(max_model_len=2048),
                 lora_config=object() if lora else None,
                 speculative_config=drafts,
             ),
