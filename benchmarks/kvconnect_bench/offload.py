@@ -33,7 +33,7 @@ def offload(
     prompts: Annotated[int, typer.Option(help="Per length and source.")] = 8,
     beside: Annotated[str, typer.Option(help="lmcache or none, beside the hits.")] = "none",
     rounds: Annotated[int, typer.Option(min=2, help="Of tiers and restarts.")] = 8,
-    cost_rounds: Annotated[int, typer.Option(min=2, help="Of the cost.")] = 30,
+    cost_rounds: Annotated[int, typer.Option(min=6, help="Of the cost.")] = 30,
     requests: Annotated[int, typer.Option(help="Per round and engine of the cost.")] = 4,
     out: options.Json = None,
 ) -> None:

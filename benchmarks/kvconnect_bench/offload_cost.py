@@ -32,7 +32,7 @@ from kvconnect_bench.results import Spread
 INPUT_TOKENS, OUTPUT_TOKENS = 512, 32
 MEMORY_BYTES = 256 << 20  # soon full: every store then costs an eviction, as in the long run
 WARM_ROUNDS = 3
-CERTAIN = 1.96  # standard deviations of 95 %
+UNCERTAIN = 0.05  # how often an interval may not hold what it is of
 OFF, AGAIN, ON = "without", "without, again", "offloading"
 HITS = "vllm:kvconnect_offload_tokens_from_host_total"
 STORED = "vllm:kv_offload_store_bytes_total"
@@ -130,9 +130,14 @@ def answered_s(engine: Server, model: str, prompts: Sequence[Sequence[int]]) -> 
 
 
 def median_within(values: Sequence[float]) -> tuple[float, float]:
-    """Between which of ``values`` the median of what they are drawn from is, at 95 %."""
-    ordered, n = sorted(values), len(values)
-    first = max(0, math.floor((n - CERTAIN * math.sqrt(n)) / 2))
+    """Between which of ``values``, six or more, the median of what they are drawn from is, at 95 %.
+
+    By the chance that so few of them are below it, or above: whatever they are drawn from.
+    """
+    ordered, n, first = sorted(values), len(values), 0
+    missed = 2 / 2**n
+    while (missed := missed + 2 * math.comb(n, first + 1) / 2**n) <= UNCERTAIN:
+        first += 1
     return ordered[first], ordered[n - 1 - first]
 
 
