@@ -438,7 +438,7 @@ def make_app(config: ProxyConfig, clock: Callable[[], float]) -> web.Application
     for path in _WHOLE:
         app.router.add_post(path, proxy.pass_whole)
     for path in ("/version", "/tokenizer_info", f"/v1/responses/{_RESPONSE_ID}"):
-        app.router.add_get(path, proxy.pass_whole)
+        app.router.add_get(path, proxy.pass_whole, allow_head=False)
     app.router.add_get("/v1/models", proxy.models)
     app.router.add_get("/health", proxy.health)
     app.router.add_get("/metrics", proxy.metrics)

@@ -96,18 +96,18 @@ class ProxyCounters(msgspec.Struct):
     local_retries: int = 0
     """Those of ``retries`` that were decode legs without the KV that prefill had offered."""
     decode_alone: int = 0
-    """Requests that no prefill engine worked for; the next three say why."""
-    gone_on: int = 0
-    """Turns of chats of which a decode engine lends what it holds."""
+    """Requests that no prefill engine worked for; the next four say why."""
     not_splittable: int = 0
+    short: int = 0
+    """Prefill for so little is not worth the way."""
     no_prefill: int = 0
     no_params: int = 0
+    gone_on: int = 0
+    """Turns of chats of which a decode engine lends what it holds."""
     refused: int = 0
     """Answered by prefill with a 4xx, and then by decode alone."""
     released: int = 0
     """Refused by decode alone, so that prefill's KV was let go unread."""
-    short: int = 0
-    """Sent to decode alone, because prefill for so little is not worth the way."""
     unretried: int = 0
     """Tries that were not repeated, because the budget for retries was spent."""
     late: int = 0

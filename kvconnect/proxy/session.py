@@ -108,7 +108,7 @@ class EngineSession:
         """Sends a request, and waits for the answer's status and headers. To be closed.
 
         Parameters:
-            method: GET, POST and so on.
+            method: GET, POST and so on. Not HEAD: its answer tells of a body that never comes.
             url: the engine's, as `config.engine_url` writes it.
             target: path and query, after ``url``'s own path.
             headers: beside those of every request, or in their place.

@@ -602,6 +602,21 @@ def test_what_is_not_split_goes_to_decode_as_it_is(method, path):
     run(scenario())
 
 
+@pytest.mark.parametrize("path", ["/version", "/v1/responses/resp_1"])
+def test_engines_are_never_asked_for_heads_alone(path):
+    """As vLLM has it. Their answers tell a length that does not follow: who waits for it gives up
+    engines that are well."""
+
+    async def scenario() -> None:
+        d = Engine(answers)
+        async with rig([Engine(prefills)], [d], silence_timeout_s=1.5) as r:
+            async with r.session.head(path) as response:
+                assert (response.status, response.headers["Allow"]) == (405, "GET")
+            assert d.heads == []
+
+    run(scenario())
+
+
 def test_a_stream_of_events_with_names_that_begins_with_a_failure_is_asked_again():
     async def scenario() -> None:
         begun = b'event: message_start\ndata: {"type":"message_start"}\n\n'
