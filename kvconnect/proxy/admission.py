@@ -123,7 +123,7 @@ class AdmissionQueue:
         finally:
             self._admitted -= 1
             self._prefilling -= prefilling
-            prefilling = False  # a late answer changes nothing
+            life.on_leg.remove(look)  # a late answer changes nothing
             self._admit()
 
     async def watch(self) -> None:
@@ -154,6 +154,8 @@ class AdmissionQueue:
     def _admit(self) -> None:
         """Let go on whoever has room, in order."""
         at_decode = self._room(self._decoders) - self._admitted
+        if at_decode <= 0 or not self._queue:
+            return
         at_prefill = self._room(self._prefillers) - self._prefilling
         left = []
         for one in self._queue:

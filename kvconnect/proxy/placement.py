@@ -56,8 +56,9 @@ class Placement:
             await self._events.watch()
 
     def learn(self, prompt: PromptText, ids: Sequence[int], model: str | None) -> None:
-        """A prefill engine made these tokens of a prompt for a model."""
-        self.holdings.learn(prompt, ids, model)
+        """A prefill engine made these tokens of a prompt for a model, which only events tell of."""
+        if self._events is not None:
+            self.holdings.learn(prompt, ids, model)
 
     def text(self, body: Body) -> PromptText:
         """What is told of a request's prompt; nothing where nobody asks."""

@@ -34,6 +34,11 @@ class PromptTokens:
         self._beginnings: OrderedDict[bytes, bytes] = OrderedDict()  # → a prompt that begins so
         self._tokens = 0
 
+    @property
+    def prompts(self) -> int:
+        """How many are remembered."""
+        return len(self._prompts)
+
     def learn(self, prompt: PromptText, ids: Sequence[int], model: str | None) -> None:
         """An engine made these tokens of a prompt."""
         if not prompt.beginnings or not ids:
@@ -45,7 +50,8 @@ class PromptTokens:
         for beginning in reversed(prompt.beginnings):
             self._beginnings[beginning.digest] = whole.digest
             self._beginnings.move_to_end(beginning.digest)
-        while self._tokens > REMEMBERED_TOKENS:
+        # each has a beginning of its own: of more prompts some could not be found any more
+        while self._tokens > REMEMBERED_TOKENS or len(self._prompts) > REMEMBERED_BEGINNINGS:
             self._drop(next(iter(self._prompts)))
         while len(self._beginnings) > REMEMBERED_BEGINNINGS:
             self._beginnings.popitem(last=False)

@@ -157,6 +157,7 @@ def test_prefill_has_room_again_once_it_has_answered():
         assert desk.admission.state().waiting == 1
         await desk.go("b")
         assert desk.order[3:] == ["c"]
+        assert [desk.lives[name].on_leg for name in ("a", "b")] == [[], []], "nobody listens on"
 
     run(scenario())
 

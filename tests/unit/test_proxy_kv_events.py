@@ -164,6 +164,17 @@ def test_so_many_tokens_are_remembered(monkeypatch: pytest.MonkeyPatch):
     for number in (1, 2, 2, 2, 3, 4):
         known.learn(text(prompt=f"{number}"), IDS, None)
     assert [known.of(text(prompt=f"{n}")) is not None for n in (1, 2, 3, 4)] == [0, 1, 1, 1]
+    assert known.prompts == 3
+
+
+def test_short_prompts_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch):
+    """They used to be kept for their few tokens' sake, with nothing left to find them by."""
+    monkeypatch.setattr(prompt_tokens, "REMEMBERED_BEGINNINGS", 3)
+    known = PromptTokens()
+    for number in range(9):
+        known.learn(text(prompt=f"{number}"), IDS, None)
+    assert known.prompts == 3
+    assert known.of(text(prompt="8")) is not None
 
 
 @pytest.mark.parametrize(
