@@ -30,7 +30,7 @@ def offload(
     folder: Annotated[Path | None, typer.Option(help="Where the disk tier is to lie.")] = None,
     mb: Annotated[int, typer.Option(help="MiB of KV that the tiers move at a time.")] = 256,
     lengths: Annotated[str, typer.Option(help="Prompt tokens of the hits.")] = "500,2000,4000",
-    prompts: Annotated[int, typer.Option(help="Per length and source.")] = 8,
+    prompts: Annotated[int, typer.Option(min=3, help="Per length and source.")] = 8,
     beside: Annotated[str, typer.Option(help="lmcache or none, beside the hits.")] = "none",
     rounds: Annotated[int, typer.Option(min=2, help="Of tiers and restarts.")] = 8,
     cost_rounds: Annotated[int, typer.Option(min=6, help="Of the cost.")] = 30,

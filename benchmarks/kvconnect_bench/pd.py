@@ -214,7 +214,7 @@ def _ways(pair: MeasuredPair) -> dict[str, Any]:
     if pair.name == ALONE:
         return {COMPUTED: pair.decoded}
     if pair.pushes:
-        return {PUSH: pair.streaming} if pair.streams else {}
+        return {PUSH: pair.streaming}
     if pair.streams:
         return {PULL: pair.pull, STREAMING: pair.streaming, PULL_AGAIN: pair.pull}
     return {PULL: pair.pull}

@@ -194,7 +194,9 @@ def test_the_interval_of_few_values_is_that_of_tables(values, first, last):
     assert offload_cost.median_within(range(1, values + 1)) == (first, last)
 
 
-def test_rounds_that_have_no_such_interval_are_refused(monkeypatch):
-    monkeypatch.setattr(offload_cost, "cost", lambda *_: pytest.fail("they were not"))
-    done = CliRunner().invoke(main, ["bench", "offload", "--parts", "cost", "--cost-rounds", "5"])
-    assert done.exit_code == 2 and "--cost-rounds" in done.output
+@pytest.mark.parametrize(("option", "too_few"), [("--cost-rounds", "5"), ("--prompts", "2")])
+def test_too_few_for_an_interval_or_a_quantile_are_refused(monkeypatch, option, too_few):
+    for module, part in ((offload_cost, "cost"), (offload_engines, "hits")):
+        monkeypatch.setattr(module, part, lambda *_: pytest.fail("they were not"))
+    done = CliRunner().invoke(main, ["bench", "offload", "--parts", "hits,cost", option, too_few])
+    assert done.exit_code == 2 and option in done.output
