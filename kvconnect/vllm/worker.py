@@ -23,10 +23,11 @@ from kvconnect.loop import Fence
 from kvconnect.mover import Mover
 from kvconnect.ops import Kernels
 from kvconnect.ops.pages import use_huge_pages
-from kvconnect.orders import Fetch, Grant, Order, Outcome, Progress, Revoke
+from kvconnect.orders import Cancel, Fetch, Grant, Order, Outcome, Progress, Revoke
 from kvconnect.staging import Staging, staging_slot_bytes
 from kvconnect.stats import READS, PeerRead, StatsData, labelled
 from kvconnect.telemetry.bandwidth import BandwidthWatch
+from kvconnect.telemetry.failed_loads import log_failed_load
 from kvconnect.telemetry.handovers import HandOverTraces
 from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.adapter_reports import AdapterReport, merged, worker_adapters
@@ -39,6 +40,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - what an operator says; peers are told an address
 DEFAULT_KV_PORT = 14579
 """What vLLM says where nobody chose a kv_port, so that it is every engine's."""
+ASLEEP_REMEDY = "none is needed where vLLM computes it again; pause the engine before it sleeps"
 
 
 @dataclass
@@ -101,7 +103,8 @@ class Worker:
         self._bandwidth = BandwidthWatch(config.expected_gb_s)
         self.on_read: list[Callable[[PeerRead], None]] = [self._bandwidth.read, self.traces.read]
         """Told of each read that ended well, when stats are taken."""
-        self._blocks: dict[str, set[int]] = {}  # of running fetches, for vLLM before 0.30
+        self._fetches: dict[str, Fetch] = {}  # that run
+        self._cancelled: set[str] = set()  # of those
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Describe and register the caches, open the control channel, start the mover."""
@@ -164,7 +167,11 @@ class Worker:
             raise RuntimeError("KV may still be read or written; the engine cannot go to sleep")
         self._ended, lost = self.mover.take(), "the engine went to sleep"
         self._ended.sent |= self._lent
-        running = self._blocks.keys() - self._ended.received
+        running = self._fetches.keys() - self._ended.received
+        for fetch in map(self._fetches.__getitem__, running - self._cancelled):
+            if not fetch.chained:
+                peer = str(fetch.source.shards[0])
+                log_failed_load(fetch.request_id, lost, peer, "none", "asleep", ASLEEP_REMEDY)
         self._ended.received |= running
         self._ended.failed |= dict.fromkeys(running, lost)
         self._ended.ended_s |= dict.fromkeys(running, time.monotonic())
@@ -232,7 +239,9 @@ class Worker:
             return
         for order in orders:
             if isinstance(order, Fetch):
-                self._blocks[order.request_id] = {b for g in order.blocks for _, b in g}
+                self._fetches[order.request_id] = order
+            elif isinstance(order, Cancel) and order.request_id in self._fetches:
+                self._cancelled.add(order.request_id)
             elif isinstance(order, Grant):
                 self._lent.add(order.terms.request_id)
         wait = any(isinstance(order, self._fenced) for order in orders)
@@ -253,11 +262,12 @@ class Worker:
         self._lent -= outcome.sent
         self.traces.ended(outcome.ended_s, outcome.failed)
         self._computed |= outcome.computed
+        self._cancelled -= outcome.received
         lost: set[int] = set()
         for request_id in outcome.received:
-            blocks = self._blocks.pop(request_id, set())
-            if request_id in outcome.failed:
-                lost |= blocks
+            fetch = self._fetches.pop(request_id, None)
+            if fetch and request_id in outcome.failed:
+                lost |= {block for group in fetch.blocks for _, block in group}
         return outcome, lost
 
     def take_stats(self) -> StatsData | None:

@@ -4,10 +4,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from kit.log_lines import failed_loads
 from vllm_scheduler import EngineCore
 from workers import PATIENCE_S, engines
 
 from kvconnect.orders import (
+    Cancel,
     EngineAddresses,
     Fetch,
     Offer,
@@ -81,20 +83,43 @@ def test_who_slept_is_another_and_refuses_its_old_tickets(pair):
     assert d.fetched("d2", new, [5, 2]) is None and d.cache.holds_fill([(0, 5), (1, 2)], 10)
 
 
-def test_what_a_sleeper_lent_and_fetched_is_over_once(pair):
-    """vLLM keeps such requests until the worker says so: for ever, it would be."""
+def test_what_a_sleeper_lent_and_fetched_is_over_once(pair, caplog):
+    """vLLM keeps such requests until the worker says so: for ever, it would be.
+
+    Its log said nothing of such a load; of a chain's parts it says nothing still, as ever.
+    """
     p, d = pair
     source = p.lend("r", [3, 1], seed=7)
     d.transports[0].plan(done_polls=10**9)
     d.worker.put([RenewLease("d", source), Fetch("d", source, (((0, 5), (1, 2)),), 2, b"d")])
+    d.worker.put([Fetch("part#1", source, (((0, 7),),), 1, b"d", chained=True)])
     p.sleep()
     d.sleep()
+    (line,) = failed_loads(caplog)
+    assert line["request"] == "d" and line["error"] == "the engine went to sleep"
+    assert line["peer"] == str(source.shards[0]) and line["cause"] == "asleep"
     assert p.worker.take()[0].sent == {"r"} and not p.worker.take()[0]
     outcome, lost = d.worker.take()
-    assert outcome.received == outcome.failed.keys() == {"d"} and lost == {5, 2}
-    assert set(outcome.ended_s) == {"d"} and not d.worker.take()[0]
+    assert outcome.received == outcome.failed.keys() == {"d", "part#1"}
+    assert lost == {5, 2, 7}
+    assert outcome.ended_s.keys() == outcome.received and not d.worker.take()[0]
     p.wake()
     assert not p.worker.take()[0]
+
+
+def test_of_a_load_that_was_cancelled_before_a_sleep_nothing_is_said(pair, caplog):
+    """Nobody wants it any more."""
+    p, d = pair
+    source = p.lend("r", [3, 1], seed=7)
+    d.transports[0].plan(done_polls=10**9)
+    d.worker.put([RenewLease("d", source), Fetch("d", source, (((0, 5), (1, 2)),), 2, b"d")])
+    deadline = time.monotonic() + PATIENCE_S
+    while not d.transports[0].submitted and time.monotonic() < deadline:
+        time.sleep(0.002)
+    d.worker.put([Cancel("d")])
+    d.sleep()
+    assert d.worker.take()[0].failed.keys() == {"d"}, "it was cut short before"
+    assert not failed_loads(caplog)
 
 
 def test_a_worker_does_not_wait_for_more_while_it_has_what_ended_before_it_slept(pair):
