@@ -31,8 +31,8 @@ from kvconnect.telemetry.failed_loads import log_failed_load
 logger = logging.getLogger(f"vllm.{__name__}")
 
 REMEDY = (
-    "what is lost is computed again; `kvconnect doctor --peer HOST:PORT` looks at a peer, and "
-    "vllm:kvconnect_offload_* at what is stored"
+    "`kvconnect doctor --peer HOST:PORT` looks at a peer, vllm:kvconnect_offload_* at what is "
+    "stored; kv_load_failure_policy recompute computes what is lost"
 )
 PEER_S = 1 / 2e9  # per byte, as stores' below: guesses, until the first loads were measured
 STORES_S = {"host": 1 / 5e9, "disk": 1 / 1e9, "beside": 1 / 4e9}
@@ -306,7 +306,7 @@ class ChainLoader:
         )
         parts = [f"{n} from {new} that {old} failed" for (old, new), n in stood_in.items()]
         if plan.failed:
-            parts.append(f"{len(plan.failed)} that nobody could give, to be computed again")
+            parts.append(f"{len(plan.failed)} that nobody could give")
         reasons = "; ".join(f"{source}: {why}" for source, why in loading.problems.items())
         told = f"of {len(order.units)} chunks {', '.join(parts)} ({reasons})"
         if plan.failed:
