@@ -6,7 +6,8 @@ One request, from its client to its answer:
 - ``policy`` says what is asked, without any I/O; ``tokenized`` and ``conversations`` what goes with
   it: token ids that prefill made, what decode lends of a chat; ``early`` who is asked meanwhile;
 - ``session`` keeps connections to engines, ``exchange`` is one of them;
-- ``life`` remembers what became of it; ``metrics``, ``traces`` and ``ui`` tell others.
+- ``life`` remembers what became of it, ``counters`` of all of them; ``metrics``, ``traces`` and
+  ``ui`` tell others; ``keepers`` remembers which engine made a response.
 
 Which engines, and when:
 

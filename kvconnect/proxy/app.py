@@ -28,8 +28,9 @@ from kvconnect.proxy.admin import PATH as ADMIN_PATH
 from kvconnect.proxy.admin import Admin, Role
 from kvconnect.proxy.admission import QueueState
 from kvconnect.proxy.config import ProxyConfig
+from kvconnect.proxy.counters import ProxyCounters
 from kvconnect.proxy.http import has_key, json_error
-from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyCounters, ProxyReply
+from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyReply
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.metrics import CONTENT_TYPE, ProxyMetrics
 from kvconnect.proxy.policy import (

@@ -19,12 +19,10 @@ turn it is ``pool``'s.
 
 import asyncio
 import contextlib
-import re
 import secrets
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from urllib.parse import quote
 
 import msgspec
 
@@ -32,10 +30,12 @@ from kvconnect.proxy.admission import AdmissionQueue
 from kvconnect.proxy.budget import RetryBudget
 from kvconnect.proxy.config import ProxyConfig
 from kvconnect.proxy.conversations import AnswerEnding, Conversations, HeldTurn, chat_keys
+from kvconnect.proxy.counters import ProxyCounters
 from kvconnect.proxy.discovery import Discovery, finder
 from kvconnect.proxy.early import EarlyEngines
 from kvconnect.proxy.exchange import EngineAnswer
 from kvconnect.proxy.health import HealthWatch, report_lost, report_status
+from kvconnect.proxy.keepers import ResponseKeepers
 from kvconnect.proxy.life import RequestLife
 from kvconnect.proxy.placement import NO_PROMPT, Placement
 from kvconnect.proxy.policy import (
@@ -64,11 +64,7 @@ from kvconnect.proxy.tokenized import ids_in_place, takes_ids, with_ids
 # loaded, a prompt too long for it, too many requests.
 _ELSEWHERE = (404, 413, 429)
 _MODELS_TIMEOUT_S = 10.0
-_LOOK_TIMEOUT_S = 2.0
 _RELEASE_TIMEOUT_S = 10.0
-# Responses whose engine is remembered, for those who go on from one of them.
-_REMEMBERED_RESPONSES = 65_536
-_RESPONSE_ID = re.compile(rb'"id":\s?"(resp_[\w-]{1,100})"')
 _NOT_PASSED_ON = frozenset(
     {
         "connection",
@@ -82,44 +78,6 @@ _NOT_PASSED_ON = frozenset(
         "content-length",  # set from the body that is sent
     }
 )
-
-
-class ProxyCounters(msgspec.Struct):
-    """What happened since the start."""
-
-    requests: int = 0
-    """Completions asked for by clients."""
-    at_once: int = 0
-    """Of which both engines were asked at once."""
-    retries: int = 0
-    """Legs that were sent again."""
-    local_retries: int = 0
-    """Those of ``retries`` that were decode legs without the KV that prefill had offered."""
-    decode_alone: int = 0
-    """Requests that no prefill engine worked for; the next four say why."""
-    not_splittable: int = 0
-    short: int = 0
-    """Prefill for so little is not worth the way."""
-    no_prefill: int = 0
-    no_params: int = 0
-    gone_on: int = 0
-    """Turns of chats of which a decode engine lends what it holds."""
-    refused: int = 0
-    """Answered by prefill with a 4xx, and then by decode alone."""
-    released: int = 0
-    """Refused by decode alone, so that prefill's KV was let go unread."""
-    unretried: int = 0
-    """Tries that were not repeated, because the budget for retries was spent."""
-    late: int = 0
-    """Not answered within their deadline."""
-    queue_full: int = 0
-    """Answered with 503: too many waited for their turn."""
-    unavailable: int = 0
-    """Answered with 503: no decode engine could be reached."""
-    broken: int = 0
-    """Answers that an engine broke off."""
-    aborted: int = 0
-    """Requests that the client gave up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +217,7 @@ class Legs:
             )
         ]
         self._early = EarlyEngines(self.decoders, self._session, config.at_once)
-        self._keepers: OrderedDict[str, str] = OrderedDict()  # response id → its engine
+        self._keepers = ResponseKeepers(self._session)
         self._conversations = Conversations(clock)
 
     async def close(self) -> None:
@@ -286,7 +244,7 @@ class Legs:
                 own = held.offer()
         answer = await (self._split(ask) if split else self._first_answer(ask, own))
         if answer is not None and ask.path == RESPONSES:
-            self._remember(answer)
+            self._keepers.remember(answer.url, answer.head)
         if answer is not None and keys:
             answer.held.callback(self._conversations.remember, keys, answer.url, answer.ending)
         return answer
@@ -506,36 +464,12 @@ class Legs:
         """Decode engines in the order to be asked: first the one that a request goes on from."""
         near = self.placement.held(self.decoders, ask.prompt)
         engines = self.decoders.candidates(ask.key, near)
-        keeper = ask.held.url if ask.held else self._keepers.get(ask.keeper_of or "")
-        keeper = keeper or ask.near
-        if keeper is None and ask.keeper_of is not None and len(engines) > 1:
-            keeper = await self._find_keeper(ask.keeper_of, ask.headers, engines)
+        keeper = ask.held.url if ask.held else ask.near
+        if ask.keeper_of is not None:
+            keeper = await self._keepers.find(ask.keeper_of, ask.headers, engines)
         if keeper is None or not self.decoders.has(keeper):
             return engines
         return (keeper, *(url for url in engines if url != keeper))
-
-    async def _find_keeper(
-        self, response_id: str, headers: dict[str, str], engines: Iterable[str]
-    ) -> str | None:
-        """Who keeps a response that another worker, or this one before a restart, passed on."""
-
-        async def keeps(url: str) -> str | None:
-            target = f"{RESPONSES}/{quote(response_id, safe='')}"
-            with contextlib.suppress(*LOST):
-                async with asyncio.timeout(_LOOK_TIMEOUT_S):
-                    with await self._session.ask("GET", url, target, headers) as upstream:
-                        return url if upstream.status == 200 else None
-            return None
-
-        found = await asyncio.gather(*map(keeps, engines))
-        return next((url for url in found if url is not None), None)
-
-    def _remember(self, answer: LegAnswer) -> None:
-        """Who goes on from a response later has to ask the engine that made it."""
-        if found := _RESPONSE_ID.search(answer.head):
-            self._keepers[found[1].decode()] = answer.url
-            if len(self._keepers) > _REMEMBERED_RESPONSES:
-                self._keepers.popitem(last=False)
 
     def _release(self, url: str, ask: LegRequest, params: msgspec.Raw) -> None:
         """Have ``params``' lease let go by a decode engine that refused what it was for."""

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from kvconnect.errors import contained
 from kvconnect.proxy.admin import Role
 from kvconnect.proxy.admission import QueueState
-from kvconnect.proxy.legs import ProxyCounters
+from kvconnect.proxy.counters import ProxyCounters
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.pool import ENGINE_STATES, Pool
 

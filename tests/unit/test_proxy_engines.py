@@ -34,7 +34,7 @@ from test_proxy_app import (
     then,
 )
 
-from kvconnect.proxy import health, legs, pool
+from kvconnect.proxy import health, keepers, pool
 from kvconnect.proxy.budget import RESERVE
 
 
@@ -469,7 +469,7 @@ def test_where_an_engine_sends_a_client_the_proxy_does_not_go():
 
 
 def test_so_many_keepers_are_remembered(monkeypatch):
-    monkeypatch.setattr(legs, "_REMEMBERED_RESPONSES", 2)
+    monkeypatch.setattr(keepers, "REMEMBERED_RESPONSES", 2)
 
     async def scenario() -> None:
         made = [says(b'{"id":"resp_%d"}' % number) for number in range(3)]

@@ -11,7 +11,7 @@ from test_proxy_app import TEXT, Dead, Engine, answers, breaks_in_body, prefills
 
 from kvconnect.cli import main
 from kvconnect.proxy.admission import QueueState
-from kvconnect.proxy.legs import ProxyCounters
+from kvconnect.proxy.counters import ProxyCounters
 from kvconnect.proxy.life import Journal
 from kvconnect.proxy.metrics import PREFIX, PROXY, ProxyMetrics
 from kvconnect.proxy.pool import ENGINE_STATES, Pool

@@ -17,8 +17,8 @@ import msgspec
 from aiohttp import web
 
 from kvconnect.proxy.admin import Role
+from kvconnect.proxy.counters import ProxyCounters
 from kvconnect.proxy.http import has_key, json_error
-from kvconnect.proxy.legs import ProxyCounters
 from kvconnect.proxy.life import Journal, RequestLife
 from kvconnect.proxy.pool import EngineState, Pool
 from kvconnect.proxy.ui.engines import EngineWatch, errors, held, tiers
