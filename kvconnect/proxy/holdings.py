@@ -59,14 +59,10 @@ class Holdings:
         """An engine made these tokens of a prompt for a model."""
         self._tokens.learn(prompt, ids, model)
 
-    def forget(self, url: str) -> None:
-        """The engine is gone, or was started anew."""
-        self._held.pop(url, None)
-
     def keep_only(self, urls: Iterable[str]) -> None:
         """Forget all other engines."""
         for url in self._held.keys() - set(urls):
-            self.forget(url)
+            del self._held[url]
 
     def tokens(self, url: str, prompt: PromptText) -> int:
         """About how many of the prompt's tokens the engine holds."""

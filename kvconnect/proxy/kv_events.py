@@ -13,9 +13,11 @@ fields that we do not name are passed over, and so is an event that we cannot re
 - Bounded: `REMEMBERED_BLOCKS`, the newest. What is not known counts as not held.
 """
 
+import functools
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -23,6 +25,7 @@ import msgspec
 REMEMBERED_BLOCKS = 131_072
 _MOST_NAMES = 1024
 _MOST_BLOCK_SIZES = 4
+_LATELY_ASKED = 16  # prompts
 _ALL_TOKENS = (None, "full_attention", "mla_attention", "sink_full_attention")
 
 _TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
@@ -121,14 +124,13 @@ class RankBlocks:
         ``adapter``: name of the model that was asked for, which may be that of an adapter.
         """
         root = _root(adapter if adapter in self._adapters else None)
-        return max((self._chained(tokens, size, root) for size in self.block_sizes), default=0)
+        data = tokens.tobytes()
+        return max((self._chained(data, size, root) for size in self.block_sizes), default=0)
 
-    def _chained(self, tokens: "array[int]", size: int, digest: bytes) -> int:
-        for start in range(0, len(tokens) - size + 1, size):
-            digest = _digest(digest, tokens[start : start + size])
-            if digest not in self._held:
-                return start
-        return len(tokens) // size * size
+    def _chained(self, tokens: bytes, size: int, root: bytes) -> int:
+        digests = _prompt_digests(tokens, size, root)
+        lost = (number for number, digest in enumerate(digests) if digest not in self._held)
+        return next(lost, len(digests)) * size
 
     def _apply(self, event: Any) -> None:
         kind = type(event).__name__
@@ -156,13 +158,12 @@ class RankBlocks:
         self.block_sizes.add(size)
         if event.lora_name and len(self._adapters) < _MOST_NAMES:
             self._adapters.add(event.lora_name)
-        tokens = array("I", event.token_ids)
-        for number, block_hash in enumerate(hashes):
-            digest = _digest(digest, tokens[number * size : (number + 1) * size])
+        digests = _digests(array("I", event.token_ids).tobytes(), size, digest)
+        for block_hash, block_digest in zip(hashes, digests, strict=True):
             place = _Place(block_hash, event.group_idx, event.medium)
             self._drop(place)
-            self._places[place] = digest
-            self._held[digest] += 1
+            self._places[place] = block_digest
+            self._held[block_digest] += 1
         while len(self._places) > REMEMBERED_BLOCKS:
             self._drop(next(iter(self._places)))
 
@@ -182,8 +183,19 @@ def _root(adapter: str | None) -> bytes:
     return (adapter or "").encode()
 
 
-def _digest(parent: bytes, tokens: "array[int]") -> bytes:
-    return hashlib.blake2b(parent + b"\0" + tokens.tobytes(), digest_size=16).digest()
+def _digests(tokens: bytes, size: int, digest: bytes) -> Iterator[bytes]:
+    """Of each whole block of ``size`` tokens and those before it; ``digest``: of what is before."""
+    step = size * array("I").itemsize
+    for at in range(0, len(tokens) - step + 1, step):
+        block = tokens[at : at + step]
+        digest = hashlib.blake2b(digest + b"\0" + block, digest_size=16).digest()
+        yield digest
+
+
+@functools.lru_cache(_LATELY_ASKED)
+def _prompt_digests(tokens: bytes, size: int, root: bytes) -> tuple[bytes, ...]:
+    """Kept: a prompt is compared with each rank of each engine, several times."""
+    return tuple(_digests(tokens, size, root))
 
 
 def _by_tokens_alone(event: Any) -> bool:

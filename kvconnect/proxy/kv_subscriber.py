@@ -96,7 +96,7 @@ class KvEvents:
                 await asyncio.sleep(LOOK_EVERY_S)
         finally:
             left = [task for url in list(self._tasks) for task in self._leave(url)]
-            await asyncio.gather(*left)
+            await asyncio.gather(*left, return_exceptions=True)
             context.destroy()  # the monitors, too
 
     def _follow(self, context: zmq.asyncio.Context) -> None:

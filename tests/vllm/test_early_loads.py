@@ -39,6 +39,17 @@ class Decode(EngineCore):
         self.loading = [one for one in self.loading if one not in ended]
 
 
+def both_run(p, d):
+    """Steps of prefill and decode; what prefill has computed is loaded, and computed is told."""
+    granted, sent = {}, set()
+    for _ in range(40):
+        for order in p.step(finished_sending=sent).take():
+            if isinstance(order, Grant):
+                granted[order.terms.request_id] = order.terms
+        sent = {name for name in d.loading if name in granted}
+        d.step(ended=sent, computed=granted.keys() & set(d.reports))
+
+
 @pytest.fixture
 def decode():
     return Decode(num_blocks=41)  # one of them vLLM keeps
@@ -121,21 +132,14 @@ def test_full_engines_that_have_their_requests_in_opposite_orders_do_not_wait_fo
     """Each has blocks for three of six prompts."""
     if not rule:
         monkeypatch.setattr(EarlyLoads, "may_begin", lambda *_: True)
-    p, d, granted, sent = EngineCore(num_blocks=21), Decode(num_blocks=21), {}, set()
+    p, d = EngineCore(num_blocks=21), Decode(num_blocks=21)
     names = ["a", "b", "c", "d", "e", "f"]
     for number, name in enumerate(names):
         d.asked(name, first=number * 1000)
     for name in ("d", "e", "f", "a", "b", "c"):
         p.add(name, named(name, "decode"), first=names.index(name) * 1000, tokens=TOKENS)
-    answered = set()
-    for _ in range(40):
-        for order in p.step(finished_sending=sent).take():
-            if isinstance(order, Grant):
-                granted[order.terms.request_id] = order.terms
-        sent = {name for name in d.loading if name in granted}
-        d.step(ended=sent, computed=granted.keys() & set(d.reports))
-        answered = d.answers.keys()
-    assert (answered == set(names)) is rule, "without the rule each waits for the other"
+    both_run(p, d)
+    assert (d.answers.keys() == set(names)) is rule, "without the rule each waits for the other"
     assert (p.blocks_in_use == d.blocks_in_use == 0) is rule
 
 
@@ -144,16 +148,11 @@ def test_a_long_prompt_behind_early_loads_finds_blocks_once_it_is_computed(rule,
     """Prefill has blocks for the long prompt alone; those that load early are behind it there."""
     if not rule:
         monkeypatch.setattr(EarlyLoads, "may_begin", lambda *_: True)
-    p, d, granted, sent = EngineCore(num_blocks=21), Decode(num_blocks=21), {}, set()
+    p, d = EngineCore(num_blocks=21), Decode(num_blocks=21)
     d.asked("short", tokens=160)  # half of decode's blocks
     d.asked("long", first=1000, tokens=224)  # more than the other half
     p.add("long", named("long", "decode"), first=1000, tokens=224)
     p.add("short", named("short", "decode"), tokens=160)
-    for _ in range(40):
-        for order in p.step(finished_sending=sent).take():
-            if isinstance(order, Grant):
-                granted[order.terms.request_id] = order.terms
-        sent = {name for name in d.loading if name in granted}
-        d.step(ended=sent, computed=granted.keys() & set(d.reports))
+    both_run(p, d)
     assert (d.answers.keys() == {"short", "long"}) is rule, "each waits for the other"
     assert (p.blocks_in_use == d.blocks_in_use == 0) is rule
