@@ -98,9 +98,6 @@ class AdmissionQueue:
 
         ``split``: a prefill engine works for it first. ``priority``: the lower the sooner.
         """
-        if self._limit is None:
-            yield True
-            return
         if not await self._is_admitted(split, priority):
             yield False
             return

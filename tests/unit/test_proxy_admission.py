@@ -85,7 +85,7 @@ def test_without_a_limit_nobody_waits():
         desk = Desk(limit=None)
         await desk.come("a", "b", split=True)
         assert desk.order == ["a", "b"]
-        assert desk.lives["a"].admitted_s is None
+        assert not desk.admission.limited
 
     run(scenario())
 
