@@ -3,7 +3,7 @@
 An engine that gets all that comes queues it by itself, and nobody can overtake there who arrives
 at another engine, or later at one without ``--scheduling-policy priority``.
 
-- ``turn`` waits until there is room: at a decode engine for the whole request, and, if it is to be
+- ``enter`` waits until there is room: at a decode engine for the whole request, and, if it is to be
   split, at a prefill engine until an engine has answered, or decode is asked alone. Room is so
   many requests for each engine of the role that is up; a role of which none is up has room for
   all, which then learn what is so.
@@ -93,7 +93,7 @@ class AdmissionQueue:
         return QueueState(len(self._queue), oldest_s, self._admitted)
 
     @contextlib.asynccontextmanager
-    async def turn(self, life: RequestLife, split: bool, priority: int) -> AsyncIterator[bool]:
+    async def enter(self, life: RequestLife, split: bool, priority: int) -> AsyncIterator[bool]:
         """Waits, and counts the request as at the engines meanwhile; False: the queue is full.
 
         ``split``: a prefill engine works for it first. ``priority``: the lower the sooner.

@@ -266,9 +266,9 @@ class Proxy:
             if ask.whole is not None or not self._legs.admission.limited:
                 return await self._answered(request, ask, split, until)
             async with contextlib.AsyncExitStack() as held:
-                turn = self._legs.admission.turn(ask.life, split, ask.priority)
+                entered = self._legs.admission.enter(ask.life, split, ask.priority)
                 async with _within(until):
-                    if not await held.enter_async_context(turn):
+                    if not await held.enter_async_context(entered):
                         return self._queue_full(ask.life)
                 return await self._answered(request, ask, split, until)
         except TimeoutError:

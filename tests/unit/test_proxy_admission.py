@@ -55,7 +55,7 @@ class Desk:
         self._ends[name] = asyncio.Event()
         with self.journal.of(name, TEXT, {}) as life:
             self.lives[name] = life
-            async with self.admission.turn(life, split, priority) as admitted:
+            async with self.admission.enter(life, split, priority) as admitted:
                 self.order.append(name if admitted else f"{name} is refused")
                 if admitted:
                     await self._ends[name].wait()
