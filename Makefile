@@ -115,7 +115,7 @@ check: setup ## lint, formatting, types
 bench: setup ## prefill -> decode transfer benchmark
 	@$(RUN) kvconnect bench pd $(ARGS)
 
-bench-all: setup ## every benchmark, ten minutes on two cores with ARGS=--quick; bench/report.html
+bench-all: setup ## every benchmark, seven minutes on two cores with ARGS=--quick; bench/report.html
 	@$(RUN) kvconnect bench all $(ARGS)
 
 bench-gpu: ## the kernels' figures on this machine's GPU, into benchmarks/results

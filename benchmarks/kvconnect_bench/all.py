@@ -36,6 +36,9 @@ PARTS = (
     Benchmark("offload", ("--parts", "tiers,restarts", "--mb", "128", "--rounds", "5")),
     Benchmark("pd", ("--quick",), engines=True),
     Benchmark("trace", ("--turns", "3", "--tokens", "1000"), engines=True),
+    Benchmark("inter-token", ("--rounds", "1", "--tokens", "300"), engines=True),
+    Benchmark("idle", ("--seconds", "5"), engines=True),
+    Benchmark("proxy", ("--connections", "1,64", "--seconds", "1.5", "--turns", "1")),
 )
 WHOLE_OFFLOAD = ("--parts", "tiers,restarts,eviction,hits,cost")
 

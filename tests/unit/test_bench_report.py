@@ -40,9 +40,9 @@ def test_a_browser_opens_the_page_of_all_results_and_shows_every_plot_and_row(tm
     assert all(f'id="{path.stem}"' in shown for path in RESULTS)
 
 
-def test_every_benchmark_has_a_plot():
+def test_every_benchmark_has_a_plot_and_is_one_of_all():
     named = {one.name or one.callback.__name__ for one in commands.registered_commands}
-    assert named - {"all", "report"} == set(CHARTS)
+    assert named - {"all", "report"} == set(CHARTS) == {part.name for part in whole.PARTS}
 
 
 def test_what_is_no_result_is_named(tmp_path):
