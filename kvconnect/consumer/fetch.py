@@ -265,7 +265,8 @@ class Fetcher:
             for receiver in fetch.receivers.values():
                 receiver.abandon()
             fetch.receivers.clear()
-            if fetch.aborted and fetch.remote.state is PeerState.GREETING:
+            unknown = fetch.order.source.wait_s > 0 and not fetch.told  # perhaps, at the source
+            if fetch.aborted and (unknown or fetch.remote.state is PeerState.GREETING):
                 self._releaser.release(Release(fetch.order.request_id, fetch.order.source))
             elif not fetch.closes:  # else it failed while closing
                 self._close(fetch)

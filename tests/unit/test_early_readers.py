@@ -308,16 +308,24 @@ def test_a_prefill_leg_that_is_aborted_fails_the_load():
     assert "without KV" in error
 
 
-def test_a_decode_leg_that_is_aborted_leaves_no_reader_behind():
-    pair = Pair()
+@pytest.mark.parametrize("at", [0, 1, 2, 4])
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("is_expected", [False, True])
+def test_a_decode_leg_that_is_aborted_keeps_no_blocks(at, p, d, is_expected):
+    """Used to: a Close that came before the request was lost, and its lease stood till it expired."""
+    pair = Pair(p, d)
+    if is_expected:
+        pair.promise()
     pair.fetch()
-    pair.world.go_on(4)
+    pair.world.go_on(at)
     pair.d.put(Cancel("d"))
     pair.world.go_on(4)
-    assert len(pair.d.ended["d"]) == 1
+    assert pair.d.ended["d"] == [None] * d
     pair.grant()
-    pair.world.go_on(8, seconds=1.0)
-    assert pair.p.sent == ["r"], "nobody reads it: it expires"
+    pair.world.go_on(4)
+    assert pair.p.sent == ["r"] * p
+    assert all(mover.take_stats() is None for mover in pair.p.movers), "it was not in time"
+    assert all(mover.wait_s() > 0.5 for mover in (*pair.p.movers, *pair.d.movers))
 
 
 @pytest.mark.parametrize("is_expected", [False, True])
@@ -451,6 +459,8 @@ def test_one_whose_source_is_not_there_is_reported_and_fails_as_every_load_does(
 def test_a_source_is_not_asked_any_more_about_a_request_that_has_ended():
     pair = Waiting(wait_s=3600.0)
     pair.promise()
+    first, terms = ((3,),), pair.terms
+    pair.p.put(Progress(terms.lease_id, first, terms.tokens, terms.digest))
     pair.fetch()
     pair.world.go_on()
     (mover,) = pair.d.movers
