@@ -312,7 +312,7 @@ def test_a_prefill_leg_that_is_aborted_fails_the_load():
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("is_expected", [False, True])
 def test_a_decode_leg_that_is_aborted_keeps_no_blocks(at, p, d, is_expected):
-    """Used to: a Close that came before the request was lost, and its lease stood till it expired."""
+    """Used to: a Close before the request was lost, and its lease stood until it expired."""
     pair = Pair(p, d)
     if is_expected:
         pair.promise()
