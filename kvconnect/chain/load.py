@@ -271,7 +271,9 @@ class ChainLoader:
         if good and hop.source in STORES_S:
             of, began_s = loading.order.request_id, going.started_s
             self.fill_reads.append(PeerRead(of, hop.source, "", nbytes, began_s, ended_s))
-        if not going.failed:
+        offer = dict(loading.order.offers).get(hop.source)
+        early = offer is not None and offer.source.wait_s > 0  # it was computed meanwhile
+        if not (going.failed or early):
             self._rates.measured(hop.source, nbytes, ended_s - going.started_s)
         self._start(loading, loading.plan.ended(hop, going.failed))
 

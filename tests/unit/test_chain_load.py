@@ -254,6 +254,30 @@ def test_rates_are_measured_where_bytes_are_moved():
     assert rates.start_s("disk") + rates.seconds("disk", 1 << 20) == pytest.approx(2.0)
 
 
+def test_a_prompt_that_was_computed_meanwhile_says_nothing_of_the_way_to_its_engine():
+    """Used to: after one prompt that was asked for early, a disk was taken for the faster."""
+    clock, asked = [0.0], []
+
+    class Nobody:
+        def ask(self, peer, order):
+            asked.append(order)
+
+        def fill(self, fills): ...
+        def decline(self, fills): ...
+
+    rates = Rates({"peer": 1.0})
+    chained = ChainLoader(Nobody(), ["peer"], [1 << 20], lambda: clock[0], rates)
+    for number, wait_s in enumerate((0.0, 30.0, 0.0)):
+        offer = Offer(Source((), f"p{number}", None, 5.0, wait_s), 1, b"")
+        unit = LoadUnit(0, ((0, 1),), 1, 1)
+        chained.load(ChainedLoad(f"r{number}", (unit,), (("peer", offer),)))
+        (fetch,) = (order for order in asked if isinstance(order, Fetch))
+        clock[0] += 20.0 if wait_s else 2.0
+        assert chained.fetched(fetch.request_id, None, clock[0])
+        asked.clear()
+    assert rates.start_s("peer") + rates.seconds("peer", 1 << 20) == pytest.approx(2.0)
+
+
 def test_a_chunk_from_disk_that_some_rank_declined_is_not_in_memory():
     """It would be promoted by being filled, and that rank has not got it there."""
     host, disk = (CacheTier(name, make("lru", 2)) for name in ("host", "disk"))
