@@ -66,6 +66,7 @@ _ANSWER_ONLY = frozenset(
         "max_tokens",
         "max_completion_tokens",
         "min_tokens",
+        "seed",
         "stop",
         "stop_token_ids",
         "include_stop_str_in_output",

@@ -216,6 +216,7 @@ def test_prefill_computes_nothing_that_only_an_answer_needs():
         "top_logprobs": 5,
         "logprob_token_ids": [1],
         "min_tokens": 70,
+        "seed": 7,
         "return_token_ids": True,
         "stream_interval": 4,
     }
