@@ -2,6 +2,8 @@
 
 * A prefill engine says with each answer where it can be read while it computes, and how many tokens
   it computes in a step. One that fails, or does not say so again, is asked in turn.
+* Ranks of a data-parallel engine answer at one address, each as an engine of its own. Which of them
+  a request will go to nobody knows: they are asked in turn.
 * A decode engine that can read so exports a metric, which nothing else does. It is looked for once,
   while the requests that come meanwhile go in turn, and anew after the engine was down.
 * What prefill computes in one step gains nothing but a round trip, and would hold blocks at decode
@@ -34,6 +36,8 @@ class EarlyEngines:
         self._session = session
         self._at_once = at_once
         self._prefill: dict[str, EngineAddress] = {}  # prefill engine → where it can be read
+        self._before: dict[str, EngineAddress] = {}  # the same, who answered there before that
+        self._several: set[str] = set()  # prefill engines of which several answer
         self._reads_early: dict[str, bool] = {}  # decode engine → whether it can
         self._looking: dict[str, asyncio.Task[None]] = {}
 
@@ -49,19 +53,31 @@ class EarlyEngines:
             task.cancel()
         await asyncio.gather(*looking, return_exceptions=True)
 
-    def answered(self, url: str, params: msgspec.Raw | None, transfer_id: str | None) -> None:
-        """A prefill engine that was given this name has answered with these params."""
-        self.failed(url)
-        if transfer_id is not None and (address := read_early_at(params, transfer_id)):
-            self._prefill[url] = address
+    def answered(
+        self, url: str, params: msgspec.Raw | None, transfer_id: str | None
+    ) -> EngineAddress | None:
+        """A prefill engine that was given this name has answered with these params; it is there."""
+        address = None if transfer_id is None else read_early_at(params, transfer_id)
+        if address is None:
+            self.failed(url)
+            return None
+        last, before = self._prefill.get(url, address), self._before.get(url)
+        if last.engine != address.engine:
+            self._before[url] = last
+            if before is not None and before.engine == address.engine:  # no restart brings it back
+                self._several.add(url)
+        self._prefill[url] = address
+        return address
 
     def failed(self, url: str) -> None:
-        """A prefill engine could not be reached, or broke off."""
+        """A prefill engine could not be reached, broke off, or is none that can be read early."""
         self._prefill.pop(url, None)
+        self._before.pop(url, None)
+        self._several.discard(url)
 
     def address(self, prefiller: str, body: Body) -> EngineAddress | None:
         """Where a prefill engine is read that is asked together with decode; None: in turn."""
-        address = self._prefill.get(prefiller)
+        address = None if prefiller in self._several else self._prefill.get(prefiller)
         if address is None or self._at_once == "always":
             return address
         gains = guessed_tokens(body) > address.step_tokens

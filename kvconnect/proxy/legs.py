@@ -167,6 +167,8 @@ class _Prefilled:
     """Another engine would refuse it, too."""
     worked: bool = True
     """It may have: not if it was never reached."""
+    address: EngineAddress | None = None
+    """Where it could be read while it computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,7 @@ class Legs:
         given = False
         try:
             await asyncio.wait((prefill, opening), return_when=asyncio.FIRST_COMPLETED)
-            if not opening.done() and not prefill.result().answered:
+            if not opening.done() and not _met(prefill.result(), address):
                 # closes its connection: the decode engine waits no longer, and its blocks are free
                 opening.cancel()
                 return await self._after(
@@ -385,12 +387,12 @@ class Legs:
             return _Prefilled(refused=refused, final=refused and status not in _ELSEWHERE)
         self.placement.prefilled(url, ask.prompt, ask.tokens, ask.life.clock() - leg.asked_s)
         params = transfer_params(answer)
-        self._early.answered(url, params, transfer_id)
+        address = self._early.answered(url, params, transfer_id)
         if return_ids:
             ids = prompt_ids(answer)
             self.placement.learn(ask.prompt, ids, model_name(ask.body))
             params = with_ids(params, ids) if tokenized else params
-        return _Prefilled(params, answered=True)
+        return _Prefilled(params, answered=True, address=address)
 
     def _transfer_id(self) -> str | None:
         return secrets.token_hex(16) if self._early.wanted else None
@@ -529,6 +531,11 @@ class Legs:
         return await self._session.ask(
             ask.method, url, ask.path + ask.query, {**ask.headers, **headers}, data
         )
+
+
+def _met(prefilled: _Prefilled, asked_at: EngineAddress) -> bool:
+    """Whether it was computed where a decode engine waits for it, and not by another there."""
+    return prefilled.address is not None and prefilled.address.engine == asked_at.engine
 
 
 async def _opening(head: bytes, upstream: EngineAnswer) -> tuple[bytes, Opening]:

@@ -207,6 +207,11 @@ class EngineAddress(msgspec.Struct, frozen=True):
     kvconnect: str | None = None
     """The ticket that came with the answer: it names the engine beyond doubt."""
 
+    @property
+    def engine(self) -> tuple[str, str, int]:
+        """Equal for two answers of one engine, since it was started."""
+        return self.remote_engine_id, self.remote_host, self.remote_port
+
 
 class _Offered(msgspec.Struct):
     transfer_id: str | None = None

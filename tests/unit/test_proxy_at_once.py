@@ -135,6 +135,68 @@ async def breaks_when_told(engine: Engine, request: web.Request) -> web.StreamRe
     return await breaks(engine, request)
 
 
+def prefills_as(engine_id, port=WHERE["remote_port"]):
+    """As `prefills_when_told`, by the engine of this name."""
+
+    async def behave(engine: Engine, request: web.Request) -> web.StreamResponse:
+        await engine.go_on.wait()
+        asked = (await request.json())["kv_transfer_params"]
+        who = {"remote_engine_id": engine_id, "remote_port": port}
+        told = TICKET | who | {"transfer_id": asked["transfer_id"]}
+        return web.json_response({"id": "p", "kv_transfer_params": told})
+
+    return behave
+
+
+@pytest.mark.parametrize("other", [("Q",), ("P", 5601)])
+def test_decode_that_waits_at_another_engine_than_answers_is_asked_anew_with_the_ticket(other):
+    """Decode used to wait for a minute, at the wrong rank or at what was there before a restart."""
+
+    async def scenario() -> None:
+        p, d = Engine(prefills, prefills_as(*other)), Engine(answers, hangs, answers)
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask()
+            asked = asyncio.create_task(r.ask())
+            await d.reached.wait()
+            p.go_on.set()
+            await d.aborted.wait()
+            assert await asked == (200, ANSWER)
+            assert params(d)["kvconnect"] == "ticket"
+            assert params(d)["remote_engine_id"] == other[0]
+            assert await r.counters() == {"requests": 2, "at_once": 1}
+
+    run(scenario())
+
+
+def test_prefill_that_kept_nothing_frees_the_waiting_decode_request():
+    async def scenario() -> None:
+        p = Engine(prefills, keeps_nothing)
+        d = Engine(answers, hangs, answers)
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask()
+            assert await r.ask() == (200, ANSWER)
+            await d.aborted.wait()
+            assert params(d) == {}
+
+    run(scenario())
+
+
+def test_several_engines_behind_one_address_are_asked_in_turn():
+    """Ranks of a data-parallel engine: which of them a request goes to, it does not say."""
+
+    async def scenario() -> None:
+        ranks = [prefills_as(name) for name in ("Q", "P")]
+        p = Engine(prefills, *ranks, prefills)
+        d = Engine(answers, hangs, answers, hangs, answers)
+        async with rig([p], [d], at_once="always") as r:
+            p.go_on.set()
+            for _ in range(5):
+                assert await r.ask() == (200, ANSWER)
+            assert (await r.counters())["at_once"] == 2
+
+    run(scenario())
+
+
 def test_prefill_that_breaks_off_is_replaced_by_another():
     async def scenario() -> None:
         p, other = Engine(prefills, breaks_when_told, prefills), Engine(prefills)
