@@ -6,10 +6,14 @@ does while it waits slows the other: a measurement that is to show the hand-over
 
 import contextlib
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from kvconnect.errors import ConfigError
+
+SPINS = 0.1
+"""Of a core, while nothing is asked of it: a thread that uses as much spins."""
 
 Threads = Mapping[tuple[int, int, str], float]
 """CPU seconds so far by (process, thread, thread's name)."""
@@ -54,6 +58,26 @@ def threads_of(leader: int) -> Threads:
             key = (int(stat.parts[2]), int(stat.parts[4]), name)
             found[key] = (int(fields[11]) + int(fields[12])) / ticks
     return found
+
+
+def spinning(leader: int, seconds: float) -> list[int]:
+    """Threads of an idle session that spin, as seen for so long.
+
+    No process's first one is among them: there vLLM computes.
+    """
+    before = threads_of(leader)
+    time.sleep(seconds)
+    return [
+        thread
+        for (process, thread, name), cpu_s in threads_of(leader).items()
+        if thread != process and cpu_s - before.get((process, thread, name), 0.0) >= SPINS * seconds
+    ]
+
+
+def yield_cores(threads: Collection[int]) -> None:
+    """Let threads run only while a core has nothing else to do: Linux's SCHED_IDLE."""
+    for thread in threads:
+        os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
 def session_cpu_s(leader: int) -> float:

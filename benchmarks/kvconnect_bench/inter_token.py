@@ -18,7 +18,8 @@ import typer
 
 from kvconnect.cli.engines import check_model
 from kvconnect_bench import options
-from kvconnect_bench.pair import ALONE, IN_TREE, MeasuredPair, compared, pair_alone
+from kvconnect_bench.others import ALONE, IN_TREE
+from kvconnect_bench.pair import MeasuredPair, compared, pair_alone
 from kvconnect_bench.pd import VOCABULARY
 from kvconnect_bench.results import save
 

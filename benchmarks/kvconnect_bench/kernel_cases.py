@@ -25,22 +25,31 @@ SCALE = 0.37  # anything that is no power of two
 
 @dataclass(frozen=True)
 class KernelShape:
-    """Cells of one part of a cache whose base is 0."""
+    """Cells of one part of a cache whose base is 0, or of two whose blocks lie together."""
 
     name: str
     copy: Copy
     run_bytes: int
-    """Contiguous bytes of the cache, at least."""
+    """Contiguous bytes of a part of the cache, at least."""
     compare_torch: bool = False
+    other: Copy | None = None
+    """The other part, V beside K."""
 
     def __post_init__(self) -> None:
         assert self.copy.base + self.block_bytes <= self.copy.block_stride
 
     @property
+    def copies(self) -> list[Copy]:
+        """Of all parts."""
+        return [self.copy] if self.other is None else [self.copy, self.other]
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a block that a call moves."""
-        copy = self.copy
-        return copy.heads * copy.block_tokens * copy.content * copy.kv_type.itemsize
+        return sum(
+            copy.heads * copy.block_tokens * copy.content * copy.kv_type.itemsize
+            for copy in self.copies
+        )
 
 
 def runs(
@@ -68,7 +77,10 @@ def layouts() -> list[KernelShape]:
         token_stride=2 * item, token_tile=TOKENS, token_outer=head,
         content_tile=2, content_outer=TOKENS * 2 * item,
     )  # fmt: skip
+    # vLLM's on a CPU, `[block, head, token, content]`: the V of a token and head follows its K
+    k = hnd._replace(block_stride=2 * block, head_stride=2 * head, token_stride=2 * row)
     return [
+        KernelShape("K and V side by side", k, row, other=k._replace(base=row)),
         KernelShape("HND", hnd, head),
         KernelShape("NHD", nhd, row),
         KernelShape("NHD, 1 head of 8", nhd._replace(heads=1), row),
@@ -170,11 +182,13 @@ class KernelArena:
 
     def case(self, verb: Verb, shape: KernelShape) -> "KernelCase":
         """``shape`` over the whole pool."""
-        copy = shape.copy
-        blocks = self._pool.nbytes // copy.block_stride
-        copy = copy._replace(base=copy.base + self._pool.data_ptr(), num_blocks=blocks)
+        blocks = self._pool.nbytes // shape.copy.block_stride
+        copies = [
+            copy._replace(base=copy.base + self._pool.data_ptr(), num_blocks=blocks)
+            for copy in shape.copies
+        ]
         order = self._rng.permutation(blocks).astype(np.int32)
-        return KernelCase(self, verb, shape, self._kernels.prepare([copy]), copy, order)
+        return KernelCase(self, verb, shape, self._kernels.prepare(copies), copies[0], order)
 
     def window(self) -> torch.Tensor:
         """The next part of the ring."""

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvconnect_bench.plugins import plugged
+
 VARIABLE = "KVCONNECT_BENCH_MARKS"
-PLUGIN = "kvconnect_bench_marks-0.dist-info"
 
 
 class Mark(NamedTuple):
@@ -28,16 +29,8 @@ class Mark(NamedTuple):
 
 def environment(folder: Path, engine: str) -> dict[str, str]:
     """For an engine that is to write its marks into ``folder``, under this name."""
-    plugin = folder / PLUGIN
-    plugin.mkdir(exist_ok=True)
-    (plugin / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: kvconnect-bench-marks\nVersion: 0\n"
-    )
-    entry = "[vllm.general_plugins]\nkvconnect_bench_marks = kvconnect_bench.marks:install\n"
-    (plugin / "entry_points.txt").write_text(entry)
-    ours = Path(__file__).parent.parent
-    path = os.pathsep.join(filter(None, (str(folder), str(ours), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path, VARIABLE: str(folder / f"{engine}.marks")}
+    plugin = plugged(folder, "kvconnect-bench-marks", "kvconnect_bench.marks:install")
+    return plugin | {VARIABLE: str(folder / f"{engine}.marks")}
 
 
 def read(folder: Path) -> list[Mark]:

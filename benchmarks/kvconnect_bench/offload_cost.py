@@ -25,8 +25,9 @@ from typing import Any
 
 from kvconnect.cli.engines import START_TIMEOUT_S, offload_config
 from kvconnect.cli.processes import Fleet, Server
+from kvconnect_bench.counters import counted
 from kvconnect_bench.cpu import session_cpu_s
-from kvconnect_bench.offload_engines import VOCABULARY, counted, launch_engine
+from kvconnect_bench.offload_engines import VOCABULARY, launch_engine
 from kvconnect_bench.results import Spread
 
 INPUT_TOKENS, OUTPUT_TOKENS = 512, 32

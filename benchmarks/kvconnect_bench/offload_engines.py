@@ -9,7 +9,6 @@
 
 import json
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from kvconnect.cli.engines import (
     offload_config,
 )
 from kvconnect.cli.processes import Fleet, Server
+from kvconnect_bench.counters import EXTERNAL, counted
 from kvconnect_bench.lmcache import lmcache_config, start_lmcache
 from kvconnect_bench.pair import first_token_s
 
@@ -41,7 +41,6 @@ COUNTERS = {
 }
 """Where KV comes from, and what counts its tokens."""
 LMCACHE = "LMCache, memory"
-EXTERNAL = 'vllm:prompt_tokens_by_source_total{source="external_kv_transfer"}'
 
 
 @dataclass(frozen=True)
@@ -160,17 +159,6 @@ def kv_bytes(model: Path, tokens: int) -> int:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     whole = tokens // BLOCK_TOKENS * BLOCK_TOKENS
     return int(config["num_hidden_layers"] * 2 * heads * head * 2 * whole)
-
-
-def counted(engine: Server, name: str) -> float:
-    """A counter of the engine, with its first labels or none; 0 for no name."""
-    if not name:
-        return 0.0
-    with urllib.request.urlopen(f"{engine.url}/metrics") as answer:  # noqa: S310 - our own engine
-        text = answer.read().decode()
-    name, _, label = name.rstrip("}").partition("{")
-    lines = re.findall(rf"^{re.escape(name)}\{{(.*)\}} (\S+)$", text, re.M)
-    return sum(float(n) for labels, n in lines if label in labels)
 
 
 def _expect(engine: Server, counter: str, before: float, tokens: int) -> None:

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -29,15 +28,19 @@ from kvconnect.cli.engines import (
 from kvconnect.cli.processes import HOST, Fleet, Server
 from kvconnect.errors import ConfigError
 from kvconnect_bench import marks
-from kvconnect_bench.cpu import Threads, only_on, threads_of, used
+from kvconnect_bench.counters import EXTERNAL, counted
+from kvconnect_bench.cpu import Threads, only_on, spinning, threads_of, used, yield_cores
+from kvconnect_bench.lmcache import check_unpacked, lmcache_config, start_lmcache
+from kvconnect_bench.others import ALONE, IN_TREE, OTHERS, Other
+from kvconnect_bench.plugins import plugged
 
-IN_TREE = "in-tree NixlConnector"
-IN_TREE_PUSH = "in-tree NixlPushConnector"
-IN_TREES = (IN_TREE, IN_TREE_PUSH)
-ALONE = "one engine"
 WHERE = ("remote_engine_id", "remote_host", "remote_port")
 SHAPE = ("tp_size", "pp_size")  # of prefill, which in-tree's push has a router tell as well
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+SETTLED_S = 2.0  # after which vLLM's own workers wait without spinning
+LOOK_S = 1.0
+NIXL = "Nixl"  # how in-tree's connectors that need it begin
+NO_PROGRESS = "kvconnect_bench.no_progress:install"
 
 
 class Asked(NamedTuple):
@@ -47,8 +50,8 @@ class Asked(NamedTuple):
     """Prefill's own time: from its request to its answer. 0 where it was not asked."""
     first_s: float
     """From the first request that was sent, to either engine, to the first token."""
-    cpu_s: Mapping[str, Mapping[str, float]] = MappingProxyType({})
-    """CPU seconds that the engines used meanwhile: by role, and by name of process and thread."""
+    gaps_s: Sequence[float] = ()
+    """Between the tokens of decode's answer."""
 
     @property
     def hand_over_s(self) -> float:
@@ -59,10 +62,13 @@ class Asked(NamedTuple):
 class MeasuredPair:
     """A prefill and a decode engine with one connector, or a decode engine alone."""
 
-    def __init__(self, name: str, servers: Mapping[str, Server], model: str) -> None:
-        """``servers`` by role."""
+    def __init__(
+        self, name: str, servers: Mapping[str, Server], model: str, answered: int = 2
+    ) -> None:
+        """``servers`` by role; ``answered``: tokens of each answer of decode's."""
         self.name = name
         self.servers = servers
+        self._other, self._answered = OTHERS.get(name), answered
         self._body = {"model": model, "temperature": 0, "max_tokens": 1, "ignore_eos": True}
         self._names = itertools.count()
         self._where: dict[str, Any] | None = None
@@ -70,7 +76,8 @@ class MeasuredPair:
     def pull(self, prompt: Sequence[int]) -> Asked:
         """Ask prefill, and decode once it has answered."""
         prefill_s, params = self._prefilled(prompt)
-        return Asked(prefill_s, prefill_s + self._first_token_s(prompt, params))
+        times_s = self._answer_s(prompt, params)
+        return Asked(prefill_s, prefill_s + times_s[0], _gaps(*times_s))
 
     def streaming(self, prompt: Sequence[int]) -> Asked:
         """Ask both at once."""
@@ -86,24 +93,28 @@ class MeasuredPair:
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             prefilled = pool.submit(prefilled_s)
-            first_s = self._first_token_s(prompt, params, name)
-            return Asked(prefilled.result(), first_s)
+            times_s = self._answer_s(prompt, params, name)
+            return Asked(prefilled.result(), times_s[0], _gaps(*times_s))
 
     def decoded(self, prompt: Sequence[int]) -> Asked:
         """Ask decode only: of a prompt that it has, the floor of a hand-over."""
-        return Asked(0.0, self._first_token_s(prompt, None))
+        times_s = self._answer_s(prompt, None)
+        return Asked(0.0, times_s[0], _gaps(*times_s))
 
     def gaps_s(self, prompt: Sequence[int], tokens: int) -> list[float]:
         """Seconds between the tokens of an answer of decode's."""
-        body = self._body | {"prompt": list(prompt), "stream": True, "max_tokens": tokens}
-        with _post(self.servers["decode"].url, body) as answer:
-            times = [time.perf_counter() for line in answer if line.startswith(b"data: {")]
-        return [after - before for before, after in itertools.pairwise(times)]
+        body = self._body | {"prompt": list(prompt)}
+        return _gaps(*token_times_s(self.servers["decode"].url, body, tokens))
 
     @property
     def pushes(self) -> bool:
         """Whether its engines must be asked at once, and meet under their request's id."""
-        return self.name == IN_TREE_PUSH
+        return self._other is not None and self._other.pushes
+
+    @property
+    def stores(self) -> bool:
+        """Whether prefill stores at a server, from which decode loads."""
+        return self._other is not None and self._other.stores
 
     @property
     def streams(self) -> bool:
@@ -111,7 +122,7 @@ class MeasuredPair:
         if self._where is None:
             name = "bench-asks"
             _, said = self._prefilled(range(1000, 1010), name)
-            self._first_token_s(range(1000, 1010), said, name)  # else its blocks stay leased
+            self._answer_s(range(1000, 1010), said, name)  # else its blocks stay leased
             names = WHERE if "transfer_id" in said else (*WHERE, *SHAPE) if self.pushes else ()
             self._where = {name: said[name] for name in names}
         return bool(self._where)
@@ -121,42 +132,59 @@ class MeasuredPair:
         return {role: threads_of(server.pid) for role, server in self.servers.items()}
 
     def used_since(self, before: Mapping[str, Threads], asks: int) -> dict[str, dict[str, float]]:
-        """As `Asked.cpu_s`, an ask, since `threads` said ``before``."""
+        """CPU seconds an ask since `threads` said ``before``, by role, process and thread."""
         return {
             role: {name: s / asks for name, s in used(before[role], now).items() if s}
             for role, now in self.threads().items()
         }
 
+    def handed_over(self) -> float:
+        """Tokens of prompts so far that decode took from elsewhere, by its own counter."""
+        return counted(self.servers["decode"], EXTERNAL)
+
     def _prefilled(self, prompt: Sequence[int], name: str = "") -> tuple[float, dict[str, Any]]:
         more = {"transfer_id": name} if name and not self.pushes else {}
-        body = self._body | {"prompt": list(prompt), "kv_transfer_params": PREFILL | more}
+        body = self._body | {"prompt": list(prompt)}
+        if not self.stores:
+            body["kv_transfer_params"] = PREFILL | more
         started = time.perf_counter()
         with _post(self.servers["prefill"].url, body, name) as answer:
-            params: dict[str, Any] = json.load(answer)["kv_transfer_params"]
+            said = json.load(answer)
+        params: dict[str, Any] = {} if self.stores else said["kv_transfer_params"]
         return time.perf_counter() - started, params
 
-    def _first_token_s(
+    def _answer_s(
         self, prompt: Sequence[int], params: dict[str, Any] | None, name: str = ""
-    ) -> float:
+    ) -> list[float]:
         body = self._body | {"prompt": list(prompt)}
-        if params is not None:
+        if params:
             body["kv_transfer_params"] = params
-        return first_token_s(self.servers["decode"].url, body, name)
+        return token_times_s(self.servers["decode"].url, body, self._answered, name)
 
 
-def first_token_s(url: str, body: Mapping[str, Any], name: str = "") -> float:
-    """Seconds from the request ``body``, which asks for two tokens here, to its first one.
+def _gaps(*times_s: float) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(times_s)]
 
-    ``name``: the request's id; empty: the engine chooses it.
+
+def first_token_s(url: str, body: Mapping[str, Any]) -> float:
+    """Seconds from the request ``body``, which asks for two tokens here, to its first one."""
+    return token_times_s(url, body, 2)[0]
+
+
+def token_times_s(url: str, body: Mapping[str, Any], tokens: int, name: str = "") -> list[float]:
+    """Seconds from the request ``body`` to each of the tokens of its answer.
+
+    ``name``: the request's id; empty: the engine chooses it. Raises RuntimeError without a token.
     """
-    started = time.perf_counter()
-    with _post(url, {**body, "stream": True, "max_tokens": 2}, name) as answer:
-        first = answer.readline()
-        seconds = time.perf_counter() - started
-        answer.read()
-    if not first.startswith(b"data: {") or b'"error"' in first:
-        raise RuntimeError(f"{url}: no token but {first!r}")
-    return seconds
+    started, times_s, said = time.perf_counter(), [], b""
+    with _post(url, {**body, "stream": True, "max_tokens": tokens}, name) as answer:
+        for line in answer:
+            said = said or line
+            if line.startswith(b"data: {"):
+                times_s.append(time.perf_counter() - started)
+    if not times_s or b'"error"' in said:
+        raise RuntimeError(f"{url}: no token but {said!r}")
+    return times_s
 
 
 @contextlib.contextmanager
@@ -179,8 +207,11 @@ def compared(connectors: str, beside: Sequence[str] = (IN_TREE,)) -> tuple[str, 
     ours = tuple(connectors.split(","))
     if unknown := [name for name in ours if name not in CONNECTORS]:
         raise ConfigError(f"connector {unknown[0]!r} is none of {', '.join(CONNECTORS)}")
-    for name in {*ours, *("nixl" for other in beside if other in IN_TREES)}:
+    theirs = [OTHERS[name] for name in beside]
+    for name in {*ours, *("nixl" for other in theirs if other.kv_connector.startswith(NIXL))}:
         check_installed(name)
+    if any(other.stores for other in theirs):
+        check_unpacked()
     return *ours, *beside
 
 
@@ -192,19 +223,25 @@ def pair_alone(
     options: Mapping[str, Sequence[str]] | None = None,
     traced: Path | None = None,
     cores: Mapping[str, Collection[int]] | None = None,
+    answered: int = 2,
 ) -> Iterator[MeasuredPair]:
     """A pair (see `compared`) that is up; afterwards it is gone, and the next has the machine.
 
     ``options``: more of ``vllm serve``, by role; one engine alone has prefill's.
     ``traced``: where its engines write their `marks`.
     ``cores``: on which each engine may run, by role; this thread then runs on decode's.
+    ``answered``: tokens of each answer.
     The engines' logs are kept only if something failed, and then named.
     """
     logs, failed = Path(tempfile.mkdtemp(prefix="kvconnect-bench-")), False
     cores = cores or {}
     try:
         with only_on(cores.get("decode", ())), Fleet(logs) as fleet:
-            yield _start_pair(fleet, name, model, ["--dtype", dtype], options or {}, traced, cores)
+            servers = _start_pair(fleet, name, model, dtype, options or {}, traced, cores)
+            pair = MeasuredPair(name, servers, VllmServe(model).model_name, answered)
+            if name in OTHERS and OTHERS[name].yields:
+                _let_yield(pair)
+            yield pair
     except Exception:
         failed = True
         typer.echo(f"{name} failed; its engines' logs: {logs}", err=True)
@@ -218,26 +255,53 @@ def _start_pair(
     fleet: Fleet,
     name: str,
     model: Path,
-    both: Sequence[str],
+    dtype: str,
     options: Mapping[str, Sequence[str]],
     traced: Path | None,
     cores: Mapping[str, Collection[int]],
-) -> MeasuredPair:
+) -> dict[str, Server]:
+    other = OTHERS.get(name)
+    store = start_lmcache(fleet) if other and other.stores else None
+    every = {}
+    if other and other.no_progress:
+        every = plugged(fleet.logs, "kvconnect-bench-no-progress", NO_PROGRESS)
+
     def start(role: str) -> Server:
-        config = transfer_config("nixl" if name in (*IN_TREES, ALONE) else name, role)
-        more = marks.environment(traced, role) if traced else {}
-        if name in IN_TREES:
-            config["kv_connector"] = name.removeprefix("in-tree ")
-            more["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())
+        more = every | (marks.environment(traced, role) if traced else {})
+        if other and other.kv_connector.startswith(NIXL):
+            more["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port())  # they would share one
+        config = _config(other, role, store) if other else transfer_config(name, role)
         own = options.get("prefill" if name == ALONE else role, ())
-        arguments = [*both, "--max-model-len", "8192", *own]
-        engine = VllmServe(model, None if name == ALONE else config, arguments)
+        arguments = ["--dtype", dtype, "--max-model-len", "8192", *own]
+        engine = VllmServe(model, config, arguments)
         with only_on(cores.get(role, ())):
             return fleet.start(f"{name} {role}", engine.command, engine_env(**more))
 
     servers = {role: start(role) for role in ROLES if name != ALONE or role == "decode"}
     fleet.wait_up(list(servers.values()), START_TIMEOUT_S)
-    return MeasuredPair(name, servers, VllmServe(model).model_name)
+    return servers
+
+
+def _config(other: Other, role: str, store: int | None) -> dict[str, Any] | None:
+    """``--kv-transfer-config`` of an engine; ``store``: the port of LMCache's server."""
+    if store is not None:
+        return lmcache_config(store) | {"kv_role": ROLES[role]}
+    if not other.kv_connector:
+        return None
+    config: dict[str, Any] = {"kv_connector": other.kv_connector, "kv_role": ROLES[role]}
+    # in-tree's own choice of a pool of threads has NIXL start one of them at least
+    return config | ({"kv_connector_extra_config": {"num_threads": 0}} if other.no_progress else {})
+
+
+def _let_yield(pair: MeasuredPair) -> None:
+    """Raises RuntimeError if no thread spins: then the pair is no other than one that does not."""
+    time.sleep(SETTLED_S)
+    for role, server in pair.servers.items():
+        if not (threads := spinning(server.pid, LOOK_S)):
+            raise RuntimeError(
+                f"{pair.name}: no thread of {role} spins while it is idle; measure {IN_TREE} alone"
+            )
+        yield_cores(threads)
 
 
 def _free_port() -> int:

@@ -28,6 +28,12 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles([*values] * (2 if len(values) < 2 else 1), n=4, method="inclusive")
 
 
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Never beyond ``values``; of one alone, itself."""
+    of = [*values] * (2 if len(values) < 2 else 1)
+    return statistics.quantiles(of, n=100, method="inclusive")[percent - 1]
+
+
 @dataclass(frozen=True)
 class Spread:
     """A median and its quartiles."""

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,9 +19,20 @@ from typer.testing import CliRunner, Result
 
 from kvconnect.cli import main
 from kvconnect.cli.engines import VllmServe
+from kvconnect.cli.processes import Fleet
+from kvconnect_bench.cpu import spinning, yield_cores
 from kvconnect_bench.marks import Mark
-from kvconnect_bench.pair import ALONE, IN_TREE, IN_TREE_PUSH, Asked, MeasuredPair
-from kvconnect_bench.pd import Case, rows_of
+from kvconnect_bench.others import (
+    ALONE,
+    BESIDE,
+    IN_TREE,
+    IN_TREE_PUSH,
+    IN_TREE_QUIET,
+    LMCACHE,
+    OTHERS,
+)
+from kvconnect_bench.pair import Asked, MeasuredPair
+from kvconnect_bench.pd_rows import Case, Turn, rows_of
 from kvconnect_bench.trace import rows_of as trace_rows
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -115,6 +127,7 @@ def test_pairs_of_pd_run_one_after_the_other_on_the_same_prompts(
     rows = report_of["rows"]
     assert len(rows) == 2 * (3 * 5 + 1)
     assert {(row["turns"], row["seed"]) for row in rows} == {(4, 1)}
+    assert {row["throughput"]["unit"] for row in rows} == {"tokens/s"}
     streamed = next(row for row in rows if row["way"] == "streaming")
     assert (streamed["compared_to"], streamed["hand_over_ratio"]["unit"]) == ("nixl pull", "ratio")
 
@@ -166,9 +179,9 @@ def test_with_own_cores_prefill_runs_where_neither_decode_nor_the_client_does(
 def test_a_hand_over_counts_above_the_floor_and_beside_the_pull_of_its_turn() -> None:
     case = Case(256, 1025, 1)
     measured = {
-        (case, OURS, "pull"): [Asked(1.0, 1.04), Asked(2.0, 2.06)],
-        (case, OURS, "streaming"): [Asked(1.0, 1.02), Asked(1.0, 1.03)],
-        (case, OURS, "floor"): [Asked(0, 0.01), Asked(0, 0.02)],
+        (case, OURS, "pull"): [Turn(Asked(1.0, 1.04)), Turn(Asked(2.0, 2.06))],
+        (case, OURS, "streaming"): [Turn(Asked(1.0, 1.02)), Turn(Asked(1.0, 1.03))],
+        (case, OURS, "floor"): [Turn(Asked(0, 0.01)), Turn(Asked(0, 0.02))],
     }
     pull, streaming, floor = rows_of(measured, seed=1)
     assert pull.above_floor is not None
@@ -183,15 +196,137 @@ def test_a_hand_over_counts_above_the_floor_and_beside_the_pull_of_its_turn() ->
     assert floor.above_floor is None
 
 
+def test_a_first_token_is_compared_to_each_pair_that_is_not_ours() -> None:
+    case = Case(0, 257, 1)
+    measured = {
+        (case, OURS, "pull"): [Turn(Asked(1.0, 1.2)), Turn(Asked(1.0, 1.0))],
+        (case, "ucx", "pull"): [Turn(Asked(1.0, 8.0))] * 2,
+        (case, IN_TREE, "pull"): [Turn(Asked(1.0, 2.0))] * 2,
+        (case, IN_TREE, "floor"): [Turn(Asked(0.0, 0.1))] * 2,
+        (case, LMCACHE, "stored"): [Turn(Asked(1.0, 4.0))] * 2,
+        (case, ALONE, "alone"): [Turn(Asked(0.0, 1.0))] * 2,
+        (Case(0, 257, 8), IN_TREE_QUIET, "pull"): [Turn(Asked(1.0, 9.0))] * 2,
+    }
+    rows = {(row.connector, row.way): row for row in rows_of(measured, seed=1)}
+    ratios = rows[OURS, "pull"].first_token_ratios
+    assert {name: ratio.p50 for name, ratio in ratios.items()} == pytest.approx(
+        {f"{IN_TREE} pull": 0.55, f"{LMCACHE} stored": 0.275, f"{ALONE} alone": 1.1}
+    )
+    assert list(rows[IN_TREE, "pull"].first_token_ratios) == [f"{LMCACHE} stored", f"{ALONE} alone"]
+    assert rows[ALONE, "alone"].first_token_ratios == {}
+
+
+def test_what_follows_the_first_token_is_told_turn_by_turn() -> None:
+    case = Case(0, 257, 8)
+    quick = Turn(Asked(1.0, 1.1, [0.01] * 99 + [0.5]), tokens_s=80.0, taken=0.5)
+    slow = Turn(Asked(1.0, 1.1, [0.03] * 100), tokens_s=40.0, taken=1.0)
+    (row,) = rows_of({(case, OURS, "pull"): [quick, slow]}, seed=1)
+    assert row.between_tokens_p50 is not None and row.between_tokens_p99 is not None
+    assert row.between_tokens_p50.p50 == pytest.approx(20)
+    assert row.between_tokens_p99.p50 == pytest.approx((14.9 + 30) / 2), "one of 100 is beyond"
+    assert row.throughput is not None and row.taken is not None
+    assert (row.throughput.unit, row.throughput.p50, row.taken.p50) == ("tokens/s", 60.0, 0.75)
+
+
 def test_cpu_time_of_the_engines_is_told_by_role_and_thread() -> None:
     case = Case(256, 1025, 1)
     first = {"prefill": {"worker mover": 0.1, "worker worker": 1.0}, "decode": {"core core": 0.004}}
     then = {"prefill": {"worker worker": 2.0}, "decode": {"core core": 0.004}}
-    measured = {(case, OURS, "pull"): [Asked(1.0, 1.1, first), Asked(2.0, 2.1, then)]}
+    measured = {(case, OURS, "pull"): [Turn(Asked(1.0, 1.1), first), Turn(Asked(2.0, 2.1), then)]}
     (row,) = rows_of(measured, seed=1)
     assert row.prefill_cpu is not None and row.decode_cpu is not None
     assert (row.prefill_cpu.p50, row.decode_cpu.p50) == pytest.approx((1.55, 0.004))
     assert row.threads_cpu_s == {"prefill worker worker": 1.5, "prefill worker mover": 0.05}
+
+
+SPINS = """
+import threading, sys, time
+def spin():
+    while True:
+        pass
+threading.Thread(target=spin, daemon=True).start()
+print(flush=True)
+spin()
+"""
+
+
+def test_a_thread_that_spins_beside_a_process_first_one_yields_its_core() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SPINS], stdout=subprocess.PIPE, start_new_session=True
+    ) as spins:
+        try:
+            assert spins.stdout is not None
+            spins.stdout.readline()
+            (thread,) = spinning(spins.pid, seconds=2.0)
+            assert thread != spins.pid, "where vLLM computes"
+            yield_cores([thread])
+            assert os.sched_getscheduler(thread) == os.SCHED_IDLE
+            assert os.sched_getscheduler(spins.pid) == os.SCHED_OTHER
+        finally:
+            spins.kill()
+
+
+@pytest.mark.slow
+def test_threads_that_are_to_yield_are_looked_for_in_both_engines(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = importlib.import_module("kvconnect_bench.pair")
+    monkeypatch.setattr(pair, "SETTLED_S", 0.0)
+    monkeypatch.setattr(pair, "LOOK_S", 0.1)
+    looked: list[int] = []
+    yielded: list[list[int]] = []
+    monkeypatch.setattr(pair, "spinning", lambda pid, _: looked.append(pid) or [pid])
+    monkeypatch.setattr(pair, "yield_cores", yielded.append)
+    options = ("--tokens", "8", "--turns", "2", "--rounds", "1")
+    done = bench("pd", "--beside", "in-tree-yielding", *options)
+    assert done.exit_code == 0, done.output
+    assert len(set(looked)) == 2 and yielded == [[pid] for pid in looked]
+    monkeypatch.setattr(pair, "spinning", lambda *_: [])
+    done = bench("pd", "--beside", "in-tree-yielding", *options)
+    assert "no thread of" in str(done.exception), "a pair in which none spins is in-tree's own"
+
+
+@pytest.mark.slow
+def test_in_tree_without_its_thread_has_a_plugin_and_lmcache_asks_without_params(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = importlib.import_module("kvconnect_bench.pair")
+    monkeypatch.setattr(pair, "check_unpacked", lambda: None)
+    monkeypatch.setattr(pair, "start_lmcache", lambda _: 4711)
+    started: dict[str, tuple[Any, Any]] = {}
+    start = Fleet.start
+
+    def spied(fleet: Fleet, name: str, command: Any, env: Any) -> Any:
+        plugins = {path.name for path in fleet.logs.glob("*.dist-info")}
+        started[name] = (command.__self__.transfer, plugins)
+        assert str(fleet.logs) in env["PYTHONPATH"].split(os.pathsep) or not plugins
+        return start(fleet, name, command, env)
+
+    monkeypatch.setattr(Fleet, "start", spied)
+    report = tmp_path / "report.json"
+    options = ("--tokens", "8", "--turns", "2", "--rounds", "1", "--json", str(report))
+    done = bench("pd", "--beside", "in-tree-quiet,lmcache", *options)
+    assert done.exit_code == 0, done.output
+    config, plugins = started[f"{IN_TREE_QUIET} decode"]
+    assert config["kv_connector_extra_config"] == {"num_threads": 0}
+    assert plugins == {"kvconnect_bench_no_progress-0.dist-info"}
+    config, plugins = started[f"{LMCACHE} prefill"]
+    assert (config["kv_connector"], config["kv_role"]) == (LMCACHE, "kv_producer")
+    assert config["kv_connector_extra_config"]["lmcache.mp.port"] == 4711
+    assert not plugins and not started["nixl prefill"][1]
+    rows = {(row["connector"], row["way"]): row for row in json.loads(report.read_text())["rows"]}
+    assert rows[LMCACHE, "stored"]["taken"]["p50"] == 0, "the fake one was told of no transfer"
+    assert rows[IN_TREE_QUIET, "pull"]["taken"]["p50"] > 0
+    assert f"{LMCACHE} stored" in rows[OURS, "pull"]["first_token_ratios"]
+
+
+def test_what_is_named_beside_is_known_by_rows() -> None:
+    assert {*BESIDE.values()} == {*OTHERS}
+
+
+def test_another_pair_that_there_is_not_is_named(bench: Bench) -> None:
+    """It used to be a KeyError of Python's."""
+    assert "'nope' is none of in-tree" in bench("pd", "--beside", "nope").stderr
 
 
 class LateThreads(concurrent.futures.ThreadPoolExecutor):

@@ -15,6 +15,7 @@ offload_tiers = importlib.import_module("kvconnect_bench.offload_tiers")
 offload_eviction = importlib.import_module("kvconnect_bench.offload_eviction")
 offload_engines = importlib.import_module("kvconnect_bench.offload_engines")
 offload_cost = importlib.import_module("kvconnect_bench.offload_cost")
+counters = importlib.import_module("kvconnect_bench.counters")
 
 
 def bench(*options: str) -> str:
@@ -104,9 +105,9 @@ def test_a_counter_is_read_with_its_label(monkeypatch):
 one_total{engine="0",source="a"} 3.0
 one_total{engine="0",source="b"} 4.0
 """
-    monkeypatch.setattr(offload_engines.urllib.request, "urlopen", lambda _: io.BytesIO(text))
+    monkeypatch.setattr(counters.urllib.request, "urlopen", lambda _: io.BytesIO(text))
     for name, expected in (("one_total", 7), ('one_total{source="b"}', 4), ("one", 0), ("", 0)):
-        assert offload_engines.counted(Engine("on"), name) == expected
+        assert counters.counted(Engine("on"), name) == expected
 
 
 @pytest.fixture

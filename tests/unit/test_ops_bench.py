@@ -76,6 +76,21 @@ def test_a_call_takes_other_blocks_than_the_last():
 @pytest.mark.parametrize(("verb", "shape"), shapes(), ids=lambda v: getattr(v, "name", v))
 def test_a_shape_covers_its_blocks(verb, shape):
     """So that its bytes are those that it says."""
-    copy = shape.copy._replace(num_blocks=1)
-    cells = kernel_cases.TOKENS * copy.heads * copy.content
+    copy = shape.copy
+    cells = kernel_cases.TOKENS * sum(part.heads * part.content for part in shape.copies)
     assert shape.block_bytes == cells * copy.kv_type.itemsize <= copy.block_stride
+
+
+def test_k_and_v_side_by_side_are_two_parts_that_fill_a_block_between_them():
+    """As vLLM's caches on a CPU: a row that measured them as one part said nothing of these."""
+    (shape,) = {shape.name: shape for _, shape in shapes() if shape.other}.values()
+    heads, tokens = range(shape.copy.heads), range(kernel_cases.TOKENS)
+    begins = sorted(
+        part.base + head * part.head_stride + token * part.token_stride
+        for part in shape.copies
+        for head in heads
+        for token in tokens
+    )
+    assert begins == list(range(0, shape.copy.block_stride, shape.run_bytes))
+    k, v = shape.copies
+    assert v.base - k.base == shape.run_bytes, "the V of a token follows its K"
