@@ -8,8 +8,8 @@ Prints a line of JSON for each router and connector, and exits with 1 if anythin
 are compared in float32 with those of the prefill engine alone. docs/routers.md is what it found.
 """
 
-import functools
 import importlib.util
+import itertools
 import json
 import operator
 import os
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import multi
 import pytest
@@ -31,6 +32,8 @@ from pair import PREFILL, Client, Pair, Setup, eventually, in_parallel, words
 
 from kvconnect.cli.engines import engine_env, proxy_command
 from kvconnect.cli.processes import HOST, Fleet
+from kvconnect.config import NixlConfig
+from kvconnect.vllm.params import LEAST_STEP
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 from checkouts import CACHE, UnavailableError, checkout, unpacked
@@ -41,6 +44,7 @@ LENGTHS = (40, 129, 257, 400, 640, 900)
 STREAMED = "vllm:kvconnect_num_streamed_transfers_total"
 SHORT = ["--max-model-len", "2048"]
 DYNAMO = "ai-dynamo==1.6.1"
+LEAST_LOADED = NixlConfig().kv_recompute_threshold
 
 
 def free_port():
@@ -364,59 +368,128 @@ def conversing():
     return Setup(model("KVCONNECT_MODEL"), both=["--max-model-len", "4200"], extra=extra)
 
 
+def asked_in_turn(pair):
+    """As of a router that knows no conversations."""
+
+    def ask(body):
+        _, lent = chat(pair.prefill, body | {"max_tokens": 1, "kv_transfer_params": PREFILL})
+        return chat(pair.decode, body | {"kv_transfer_params": lent["kv_transfer_params"]})
+
+    return ask
+
+
+def chat(client, body):
+    """The text of a greedy answer, and the whole of it."""
+    body = {"model": client.model, "temperature": 0} | body
+    status, answer = client.request("POST", "/v1/chat/completions", body)
+    assert status == 200, answer
+    return answer["choices"][0]["message"]["content"], answer
+
+
+def agreed_tokens(first, second):
+    """How much of a second turn's prompt decode holds of the first, in steps that are lent.
+
+    The two part where the text of an answer has other tokens than the model wrote it with.
+    """
+    # the last token was sampled, and not computed with
+    held = first["prompt_token_ids"] + first["choices"][0]["token_ids"][:-1]
+    both = zip(held, second["prompt_token_ids"], strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+    return same // LEAST_STEP * LEAST_STEP
+
+
+class PrefillCounts(NamedTuple):
+    """What a prefill engine has counted: prompt tokens, and loads."""
+
+    computed: float
+    loaded: float
+    loads: float
+
+    @classmethod
+    def of(cls, client):
+        source = "vllm:prompt_tokens_by_source_total"
+        return cls(
+            client.metric(source, source="local_compute"),
+            client.metric(source, source="external_kv_transfer"),
+            client.metric("vllm:kvconnect_handover_seconds_count"),
+        )
+
+    def since(self, before):
+        return PrefillCounts(*map(operator.sub, self, before))
+
+
+class Chats(NamedTuple):
+    """Some chats that have gone on once, and what prefill counted of their second turns."""
+
+    turns: list
+    """The messages of each second one."""
+    said: list
+    found: list
+    counted: PrefillCounts
+
+    @classmethod
+    def of(cls, ask, firsts, prefill):
+        def asked(messages):
+            # a first answer has to be worth loading, a second one tells whether it was read right
+            most = 120 if len(messages) == 1 else 24
+            return ask({"messages": messages, "max_tokens": most})
+
+        said = in_parallel(asked, [[one] for one in firsts])
+        turns = [
+            [one, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}]
+            for one, (text, _) in zip(firsts, said, strict=True)
+        ]
+        before = PrefillCounts.of(prefill)
+        found = in_parallel(asked, turns)
+        return cls(turns, said, found, PrefillCounts.of(prefill).since(before))
+
+    def agreed(self):
+        """`agreed_tokens` of each, where answers tell their tokens."""
+        both = zip(self.said, self.found, strict=True)
+        return [agreed_tokens(first, second) for (_, first), (_, second) in both]
+
+
 def check_turns(router, command, pair, chats=20):
-    """Second turns behind a router: what prefill computed of them, and what without reuse."""
-    source = "vllm:prompt_tokens_by_source_total"
-    local, external = {"source": "local_compute"}, {"source": "external_kv_transfer"}
-    computed, loaded, answered = {}, 0, {}
+    """Second turns behind a router: what prefill computed of them, and what without reuse.
 
-    def ask(at, messages, **options):
-        # a first answer has to be worth loading, a second one tells whether it was read right
-        most = 120 if len(messages) == 1 else 24
-        body = {"model": at.model, "messages": messages, "temperature": 0, "max_tokens": most}
-        status, answer = at.request("POST", "/v1/chat/completions", body | options)
-        assert status == 200, answer
-        return answer["choices"][0]["message"]["content"], answer.get("kv_transfer_params")
-
-    def in_turn(messages, **_):
-        """As of a router that knows no conversations."""
-        _, params = ask(pair.prefill, messages, max_tokens=1, kv_transfer_params=PREFILL)
-        return ask(pair.decode, messages, kv_transfer_params=params)
-
+    The same chats twice, once under a salt of their own, so that what each second turn could have
+    loaded is known by its tokens.
+    """
+    firsts = [
+        {"role": "user", "content": f"{n} {router}: tell a long story about the number {n}."}
+        for n in range(chats)
+    ]
+    salted = {"cache_salt": "without reuse", "return_token_ids": True}
+    in_turn = asked_in_turn(pair)
+    plain = Chats.of(lambda body: in_turn(body | salted), firsts, pair.prefill)
     with behind(command, pair) as client:
-        for reuse in (False, True):
-            # how it begins tells one conversation from the others, and from those without reuse
-            answers = functools.partial(ask, client) if reuse else in_turn
-            told = f"{router} {reuse}"
-            firsts = [
-                {"role": "user", "content": f"{n} {told}: tell a long story about the number {n}."}
-                for n in range(chats)
-            ]
 
-            def turn(messages, answers=answers):
-                return answers(messages, conversation_id=messages[0]["content"])[0]
+        def on(body):
+            return chat(client, body | {"conversation_id": body["messages"][0]["content"]})
 
-            said = in_parallel(turn, [[one] for one in firsts])
-            turns = [
-                [one, {"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}]
-                for one, text in zip(firsts, said, strict=True)
-            ]
-            before = pair.prefill.metric(source, **local), pair.prefill.metric(source, **external)
-            found = in_parallel(turn, turns)
-            computed[reuse] = pair.prefill.metric(source, **local) - before[0]
-            loaded = pair.prefill.metric(source, **external) - before[1]
-            answered |= {json.dumps(one): text for one, text in zip(turns, found, strict=True)}
+        reused = Chats.of(on, firsts, pair.prefill)
 
     def alone(messages):
-        return ask(pair.prefill, json.loads(messages), cache_salt=messages[:40])[0]
+        body = {"messages": messages, "max_tokens": 24, "cache_salt": "alone"}
+        return chat(pair.prefill, body)[0]
 
-    equal = sum(map(operator.eq, answered.values(), in_parallel(alone, list(answered))))
+    expected = in_parallel(alone, plain.turns)
+    answers = [text for text, _ in [*plain.found, *reused.found]]
+    equal = sum(map(operator.eq, answers, [*expected, *expected]))
+    agreed = plain.agreed()
+    worth = [tokens for tokens in agreed if tokens >= LEAST_LOADED]
+    counted, computed = reused.counted, plain.counted.computed
     return {
         "router": f"{router}, second turns of {chats} chats",
-        "equal": f"{equal} of {len(answered)}",
-        "computed at prefill": f"{computed[True]:.0f}, and {computed[False]:.0f} without reuse",
-        "loaded from decode": f"{loaded:.0f}",
-        "ok": equal == len(answered) and computed[True] < computed[False] / 2,
+        "equal": f"{equal} of {len(answers)}",
+        "computed at prefill": f"{counted.computed:.0f}, and {computed:.0f} without reuse",
+        "loaded from decode": f"{counted.loaded:.0f} tokens of {sum(worth)} that agree",
+        "turns that loaded": f"{counted.loads:.0f} of {len(worth)}",
+        f"turns of which fewer than {LEAST_LOADED} tokens agree": chats - len(worth),
+        "ok": equal == len(answers)
+        and reused.turns == plain.turns
+        and (counted.loaded, counted.loads) == (sum(worth), len(worth))
+        and counted.computed < computed / 2,
     }
 
 
