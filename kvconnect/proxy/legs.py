@@ -296,7 +296,7 @@ class Legs:
             opened = await opening
             if opened.refused and prefill.done() and (kept := prefill.result().params) is not None:
                 self._release(opened.url, ask, kept)
-            if opened.spent and (opened.refused or self._may_retry()):
+            if opened.spent and self._may_retry():
                 prefill.cancel()
                 opened.close()
                 self.counters.retries += 1
@@ -326,12 +326,15 @@ class Legs:
             return _EarlyAnswer(url, spent=not isinstance(error, UnreachedError))
         status = answer.upstream.status
         report_status(self.decoders, url, status)
-        spent = answer.faulty or status in _ELSEWHERE
-        if spent:
+        refused = 400 <= status < 500
+        elsewhere = status in _ELSEWHERE and len(decoders) > 1
+        if elsewhere:
+            decoders.popleft()
+        elif answer.faulty:
             decoders.rotate(-1)
-        else:
+        elif not refused:
             self.placement.answered(url, ask.prompt)
-        return _EarlyAnswer(url, answer, refused=400 <= status < 500, spent=spent)
+        return _EarlyAnswer(url, answer, refused, spent=answer.faulty or elsewhere)
 
     async def _prefill(
         self, ask: LegRequest, engines: Iterable[str], first: "_Prefilled | None" = None

@@ -276,6 +276,59 @@ def test_decode_is_not_asked_once_more_without_budget():
     run(scenario())
 
 
+def refuses_early(status):
+    """As a decode engine that has no room for what is computed still."""
+
+    async def behave(engine: Engine, request: web.Request) -> web.StreamResponse:
+        if "kvconnect_engine" in params(engine):
+            return web.Response(status=status, body=b"not here")
+        return await answers(engine, request)
+
+    return behave
+
+
+def test_another_decode_engine_is_not_asked_without_budget():
+    """Where both were asked at once, what decode refused used to cost no budget."""
+
+    async def scenario() -> None:
+        ds = [Engine(refuses_early(429)) for _ in range(2)]
+        async with rig([Engine(prefills)], ds, at_once="always", retry_ratio=0.0) as r:
+            for _ in range(1 + int(RESERVE)):
+                assert await r.ask() == (200, ANSWER)
+            assert await r.ask() == (429, b"not here")
+            counters = await r.counters()
+            assert (counters["retries"], counters["unretried"]) == (RESERVE, 1)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("status", [404, 413, 429])
+def test_the_only_decode_engine_is_not_asked_again_what_it_refused(status):
+    """It used to be, without the KV that was not the reason."""
+
+    async def scenario() -> None:
+        d = Engine(refuses_early(status))
+        async with rig([Engine(prefills)], [d], at_once="always") as r:
+            assert await r.ask() == (200, ANSWER)
+            assert await r.ask() == (status, b"not here")
+            assert len([body for body in d.bodies if "max_tokens" not in body]) == 2
+
+    run(scenario())
+
+
+def test_who_refused_a_prompt_is_not_taken_to_hold_it():
+    async def scenario() -> None:
+        ds = [Engine(refuses_early(400)) for _ in range(2)]
+        async with rig([Engine(prefills)], ds, at_once="always", policy="kv-aware") as r:
+            assert await r.ask(prompt="finds out where prefill is") == (200, ANSWER)
+            asked = [len(d.bodies) for d in ds]
+            for _ in range(4):
+                assert await r.ask(prompt="refused" * 100) == (400, b"not here")
+            assert all(len(d.bodies) > n for d, n in zip(ds, asked, strict=True))
+
+    run(scenario())
+
+
 def test_decodes_word_is_final_and_prefill_is_told_to_stop():
     async def scenario() -> None:
         p, d = Engine(prefills, hangs), Engine(answers, says(b"bad", 400))
