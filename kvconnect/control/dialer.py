@@ -69,7 +69,8 @@ class Dialer:
         self.changes = 0
         self._greeting = 0  # peers that are being greeted now
         self._in_line: OrderedDict[Address, Peer] = OrderedDict()  # GREETING, not dialled yet
-        self._due: Deadlines[Peer] = Deadlines()  # when to look at a greeting
+        self.due: Deadlines[Peer] = Deadlines()
+        """When to look at a greeting."""
 
     def greet(self, address: Address, leases: Iterable[LeaseRef] = ()) -> Peer:
         """The peer at ``address``; dials it, in its turn, unless that is under way or done.
@@ -132,7 +133,7 @@ class Dialer:
 
     def _look_at(self, peer: Peer) -> None:
         """Have `tick` look at a greeting when there is something to do."""
-        self._due.set(peer, min(peer.resend_at, peer.deadline))
+        self.due.set(peer, min(peer.resend_at, peer.deadline))
 
     def _greeted(self, peer: Peer) -> None:
         """A greeting has ended, well or not, or waits: the next in line has its turn."""
@@ -170,7 +171,7 @@ class Dialer:
         peer.state, peer.error = PeerState.FAILED, error
         self.changes += 1
         self.calls.fail(peer, error)
-        self._due.drop(peer)
+        self.due.drop(peer)
         del self._peers[peer.address]
         if not in_line:
             self._unlink(peer)
@@ -180,7 +181,7 @@ class Dialer:
     def tick(self) -> None:
         """Repeat what went unanswered, give up on what is overdue."""
         now = self._clock()
-        for peer in self._due.take(now):
+        for peer in self.due.take(now):
             self._look_at_greeting(peer, now)
             if peer.state is PeerState.GREETING:
                 self._look_at(peer)
@@ -217,7 +218,7 @@ class Dialer:
 
     def next_deadline(self) -> float | None:
         """When `tick` is worth calling next."""
-        return soonest(self._due.next(), self.calls.next_deadline())
+        return soonest(self.due.next(), self.calls.next_deadline())
 
     def receive(self, frame: Frame) -> None:
         """Take in a frame of a link that we dialled."""
@@ -323,7 +324,7 @@ class Dialer:
             self.fail(peer, f"bad description of its memory: {e}")
             return
         peer.body, peer.state = body, PeerState.READY
-        self._due.drop(peer)
+        self.due.drop(peer)
         self._greeted(peer)
         self._backoffs.pop(peer.address, None)
         version = body.versions.get("vllm", "unknown")

@@ -109,6 +109,11 @@ class LentTurns:
         self._admitted.pop(request_id, None)
         self._loaded.discard(request_id)
 
+    @property
+    def uncomputed(self) -> dict[str, bool]:
+        """Requests that have blocks and have computed nothing: whether their load has ended."""
+        return {one: one in self._loaded for one in self._admitted}
+
     def step(self, request_ids: Collection[str]) -> None:
         """These requests compute in this step."""
         for request_id in self._admitted.keys() & request_ids:

@@ -464,7 +464,7 @@ def test_a_source_is_not_asked_any_more_about_a_request_that_has_ended():
     pair.fetch()
     pair.world.go_on()
     (mover,) = pair.d.movers
-    (peer,) = mover._remotes.of(pair.source).peers
+    peer = mover.dialer.greet(pair.source.shards[0])  # it is greeted already
     assert mover.dialer.calls.waits_for(peer)
     pair.d.put(Cancel("d"))
     pair.world.go_on(10, seconds=1.0)

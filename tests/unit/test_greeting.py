@@ -220,7 +220,7 @@ def test_the_heap_does_not_grow_with_what_is_shown_while_it_waits():
         pair.go_on(1)
         early(pair, f"soon {number}")
         pair.clock.advance(0.3)
-    assert len(pair.dialer._due) < 30
+    assert len(pair.dialer.due) < 30
 
 
 def test_where_no_key_is_known_it_is_asked_for():

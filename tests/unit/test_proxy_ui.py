@@ -238,9 +238,10 @@ def test_engines_are_read_only_while_somebody_looks():
         d = Metered(answers)
         async with d.serving():
             watch = EngineWatch(lambda: [d.url])
+            before = asyncio.all_tasks()
             with watch.looked_at(), watch.looked_at():
+                (reading,) = asyncio.all_tasks() - before
                 await until(lambda: d.looks > 1)
-            reading = watch._task
             await asyncio.wait([reading])
             assert reading.cancelled() and watch.fault(d.url) == ""
             with watch.looked_at():

@@ -433,10 +433,10 @@ def test_who_ends_before_it_computes_wants_nothing_any_more(loaded):
     turns = d.core.connector.scheduler.turns
     if loaded:
         turns.received("asks")
-        assert turns._loaded == {"asks"}
+    assert turns.uncomputed == {"asks": loaded}
     d.core.scheduler.finish_requests("asks", RequestStatus.FINISHED_ABORTED)
     d.step(finished_recving={"asks"})
-    assert not turns._loaded and not turns._admitted
+    assert not turns.uncomputed
 
 
 def test_who_has_loaded_all_takes_nothing_from_a_next_turn():
@@ -447,7 +447,7 @@ def test_who_has_loaded_all_takes_nothing_from_a_next_turn():
     turns = d.core.connector.scheduler.turns
     turns.received("asks")  # by now; vLLM hears of it later
     d.step()
-    assert turns._loaded and not d.taken(Revoke)
+    assert turns.uncomputed == {"asks": True} and not d.taken(Revoke)
     d.step(finished_recving={"asks"})
     d.step()
-    assert asks.num_output_tokens and not turns._loaded and not turns._admitted
+    assert asks.num_output_tokens and not turns.uncomputed
