@@ -2,8 +2,9 @@
 
     python tests/e2e/short_prompts.py [CHATS [N …]]
 
-One prefill and one decode engine (SmolLM2). Prints a line of JSON for each `--min-prefill-tokens`
-N: milliseconds to the first token of second turns (median, least, most), what prefill computed of
+One prefill and one decode engine (SmolLM2), and a proxy for each `--min-prefill-tokens` N, whose
+chats take turns. Prints a line of JSON for each: milliseconds to the first token of second turns
+(median, least, most), CPU milliseconds of both engines, answer included, what prefill computed of
 them, and from how many tokens on the proxy splits at the end.
 """
 
@@ -22,9 +23,12 @@ from nursery import Nursery
 from pair import Client, Pair, Setup, proxied
 
 from kvconnect.cli.processes import Fleet
+from kvconnect_bench.cpu import session_cpu_s
 
 COMPUTED = "vllm:prompt_tokens_by_source_total"
 RANDOM = random.Random(5)
+# of four bytes a token, as the proxy guesses
+WORDS = ("the", "water", "of", "long", "river", "was", "cold", "when", "people", "found", "way")
 
 
 def said(client: Client, messages: list[dict[str, str]]) -> tuple[str, float]:
@@ -47,45 +51,72 @@ def said(client: Client, messages: list[dict[str, str]]) -> tuple[str, float]:
     return "".join(deltas), taken_ms
 
 
-def user(numbers: int) -> dict[str, str]:
-    text = " ".join(str(RANDOM.randrange(10**6)) for _ in range(numbers))
-    return {"role": "user", "content": text}
+def user(words: int) -> dict[str, str]:
+    return {"role": "user", "content": " ".join(RANDOM.choices(WORDS, k=words))}
 
 
-def measured(pair: Pair, least: str, chats: int) -> dict[str, object]:
-    """What second turns took with this ``--min-prefill-tokens``."""
-    with proxied(pair, "--min-prefill-tokens", least) as client:
+class Row:
+    """The chats behind one proxy."""
+
+    def __init__(self, pair: Pair, least: str, client: Client) -> None:
+        self.pair, self.least, self.client = pair, least, client
+        self.first_token_ms: list[float] = []
+        self.cpu_ms: list[float] = []
+        self.computed = 0.0
+
+    def warm_up(self) -> None:
         for _ in range(10):  # what `auto` goes by
-            said(client, [user(RANDOM.randrange(10, 200))])
-        firsts = [[user(200)] for _ in range(chats)]
-        turns = [
-            [*first, {"role": "assistant", "content": said(client, first)[0]}, user(6)]
-            for first in firsts
-        ]
-        before = pair.prefill.metric(COMPUTED, source="local_compute")
-        taken = [said(client, turn)[1] for turn in turns]
-        computed = pair.prefill.metric(COMPUTED, source="local_compute") - before
-        health = client.request("GET", "/health")[1]
-    return {
-        "min_prefill_tokens": least,
-        "first_token_ms": round(statistics.median(taken), 1),
-        "from": round(min(taken), 1),
-        "to": round(max(taken), 1),
-        "stayed": health["counters"]["short"],
-        "computed_at_prefill": computed,
-        "at_the_end": health["min_prefill_tokens"],
-    }
+            said(self.client, [user(RANDOM.randrange(10, 200))])
+
+    def chat(self) -> None:
+        """One of two turns; the second one is measured."""
+        first = user(300)
+        answer, _ = said(self.client, [first])
+        turn = [first, {"role": "assistant", "content": answer}, user(30)]
+        computed, cpu_s = self._counts()
+        self.first_token_ms.append(said(self.client, turn)[1])
+        now = self._counts()
+        self.computed += now[0] - computed
+        self.cpu_ms.append(1e3 * (now[1] - cpu_s))
+
+    def _counts(self) -> tuple[float, float]:
+        """Prompt tokens computed at prefill; CPU seconds of both engines."""
+        engines = self.pair.prefill, self.pair.decode
+        computed = self.pair.prefill.metric(COMPUTED, source="local_compute")
+        return computed, sum(session_cpu_s(one.server.pid) for one in engines)
+
+    def told(self) -> dict[str, object]:
+        health = self.client.request("GET", "/health")[1]
+        return {
+            "min_prefill_tokens": self.least,
+            "first_token_ms": round(statistics.median(self.first_token_ms), 1),
+            "from": round(min(self.first_token_ms), 1),
+            "to": round(max(self.first_token_ms), 1),
+            "engines_cpu_ms": round(statistics.median(self.cpu_ms), 1),
+            "stayed": health["counters"]["short"],
+            "computed_at_prefill": self.computed,
+            "at_the_end": health["min_prefill_tokens"],
+        }
 
 
 def main() -> None:
-    chats = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    chats = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     with ExitStack() as stack:
         nursery = stack.enter_context(Nursery())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         fleet = stack.enter_context(Fleet(folder, nursery.launch))
         pair = Setup(model("KVCONNECT_MODEL"), both=["--max-model-len", "4200"]).start(fleet)
-        for least in sys.argv[2:] or ("0", "auto", "300", "0"):
-            print(json.dumps(measured(pair, least, chats)), flush=True)
+        rows = [
+            Row(pair, least, stack.enter_context(proxied(pair, "--min-prefill-tokens", least)))
+            for least in sys.argv[2:] or ("0", "auto", "300", "0")
+        ]
+        for row in rows:
+            row.warm_up()
+        for _ in range(chats):
+            for row in rows:
+                row.chat()
+        for row in rows:
+            print(json.dumps(row.told()), flush=True)
 
 
 if __name__ == "__main__":
