@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 from kit.command import main
 from kit.engines import Engine, World
+from kit.prefill import Prefill, fetch_early
 
 from kvconnect.control import wire
 from kvconnect.control.dialer import Dialer
@@ -34,13 +35,14 @@ from kvconnect_bench.caches import Model
 MODEL = Model(layers=2, heads=2, block_tokens=4, content=8, itemsize=2)
 TABLE, MINE, TOKENS = (7, 8, 9), (1, 2, 3), 10
 AT_ONCE = 64  # frames between two steps
+WAIT_S = 4.0  # for a prompt to be computed
 HONEST_EVERY = 5000
 GREETED = 0.05  # of the bodies that decode
 MIB = 1 << 20
 GROWTH = 8 * MIB
 INTERESTING = [b"\x00", b"\x01", b"\x7f", b"\xff", b"\xc0", b"\xc4\xff", b"\xdd\xff\xff\xff\xff"]
 INTERESTING += [b"\xcf" + n.to_bytes(8, "big") for n in (1 << 63, (1 << 63) - 1, 1 << 40, 1 << 31)]
-ASKED = (wire.Open, wire.Close, wire.Renew, wire.Stage, wire.Want)
+ASKED = (wire.Open, wire.Follow, wire.Close, wire.Renew, wire.Stage, wire.Want)
 REAL = wire.encode
 
 
@@ -146,19 +148,39 @@ class Fuzz:
         self.world.engines.remove(engine)
 
     def fetch(self, lender, reader):
-        """A fetch that has begun; its name, and the seed of what is lent."""
+        """A fetch that has begun; its name, the seed of what is lent, and what is to be called."""
         self.number += 1
         name, seed = f"r{self.number}", self.number % 1000
         lender.caches[0].fill(TABLE, seed)
         terms = Terms(name, f"lease of {name}", (TABLE,), TOKENS, b"d", 60.0)
         lender.put(Grant(terms))
         reader.put(Fetch(name, lender.source(terms), (tuple(enumerate(MINE)),), TOKENS, b"d"))
-        return name, seed
+        return name, seed, lambda: True
+
+    def stream(self, lender, reader):
+        """Likewise, of a prompt whose first block is computed; what computes the rest, too."""
+        self.number += 1
+        name, seed = f"r{self.number}", self.number % 1000
+        prefill = Prefill(lender, TOKENS, seed, free=list(reversed(TABLE)))
+        fetch_early(reader, name, prefill, MINE, WAIT_S)
+        prefill.compute(MODEL.block_tokens)
+        return name, seed, prefill.finish
+
+    def begin(self, lender, reader):
+        """A fetch of either kind."""
+        return self.rng.choice((self.fetch, self.stream))(lender, reader)
 
     def honest(self, lender, reader):
-        """A fetch between two that say what they should must be right, in the end."""
+        """Fetches between two that say what they should must be right, in the end."""
+        for begin in (self.fetch, self.stream):
+            self.right(begin, lender, reader)
+
+    def right(self, begin, lender, reader):
+        """One of them, tried until it is."""
         for _ in range(6):
-            name, seed = self.fetch(lender, reader)
+            name, seed, finish = begin(lender, reader)
+            self.world.go_on(5, seconds=0.2)
+            finish()
             for _ in range(20):
                 self.world.go_on(5, seconds=0.2)
                 if name in reader.ended:
@@ -198,7 +220,7 @@ class Fuzz:
         for _ in range(count):
             if self.peer.state is PeerState.READY:
                 with self.said.saying(self.mutant(self.asked)):
-                    self.stranger.tell(self.peer, wire.Gone(lease_ids=[]))
+                    self.stranger.calls.tell(self.peer, wire.Gone(lease_ids=[]))
         self.turn()
 
     def turn(self):
@@ -210,7 +232,7 @@ class Fuzz:
 
     def answer(self, count):
         """Answers to the engine that fetches, in place of right ones and besides them."""
-        name, _ = self.fetch(self.liar, self.reader)
+        name, _, finish = self.begin(self.liar, self.reader)
         listener, links = self.liar.movers[0].listener, set()
         honest = listener.answer
 
@@ -227,6 +249,8 @@ class Fuzz:
                 honest(link, message)
 
         listener.answer = answer
+        self.world.go_on(4)
+        finish()
         self.world.go_on(4)
         for link in links:
             for _ in range(count // len(links)):
@@ -251,8 +275,9 @@ class Fuzz:
             if self.rng.random() > GREETED:
                 continue
             liar, self.said.body = self.engine("auto"), body
-            name, _ = self.fetch(liar, self.reader)
+            name, _, finish = self.begin(liar, self.reader)
             self.world.go_on(8)
+            finish()
             self.world.go_on(8, seconds=2.0)
             self.said.body = None
             self.seen["bodies greeted"] += 1
