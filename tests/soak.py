@@ -3,7 +3,8 @@
     python tests/soak.py --transfers 1000000
 
 Two engines lend and three fetch (directly, staged, and by what is faster), by steps, with a clock
-that a round moves on. Frames are lost, repeated and held up; the transports' transfers are lost,
+that a round moves on. Some prompts are fetched while they are computed, which may begin anew or be
+aborted. Frames are lost, repeated and held up; the transports' transfers are lost,
 late, fail though they arrived, or hang; requests are aborted, released unread, or forgotten;
 engines end and start again at their addresses, and whole rounds take seconds. Every fetch must end
 once; whatever is said to have arrived is compared byte for byte. At the end no lease, slot, ticket,
@@ -22,6 +23,7 @@ That no memory leaks is seen in what is in use, to the byte (`kit.memory`), in t
 Resident memory may grow by `KEPT` over either, which is what the allocators keep.
 """
 
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -33,6 +35,7 @@ import numpy as np
 from kit.command import main
 from kit.engines import Engine, World
 from kit.memory import held, slope
+from kit.prefill import Prefill, fetch_early
 
 from kvconnect import lease, stats
 from kvconnect.consumer.remote import IDLE_S
@@ -51,6 +54,9 @@ UNDER_WAY = 24  # of each engine that fetches
 ROUND_S, TTL_S = 0.02, 5.0
 LOST, REPEATED, HELD_UP = 0.002, 0.004, 0.01  # of frames
 SPOILED, ABORTED, RELEASED, FORGOTTEN = 0.01, 0.02, 0.02, 0.005  # of transfers; of requests
+STREAMED = 0.2  # of requests
+COMPUTED, PREEMPTED, GIVEN_UP, HUNG_UP = 0.3, 0.02, 0.01, 0.01  # of rounds, for each of those
+WAIT_S = 8.0  # for a prompt to be computed
 RESTART, PAUSE = 1 / 400, 1 / 1000  # of rounds
 WORLDS = 2
 STEADY = 0.7  # of the transfers: nobody is restarted
@@ -83,7 +89,8 @@ class Side:
 
     def forget(self):
         self.free = deque(range(BLOCKS))
-        self.held = {}  # request → blocks; for a fetch also its pattern, None once aborted
+        self.held = {}  # request → blocks; of a fetch also what looks at them, None once aborted
+        self.computing = {}  # request that is fetched meanwhile → what computes it
 
     def take(self, count):
         return [self.free.popleft() for _ in range(count)] if len(self.free) >= count else None
@@ -109,6 +116,9 @@ class Soak:
     def begin(self, reader):
         """One request: lent by some engine, and fetched, released or forgotten."""
         rng, lender = self.rng, self.rng.choice(self.lenders)
+        if rng.random() < STREAMED:
+            self.begin_early(reader, lender)
+            return
         count = rng.randint(1, LONGEST)
         if (lent := lender.take(count)) is None:
             return
@@ -130,13 +140,64 @@ class Soak:
             reader.engine.put(Release(name, source))
             return
         aborted = rng.random() < ABORTED
-        reader.held[name] = filled, None if aborted else pattern
+        right = functools.partial(self.holds_pattern, reader, filled, pattern)
+        reader.held[name] = filled, None if aborted else right
         reader.rows[:, filled] = 0
         blocks = (tuple(enumerate(filled)),)
         reader.engine.put(Fetch(name, source, blocks, tokens, terms.digest))
         if aborted:
             self.seen["aborted"] += 1
             reader.engine.put(Cancel(name))
+
+    def begin_early(self, reader, lender):
+        """One that both are asked for at once: it is computed in the rounds that follow."""
+        count = self.rng.randint(1, LONGEST)
+        if (lent := lender.take(count)) is None:
+            return
+        self.number += 1
+        tokens, seed = count * MODEL.block_tokens - self.rng.randrange(4), self.number % 1000
+        prefill = Prefill(lender.engine, tokens, seed, free=list(lent))
+        lender.held[prefill.request_id], lender.computing[prefill.request_id] = lent, prefill
+        if (filled := reader.take(count)) is None:
+            return
+        name = f"r{self.number}"
+        reader.rows[:, filled] = 0
+        right = functools.partial(self.holds_prompt, reader, filled, seed, tokens)
+        reader.held[name] = filled, right
+        fetch_early(reader.engine, name, prefill, filled, WAIT_S)
+        self.seen["streamed"] += 1
+
+    def compute(self, lender):
+        """Some prompts get on, some are computed anew, and some end without KV."""
+        for name, prefill in list(lender.computing.items()):
+            drawn = self.rng.random()
+            if drawn < GIVEN_UP:
+                prefill.abort()
+                lender.free += lender.held.pop(name)
+                del lender.computing[name]
+            elif drawn < GIVEN_UP + PREEMPTED:
+                prefill.preempt()
+            elif drawn < GIVEN_UP + PREEMPTED + COMPUTED:
+                computed = (prefill.told + 1) * MODEL.block_tokens
+                if computed < prefill.tokens:
+                    prefill.compute(computed)
+                else:
+                    prefill.finish()
+                    del lender.computing[name]
+
+    def hang_up(self, reader):
+        """A request that loads, perhaps what is still computed, is aborted."""
+        for name, (filled, right) in list(reader.held.items()):
+            if right is not None and self.rng.random() < HUNG_UP:
+                reader.held[name] = filled, None
+                reader.engine.put(Cancel(name))
+                self.seen["aborted"] += 1
+
+    def holds_pattern(self, reader, filled, pattern):
+        return np.array_equal(reader.rows[:, filled], PATTERNS[pattern][:, : len(filled)])
+
+    def holds_prompt(self, reader, filled, seed, tokens):
+        return reader.engine.caches[0].holds_fill(tuple(enumerate(filled)), seed, tokens)
 
     def round(self, begin=True):
         """Requests, a step of every engine, and most of the frames on their way."""
@@ -146,6 +207,10 @@ class Soak:
                 self.begin(reader)
                 if self.number == before:
                     break  # nobody has blocks to lend
+        for lender in self.lenders:
+            self.compute(lender)
+        for reader in self.readers:
+            self.hang_up(reader)
         for side in (*self.lenders, *self.readers):
             if begin and self.rng.random() < SPOILED * len(self.readers):
                 (fault,) = self.rng.choices(*zip(*FATES, strict=True))
@@ -186,13 +251,12 @@ class Soak:
             if len(ended) != 1 or name not in side.held:
                 self.problems.append(f"{name}: {REPEATED_FETCH}: {ended}")
                 continue
-            filled, pattern = side.held.pop(name)
-            if pattern is None:
+            filled, right = side.held.pop(name)
+            if right is None:
                 self.seen["aborted and ended"] += 1
             elif ended[0] is None:
                 self.seen["right"] += 1
-                count = len(filled)
-                if not np.array_equal(side.rows[:, filled], PATTERNS[pattern][:, :count]):
+                if not right():
                     self.seen["wrong"] += 1
                     self.problems.append(f"{name} is said to have arrived, and has not")
             else:
