@@ -93,6 +93,26 @@ def shutdown_timeout_s(vllm_config: Any) -> float:
     return float(getattr(vllm_config, "shutdown_timeout", 0))
 
 
+# -- of the queues between its processes ------------------------------------------------------
+
+
+def queue_wait_class() -> Any:
+    """The class whose `wait` is what a process does until another one's message comes.
+
+    None where it is not as in 0.30 to 0.33: it spins until `last_read` is a second ago, and sleeps
+    after that until it is notified, for ``timeout_ms`` at most.
+    """
+    found = _find("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition")
+    wait, read = getattr(found, "wait", None), getattr(found, "record_read", None)
+    known = (
+        inspect.isfunction(wait)
+        and list(inspect.signature(wait).parameters) == ["self", "timeout_ms"]
+        and inspect.isfunction(read)
+        and "last_read" in read.__code__.co_names
+    )
+    return found if known else None
+
+
 # -- of the API server ------------------------------------------------------------------------
 
 _STREAMS = (

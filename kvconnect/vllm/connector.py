@@ -7,7 +7,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from kvconnect.config import NixlOptions, PeerConfig, parse
 from kvconnect.orders import Order
-from kvconnect.vllm import _compat, leaving, lent
+from kvconnect.vllm import _compat, leaving, lent, queue_waits
 from kvconnect.vllm.base import HalvesConnector
 from kvconnect.vllm.metrics import Metric
 from kvconnect.vllm.peer_metrics import READS_EARLY, PeerStats
@@ -31,14 +31,15 @@ class Orders(KVConnectorMetadata):
         self,
         orders: list[Order],
         step: int = 0,
-        wait_s: float = 0.0,
+        most_wait_s: float = 0.0,
         traced: Mapping[str, Mapping[str, str]] = {},
     ) -> None:
-        """``step``: its number; ``wait_s``: how long workers may wait in it for a load to end;
+        """``step``: its number; ``most_wait_s``: how long workers may wait in it for a load
+        to end;
         ``traced``: of requests whose loads begin, the headers that tell their trace.
         """
         self._orders = orders
-        self.step, self.wait_s, self.traced = step, wait_s, traced
+        self.step, self.most_wait_s, self.traced = step, most_wait_s, traced
 
     def take(self) -> list[Order]:
         """The orders, the first time."""
@@ -72,6 +73,7 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
             recompute_failed_loads(self._kv_transfer_config)
         lent.watch()
         leaving.watch()
+        queue_waits.watch()
         return Scheduler(vllm_config, kv_cache_config, config, self.protocol_type)
 
     def _make_worker(
@@ -79,7 +81,8 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
     ) -> Worker:
         self._config = config
         self._lost_blocks: set[int] = set()
-        self._wait_s = 0.0
+        self._most_wait_s = 0.0
+        queue_waits.watch()
         return Worker(vllm_config, kv_cache_config, config)
 
     # -- classes of vLLM ask before there is an instance ---------------------------------
@@ -129,8 +132,9 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
         self.scheduler.progress.step(scheduler_output)
         self.scheduler.turns.step(scheduler_output.num_scheduled_tokens.keys())
         scheduler, tokens = self.scheduler, scheduler_output.total_num_scheduled_tokens
-        wait_s, step = scheduler.idle_steps.wait_s(tokens), scheduler.adapters.next_step()
-        return Orders(scheduler.take_orders(), step, wait_s, scheduler.take_traced())
+        most_wait_s, step = scheduler.idle_steps.most_s(tokens), scheduler.adapters.next_step()
+        queue_waits.sleep(most_wait_s > 0)
+        return Orders(scheduler.take_orders(), step, most_wait_s, scheduler.take_traced())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         metadata = connector_output.kv_connector_worker_meta
@@ -184,10 +188,11 @@ class PeerConnector(HalvesConnector[Scheduler, Worker]):
             self.worker.adapters.bound(connector_metadata.step)
             self.worker.traces.ordered(connector_metadata.traced)
             self.worker.put(connector_metadata.take())
-            self._wait_s = connector_metadata.wait_s
+            self._most_wait_s = connector_metadata.most_wait_s
+            queue_waits.sleep(self._most_wait_s > 0)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        outcome, lost = self.worker.take(self._wait_s)
+        outcome, lost = self.worker.take(self._most_wait_s)
         if not _compat.HAS_TRANSFER_RESULTS:
             self._lost_blocks |= lost
         return _compat.TransferResults(

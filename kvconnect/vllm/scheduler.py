@@ -83,7 +83,7 @@ class Scheduler:
         self.turns = LentTurns(ttl_s, vllm_config, kv_cache_config)
         self._turns_threshold = getattr(config, "kv_recompute_threshold", 0)
         self._held = HeldBlocks()
-        self.idle_steps = IdleSteps(parallel)
+        self.idle_steps = IdleSteps(vllm_config)
         self._traced: dict[str, Mapping[str, str]] = {}  # loads that were ordered → their headers
         self.lent: dict[str, Any] = {}
         """Finished requests, by id, whose blocks are kept for readers."""

@@ -33,6 +33,7 @@ from kvconnect.transport.registry import make_transport
 from kvconnect.vllm.adapter_reports import AdapterReport, merged, worker_adapters
 from kvconnect.vllm.engine import Rank, kernels_for, this_rank, use_device
 from kvconnect.vllm.fingerprint import fingerprint
+from kvconnect.vllm.idle import IdleWaits
 from kvconnect.vllm.layout import TpRank, describe
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -98,6 +99,7 @@ class Worker:
         drafts = (Grant,) if vllm_config.speculative_config else ()
         self._fenced: tuple[type[Order], ...] = (Fetch, Progress, *drafts)
         self._address_sent = False
+        self._idle_waits = IdleWaits()
         self.adapters = worker_adapters(vllm_config)
         self.traces = HandOverTraces()
         self._bandwidth = BandwidthWatch(config.expected_gb_s)
@@ -249,16 +251,18 @@ class Worker:
         if any(isinstance(order, Revoke) for order in orders):
             self.mover.wait_carried_out()
 
-    def take(self, wait_s: float = 0.0) -> tuple[Outcome, set[int]]:
+    def take(self, most_wait_s: float = 0.0) -> tuple[Outcome, set[int]]:
         """What ended since the last call, and the block ids of failed fetches.
 
-        ``wait_s``: how long to wait for something to end, if nothing has.
+        ``most_wait_s``: how long it may wait for something to end, if nothing has.
         """
         outcome, self._ended = self._ended, Outcome()
         if self.mover is not None:
             if not outcome:
-                self.mover.wait_for_outcome(wait_s)
+                self.mover.wait_for_outcome(self._idle_waits.wait_s(most_wait_s))
             outcome.add(self.mover.take())
+            if outcome:
+                self._idle_waits.ended()
         self._lent -= outcome.sent
         self.traces.ended(outcome.ended_s, outcome.failed)
         self._computed |= outcome.computed

@@ -72,7 +72,9 @@ class Engine:
                 kv_transfer_config=SimpleNamespace(engine_id=engine_id, kv_role=role),
                 parallel_config=parallel,
                 scheduler_config=SimpleNamespace(
-                    max_num_batched_tokens=2048, long_prefill_token_threshold=0
+                    async_scheduling=False,
+                    max_num_batched_tokens=2048,
+                    long_prefill_token_threshold=0,
                 ),
                 model_config=SimpleNamespace(max_model_len=2048),
                 lora_config=object() if lora else None,
