@@ -107,7 +107,7 @@ def proxy(
             help="Give decode the token ids that prefill made: for engines of one tokenizer.",
         ),
     ] = False,
-    at_once: AtOnceOption = "never",
+    at_once: AtOnceOption = "auto",
     otlp_traces_endpoint: TracesEndpoint = None,
     ssl_certfile: Certificates = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="Its key, if in another file.")] = None,

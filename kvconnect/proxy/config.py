@@ -62,7 +62,7 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Largest request body that is accepted, in bytes."""
     tokenize_once: bool = False
     """Give decode the token ids that prefill made: see ``tokenized``."""
-    at_once: AtOnce = "never"
+    at_once: AtOnce = "auto"
     """Ask a decode engine while prefill computes, where prefill says that it can be read meanwhile.
     ``auto``: if all decode engines say that they can, and of prompts of more than one step.
     ``always``: of all prompts, for decode engines that all run kvconnect's NIXL connector."""

@@ -41,11 +41,6 @@ class EarlyEngines:
         self._reads_early: dict[str, bool] = {}  # decode engine → whether it can
         self._looking: dict[str, asyncio.Task[None]] = {}
 
-    @property
-    def wanted(self) -> bool:
-        """Whether prefill engines are to be asked if they can be read early."""
-        return self._at_once != "never"
-
     async def close(self) -> None:
         """Look no further. Idempotent."""
         looking = list(self._looking.values())
@@ -53,11 +48,9 @@ class EarlyEngines:
             task.cancel()
         await asyncio.gather(*looking, return_exceptions=True)
 
-    def answered(
-        self, url: str, params: msgspec.Raw | None, transfer_id: str | None
-    ) -> EngineAddress | None:
-        """A prefill engine that was given this name has answered with these params; it is there."""
-        address = None if transfer_id is None else read_early_at(params, transfer_id)
+    def answered(self, url: str, params: msgspec.Raw | None) -> EngineAddress | None:
+        """A prefill engine has answered with these params; where it is, if it can be read early."""
+        address = None if self._at_once == "never" else read_early_at(params)
         if address is None:
             self.failed(url)
             return None

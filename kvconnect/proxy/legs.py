@@ -346,7 +346,7 @@ class Legs:
         waiting, refused = deque(engines), False
         while first is not None or waiting:
             if first is None:
-                first = await self._prefill_at(waiting.popleft(), ask, self._transfer_id())
+                first = await self._prefill_at(waiting.popleft(), ask)
             if first.answered:
                 if first.params is None:
                     self.counters.no_params += 1
@@ -364,7 +364,9 @@ class Legs:
         ask.life.cause = "prefill refused it" if refused else "no prefill engine"
         return None
 
-    async def _prefill_at(self, url: str, ask: LegRequest, transfer_id: str | None) -> "_Prefilled":
+    async def _prefill_at(
+        self, url: str, ask: LegRequest, transfer_id: str | None = None
+    ) -> "_Prefilled":
         """What one prefill engine says; notes whether it can be read while it computes."""
         held = None if ask.held is None else ask.held.params
         tokenized = self._tokenize_once and takes_ids(ask.path, ask.body)
@@ -390,15 +392,12 @@ class Legs:
             return _Prefilled(refused=refused, final=refused and status not in _ELSEWHERE)
         self.placement.prefilled(url, ask.prompt, ask.tokens, ask.life.clock() - leg.asked_s)
         params = transfer_params(answer)
-        address = self._early.answered(url, params, transfer_id)
+        address = self._early.answered(url, params)
         if return_ids:
             ids = prompt_ids(answer)
             self.placement.learn(ask.prompt, ids, model_name(ask.body))
             params = with_ids(params, ids) if tokenized else params
         return _Prefilled(params, answered=True, address=address)
-
-    def _transfer_id(self) -> str | None:
-        return secrets.token_hex(16) if self._early.wanted else None
 
     async def _first_answer(
         self, ask: LegRequest, params: msgspec.Raw | None, decoders: Iterable[str] | None = None

@@ -203,7 +203,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     remote_host: str
     remote_port: int
     step_tokens: int = 0
-    """How many tokens it computes in a step; 0: it does not say."""
+    """How many tokens it computes in a step; 0: it cannot be read before it has answered."""
     kvconnect: str | None = None
     """The ticket that came with the answer: it names the engine beyond doubt."""
 
@@ -213,18 +213,13 @@ class EngineAddress(msgspec.Struct, frozen=True):
         return self.remote_engine_id, self.remote_host, self.remote_port
 
 
-class _Offered(msgspec.Struct):
-    transfer_id: str | None = None
-
-
-def read_early_at(params: msgspec.Raw | None, transfer_id: str) -> EngineAddress | None:
-    """Where prefill is whose answer these params are; None if it does not say the name back."""
+def read_early_at(params: msgspec.Raw | None) -> EngineAddress | None:
+    """Where prefill is whose answer these params are; None if it cannot be read early."""
     try:
-        if msgspec.json.decode(params or _NULL, type=_Offered).transfer_id != transfer_id:
-            return None
-        return msgspec.json.decode(params or _NULL, type=EngineAddress)
+        address = msgspec.json.decode(params or _NULL, type=EngineAddress)
     except msgspec.ValidationError:
         return None
+    return address if address.step_tokens > 0 else None
 
 
 def early_params(address: EngineAddress, transfer_id: str) -> msgspec.Raw:

@@ -136,7 +136,7 @@ PEER = (
         ("num_streamed_transfers",),
         "Requests of which blocks crossed while prefill computed others, per rank that reads. Only "
         "connectors that can do so export it.",
-        advice="0 with `kvconnect proxy --at-once auto` and long prompts: see docs/proxy.md.",
+        advice="0 behind `kvconnect proxy` and with long prompts: see docs/proxy.md, both at once.",
     ),
     Metric(
         "vllm:kvconnect_num_late_reads",

@@ -54,6 +54,8 @@ class RouterProtocol:
     """Whether engines that were asked at once may meet under their request's id: NIXL push."""
     streams_by_id: ClassVar[bool] = False
     """Whether blocks of such a request cross while it is computed, and not at its end alone."""
+    meets_by_transfer: ClassVar[bool] = True
+    """Whether a router that has seen an answer may name the next transfer to both engines."""
 
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:
         """``config`` and ``vllm_config`` are for protocols that have options, or endpoints."""
@@ -160,13 +162,15 @@ class RouterProtocol:
     ) -> dict[str, Any] | None:
         """Params that hand the prompt over; arguments as of `lent_params`.
 
-        Who named the transfer is told the name, and knows by it that it may be read early; and how
-        many tokens are computed in a step, for a prompt of fewer gains nothing by that.
+        It says how many tokens are computed in a step, and a router knows by that that the next
+        prompt may be read early; one of fewer tokens gains nothing. Who named the transfer is told
+        the name.
         """
         params = lent_params(ticket, self.key_addresses[0], self.us.secret, tables, sizes)
         if not self.lends(request):
             return params | {"do_remote_prefill": False, "do_remote_decode": True}
+        if self._prefill_s and self.meets_by_transfer:
+            params[STEP_KEY] = step_tokens(self._vllm_config)
         if self.name(request) and names_transfer(request.kv_transfer_params):
             params[TRANSFER_KEY] = request.kv_transfer_params[TRANSFER_KEY]
-            params[STEP_KEY] = step_tokens(self._vllm_config)
         return params

@@ -152,6 +152,7 @@ def test_params_of_the_nixl_form_are_understood_and_answered(make):
     assert pair.p.name(plain) == ""
     answer = pair.p.answer(plain, ticket(), [[1]], SIZES)
     assert answer["remote_request_id"] == "cmpl-1"
+    assert "step_tokens" not in answer, "a router would take it for one that it may read early"
     assert offered(pair.d, answer).source.lease_id == "g"
     assert pair.d.unused(request(answer)).source.request_id == "cmpl-1"
     both = {**answer, "transfer_id": "xfer-1", "remote_bootstrap_addr": "http://nobody:1"}

@@ -35,11 +35,14 @@ WHERE = {"remote_engine_id": "P", "remote_host": "10.0.0.1", "remote_port": 5600
 TICKET = {"do_remote_prefill": True, "kvconnect": "ticket", **WHERE}
 
 
+STEPS = {"step_tokens": 50}
+
+
 async def prefills(engine: Engine, request: web.Request) -> web.StreamResponse:
-    """As our prefill engine: says back the name that it was given."""
+    """As our prefill engine: says how many tokens it computes in a step, and says a name back."""
     asked = (await request.json())["kv_transfer_params"]
     name = {"transfer_id": asked["transfer_id"]} if "transfer_id" in asked else {}
-    return web.json_response({"id": "p", "kv_transfer_params": TICKET | name})
+    return web.json_response({"id": "p", "kv_transfer_params": TICKET | STEPS | name})
 
 
 async def prefills_when_told(engine: Engine, request: web.Request) -> web.StreamResponse:
@@ -67,7 +70,7 @@ def test_both_are_asked_at_once_when_prefill_has_said_that_it_can():
                 "kvconnect_engine": "ticket",
                 **WHERE,
             }
-            assert params(p, 0)["transfer_id"] != params(p)["transfer_id"]
+            assert "transfer_id" not in params(p, 0), "who cannot be read early is told no name"
             p.go_on.set()
             d.go_on.set()
             assert await asked == (200, ANSWER)
@@ -93,8 +96,8 @@ def test_without_the_option_or_without_a_word_of_prefill_they_are_asked_in_turn(
         async with rig([p], [d], at_once="always" if at_once else "never") as r:
             for _ in range(3):
                 assert await r.ask() == (200, ANSWER)
-                assert params(d) == TICKET
-            assert ("transfer_id" in params(p)) == at_once
+                assert params(d) == (TICKET if at_once else TICKET | STEPS)
+            assert "transfer_id" not in params(p)
             assert await r.counters() == {"requests": 3}
 
     run(scenario())
@@ -142,7 +145,7 @@ def prefills_as(engine_id, port=WHERE["remote_port"]):
         await engine.go_on.wait()
         asked = (await request.json())["kv_transfer_params"]
         who = {"remote_engine_id": engine_id, "remote_port": port}
-        told = TICKET | who | {"transfer_id": asked["transfer_id"]}
+        told = TICKET | STEPS | who | {"transfer_id": asked["transfer_id"]}
         return web.json_response({"id": "p", "kv_transfer_params": told})
 
     return behave
@@ -474,13 +477,7 @@ def test_what_cannot_be_split_goes_whole_to_decode():
 
 METRIC = b"vllm:kvconnect_num_streamed_transfers_total{} 0.0\n"
 LONG = "x" * 300
-"""In bytes; prefill says that it computes 50 tokens in a step."""
-
-
-async def prefills_in_steps(engine: Engine, request: web.Request) -> web.StreamResponse:
-    name = (await request.json())["kv_transfer_params"]["transfer_id"]
-    steps = {"transfer_id": name, "step_tokens": 50}
-    return web.json_response({"id": "p", "kv_transfer_params": TICKET | steps})
+"""In bytes: more than one step of prefill's."""
 
 
 def with_metrics(text: bytes, behaviour=answers, status=200):
@@ -511,7 +508,7 @@ async def asked_at_once_until_it_breaks(r, decoder: Engine, number: int) -> None
 
 def test_auto_asks_at_once_where_both_engines_say_that_they_can():
     async def scenario() -> None:
-        p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
+        p, d = Engine(prefills), Engine(with_metrics(METRIC))
         async with rig([p], [d], at_once="auto") as r:
             assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
             assert params(d)["kvconnect"] == "ticket", "nobody has said anything yet"
@@ -528,7 +525,7 @@ def test_auto_asks_at_once_where_both_engines_say_that_they_can():
 
 def test_auto_asks_in_turn_for_what_prefill_computes_in_one_step():
     async def scenario() -> None:
-        p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
+        p, d = Engine(prefills), Engine(with_metrics(METRIC))
         async with rig([p], [d], at_once="auto") as r:
             while not (await r.counters()).get("at_once"):
                 await r.ask(TEXT, prompt=LONG)
@@ -545,7 +542,7 @@ def test_auto_asks_in_turn_where_a_decode_engine_does_not_say_that_it_can(text, 
     """Whichever of them a request goes to: that is decided later."""
 
     async def scenario() -> None:
-        p, d = Engine(prefills_in_steps), Engine(with_metrics(text, status=status))
+        p, d = Engine(prefills), Engine(with_metrics(text, status=status))
         more = [Engine(with_metrics(METRIC)) for _ in range(others)]
         async with rig([p], [d, *more], at_once="auto") as r:
             await known(r, d, *more)
@@ -560,7 +557,7 @@ def test_auto_asks_no_decode_engine_at_once_that_was_not_looked_at_since_it_was_
     """Where it is tried again, there may be another, which cannot be asked so."""
 
     async def scenario() -> None:
-        p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
+        p, d = Engine(prefills), Engine(with_metrics(METRIC))
         other = Engine(with_metrics(METRIC))
         async with rig([p], [d, other], at_once="auto") as r:
             await asked_at_once_until_it_breaks(r, other, 1)
@@ -578,7 +575,7 @@ def test_auto_looks_anew_at_a_decode_engine_that_could_not_say():
     """A 503 while it starts says nothing of what it can."""
 
     async def scenario() -> None:
-        p, d = Engine(prefills_in_steps), Engine(with_metrics(b"", status=503))
+        p, d = Engine(prefills), Engine(with_metrics(b"", status=503))
         async with rig([p], [d], at_once="auto") as r:
             await known(r, d)
             d.behaviours[:] = [with_metrics(METRIC)]
@@ -592,7 +589,7 @@ def test_auto_looks_anew_at_a_decode_engine_that_was_down():
     """Another may have been started in its place."""
 
     async def scenario() -> None:
-        p, d = Engine(prefills_in_steps), Engine(with_metrics(METRIC))
+        p, d = Engine(prefills), Engine(with_metrics(METRIC))
         other = Engine(with_metrics(METRIC))
         async with rig([p], [d, other], at_once="auto") as r:
             await asked_at_once_until_it_breaks(r, d, 0)
@@ -615,7 +612,7 @@ def test_a_decode_engine_that_hangs_when_looked_at_holds_up_nobody():
         async def hangs_at_metrics(engine: Engine, request: web.Request) -> web.StreamResponse:
             return await (hangs if request.path == "/metrics" else answers)(engine, request)
 
-        p, d = Engine(prefills_in_steps), Engine(hangs_at_metrics)
+        p, d = Engine(prefills), Engine(hangs_at_metrics)
         async with rig([p], [d], at_once="auto") as r:
             for _ in range(5):
                 assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER), "nobody waits for a look"

@@ -213,7 +213,8 @@ def test_nothing_is_told_where_nobody_reads_early_or_blocks_are_let_go(case):
         assert p.step(request, tokens, new=number == 0) == []
 
 
-def test_prefill_says_the_name_back_and_a_router_knows_by_that():
+def test_prefill_says_what_it_computes_in_a_step_and_a_name_back():
+    """By the first a router knows that it may name the next prompt's transfer to both engines."""
     p = Prefill()
     request, _ = p.arrives()
     request.status, p.tables = RequestStatus.FINISHED_LENGTH_CAPPED, {"r": [1, 2, 3]}
@@ -224,7 +225,7 @@ def test_prefill_says_the_name_back_and_a_router_knows_by_that():
     unnamed, _ = p.arrives({k: v for k, v in PREFILL.items() if k != "transfer_id"}, "r2")
     unnamed.status, unnamed.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, TOKENS
     _, params = p.engine.scheduler.request_finished(unnamed, ([4, 5, 6],))
-    assert not {"transfer_id", "step_tokens"} & params.keys()
+    assert params["step_tokens"] == 2048 and "transfer_id" not in params
 
 
 @pytest.mark.parametrize(

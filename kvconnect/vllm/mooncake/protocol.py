@@ -40,6 +40,7 @@ class MooncakeProtocol(RouterProtocol):
     """See the module; params of the NIXL form are the base class's."""
 
     pairs_by_id = False
+    meets_by_transfer = False  # its routers say where prefill is in another way
 
     def __init__(self, us: EngineInfo, config: PeerConfig, vllm_config: Any) -> None:
         super().__init__(us, config, vllm_config)
