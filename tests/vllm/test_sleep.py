@@ -57,7 +57,7 @@ def pair(monkeypatch):
 
 def test_a_worker_that_waits_sees_the_end_of_a_load_when_it_comes(pair):
     p, d = pair
-    d.heard = lambda is_it: next(o for _ in range(9) if is_it(o := d.worker.take(3600)[0]))
+    d.heard = lambda is_it: next(o for _ in range(999) if is_it(o := d.worker.take(3600)[0]))
     assert d.fetched("d", p.lend("r", [3], seed=7), [5]) is None
 
 
