@@ -90,7 +90,6 @@ class LeaseBook:
         self._leases: dict[str, _Lease] = {}  # lease_id → lease
         self._lease_ids: dict[str, str] = {}  # name → lease_id, promised or granted
         self._over: OrderedDict[str, bytes] = OrderedDict()  # names that ended last → digest
-        self._reading = 0  # leases that somebody is reading
         self._deadlines: Deadlines[str] = Deadlines()  # of lease ids
 
     def __len__(self) -> int:
@@ -100,11 +99,6 @@ class LeaseBook:
     def promises(self) -> int:
         """How many leases are promised and not granted yet."""
         return len(self._promised)
-
-    @property
-    def reading(self) -> bool:
-        """Whether some reader is between open and close: the transport needs progress."""
-        return self._reading > 0
 
     def promise(self, name: str, lease_id: str) -> None:
         """A request that will be leased under ``lease_id`` is being computed."""
@@ -116,7 +110,6 @@ class LeaseBook:
         self._promised.pop(terms.lease_id, None)
         now = self._clock()
         lease = _Lease(terms, now + terms.ttl_s, now + self._max_duration_s, reading=set(reading))
-        self._reading += bool(reading)
         self._leases[terms.lease_id] = lease
         for name in _names(terms):
             self._named(name, terms.lease_id)
@@ -159,7 +152,6 @@ class LeaseBook:
     def open(self, lease_id: str, reader: Hashable) -> Terms:
         """A reader starts to read; only while GRANTED."""
         lease = self._leases[lease_id]
-        self._reading += not lease.reading
         lease.reading.add(reader)
         return lease.terms
 
@@ -195,16 +187,14 @@ class LeaseBook:
         if lease.readers is None:
             lease.readers = readers
         lease.closed.add(rank)
-        if lease.reading:
-            lease.reading.discard(reader)
-            self._reading -= not lease.reading
+        lease.reading.discard(reader)
         if lease.reading or len(lease.closed) < lease.readers:
             return True, None
         return True, self._end(lease_id)
 
-    def expire(self) -> list[str]:
-        """End all leases that are over; returns the request ids whose blocks may be freed."""
-        return [self._end(lease_id) for lease_id in self._deadlines.take(self._clock())]
+    def expire(self) -> list[tuple[str, str]]:
+        """End all leases that are over; returns their ids, and the requests to be freed."""
+        return [(ended, self._end(ended)) for ended in self._deadlines.take(self._clock())]
 
     def next_deadline(self) -> float | None:
         """When `expire` is worth calling next."""
@@ -213,7 +203,6 @@ class LeaseBook:
     def _end(self, lease_id: str) -> str:
         lease = self._leases.pop(lease_id)
         self._deadlines.drop(lease_id)
-        self._reading -= bool(lease.reading)
         for name in _names(lease.terms):
             self._unnamed(name, lease_id, lease.terms.digest)
         return lease.terms.request_id

@@ -78,9 +78,16 @@ class Follower:
     def open(self, fetch: "FetchState", index: int) -> None:
         """Ask a rank to open the lease; where both engines were asked at once, early."""
         order, peer = fetch.order, fetch.remote.peers[index]
-        stream = order.source.wait_s > 0
+        path = fetch.remote.paths[index]
         fetch.opens[index] = self._renewer.open(
-            peer, order.request_id, order.source, fetch.deadline, order.tokens, order.digest, stream
+            peer,
+            order.request_id,
+            order.source,
+            fetch.deadline,
+            order.tokens,
+            order.digest,
+            stream=order.source.wait_s > 0,
+            direct=path is not None and path.route is not None,
         )
 
     def go_on(self, fetch: "FetchState") -> bool:

@@ -88,10 +88,12 @@ class LeaseRenewer:
         tokens: int = 0,
         digest: bytes = b"",
         stream: bool = False,
+        direct: bool = True,
     ) -> Call:
         """Ask one rank of a source to open a lease; with no prompt it refuses, if it knows it.
 
         ``stream``: already when it is promised, to take its blocks as they are computed.
+        ``direct``: and perhaps to read them itself.
         """
         return self._dialer.calls.send(
             peer,
@@ -104,6 +106,7 @@ class LeaseRenewer:
                 digest=digest,
                 early_ms=round(source.wait_s * 1000),
                 stream=stream,
+                direct=direct,
             ),
             (wire.Opened, wire.Refused),
             deadline,

@@ -14,7 +14,7 @@ from kvconnect.errors import WireError
 from kvconnect.geometry.blocks import MAX_BLOCKS, BlockView, Extent, Name, Region, Size
 from kvconnect.geometry.chunks import MAX_RUNS, HeadSlice
 
-VERSION = (3, 1)
+VERSION = (3, 2)
 """(major, minor); docs/wire.md says what each changed."""
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -163,6 +163,8 @@ class Open(Message, frozen=True):
     """How long it waits for a name that is not even expected yet; 0: not at all."""
     stream: bool = False
     """Whether it takes blocks of a promised lease as they are computed. (3.1)"""
+    direct: bool = True
+    """Whether it may read our memory itself; else all that it gets is written to it. (3.2)"""
 
 
 class Opened(Message, frozen=True):

@@ -21,6 +21,7 @@ from kvconnect.control.listener import Incoming, Listener
 from kvconnect.deadlines import soonest
 from kvconnect.lease import Clock, LeaseBook, LeaseState, Terms
 from kvconnect.orders import Progress
+from kvconnect.producer.direct import DirectReaders
 from kvconnect.producer.promises import OpenPromises
 from kvconnect.producer.waiting import EarlyReaders, ParkedReaders
 
@@ -40,6 +41,7 @@ class LeaseServer:
         self._early = EarlyReaders(clock)
         self._parked = ParkedReaders(clock)
         self._promises = OpenPromises()
+        self._direct = DirectReaders()
         self._freed: set[str] = set()
         self._closed: OrderedDict[tuple[Link, int], bool] = OrderedDict()  # (…, seq) → stood
         self.expired = 0
@@ -49,8 +51,8 @@ class LeaseServer:
 
     @property
     def reading(self) -> bool:
-        """Whether a reader is between open and close: the transport needs progress."""
-        return self._book.reading or self._promises.reading
+        """Whether somebody may be reading our memory itself: the transport needs progress."""
+        return self._direct.reading
 
     def held(self) -> dict[str, int]:
         """See `Mover.held`."""
@@ -95,6 +97,7 @@ class LeaseServer:
         """A promised request ended without KV, or is promised as ``successor`` from now on."""
         self._book.withdraw(lease_id)
         _, closes = self._promises.end(lease_id)
+        self._direct.end(lease_id)
         if self._book.standing(successor) is LeaseState.PROMISED:
             for close in closes:
                 self._promises.close(successor, *close)
@@ -114,6 +117,8 @@ class LeaseServer:
     def revoke(self, lease_ids: Sequence[str]) -> None:
         """The blocks are wanted back: these leases end now, though somebody may be reading."""
         self._freed.update(freed for one in lease_ids if (freed := self._book.revoke(one)))
+        for lease_id in lease_ids:
+            self._direct.end(lease_id)
 
     def receive(self, incoming: Incoming) -> None:
         """Handle a message from a peer that dialled us."""
@@ -143,10 +148,11 @@ class LeaseServer:
 
     def tick(self) -> None:
         """End the leases that are over."""
-        for request_id in self._book.expire():
+        for lease_id, request_id in self._book.expire():
             logger.warning("request %s: lease expired, its blocks are freed", request_id)
             self.expired += 1
             self._freed.add(request_id)
+            self._direct.end(lease_id)
         for link, message in self._early.tick():
             self._refuse(link, message, "gone", "the request never arrived at this engine")
 
@@ -179,11 +185,14 @@ class LeaseServer:
             seen = f"{terms.tokens} tokens of another prompt than the reader's {message.tokens}"
             self._refuse(link, message, "another prompt", f"the lease holds {seen}")
             return
+        reader = link, message.reader
         if told is None:
-            self._book.open(lease_id, (link, message.reader))
+            self._book.open(lease_id, reader)
             self._book.renew(lease_id)
         else:
-            self._promises.open(lease_id, (link, message.reader))
+            self._promises.open(lease_id, reader)
+        if message.direct:
+            self._direct.open(lease_id, reader)
         tables, more = tuple(map(tuple, terms.tables)), told is not None
         opened = wire.Opened(seq=message.seq, lease_id=lease_id, tables=tables, more=more)
         self._listener.answer(link, opened)
@@ -200,8 +209,10 @@ class LeaseServer:
             self._refuse(link, message, "unusable", detail)
             return
         tables = tuple(tuple(t[n:]) for t, n in zip(terms.tables, message.have, strict=True))
-        more = self._promises.asks(lease_id, reader, answered=any(tables))
-        if more and not any(tables):
+        more = self._promises.is_told_of(lease_id)
+        waits = more and not any(tables)
+        self._direct.told(lease_id, reader, not waits)
+        if waits:
             self._park(link, message, lease_id)
         else:
             computed = wire.Computed(seq=message.seq, tables=tables, more=more)
@@ -233,6 +244,7 @@ class LeaseServer:
             granted = self._book.standing(lease_id) is LeaseState.GRANTED
             return granted or self.opened(lease_id, reader) is not None
         self._parked.forget(lease_id, link, message.reader)
+        self._direct.close(lease_id, reader)
         if self._book.standing(lease_id) is LeaseState.PROMISED:
             self._promises.close(lease_id, reader, message.reader, message.readers)
             return False

@@ -3,7 +3,6 @@
 * Of a lease that is here some blocks are complete, and what it will hold as a whole is known.
 * What a reader took of it counts only if the lease is granted, and stands when the reader closes:
   nothing here has to be fenced, and a promise ends without asking its readers.
-* A reader that asks for more reads nothing meanwhile.
 * Who is done with a promise before it is granted is remembered until then, told of it or not: else
   nobody would end that lease before its time. Bounded by reader.
 * Holds no blocks: they are the running request's.
@@ -24,8 +23,8 @@ class _Promised:
     terms: Terms
     tables: list[list[int]]
     """Those of the terms: they grow."""
-    reading: set[Hashable] = field(default_factory=set)
-    asking: set[Hashable] = field(default_factory=set)
+    readers: set[Hashable] = field(default_factory=set)
+    """Who is between open and close."""
 
 
 class OpenPromises:
@@ -34,12 +33,6 @@ class OpenPromises:
     def __init__(self) -> None:
         self._promised: dict[str, _Promised] = {}  # by lease id
         self._closes: dict[str, dict[Hashable, Closing]] = {}  # lease id → reader → its Close
-        self._read = 0  # how many of them somebody is reading
-
-    @property
-    def reading(self) -> bool:
-        """Whether some reader may be reading now."""
-        return self._read > 0
 
     def progress(self, order: Progress) -> None:
         """These blocks are complete as well."""
@@ -58,10 +51,7 @@ class OpenPromises:
 
     def open(self, lease_id: str, reader: Hashable) -> None:
         """A reader starts to read what is complete."""
-        promised = self._promised[lease_id]
-        self._read += not promised.reading
-        promised.asking.discard(reader)
-        promised.reading.add(reader)
+        self._promised[lease_id].readers.add(reader)
 
     def comes(self, lease_id: str, reader: Hashable) -> None:
         """A reader wants the promise; that it was done with it before counts no more."""
@@ -70,24 +60,16 @@ class OpenPromises:
     def is_open(self, lease_id: str, reader: Hashable) -> bool:
         """Whether ``reader`` is between open and close."""
         promised = self._promised.get(lease_id)
-        return promised is not None and reader in promised.reading | promised.asking
+        return promised is not None and reader in promised.readers
 
-    def asks(self, lease_id: str, reader: Hashable, answered: bool) -> bool:
-        """A reader asks for more, and there is some or not; False if it is no promise any more."""
-        if (promised := self._promised.get(lease_id)) is None:
-            return False
-        if answered:
-            self.open(lease_id, reader)
-        else:
-            self._reads_no_more(promised, reader)
-            promised.asking.add(reader)
-        return True
+    def is_told_of(self, lease_id: str) -> bool:
+        """Whether something was said of a promised lease, and more may be."""
+        return lease_id in self._promised
 
     def close(self, lease_id: str, reader: Hashable, rank: int, readers: int) -> None:
         """A reader is done with a promise, whether or not it had opened it."""
         if promised := self._promised.get(lease_id):
-            self._reads_no_more(promised, reader)
-            promised.asking.discard(reader)
+            promised.readers.discard(reader)
         self._closes.setdefault(lease_id, {})[reader] = reader, rank, readers
 
     def end(self, lease_id: str) -> tuple[set[Hashable], list[Closing]]:
@@ -95,10 +77,4 @@ class OpenPromises:
         closes = list(self._closes.pop(lease_id, {}).values())
         if (promised := self._promised.pop(lease_id, None)) is None:
             return set(), closes
-        self._read -= bool(promised.reading)
-        return promised.reading | promised.asking, closes
-
-    def _reads_no_more(self, promised: _Promised, reader: Hashable) -> None:
-        if reader in promised.reading:
-            promised.reading.remove(reader)
-            self._read -= not promised.reading
+        return promised.readers, closes

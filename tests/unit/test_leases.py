@@ -126,6 +126,55 @@ def stream(rig, **changed):
     return rig.open(stream=True, **changed)
 
 
+def test_only_who_reads_by_itself_needs_our_transport(rig):
+    rig.server.grant(TERMS)
+    rig.open(link=FAR, direct=False)
+    assert not rig.server.reading
+    rig.open(link=NEAR)
+    rig.open(link=NEAR, reader=1)
+    rig.close(link=NEAR, readers=3)
+    assert rig.server.reading
+    rig.close(link=NEAR, reader=1, readers=3)
+    assert not rig.server.reading
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_of_a_promise_only_what_was_told_is_read(rig, direct):
+    rig.server.promise("r", "g")
+    stream(rig, direct=direct)
+    assert rig.server.reading == direct
+    follow = wire.Follow(seq=9, lease_id="g", reader=0, have=(1,))
+    assert rig.send(follow) == [], "it waits"
+    assert not rig.server.reading
+    rig.server.progress(Progress("g", ((2,),), 30, b"digest"))
+    assert [type(message) for _, message in rig.answers.take()] == [wire.Computed]
+    assert rig.server.reading == direct
+    rig.server.grant(TERMS)
+    assert rig.server.reading == direct, "by who began before"
+    assert rig.close()
+    assert not rig.server.reading
+
+
+@pytest.mark.parametrize("how", ["expires", "is revoked", "is withdrawn", "is computed anew"])
+def test_nobody_reads_a_lease_that_is_over(rig, how):
+    if how in ("expires", "is revoked"):
+        rig.server.grant(TERMS)
+        rig.open()
+    else:
+        rig.server.promise("r", "g")
+        stream(rig)
+    assert rig.server.reading
+    if how == "expires":
+        rig.clock.advance(TERMS.ttl_s)
+        rig.server.tick()
+    elif how == "is revoked":
+        rig.server.revoke(["g"])
+    else:
+        rig.server.promise("r", "h")
+        rig.server.withdraw("g", "h" if how == "is computed anew" else "")
+    assert not rig.server.reading
+
+
 @pytest.mark.parametrize("asked", ["nothing", "waits", "streams"])
 def test_who_is_done_with_a_promise_is_not_waited_for_when_it_is_granted(rig, asked):
     """A Close may come before the Grant: of who gave up, and of ranks that are not read at all."""

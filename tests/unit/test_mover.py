@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from kit.engines import Engine, World
@@ -25,7 +26,7 @@ from kvconnect.stats import KEPT, Stats
 from kvconnect.testing import Faulty
 from kvconnect.testing.network import Network
 from kvconnect.transport.loopback import Fabric, LoopbackTransport
-from kvconnect_bench.caches import Cache
+from kvconnect_bench.caches import Cache, Model
 
 PATIENCE_S = 60.0
 
@@ -109,6 +110,30 @@ def test_who_reads_a_revoked_lease_is_late(mode):
     p.put(Revoke((lease.lease_id,)))
     world.go_on(2)
     assert p.sent == ["r"], "once"
+
+
+@pytest.mark.parametrize("block_tokens", [4, 16])
+def test_a_mover_that_is_read_polls_only_for_who_reads_by_itself(block_tokens):
+    """Used to poll for who has all written to it, too: some twenty times a step of a prompt."""
+    world = World()
+    small = Model(block_tokens=4)
+    p, d = (
+        Engine(world, model, num_blocks=8, staging=(4, 1))
+        for model in (small, replace(small, block_tokens=block_tokens))
+    )
+    p.caches[0].fill([3, 1, 4, 2], 7)
+    lease = replace(p.terms("r", [3, 1, 4, 2], seed=7), tokens=16)
+    p.put(Grant(lease))
+    table = tuple(enumerate(range(16 // block_tokens)))
+    d.put(Fetch("d", p.source(lease), (table,), 16, lease.digest))
+    polls = 0
+    while not d.ended:
+        world.go_on(1)
+        counts = p.movers[0].held()
+        sends = counts["chunks_wanted"] or counts["chunks_sending"]
+        polls += not sends and not p.movers[0].wait_s()
+    assert d.ended == {"d": [None]} and d.caches[0].holds_fill(table, seed=7)
+    assert bool(polls) == (block_tokens == 4), "of equal blocks, which are read directly"
 
 
 def test_a_lease_is_revoked_that_waits_for_the_device_to_be_granted():
