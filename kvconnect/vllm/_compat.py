@@ -60,6 +60,13 @@ def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
     return tuple(getattr(kv_cache_config, "transfer_group_ids", every))
 
 
+def block_bytes(group: Any) -> int:
+    """About how large a block of a KV cache group is on this rank."""
+    spec = group.kv_cache_spec
+    layers = 1 if hasattr(spec, "kv_cache_specs") else len(group.layer_names)
+    return int(spec.page_size_bytes) * layers
+
+
 def layer_spec(group_spec: Any, layer: str) -> Any:
     """The spec of one layer: unwraps UniformTypeKVCacheSpecs."""
     return getattr(group_spec, "kv_cache_specs", {}).get(layer, group_spec)

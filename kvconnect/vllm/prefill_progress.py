@@ -2,6 +2,8 @@
 
 * Told are blocks that steps before the present one completed; the worker's half has them wait for
   the device as it is when this step's metadata arrives, which is after those steps were given.
+* Told is what is worth it: each telling costs a rank four messages and a read. Less than
+  `WORTH_TELLING_BYTES` wait for what follows, but not beyond the last step but one.
 * Nothing is told of a request with the step that admits it: what it found in the prefix cache may
   be computed by that very step, for vLLM enters blocks there when it schedules them.
 * A request that is admitted again, or has fewer tokens than before, is computed anew: what was
@@ -19,6 +21,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from kvconnect.planner import Planner
 from kvconnect.vllm import _compat
 from kvconnect.vllm.params import Prompt
+
+WORTH_TELLING_BYTES = 4 << 20
+"""On a rank. As much crosses within milliseconds, and a telling costs one or two of CPU time."""
 
 
 @dataclass
@@ -40,8 +45,13 @@ class PrefillProgress:
     def __init__(self, planner: Planner, vllm_config: Any, kv_cache_config: Any) -> None:
         self._planner = planner
         self._groups = _compat.transfer_group_ids(kv_cache_config)
-        specs = [kv_cache_config.kv_cache_groups[g].kv_cache_spec for g in self._groups]
+        groups = [kv_cache_config.kv_cache_groups[g] for g in self._groups]
+        specs = [group.kv_cache_spec for group in groups]
         self._sizes = [spec.block_size if only_grows(spec) else 0 for spec in specs]
+        self._bytes = [
+            _compat.block_bytes(group) if size else 0
+            for group, size in zip(groups, self._sizes, strict=True)
+        ]
         self._off = vllm_config.speculative_config is not None or not any(self._sizes)
         self._requests: dict[str, _RequestProgress] = {}
 
@@ -74,11 +84,12 @@ class PrefillProgress:
                 self._restart(progress)
             if tokens := output.num_scheduled_tokens.get(request_id):
                 if progress.admitted:
-                    self._tell(progress, output.kv_connector_block_state)
+                    self._tell(progress, output.kv_connector_block_state, tokens)
                 progress.admitted = True
                 progress.tokens = progress.request.num_computed_tokens + tokens
 
-    def _tell(self, progress: _RequestProgress, state: Any) -> None:
+    def _tell(self, progress: _RequestProgress, state: Any, scheduled: int) -> None:
+        """Tell what is complete, if it is worth it now that so many tokens more are computed."""
         request = progress.request
         tokens, most = request.num_computed_tokens, request.num_prompt_tokens
         if tokens < progress.tokens:
@@ -86,8 +97,13 @@ class PrefillProgress:
             return
         complete = [min(tokens, most) // size if size else 0 for size in self._sizes]
         told = progress.told or tuple([] for _ in complete)
-        if complete == list(map(len, told)) or state is None:
+        untold = [now - len(before) for now, before in zip(complete, told, strict=True)]
+        if not any(untold) or state is None:
             return
+        nbytes = sum(count * size for count, size in zip(untold, self._bytes, strict=True))
+        left = most - tokens - scheduled  # when this step has run
+        if nbytes < WORTH_TELLING_BYTES and (left > scheduled or left == 0):
+            return  # it comes with more, or with the grant, which follows a prompt's last step
         tables = state.get_block_ids(request.request_id)
         blocks = [
             tables[group][len(before) : now]

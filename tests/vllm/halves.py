@@ -81,7 +81,7 @@ class Engine:
                 speculative_config=drafts,
             ),
             SimpleNamespace(
-                kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)],
+                kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=["a"])],
                 transfer_group_ids=(0,),
                 has_mamba_layers=mamba,
                 num_blocks=num_blocks,

@@ -10,6 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from kvconnect.config import MooncakeConfig, NixlConfig
 from kvconnect.orders import Fetch, Grant, Promise, Release, RenewLease, Withdraw
+from kvconnect.vllm import prefill_progress
 from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
 from kvconnect.vllm.nixl import PushProtocol
 from kvconnect.vllm.prefill_progress import step_tokens
@@ -28,6 +29,11 @@ DECODE = {
     "remote_host": "10.0.0.1",
     "remote_port": 7777,
 }
+
+
+@pytest.fixture(autouse=True)
+def every_block_is_worth_telling(monkeypatch):
+    monkeypatch.setattr(prefill_progress, "WORTH_TELLING_BYTES", 1)
 
 
 def blocks(*ids):
@@ -95,6 +101,44 @@ def test_each_step_tells_what_those_before_it_completed():
     assert isinstance(grant, Grant)
     assert (grant.terms.lease_id, grant.terms.digest) == (promise.lease_id, first.digest)
     assert grant.terms.tables == ((100, 101, 102),)
+
+
+def told_by_step(p, prompt_tokens, step_tokens):
+    """How many blocks are told with each step of a prompt."""
+    ids = list(range(prompt_tokens))
+    prompt = {"prompt_token_ids": ids, "_all_token_ids": ids, "num_prompt_tokens": prompt_tokens}
+    request, _ = p.arrives(**prompt)
+    counts = []
+    for done in range(0, prompt_tokens, step_tokens):
+        orders = p.step(request, min(step_tokens, prompt_tokens - done), new=not done)
+        counts.append(sum(len(order.blocks[0]) for order in orders))
+    (grant,) = p.finishes(request)
+    assert grant.terms.tables == (tuple(p.tables["r"]),)
+    return counts
+
+
+def test_a_little_is_told_with_what_follows(monkeypatch):
+    """Used to be told with every step, however little it was: four messages and a read each."""
+    block_bytes = FULL.page_size_bytes
+    monkeypatch.setattr(prefill_progress, "WORTH_TELLING_BYTES", 4 * block_bytes)
+    assert told_by_step(Prefill(), 12 * BLOCK, BLOCK) == [0, 0, 0, 0, 4, 0, 0, 0, 4, 0, 2, 0]
+    assert told_by_step(Prefill(), 12 * BLOCK, 4 * BLOCK) == [0, 4, 4]
+    assert told_by_step(Prefill(), 3 * BLOCK, BLOCK) == [0, 1, 0]
+
+
+def test_what_a_prompt_of_two_small_steps_completed_comes_with_the_grant(monkeypatch):
+    monkeypatch.setattr(prefill_progress, "WORTH_TELLING_BYTES", 2 * FULL.page_size_bytes)
+    assert told_by_step(Prefill(), 2 * BLOCK, BLOCK) == [0, 0]
+    assert told_by_step(Prefill(), 4 * BLOCK, 2 * BLOCK) == [0, 2]
+
+
+def test_a_little_is_told_with_the_first_token_after_the_prompt(monkeypatch):
+    monkeypatch.setattr(prefill_progress, "WORTH_TELLING_BYTES", 1 << 30)
+    p = Prefill()
+    request, _ = p.arrives()
+    assert p.step(request, TOKENS, new=True) == []
+    (told,) = p.step(request, 1)
+    assert told.blocks == ((100, 101),)
 
 
 def test_a_prefix_hit_is_told_with_the_step_after_its_first():

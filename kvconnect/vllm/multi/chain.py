@@ -151,7 +151,10 @@ class ChainWorker:
         self._kv_cache_config = kv_cache_config
         self._peers = peers
         self._store = store
-        self._chained = ChainLoader(self, peers, _block_bytes(kv_cache_config))
+        groups = kv_cache_config.kv_cache_groups
+        transferred = _compat.transfer_group_ids(kv_cache_config)
+        sizes = [_compat.block_bytes(groups[g]) for g in transferred]
+        self._chained = ChainLoader(self, peers, sizes)
         self.traces = HandOverTraces()
         for worker in peers.values():
             worker.on_read.append(self._read)
@@ -252,11 +255,3 @@ def _counted_once(units: list[LoadUnit]) -> list[LoadUnit]:
         of_group[unit.group] += unit.tokens
     [(most, _)] = of_group.most_common(1) or [(0, 0)]
     return [p if p.group == most else p._replace(tokens=0) for p in units]
-
-
-def _block_bytes(kv_cache_config: Any) -> list[int]:
-    """About how large a block of each group is on this rank: rates are measured in it."""
-    groups = [
-        kv_cache_config.kv_cache_groups[g] for g in _compat.transfer_group_ids(kv_cache_config)
-    ]
-    return [group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups]
