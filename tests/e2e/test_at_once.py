@@ -45,7 +45,8 @@ def test_chunks_cross_before_prefill_has_ended(streaming_pair: Pair):
         assert through == pair.prefill.tokens(prompt), length
     assert pair.computed_at_decode() - computed <= len(lengths), "all tokens are external"
     transfers = pair.decode.metric(TRANSFERS) - before
-    assert transfers >= 4 * RANKS * len(lengths), "each prompt has five steps or more"
+    told = "each prompt is told of before its last step; it is too small to be told of more often"
+    assert transfers >= 2 * RANKS * len(lengths), told
     assert pair.decode.metric("vllm:nixl_num_failed_transfers_total") == 0
 
 
