@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from workers import engines
 
+from kvconnect.vllm import worker as module
 from kvconnect.vllm.idle import MOST_S, PER_STEP_S, IdleSteps, IdleWaits
 
 
@@ -48,3 +50,26 @@ def test_the_step_after_one_in_which_something_ended_is_not_held_up():
 def test_a_step_that_may_not_wait_does_not_and_begins_anew():
     waits = IdleWaits()
     assert [waits.wait_s(most) for most in (MOST_S, MOST_S, 0, MOST_S)] == [0, PER_STEP_S, 0, 0]
+
+
+class Recorded(IdleWaits):
+    """Waits as long as it may, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def wait_s(self, most_s: float) -> float:
+        self.told.append("waits")
+        return most_s
+
+    def ended(self) -> None:
+        self.told.append("ended")
+
+
+def test_a_worker_that_waits_sees_the_end_of_a_load_when_it_comes_and_waits_anew(monkeypatch):
+    waits = Recorded()
+    monkeypatch.setattr(module, "IdleWaits", lambda: waits)
+    with engines(monkeypatch, 0, 0) as (p, d):
+        d.heard = lambda is_it: next(o for _ in range(9) if is_it(o := d.worker.take(3600)[0]))
+        assert d.fetched("d", p.lend("r", [3], seed=7), [5]) is None
+    assert waits.told[-2:] == ["waits", "ended"]

@@ -2,15 +2,20 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm_scheduler import EngineCore
 
-from kvconnect.vllm import queue_waits
+from kvconnect.vllm import KVConnectNixl, queue_waits
+from kvconnect.vllm.connector import Orders
 
 MESSAGE_AFTER_S = 0.3
+LONG_MS = 60_000
 
 
 @pytest.fixture
@@ -92,3 +97,42 @@ def test_a_vllm_that_waits_in_another_way_is_left_as_it_is(monkeypatch):
 def test_a_vllm_without_such_a_wait_is_left_as_it_is(monkeypatch):
     monkeypatch.delattr(shm_broadcast, "SpinCondition")
     assert not queue_waits.watch()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """For how many ms at most a process would wait now that vLLM lets wait for `LONG_MS`."""
+    asked: list[int] = []
+
+    def wait(self: object, timeout_ms: int | None = None) -> None:
+        asked.append(timeout_ms or 0)
+
+    def now() -> int:
+        SpinCondition.wait(SimpleNamespace(last_read=0.0), LONG_MS)
+        return asked[-1]
+
+    monkeypatch.setattr(SpinCondition, "wait", wait)
+    yield now
+    queue_waits.sleep(False)
+
+
+def test_an_engine_core_sleeps_while_it_computes_nothing(waits):
+    core = EngineCore()
+    core.add("r")
+    core.step()
+    assert waits() == LONG_MS
+    core.step()
+    core.step()
+    assert waits() == queue_waits.SLEEP_MS
+    core.add("s", first=100)
+    core.step()
+    assert waits() == LONG_MS, "from the first step on that computes something"
+
+
+def test_a_worker_sleeps_in_steps_in_which_it_may_wait(waits):
+    made = EngineCore().scheduler
+    worker = KVConnectNixl(made.vllm_config, KVConnectorRole.WORKER, made.kv_cache_config)
+    worker.bind_connector_metadata(Orders([], most_wait_s=0.001))
+    assert waits() == queue_waits.SLEEP_MS
+    worker.bind_connector_metadata(Orders([]))
+    assert waits() == LONG_MS

@@ -55,12 +55,6 @@ def pair(monkeypatch):
         yield made
 
 
-def test_a_worker_that_waits_sees_the_end_of_a_load_when_it_comes(pair):
-    p, d = pair
-    d.heard = lambda is_it: next(o for _ in range(999) if is_it(o := d.worker.take(3600)[0]))
-    assert d.fetched("d", p.lend("r", [3], seed=7), [5]) is None
-
-
 def test_who_slept_is_another_and_refuses_its_old_tickets(pair):
     p, d = pair
     old, before = p.lend("r", [3, 1], seed=7), p.worker.get_handshake_metadata()
