@@ -506,10 +506,10 @@ async def asked_at_once_until_it_breaks(r, decoder: Engine, number: int) -> None
         assert (await r.ask(TEXT, n=2))[0] == 200
 
 
-def test_auto_asks_at_once_where_both_engines_say_that_they_can():
+def test_by_default_both_are_asked_at_once_where_they_say_that_they_can():
     async def scenario() -> None:
         p, d = Engine(prefills), Engine(with_metrics(METRIC))
-        async with rig([p], [d], at_once="auto") as r:
+        async with rig([p], [d]) as r:
             assert await r.ask(TEXT, prompt=LONG) == (200, ANSWER)
             assert params(d)["kvconnect"] == "ticket", "nobody has said anything yet"
             while "kvconnect" in params(d):  # in turn, until decode has been looked at
