@@ -99,10 +99,9 @@ class Planner:
         """Have movers report when its source has computed it."""
         self._orders.append(RenewLease(request_id, self._offers[request_id].source, reports=True))
 
-    def held_from(self, request_id: str) -> int | None:
-        """From which token on the source holds everything; see `Offer`."""
-        offer = self._offers.get(request_id)
-        return None if offer is None else offer.held_from
+    def offer(self, request_id: str) -> Offer | None:
+        """What a request may fetch, or is fetching."""
+        return self._offers.get(request_id)
 
     def take_offer(self, request_id: str) -> Offer | None:
         """A request's offer; to fetch it, and to release it, is the caller's from now on."""

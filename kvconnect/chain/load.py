@@ -69,6 +69,8 @@ class ChainedLoad(NamedTuple):
     """Offers of peers, by the label of the connector that got each."""
     trace_headers: tuple[tuple[str, str], ...] = ()
     """What tells the request's trace; without them it has none."""
+    needed_from: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """As in `kvconnect.orders.Fetch`, by the labels of peers of which not every token is needed."""
 
 
 class CancelLoad(NamedTuple):
@@ -255,9 +257,11 @@ class ChainLoader:
             for group in range(len(self._block_bytes))
         )
         offer = dict(loading.order.offers)[peer]
+        needed_from = dict(loading.order.needed_from).get(peer, ())
         name = f"{loading.order.request_id}#{next(self._names)}"
         self._fetches[name] = _RunningHop(loading, hop, self._clock())
-        fetch = Fetch(name, offer.source, blocks, offer.tokens, offer.digest, chained=True)
+        source, tokens, digest = offer.source, offer.tokens, offer.digest
+        fetch = Fetch(name, source, blocks, tokens, digest, needed_from, chained=True)
         self._carriers.ask(peer, fetch)
 
     def _hop_ended(self, going: _RunningHop, ended_s: float) -> None:

@@ -173,9 +173,9 @@ class Scheduler:
         self._release_own(request_id)
         self.early_loads.begins(request_id, tokens)
         self.turns.admitted(request)
-        if tokens:
-            blocks_to_fill, needed_from = self._wanted(blocks, request)
-            self._windows.load(request_id, blocks_to_fill, needed_from)
+        if tokens and (offer := self._planner.offer(request_id)) is not None:
+            blocks_to_fill = self._wanted(blocks, offer.tokens)
+            needed_from = self.needed_from(request_id, blocks_to_fill, offer)
             self._planner.fetch(request_id, blocks_to_fill, needed_from)
             self._held.hold(LOADING, request_id, sum(map(len, blocks_to_fill)))
             if headers := getattr(request, "trace_headers", None):
@@ -189,6 +189,15 @@ class Scheduler:
         self.early_loads.begins(request.request_id, request.num_prompt_tokens)
         self.turns.admitted(request)
         return self._planner.take_offer(request.request_id)
+
+    def needed_from(self, request_id: str, blocks: Blocks, offer: Offer) -> tuple[int, ...]:
+        """From where on the blocks to fill are needed of an offer; see `kvconnect.orders.Fetch`.
+
+        One that is needed in part is in no prefix cache once it is loaded.
+        """
+        needed_from = self._windows.needed_from(offer.tokens, offer.held_from)
+        self._windows.load(request_id, blocks, needed_from)
+        return needed_from if any(needed_from) else ()
 
     def update_connector_output(self, request_ids: Sequence[str]) -> None:
         """All ranks ended these loads."""
@@ -422,15 +431,9 @@ class Scheduler:
         request.max_tokens = 1
         setattr(request, SHORTENED, True)
 
-    def _wanted(self, blocks: Any, request: Any) -> tuple[Blocks, tuple[int, ...]]:
-        """Blocks to fill, those of the prompt that no prefix cache hit filled; and from where on.
-
-        See `kvconnect.orders.Fetch`.
-        """
-        request_id = request.request_id
-        tokens = self._planner.match(request_id, 0)
-        needed_from = self._windows.needed_from(tokens, self._planner.held_from(request_id))
-        wanted = tuple(
+    def _wanted(self, blocks: Any, tokens: int) -> Blocks:
+        """Blocks to fill, those of the first ``tokens`` that no prefix cache hit filled."""
+        return tuple(
             tuple(
                 (place, block.block_id)
                 for place, block in enumerate(blocks.blocks[group][: -(-tokens // size)])
@@ -438,7 +441,6 @@ class Scheduler:
             )
             for group, size in zip(self._groups, self._group_sizes, strict=True)
         )
-        return wanted, needed_from if any(needed_from) else ()
 
 
 def _backoff(vllm_config: Any, kv_cache_config: Any) -> int:

@@ -278,6 +278,16 @@ def test_a_prompt_that_was_computed_meanwhile_says_nothing_of_the_way_to_its_eng
     assert rates.start_s("peer") + rates.seconds("peer", 1 << 20) == pytest.approx(2.0)
 
 
+def test_a_fetch_asks_for_no_more_than_is_needed_of_its_peer(world, prefill):
+    decode = Decode(world, prefill)
+    source, unit = Source((), "p", "g", 1.0), LoadUnit(0, ((1, 4),), 2, 1)
+    offer = Offer(source, 2, b"")
+    for needed_from in ((), (("other", (3,)),), (("peer", (1,)),)):
+        decode.chained.load(ChainedLoad("d", (unit,), (("peer", offer),), needed_from=needed_from))
+        fetch = decode.orders.pop()
+        assert fetch.needed_from == dict(needed_from).get("peer", ())
+
+
 def test_a_chunk_from_disk_that_some_rank_declined_is_not_in_memory():
     """It would be promoted by being filled, and that rank has not got it there."""
     host, disk = (CacheTier(name, make("lru", 2)) for name in ("host", "disk"))

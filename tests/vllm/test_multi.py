@@ -340,8 +340,8 @@ def test_children_of_one_connector_are_told_apart():
 class Peer:
     """The scheduler's half of a peer connector that has the first ``tokens`` of everything."""
 
-    def __init__(self, tokens):
-        self.tokens = tokens
+    def __init__(self, tokens, starts=()):
+        self.tokens, self.starts = tokens, starts
         self.released = self.cached_tokens = 0
 
     def cached(self, request, local_tokens):
@@ -353,6 +353,12 @@ class Peer:
     def take_offer(self, request):
         source = Source((), request.request_id, None, 1.0)
         return Offer(source, self.tokens, b"") if self.tokens else None
+
+    def needed_from(self, request_id, blocks, offer):
+        """As of one that has let go of what no window sees."""
+        assert offer.tokens == self.tokens
+        self.fills = blocks
+        return tuple(self.starts) if any(self.starts) else ()
 
     def update_state_after_alloc(self, request, blocks, tokens):
         assert tokens == 0
@@ -443,6 +449,20 @@ def test_of_a_sliding_window_only_what_it_sees_is_a_piece(monkeypatch):
     assert [p.blocks[0][1] for p in load.units] == [31, 32, 33, *full]
     assert [p.fill is not None for p in load.units] == [True, True, False] + [True] * 6 + [False]
     assert [p.tokens for p in load.units] == [0] * 3 + [BLOCK] * 6 + [1]
+
+
+def test_of_a_window_a_peer_is_asked_for_what_it_still_has():
+    """Used to be asked for all of a block whose first tokens it had let go, and refused that."""
+    peer, whole = Peer(6 * BLOCK, starts=(4 * BLOCK + 1, 0)), Peer(6 * BLOCK)
+    both = chain(None, peer, whole, windows=(2 * BLOCK, None))
+    asks = request("r", blocks=6)
+    both.get_num_new_matched_tokens(asks, 0)
+    tables = [0, 0, 0, 0, 31, 32], range(21, 27)
+    blocks = SimpleNamespace(blocks=[table(None, ids).blocks[0] for ids in tables])
+    both.update_state_after_alloc(asks, blocks, 6 * BLOCK)
+    (load,) = both.take_orders()
+    assert load.needed_from == (("P0", (4 * BLOCK + 1, 0)),)
+    assert peer.fills == whole.fills == (((4, 31), (5, 32)), tuple(enumerate(range(21, 27))))
 
 
 def test_where_nothing_is_loaded_peers_are_let_go(store):

@@ -71,12 +71,20 @@ class ChainScheduler:
         request_id = request.request_id
         end = self._local.pop(request_id) + tokens
         units = self._units(request, blocks, end)
+        filled = tuple(
+            tuple(pair for unit in units if unit.group == group for pair in unit.blocks)
+            for group in range(len(self._groups))
+        )
         offers: list[tuple[str, Offer]] = []
+        needed_from: list[tuple[str, tuple[int, ...]]] = []
         for label, peer in self._peers.items():
             if (offer := peer.take_offer(request)) is not None:
                 offers.append((label, offer))
+                if first := peer.needed_from(request_id, filled, offer):
+                    needed_from.append((label, first))
         traced = tuple((getattr(request, "trace_headers", None) or {}).items())
-        self._orders.append(ChainedLoad(request_id, units, tuple(offers), traced))
+        load = ChainedLoad(request_id, units, tuple(offers), traced, tuple(needed_from))
+        self._orders.append(load)
         stored = sum(unit.tokens for unit in units if unit.fill)
         self._sources[request_id] = Counter({_compat.HOST_HIT_SOURCE: min(stored, tokens)})
         self._sources[request_id][_compat.CACHE_HIT_SOURCE] += tokens - min(stored, tokens)
