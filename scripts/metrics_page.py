@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from kvconnect.proxy.metrics import PREFIX, PROXY
+from kvconnect.proxy.operators.metrics import PREFIX, PROXY
 from kvconnect.vllm.metrics import MAX_PEERS, Metric, MetricKind
 from kvconnect.vllm.multi.metrics import CHAIN
 from kvconnect.vllm.offload.metrics import OFFLOAD

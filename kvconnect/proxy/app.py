@@ -24,15 +24,14 @@ import msgspec
 from aiohttp import web
 
 from kvconnect.errors import ConfigError
-from kvconnect.proxy.admin import PATH as ADMIN_PATH
-from kvconnect.proxy.admin import Admin, Role
-from kvconnect.proxy.admission import QueueState
 from kvconnect.proxy.config import ProxyConfig
-from kvconnect.proxy.counters import ProxyCounters
+from kvconnect.proxy.engines.pool import Pool
+from kvconnect.proxy.engines.session import LOST
 from kvconnect.proxy.http import has_key, json_error
-from kvconnect.proxy.legs import LegAnswer, LegRequest, Legs, ProxyReply
-from kvconnect.proxy.life import Journal, RequestLife
-from kvconnect.proxy.metrics import CONTENT_TYPE, ProxyMetrics
+from kvconnect.proxy.operators.admin import PATH as ADMIN_PATH
+from kvconnect.proxy.operators.admin import Admin, Role
+from kvconnect.proxy.operators.metrics import CONTENT_TYPE, ProxyMetrics
+from kvconnect.proxy.operators.traces import RequestTraces
 from kvconnect.proxy.policy import (
     ALONE,
     BYTES_PER_TOKEN,
@@ -51,9 +50,10 @@ from kvconnect.proxy.policy import (
     request_id,
     splittable,
 )
-from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.session import LOST
-from kvconnect.proxy.traces import RequestTraces
+from kvconnect.proxy.requests.admission import QueueState
+from kvconnect.proxy.requests.counters import ProxyCounters
+from kvconnect.proxy.requests.legs import LegAnswer, LegRequest, Legs, ProxyReply
+from kvconnect.proxy.requests.life import Journal, RequestLife
 from kvconnect.proxy.ui.server import EVENTS, Ui
 from kvconnect.proxy.ui.server import PATH as UI_PATH
 from kvconnect.telemetry.spans import SpanWriter

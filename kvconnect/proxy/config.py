@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kvconnect.errors import ConfigError
-from kvconnect.proxy.balance import Policy
-from kvconnect.proxy.discovery import SCHEMES, finder
-from kvconnect.proxy.kv_subscriber import endpoints
+from kvconnect.proxy.engines.balance import Policy
+from kvconnect.proxy.engines.discovery import SCHEMES, finder
+from kvconnect.proxy.prompts.kv_subscriber import endpoints
 
 AtOnce = Literal["never", "auto", "always"]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]

@@ -6,11 +6,11 @@ import pytest
 from test_proxy_app import TEXT, Engine, answers, prefills, rig, run, waits
 from test_proxy_engines import until
 
-from kvconnect.proxy import admission
-from kvconnect.proxy.admission import AdmissionQueue
-from kvconnect.proxy.life import Journal
+from kvconnect.proxy.engines.pool import Pool
 from kvconnect.proxy.policy import asked_priority, read_body
-from kvconnect.proxy.pool import Pool
+from kvconnect.proxy.requests import admission
+from kvconnect.proxy.requests.admission import AdmissionQueue
+from kvconnect.proxy.requests.life import Journal
 from kvconnect.proxy.ui.view import request_view
 from kvconnect.testing import FakeClock
 

@@ -20,10 +20,11 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from kvconnect.cli.proxy import proxy
-from kvconnect.proxy import health, legs, session
 from kvconnect.proxy.app import PROXY, loop_factory, start
 from kvconnect.proxy.config import make_config
-from kvconnect.proxy.life import Journal, RequestLife
+from kvconnect.proxy.engines import health, session
+from kvconnect.proxy.requests import legs
+from kvconnect.proxy.requests.life import Journal, RequestLife
 from kvconnect.testing import FakeClock
 
 PARAMS = {"do_remote_prefill": True, "remote_request_id": "r-1", "remote_port": 5600}

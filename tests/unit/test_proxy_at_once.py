@@ -24,11 +24,11 @@ from test_proxy_app import (
     streams,
 )
 
-from kvconnect.proxy.budget import RESERVE
 from kvconnect.proxy.config import make_config
-from kvconnect.proxy.legs import LegRequest, Legs
-from kvconnect.proxy.life import LegTry, RequestLife
 from kvconnect.proxy.policy import read_body
+from kvconnect.proxy.requests.budget import RESERVE
+from kvconnect.proxy.requests.legs import LegRequest, Legs
+from kvconnect.proxy.requests.life import LegTry, RequestLife
 from kvconnect.testing import FakeClock
 
 WHERE = {"remote_engine_id": "P", "remote_host": "10.0.0.1", "remote_port": 5600}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from kvconnect.proxy.balance import in_order
-from kvconnect.proxy.budget import RESERVE, RetryBudget
+from kvconnect.proxy.engines.balance import in_order
+from kvconnect.proxy.engines.pool import FIRST_BACKOFF_S, STUCK_S, Pool
 from kvconnect.proxy.policy import guessed_tokens, prompt_head, read_body
-from kvconnect.proxy.pool import FIRST_BACKOFF_S, STUCK_S, Pool
+from kvconnect.proxy.requests.budget import RESERVE, RetryBudget
 from kvconnect.testing import FakeClock
 
 

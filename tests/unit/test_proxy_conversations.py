@@ -7,7 +7,8 @@ import msgspec
 import pytest
 from test_proxy_app import Engine, breaks, prefills, rig, run, says, streams
 
-from kvconnect.proxy.conversations import (
+from kvconnect.proxy.policy import CHAT, TEXT, read_body
+from kvconnect.proxy.requests.conversations import (
     KEPT_BYTES,
     REMEMBERED,
     REMEMBERED_S,
@@ -15,7 +16,6 @@ from kvconnect.proxy.conversations import (
     Conversations,
     chat_keys,
 )
-from kvconnect.proxy.policy import CHAT, TEXT, read_body
 from kvconnect.testing import FakeClock
 
 LENDS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_host": "d", "kvconnect": "t"}

@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from test_proxy_app import ANSWER, TEXT, Engine, answers, hangs, prefills, rig, run
 
 from kvconnect.errors import ConfigError
-from kvconnect.proxy import discovery
 from kvconnect.proxy.app import start
 from kvconnect.proxy.config import make_config
-from kvconnect.proxy.discovery import Discovery, finder
-from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.session import EngineSession, UnreachedError
+from kvconnect.proxy.engines import discovery
+from kvconnect.proxy.engines.discovery import Discovery, finder
+from kvconnect.proxy.engines.pool import Pool
+from kvconnect.proxy.engines.session import EngineSession, UnreachedError
 
 KEY = {"Authorization": "Bearer operator"}
 

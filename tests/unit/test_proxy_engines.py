@@ -34,8 +34,8 @@ from test_proxy_app import (
     then,
 )
 
-from kvconnect.proxy import health, keepers, pool
-from kvconnect.proxy.budget import RESERVE
+from kvconnect.proxy.engines import health, keepers, pool
+from kvconnect.proxy.requests.budget import RESERVE
 
 
 async def until(holds: Callable[[], Awaitable[bool]] | Callable[[], bool]) -> None:

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect.proxy import session
-from kvconnect.proxy.exchange import (
+from kvconnect.proxy.engines import session
+from kvconnect.proxy.engines.exchange import (
     HIGH_WATER_BYTES,
     MAX_HEAD_BYTES,
     EngineAnswer,
     EngineConnection,
     EngineLostError,
 )
-from kvconnect.proxy.session import EngineSession, UnreachedError
+from kvconnect.proxy.engines.session import EngineSession, UnreachedError
 
 OK = b"HTTP/1.1 200 OK\r\n"
 

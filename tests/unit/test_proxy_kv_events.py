@@ -15,13 +15,13 @@ from test_proxy_app import CHAT, Engine, Rig, answers, rig, run, says
 from test_proxy_placement import NEXT, TURN, text
 
 from kvconnect.errors import ConfigError
-from kvconnect.proxy import kv_events, kv_subscriber, prompt_tokens
 from kvconnect.proxy.config import make_config
-from kvconnect.proxy.holdings import Holdings
-from kvconnect.proxy.kv_events import RankBlocks
-from kvconnect.proxy.kv_subscriber import endpoints
 from kvconnect.proxy.policy import prompt_ids
-from kvconnect.proxy.prompt_tokens import PromptTokens
+from kvconnect.proxy.prompts import kv_events, kv_subscriber, tokens
+from kvconnect.proxy.prompts.holdings import Holdings
+from kvconnect.proxy.prompts.kv_events import RankBlocks
+from kvconnect.proxy.prompts.kv_subscriber import endpoints
+from kvconnect.proxy.prompts.tokens import PromptTokens
 from kvconnect.testing import FakeClock
 
 SIZE = 16
@@ -159,7 +159,7 @@ def test_what_begins_as_a_known_prompt_has_its_first_tokens():
 
 
 def test_so_many_tokens_are_remembered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prompt_tokens, "REMEMBERED_TOKENS", 3 * len(IDS))
+    monkeypatch.setattr(tokens, "REMEMBERED_TOKENS", 3 * len(IDS))
     known = PromptTokens()
     for number in (1, 2, 2, 2, 3, 4):
         known.learn(text(prompt=f"{number}"), IDS, None)
@@ -169,7 +169,7 @@ def test_so_many_tokens_are_remembered(monkeypatch: pytest.MonkeyPatch):
 
 def test_short_prompts_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch):
     """They used to be kept for their few tokens' sake, with nothing left to find them by."""
-    monkeypatch.setattr(prompt_tokens, "REMEMBERED_BEGINNINGS", 3)
+    monkeypatch.setattr(tokens, "REMEMBERED_BEGINNINGS", 3)
     known = PromptTokens()
     for number in range(9):
         known.learn(text(prompt=f"{number}"), IDS, None)

@@ -10,11 +10,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_proxy_app import TEXT, Dead, Engine, answers, breaks_in_body, prefills, rig, run, waits
 
 from kvconnect.cli import main
-from kvconnect.proxy.admission import QueueState
-from kvconnect.proxy.counters import ProxyCounters
-from kvconnect.proxy.life import Journal
-from kvconnect.proxy.metrics import PREFIX, PROXY, ProxyMetrics
-from kvconnect.proxy.pool import ENGINE_STATES, Pool
+from kvconnect.proxy.engines.pool import ENGINE_STATES, Pool
+from kvconnect.proxy.operators.metrics import PREFIX, PROXY, ProxyMetrics
+from kvconnect.proxy.requests.admission import QueueState
+from kvconnect.proxy.requests.counters import ProxyCounters
+from kvconnect.proxy.requests.life import Journal
 from kvconnect.testing import FakeClock
 
 

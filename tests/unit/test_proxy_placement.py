@@ -19,13 +19,13 @@ from test_proxy_app import (
 )
 
 from kvconnect.errors import ConfigError
-from kvconnect.proxy import holdings, short
-from kvconnect.proxy.balance import in_order
 from kvconnect.proxy.config import make_config
-from kvconnect.proxy.holdings import HELD_S, Holdings
+from kvconnect.proxy.engines.balance import in_order
 from kvconnect.proxy.policy import read_body
-from kvconnect.proxy.prompts import STEP_BYTES, PromptText, prompt_text
-from kvconnect.proxy.short import ENOUGH, LATELY_S, ShortPrompts
+from kvconnect.proxy.prompts import holdings, short
+from kvconnect.proxy.prompts.holdings import HELD_S, Holdings
+from kvconnect.proxy.prompts.short import ENOUGH, LATELY_S, ShortPrompts
+from kvconnect.proxy.prompts.text import STEP_BYTES, PromptText, prompt_text
 from kvconnect.testing import FakeClock
 
 SYSTEM = {"role": "system", "content": "be kind"}

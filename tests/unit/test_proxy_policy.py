@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvconnect.errors import ConfigError
 from kvconnect.proxy.config import make_config
+from kvconnect.proxy.engines.pool import Pool
 from kvconnect.proxy.policy import (
     CHAT,
     MAX_HELD_BYTES,
@@ -24,7 +25,6 @@ from kvconnect.proxy.policy import (
     splittable,
     transfer_params,
 )
-from kvconnect.proxy.pool import Pool
 from kvconnect.testing import FakeClock
 
 # A machine that is busy with other tests is no failure of these.

@@ -7,7 +7,7 @@ import pytest
 from test_proxy_app import ANSWER, CHAT, PARAMS, TEXT, Engine, answers, prefills, rig, run, says
 
 from kvconnect.proxy.policy import MESSAGES, read_body
-from kvconnect.proxy.tokenized import takes_ids
+from kvconnect.proxy.requests.tokenized import takes_ids
 
 IDS = [5, 6, 7]
 MESSAGE = [{"role": "user", "content": "q"}]

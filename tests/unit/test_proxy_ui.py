@@ -22,7 +22,7 @@ from test_proxy_app import (
 )
 from test_proxy_engines import until
 
-from kvconnect.proxy.life import Journal
+from kvconnect.proxy.requests.life import Journal
 from kvconnect.proxy.ui import engines, server
 from kvconnect.proxy.ui.engines import EngineReading, EngineWatch, errors, held, tiers, transfers
 from kvconnect.proxy.ui.view import TransferView, request_view

@@ -39,6 +39,8 @@ LAYERS = [
     {"cli", "integrations"},
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+PROXY = ("policy", "engines", "prompts", "config", "http", "requests", "operators", "ui", "app")
+"""What is in `kvconnect.proxy`, the lower first."""
 
 # library → where it may be imported
 ALLOWED = {
@@ -47,11 +49,11 @@ ALLOWED = {
     "nixl": ("transport/nixl.py",),
     "mooncake": ("transport/mooncake/engine.py",),
     "ucxx": ("transport/ucx/transport.py",),
-    "zmq": ("control/channel.py", "vllm/p2p/pings.py", "proxy/kv_subscriber.py"),
+    "zmq": ("control/channel.py", "vllm/p2p/pings.py", "proxy/prompts/kv_subscriber.py"),
     "ray": ("integrations/",),
     "opentelemetry": ("telemetry/spans.py",),
     "aiohttp": ("proxy/", "cli/", "vllm/mooncake/"),
-    "prometheus_client": ("proxy/metrics.py", "proxy/ui/"),
+    "prometheus_client": ("proxy/operators/metrics.py", "proxy/ui/"),
     "kvconnect_bench": ("cli/group.py",),
     "pytest": (),
     "hypothesis": (),
@@ -91,6 +93,20 @@ def test_imports_go_down_only(path):
         imported = rest.partition(".")[0]
         if imported != own and imported in LAYER:
             assert LAYER[imported] < LAYER[own], f"{name_of(path)} imports {module}"
+
+
+PROXY_FILES = sorted((ROOT / "proxy").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PROXY_FILES, ids=name_of)
+def test_imports_within_the_proxy_go_down_only(path):
+    own = path.relative_to(ROOT / "proxy").parts[0].removesuffix(".py")
+    for module in imports(path):
+        if module.startswith("kvconnect.proxy."):
+            imported = module.split(".")[2]
+            assert imported == own or PROXY.index(imported) < PROXY.index(own), (
+                f"{name_of(path)} imports {module}"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

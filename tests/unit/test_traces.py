@@ -5,8 +5,8 @@ import logging
 import pytest
 from kit.spans import SpanRig
 
-from kvconnect.proxy.life import Journal
-from kvconnect.proxy.traces import RequestTraces
+from kvconnect.proxy.operators.traces import RequestTraces
+from kvconnect.proxy.requests.life import Journal
 from kvconnect.stats import PeerRead
 from kvconnect.telemetry.handovers import MAX_OPEN, HandOverTraces
 

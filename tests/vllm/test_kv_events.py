@@ -5,7 +5,7 @@ from array import array
 import msgspec
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
 
-from kvconnect.proxy.kv_events import RankBlocks
+from kvconnect.proxy.prompts.kv_events import RankBlocks
 
 IDS = list(range(48))
 

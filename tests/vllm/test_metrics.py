@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector import v1
 import kvconnect
 from kvconnect.consumer.failures import FailureCause, count_failure
 from kvconnect.costs import Costs
-from kvconnect.proxy.early import READS_EARLY
+from kvconnect.proxy.requests.early import READS_EARLY
 from kvconnect.stats import OBSERVED, PeerRead, Stats
 from kvconnect.vllm.held import HeldBlocks
 from kvconnect.vllm.metrics import MAX_PEERS, OTHER_PEERS, Metrics

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvconnect.proxy.session import LOST, EngineSession
+from kvconnect.proxy.engines.session import LOST, EngineSession
 from kvconnect.proxy.ui.view import ErrorView, HeldView, TierView, TransferView
 
 READ_EVERY_S = 3.0

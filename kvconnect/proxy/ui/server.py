@@ -16,11 +16,11 @@ from itertools import takewhile
 import msgspec
 from aiohttp import web
 
-from kvconnect.proxy.admin import Role
-from kvconnect.proxy.counters import ProxyCounters
+from kvconnect.proxy.engines.pool import EngineState, Pool
 from kvconnect.proxy.http import has_key, json_error
-from kvconnect.proxy.life import Journal, RequestLife
-from kvconnect.proxy.pool import EngineState, Pool
+from kvconnect.proxy.operators.admin import Role
+from kvconnect.proxy.requests.counters import ProxyCounters
+from kvconnect.proxy.requests.life import Journal, RequestLife
 from kvconnect.proxy.ui.engines import EngineWatch, errors, held, tiers
 from kvconnect.proxy.ui.view import ErrorView, UiSnapshot, engine_view, request_view
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from kvconnect.proxy.life import RequestLife
-from kvconnect.proxy.pool import EngineState
+from kvconnect.proxy.engines.pool import EngineState
+from kvconnect.proxy.requests.life import RequestLife
 
 
 class PhaseBar(msgspec.Struct, frozen=True):
@@ -46,7 +46,7 @@ class EngineView(msgspec.Struct, frozen=True):
     role: str
     url: str
     state: str
-    """One of `kvconnect.proxy.pool.ENGINE_STATES`."""
+    """One of `kvconnect.proxy.engines.pool.ENGINE_STATES`."""
     in_flight: int
     retry_in_s: float
     metrics: str

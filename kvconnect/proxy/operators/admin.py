@@ -16,8 +16,8 @@ from aiohttp import web
 
 from kvconnect.errors import ConfigError
 from kvconnect.proxy.config import engine_url
+from kvconnect.proxy.engines.pool import Pool
 from kvconnect.proxy.http import has_key, json_error
-from kvconnect.proxy.pool import Pool
 
 PATH = "/admin/engines"
 

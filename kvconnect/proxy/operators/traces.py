@@ -3,7 +3,7 @@
 Both engines are told one parent, in the headers that go to both: a request is one trace.
 """
 
-from kvconnect.proxy.life import Journal, RequestLife
+from kvconnect.proxy.requests.life import Journal, RequestLife
 from kvconnect.telemetry.spans import SpanWriter
 
 

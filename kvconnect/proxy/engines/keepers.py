@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from urllib.parse import quote
 
+from kvconnect.proxy.engines.session import LOST, EngineSession
 from kvconnect.proxy.policy import RESPONSES
-from kvconnect.proxy.session import LOST, EngineSession
 
 REMEMBERED_RESPONSES = 65_536
 _LOOK_TIMEOUT_S = 2.0

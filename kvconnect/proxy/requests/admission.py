@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kvconnect.proxy.life import LegTry, RequestLife
-from kvconnect.proxy.pool import Pool
+from kvconnect.proxy.engines.pool import Pool
+from kvconnect.proxy.requests.life import LegTry, RequestLife
 
 # Engines come, go and recover without telling us: whoever waits is looked at this often.
 LOOK_EVERY_S = 1.0

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kvconnect.proxy.balance import REQUEST_TOKENS, Policy, crowded_from, in_order
+from kvconnect.proxy.engines.balance import REQUEST_TOKENS, Policy, crowded_from, in_order
 
 # An engine that answers nobody for so long is asked whether it is alive.
 QUIET_S = 2.0

@@ -15,11 +15,11 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from kvconnect.errors import contained
-from kvconnect.proxy.admin import Role
-from kvconnect.proxy.admission import QueueState
-from kvconnect.proxy.counters import ProxyCounters
-from kvconnect.proxy.life import Journal, RequestLife
-from kvconnect.proxy.pool import ENGINE_STATES, Pool
+from kvconnect.proxy.engines.pool import ENGINE_STATES, Pool
+from kvconnect.proxy.operators.admin import Role
+from kvconnect.proxy.requests.admission import QueueState
+from kvconnect.proxy.requests.counters import ProxyCounters
+from kvconnect.proxy.requests.life import Journal, RequestLife
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 """Of `ProxyMetrics.text`."""

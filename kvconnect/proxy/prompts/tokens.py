@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvconnect.proxy.prompts import Beginning, PromptText
+from kvconnect.proxy.prompts.text import Beginning, PromptText
 
 REMEMBERED_TOKENS = 4 * 2**20
 REMEMBERED_BEGINNINGS = 65_536

@@ -23,7 +23,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from kvconnect.errors import ConfigError
-from kvconnect.proxy.kv_events import RankBlocks
+from kvconnect.proxy.prompts.kv_events import RankBlocks
 
 LOOK_EVERY_S = 1.0
 _MOST_MESSAGE_BYTES = 16 * 2**20

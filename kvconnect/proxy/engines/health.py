@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import logging
 
+from kvconnect.proxy.engines.pool import Pool
+from kvconnect.proxy.engines.session import LOST, EngineSession
 from kvconnect.proxy.policy import TEXT, one_token_body
-from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.session import LOST, EngineSession
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

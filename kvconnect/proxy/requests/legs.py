@@ -26,18 +26,13 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from kvconnect.proxy.admission import AdmissionQueue
-from kvconnect.proxy.budget import RetryBudget
 from kvconnect.proxy.config import ProxyConfig
-from kvconnect.proxy.conversations import AnswerEnding, Conversations, HeldTurn, chat_keys
-from kvconnect.proxy.counters import ProxyCounters
-from kvconnect.proxy.discovery import Discovery, finder
-from kvconnect.proxy.early import EarlyEngines
-from kvconnect.proxy.exchange import EngineAnswer
-from kvconnect.proxy.health import HealthWatch, report_lost, report_status
-from kvconnect.proxy.keepers import ResponseKeepers
-from kvconnect.proxy.life import RequestLife
-from kvconnect.proxy.placement import NO_PROMPT, Placement
+from kvconnect.proxy.engines.discovery import Discovery, finder
+from kvconnect.proxy.engines.exchange import EngineAnswer
+from kvconnect.proxy.engines.health import HealthWatch, report_lost, report_status
+from kvconnect.proxy.engines.keepers import ResponseKeepers
+from kvconnect.proxy.engines.pool import Pool
+from kvconnect.proxy.engines.session import LOST, EngineSession, UnreachedError
 from kvconnect.proxy.policy import (
     CHAT,
     MAX_HELD_S,
@@ -55,10 +50,15 @@ from kvconnect.proxy.policy import (
     release_body,
     transfer_params,
 )
-from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.prompts import PromptText
-from kvconnect.proxy.session import LOST, EngineSession, UnreachedError
-from kvconnect.proxy.tokenized import ids_in_place, takes_ids, with_ids
+from kvconnect.proxy.prompts.placement import NO_PROMPT, Placement
+from kvconnect.proxy.prompts.text import PromptText
+from kvconnect.proxy.requests.admission import AdmissionQueue
+from kvconnect.proxy.requests.budget import RetryBudget
+from kvconnect.proxy.requests.conversations import AnswerEnding, Conversations, HeldTurn, chat_keys
+from kvconnect.proxy.requests.counters import ProxyCounters
+from kvconnect.proxy.requests.early import EarlyEngines
+from kvconnect.proxy.requests.life import RequestLife
+from kvconnect.proxy.requests.tokenized import ids_in_place, takes_ids, with_ids
 
 # An engine says with these that it cannot, where another might: an adapter that it has not
 # loaded, a prompt too long for it, too many requests.
@@ -198,7 +198,14 @@ class Legs:
         self.admission = AdmissionQueue(
             self.prefillers, self.decoders, most, config.max_queue, clock
         )
-        self.placement = Placement(config, self.prefillers, self.decoders, clock)
+        self.placement = Placement(
+            self.prefillers,
+            self.decoders,
+            clock,
+            config.min_prefill_tokens,
+            config.kv_events,
+            by_held=config.policy == "kv-aware",
+        )
         self._tokenize_once = config.tokenize_once
         self.budget = RetryBudget(config.retry_ratio, clock)
         self._session = EngineSession(

@@ -19,9 +19,9 @@ import asyncio
 import msgspec
 
 from kvconnect.proxy.config import AtOnce
+from kvconnect.proxy.engines.pool import Pool
+from kvconnect.proxy.engines.session import LOST, EngineSession
 from kvconnect.proxy.policy import Body, EngineAddress, guessed_tokens, read_early_at
-from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.session import LOST, EngineSession
 
 READS_EARLY = b"vllm:kvconnect_num_streamed_transfers"
 """A metric of decode engines that read what is still computed."""

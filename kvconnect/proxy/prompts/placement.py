@@ -11,13 +11,12 @@ Does not know HTTP. Puts together what engines hold (``holdings``) and which pro
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvconnect.proxy.config import ProxyConfig
-from kvconnect.proxy.holdings import Holdings
-from kvconnect.proxy.kv_subscriber import KvEvents, endpoints
+from kvconnect.proxy.engines.pool import Pool
 from kvconnect.proxy.policy import Body
-from kvconnect.proxy.pool import Pool
-from kvconnect.proxy.prompts import PromptText, prompt_text
-from kvconnect.proxy.short import ShortPrompts
+from kvconnect.proxy.prompts.holdings import Holdings
+from kvconnect.proxy.prompts.kv_subscriber import KvEvents, endpoints
+from kvconnect.proxy.prompts.short import MinPrefill, ShortPrompts
+from kvconnect.proxy.prompts.text import PromptText, prompt_text
 
 NO_PROMPT = PromptText(())
 
@@ -33,16 +32,26 @@ class Placement:
     """Of the engines of both pools."""
 
     def __init__(
-        self, config: ProxyConfig, prefillers: Pool, decoders: Pool, clock: Callable[[], float]
+        self,
+        prefillers: Pool,
+        decoders: Pool,
+        clock: Callable[[], float],
+        min_prefill_tokens: MinPrefill,
+        kv_events: Sequence[str],
+        by_held: bool,
     ) -> None:
-        """``clock`` tells seconds, from any point on."""
-        self.short = ShortPrompts(config.min_prefill_tokens, clock)
+        """``clock`` tells seconds, from any point on.
+
+        ``kv_events``: where engines publish them, see `endpoints`; ``by_held``: who holds a prompt
+        is asked first.
+        """
+        self.short = ShortPrompts(min_prefill_tokens, clock)
         self._prefillers, self._decoders = prefillers, decoders
         self._events: KvEvents | None = None
-        if config.kv_events:
-            self._events = KvEvents(endpoints(config.kv_events), self._staying)
+        if kv_events:
+            self._events = KvEvents(endpoints(kv_events), self._staying)
         self.holdings = Holdings(clock, self._events.ranks if self._events else None)
-        self._by_held = config.policy == "kv-aware"
+        self._by_held = by_held
         self._known: frozenset[str] = frozenset()
 
     @property

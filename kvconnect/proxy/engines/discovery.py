@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 
 from kvconnect.errors import ConfigError
-from kvconnect.proxy.pool import Pool
+from kvconnect.proxy.engines.pool import Pool
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

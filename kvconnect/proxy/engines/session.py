@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import aiohappyeyeballs
 
-from kvconnect.proxy.exchange import EngineAnswer, EngineConnection
+from kvconnect.proxy.engines.exchange import EngineAnswer, EngineConnection
 
 LOST = (OSError,)
 """The engine, or the way to it, is gone. TimeoutError and `EngineLostError` are among them."""

@@ -7,7 +7,7 @@ Does not know engines' HTTP. Time is an injected clock.
   computes.
 - A decode engine holds its answer, too, which a chat's next turn brings back.
 - An engine that publishes KV events says how much it has of a prompt whose tokens are known
-  (``prompt_tokens``): what all of its ranks hold, as any may get the request.
+  (``tokens``): what all of its ranks hold, as any may get the request.
   Where it has all of them, what was sent there and what followed is believed, too.
 - Bounded: `REMEMBERED` beginnings of an engine, those used last.
 """
@@ -16,10 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from kvconnect.proxy.kv_events import RankBlocks
 from kvconnect.proxy.policy import BYTES_PER_TOKEN
-from kvconnect.proxy.prompt_tokens import PromptTokens
-from kvconnect.proxy.prompts import PromptText
+from kvconnect.proxy.prompts.kv_events import RankBlocks
+from kvconnect.proxy.prompts.text import PromptText
+from kvconnect.proxy.prompts.tokens import PromptTokens
 
 REMEMBERED = 32_768
 HELD_S = 300.0

@@ -1,0 +1,1 @@
+"""What operators may order and see: engines that come and go, metrics, traces."""

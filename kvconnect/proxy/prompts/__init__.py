@@ -1,0 +1,1 @@
+"""What engines hold of a prompt, and where it therefore belongs."""
