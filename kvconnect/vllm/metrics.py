@@ -96,7 +96,7 @@ class Metrics(KVConnectorPromMetrics):
         self._engines = per_engine_labelvalues
         self._peers: set[str] = set()  # that have a label of their own
         families: dict[str, Any] = {}
-        self._by_engine: list[tuple[Metric, dict[int, Any]]] = []
+        self._by_engine: dict[str, list[tuple[Metric, dict[int, Any]]]] = {}  # by each key
         self._labelled: dict[str, list[tuple[Metric, Any]]] = {}  # by what their keys begin with
         for metric in table:
             if metric.name not in families:
@@ -107,7 +107,8 @@ class Metrics(KVConnectorPromMetrics):
                 made = {
                     engine: self._series(metric, family, engine, ()) for engine in self._engines
                 }
-                self._by_engine.append((metric, made))
+                for key in metric.keys:
+                    self._by_engine.setdefault(key, []).append((metric, made))
                 continue
             for key in metric.keys:
                 self._labelled.setdefault(key, []).append((metric, family))
@@ -142,8 +143,14 @@ class Metrics(KVConnectorPromMetrics):
         if engine_idx not in self._engines:
             return
         data = usable(transfer_stats_data)
-        for metric, by_engine in self._by_engine:
-            _observe(metric, by_engine[engine_idx], data, metric.keys)
+        # most steps count few of all that can be counted; one of several keys is observed once
+        found = {
+            id(made): (metric, made)
+            for key in data
+            for metric, made in self._by_engine.get(key, ())
+        }
+        for metric, made in found.values():
+            _observe(metric, made[engine_idx], data, metric.keys)
         for key in [key for key in data if "|" in key]:
             name, *values = key.split("|")
             for metric, family in self._labelled.get(name, ()):

@@ -8,7 +8,7 @@ import torch
 from kvconnect.config import parse
 from kvconnect.errors import ConfigError
 from kvconnect.offload.config import OffloadConfig
-from kvconnect.offload.jobs import Save
+from kvconnect.offload.jobs import JobDone, Save
 from kvconnect.offload.store.runner import Report
 from kvconnect.vllm.offload.messages import StepJobs
 from kvconnect.vllm.offload.worker import OffloadWorker, check_share
@@ -81,3 +81,26 @@ def test_what_is_stored_is_stored_before_memory_is_given_back(rests):
         with pytest.raises(RuntimeError, match="cannot go to sleep"):
             one.rest()
     assert store.asked[-1] == SAVE
+
+
+def test_a_step_in_which_nothing_was_done_has_no_results_and_gives_no_jobs():
+    """Both used to cost every step of a decode: an answer to compare, and a fence for no jobs."""
+    store = Store()
+    store.put = lambda *_: pytest.fail("there are no jobs")
+    made = worker(store)
+    made.begin_step(StepJobs())
+    made.forward_is_done()
+    made.collect()
+    assert made.take_done() is None
+
+
+def test_what_was_done_is_told_once():
+    class Done(Store):
+        def take(self):
+            return Report([JobDone(1, "")], {1: 0.0}, gained={b"k"})
+
+    made = worker(Done())
+    made.collect()
+    done = made.take_done()
+    assert done.answers == {1: (1, 0)} and set(done.gained) == {b"k"}
+    assert made.take_done() is None

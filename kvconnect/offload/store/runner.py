@@ -143,8 +143,6 @@ class Runner:
 
     def put(self, jobs: Sequence[Job], fence: Fence | None = None) -> None:
         """Give jobs, which are carried out once ``fence`` says so."""
-        if not jobs:
-            return
         with self._loop.lock:
             for job in jobs:
                 (self._saves if isinstance(job, Save) else self._urgent).append((job, fence))

@@ -125,7 +125,8 @@ class OffloadWorker:
         self.forward_is_done()  # of the step before, where vLLM did not say so
         for request_id, loading in work.loads.items():
             self._loads.begin(request_id, loading.fills, loading.problem)
-        self._store.runner.put(work.jobs, self._fence())
+        if work.jobs:
+            self._store.runner.put(work.jobs, self._fence())
         self._saves += work.saves
 
     def forward_is_done(self) -> None:
@@ -159,9 +160,11 @@ class OffloadWorker:
 
     def take_done(self) -> WorkerResults | None:
         """For the scheduler: what was done since the last call; None if nothing."""
+        self._done.adapters = self._adapters.take(self._rank)
+        if not any(vars(self._done).values()):  # as after most steps
+            return None
         done, self._done = self._done, WorkerResults()
-        done.adapters = self._adapters.take(self._rank)
-        return done if done != WorkerResults() else None
+        return done
 
     def take_stats(self) -> dict[str, int] | None:
         """What was counted since the last call; None if nothing."""
