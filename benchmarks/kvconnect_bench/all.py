@@ -36,7 +36,7 @@ PARTS = (
     Benchmark("offload", ("--parts", "tiers,restarts", "--mb", "128", "--rounds", "5")),
     Benchmark("pd", ("--quick",), engines=True),
     Benchmark("trace", ("--turns", "3", "--tokens", "1000"), engines=True),
-    Benchmark("inter-token", ("--rounds", "1", "--tokens", "300"), engines=True),
+    Benchmark("inter-token", ("--prompts", "3"), engines=True),
     Benchmark("idle", ("--seconds", "5"), engines=True),
     Benchmark("proxy", ("--connections", "1,64", "--seconds", "1.5", "--turns", "1")),
 )

@@ -31,7 +31,7 @@ from kvconnect_bench import marks
 from kvconnect_bench.counters import EXTERNAL, counted
 from kvconnect_bench.cpu import Threads, only_on, spinning, threads_of, used, yield_cores
 from kvconnect_bench.lmcache import check_unpacked, lmcache_config, start_lmcache
-from kvconnect_bench.others import ALONE, IN_TREE, OTHERS, Other
+from kvconnect_bench.others import ALONE, BESIDE, IN_TREE, OTHERS, Other
 from kvconnect_bench.plugins import plugged
 
 WHERE = ("remote_engine_id", "remote_host", "remote_port")
@@ -101,10 +101,9 @@ class MeasuredPair:
         times_s = self._answer_s(prompt, None)
         return Asked(0.0, times_s[0], _gaps(*times_s))
 
-    def gaps_s(self, prompt: Sequence[int], tokens: int) -> list[float]:
-        """Seconds between the tokens of an answer of decode's."""
-        body = self._body | {"prompt": list(prompt)}
-        return _gaps(*token_times_s(self.servers["decode"].url, body, tokens))
+    def tokens_at(self, prompt: Sequence[int], tokens: int) -> Iterator[float]:
+        """When each token of an answer of decode's came; who stops asking hangs up."""
+        return _tokens_at(self.servers["decode"].url, self._body | {"prompt": list(prompt)}, tokens)
 
     @property
     def pushes(self) -> bool:
@@ -176,15 +175,20 @@ def token_times_s(url: str, body: Mapping[str, Any], tokens: int, name: str = ""
 
     ``name``: the request's id; empty: the engine chooses it. Raises RuntimeError without a token.
     """
-    started, times_s, said = time.perf_counter(), [], b""
+    started = time.perf_counter()
+    return [at_s - started for at_s in _tokens_at(url, body, tokens, name)]
+
+
+def _tokens_at(url: str, body: Mapping[str, Any], tokens: int, name: str = "") -> Iterator[float]:
+    said, some = b"", False
     with _post(url, {**body, "stream": True, "max_tokens": tokens}, name) as answer:
         for line in answer:
             said = said or line
             if line.startswith(b"data: {"):
-                times_s.append(time.perf_counter() - started)
-    if not times_s or b'"error"' in said:
+                some = True
+                yield time.perf_counter()
+    if not some or b'"error"' in said:
         raise RuntimeError(f"{url}: no token but {said!r}")
-    return times_s
 
 
 @contextlib.contextmanager
@@ -200,6 +204,14 @@ def _post(url: str, body: Mapping[str, Any], name: str = "") -> Iterator[http.cl
         yield answer
     finally:
         connection.close()
+
+
+def beside_pairs(names: str) -> list[str]:
+    """What rows call those of BESIDE, given with commas; raises ConfigError."""
+    chosen = [name for name in names.split(",") if name]
+    if unknown := [name for name in chosen if name not in BESIDE]:
+        raise ConfigError(f"--beside {unknown[0]!r} is none of {', '.join(BESIDE)}")
+    return [BESIDE[name] for name in chosen]
 
 
 def compared(connectors: str, beside: Sequence[str] = (IN_TREE,)) -> tuple[str, ...]:
@@ -229,7 +241,8 @@ def pair_alone(
 
     ``options``: more of ``vllm serve``, by role; one engine alone has prefill's.
     ``traced``: where its engines write their `marks`.
-    ``cores``: on which each engine may run, by role; this thread then runs on decode's.
+    ``cores``: on which each engine may run, by role, with a thread for each that computes; this
+    thread then runs on decode's. One engine alone has them all.
     ``answered``: tokens of each answer.
     The engines' logs are kept only if something failed, and then named.
     """
@@ -274,7 +287,10 @@ def _start_pair(
         own = options.get("prefill" if name == ALONE else role, ())
         arguments = ["--dtype", dtype, "--max-model-len", "8192", *own]
         engine = VllmServe(model, config, arguments)
-        with only_on(cores.get(role, ())):
+        where = set().union(*cores.values()) if name == ALONE else set(cores.get(role, ()))
+        if where:
+            more["OMP_NUM_THREADS"] = str(len(where))
+        with only_on(where):
             return fleet.start(f"{name} {role}", engine.command, engine_env(**more))
 
     servers = {role: start(role) for role in ROLES if name != ALONE or role == "decode"}

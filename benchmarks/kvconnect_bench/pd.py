@@ -28,11 +28,10 @@ from typing import Annotated, Any
 import typer
 
 from kvconnect.cli.engines import check_model
-from kvconnect.errors import ConfigError
 from kvconnect_bench import options
 from kvconnect_bench.cpu import halves
-from kvconnect_bench.others import ALONE, BESIDE
-from kvconnect_bench.pair import Asked, MeasuredPair, compared, pair_alone
+from kvconnect_bench.others import ALONE
+from kvconnect_bench.pair import Asked, MeasuredPair, beside_pairs, compared, pair_alone
 from kvconnect_bench.pd_rows import (
     COMPUTED,
     FLOOR,
@@ -96,9 +95,7 @@ class _Run:
 def pd(
     model: options.Model = None,
     connectors: options.Connectors = "nixl",
-    beside: Annotated[
-        str, typer.Option(help=f"Of {', '.join(BESIDE)}; several with commas, or none.")
-    ] = "in-tree,alone",
+    beside: options.Beside = "in-tree,alone",
     tokens: Annotated[str, typer.Option(help="Prompt tokens.")] = "230,970,1900,3800",
     chunk: Annotated[str, typer.Option(help="Tokens of a step of prefill; 0: vLLM's.")] = "0",
     concurrency: Annotated[str, typer.Option(help="Prompts at once.")] = "1",
@@ -106,7 +103,7 @@ def pd(
     turns: Annotated[int, typer.Option(min=1, help="Per case, connector and round.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each pair is started.")] = 2,
     minutes: Annotated[float, typer.Option(help="Begin no round after so many; 0: all.")] = 0.0,
-    own_cores: Annotated[bool, typer.Option("--own-cores", help="Half of them each.")] = False,
+    own_cores: options.OwnCores = False,
     prefill_options: Annotated[str, typer.Option(help="More of vllm serve's.")] = "",
     decode_options: Annotated[str, typer.Option(help="More of vllm serve's.")] = "",
     dtype: Annotated[str, typer.Option(help="As vllm serve's.")] = "bfloat16",
@@ -120,7 +117,7 @@ def pd(
     if quick:
         tokens, chunk, concurrency, turns, rounds = "1000", "256", "1", 3, 1
     run = _Run(
-        names=compared(connectors, _beside(beside)),
+        names=compared(connectors, beside_pairs(beside)),
         model=check_model(model),
         dtype=dtype,
         lengths=_numbers(tokens),
@@ -143,14 +140,6 @@ def pd(
                 break
     for table in tables(list(rows_of(measured, seed))):
         console.print(table)
-
-
-def _beside(text: str) -> list[str]:
-    """What rows call these; raises ConfigError."""
-    names = [name for name in text.split(",") if name]
-    if unknown := [name for name in names if name not in BESIDE]:
-        raise ConfigError(f"--beside {unknown[0]!r} is none of {', '.join(BESIDE)}")
-    return [BESIDE[name] for name in names]
 
 
 def _numbers(text: str) -> list[int]:

@@ -52,7 +52,7 @@ class Spread:
         return cls(unit, *(round(scale * q, 4) for q in quartiles(values)))
 
     def __str__(self) -> str:
-        digits = 2 if abs(self.p50) < 100 else 0
+        digits = 3 if abs(self.p50) < 10 else 2 if abs(self.p50) < 100 else 0
         return f"{self.p50:.{digits}f} ({self.p25:.{digits}f}-{self.p75:.{digits}f})"
 
 

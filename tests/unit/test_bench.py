@@ -9,10 +9,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -21,6 +22,8 @@ from kvconnect.cli import main
 from kvconnect.cli.engines import VllmServe
 from kvconnect.cli.processes import Fleet
 from kvconnect_bench.cpu import spinning, yield_cores
+from kvconnect_bench.inter_token import Watched, watch
+from kvconnect_bench.inter_token import rows_of as rows_of_tokens
 from kvconnect_bench.marks import Mark
 from kvconnect_bench.others import (
     ALONE,
@@ -154,7 +157,7 @@ def test_with_own_cores_prefill_runs_where_neither_decode_nor_the_client_does(
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one core")
     seen: dict[str, set[int]] = {}
-    measure = MeasuredPair.pull
+    measure, decoded = MeasuredPair.pull, MeasuredPair.decoded
 
     def spied(pair: MeasuredPair, prompt: list[int]) -> Asked:
         servers = pair.servers.items()
@@ -162,14 +165,23 @@ def test_with_own_cores_prefill_runs_where_neither_decode_nor_the_client_does(
         seen["client"] = os.sched_getaffinity(0)
         return measure(pair, prompt)
 
+    def spied_alone(pair: MeasuredPair, prompt: list[int]) -> Asked:
+        if pair.name == ALONE:
+            seen["alone"] = os.sched_getaffinity(pair.servers["decode"].pid)
+        return decoded(pair, prompt)
+
     monkeypatch.setattr(MeasuredPair, "pull", spied)
+    monkeypatch.setattr(MeasuredPair, "decoded", spied_alone)
     before, report = os.sched_getaffinity(0), tmp_path / "report.json"
-    options = ("--beside", "", "--tokens", "8", "--turns", "2", "--rounds", "1", "--own-cores")
+    options = ("--beside", "alone", "--tokens", "8", "--turns", "2", "--rounds", "1", "--own-cores")
     done = bench("pd", *options, "--json", str(report))
     assert done.exit_code == 0, done.output
     assert seen["prefill"] and seen["decode"] and not seen["prefill"] & seen["decode"]
     assert seen["client"] <= seen["decode"], "or it would slow prefill"
     assert os.sched_getaffinity(0) == before
+    assert seen["alone"] == seen["prefill"] | seen["decode"], (
+        "else it would compute on half of them"
+    )
     told = json.loads(report.read_text())
     assert {role: set(cores) for role, cores in told["machine"]["own_cores"].items()} == {
         role: seen[role] for role in ("prefill", "decode")
@@ -381,14 +393,104 @@ def test_rows_of_a_trace_are_in_the_order_of_their_times_and_of_the_last_time() 
 @pytest.mark.slow
 def test_tokens_of_one_answer_are_timed_while_prompts_arrive(bench: Bench, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    options = ("--prompt", "8", "--tokens", "200", "--every-s", "0.001", "--rounds", "1")
+    options = ("--prompt", "8", "--prompts", "4", "--every-s", "0.1", "--rounds", "2")
     done = bench("inter-token", *options, "--json", str(report), fault="talks")
     assert done.exit_code == 0, done.output
     rows = json.loads(report.read_text())["rows"]
     assert [row["connector"] for row in rows] == [OURS, IN_TREE, ALONE]
-    assert [row["tokens"] for row in rows] == [199, 199, 199]
+    assert {row["arrived"] for row in rows} == {8}
+    assert min(row["gaps"] for row in rows) > 8
+    assert {len(row["rounds_p99_ms"]) for row in rows} == {2}
     assert rows[2]["p99_ratio"] == 1
-    assert min(row["arrived"] for row in rows) > 0
+
+
+class Talker:
+    """An engine alone that answers a token a millisecond; what it is asked, holds that up."""
+
+    name, pushes = ALONE, False
+
+    def __init__(self, prompts: int = 0, tokens: int = 100_000) -> None:
+        """``prompts``: as many have to be under way together before any is answered."""
+        self._computing = threading.Lock()
+        self.barrier = threading.Barrier(max(prompts, 1))
+        self._together = bool(prompts)
+        self._tokens = tokens
+        self._warm = False
+
+    def decoded(self, _: Any) -> Asked:
+        if not self._warm:
+            self._warm = True
+            return Asked(0.0, 0.0)
+        if self._together:
+            self.barrier.wait(10.0)
+            return Asked(0.0, 0.0)
+        with self._computing:
+            time.sleep(HELD_S)
+        return Asked(0.0, HELD_S)
+
+    def tokens_at(self, *_: Any) -> Iterator[float]:
+        for _token in range(self._tokens):
+            with self._computing:
+                time.sleep(0.001)
+            yield time.perf_counter()
+
+
+HELD_S = 0.04
+PROMPTS = [[1000] * 16] * 5
+
+
+def watched(talker: Talker, every_s: float = 0.1) -> Watched:
+    return watch(cast(MeasuredPair, talker), PROMPTS, every_s)
+
+
+@pytest.mark.slow
+def test_every_prompt_holds_up_the_answer_of_one_engine() -> None:
+    """Of 599 gaps two were: its p99 did not see them, and was better than that of a pair."""
+    found = watched(Talker())
+    assert len(found.first_tokens_s) >= 3
+    assert [max(gaps) >= HELD_S for gaps in found.gaps_s] == [True] * 4
+    (row,) = rows_of_tokens({ALONE: [found]}, prompt_tokens=16, every_s=0.1, seed=1)
+    assert row.held_up >= 4
+    assert row.held_up_percent > 1
+    assert row.p99_ms >= 1e3 * HELD_S > row.p50_ms
+
+
+@pytest.mark.slow
+def test_a_prompt_arrives_whether_the_one_before_was_answered_or_not() -> None:
+    """One that waited for its turn made a slow engine's load a lighter one."""
+    found = watched(Talker(prompts=4), 0.2)
+    assert len(found.first_tokens_s) == 4
+
+
+@pytest.mark.slow
+def test_prompts_that_an_engine_cannot_serve_do_not_prolong_a_round() -> None:
+    """A pair that takes twice the time between two of them would have taken twice the time."""
+    talker = Talker(prompts=5)  # only four arrive: none is ever answered
+    assert watched(talker, 0.05).first_tokens_s == []
+    talker.barrier.abort()
+
+
+@pytest.mark.slow
+def test_an_answer_that_ends_too_early_is_no_figure() -> None:
+    with pytest.raises(RuntimeError, match=r"ended 0\.\d s before .* fewer prompts"):
+        watched(Talker(tokens=5), 0.05)
+
+
+def test_what_prompts_hold_up_is_counted_and_compared() -> None:
+    def gaps(longest_s: float) -> Watched:
+        return Watched([[0.01] * 9 + [longest_s]] * 10, [0.5] * 10)
+
+    watched = {OURS: [gaps(0.015)], ALONE: [gaps(0.5), gaps(1.0)]}
+    ours, alone = rows_of_tokens(watched, prompt_tokens=16, every_s=0.1, seed=1)
+    assert (ours.held_up, ours.gaps, ours.arrived) == (0, 100, 10)
+    assert (alone.held_up, alone.gaps, alone.arrived) == (20, 200, 20)
+    assert alone.held_up_percent == 10
+    assert alone.rounds_p99_ms == [500, 1000]
+    assert (alone.p99_ms, alone.longest_ms, alone.p99_ratio) == (1000, 1000, 1)
+    assert ours.p99_ratio == pytest.approx(0.015)
+    assert ours.again_ratio == alone.again_ratio == 1
+    (ours,) = rows_of_tokens({OURS: [gaps(0.015)]}, prompt_tokens=16, every_s=0.1, seed=1)
+    assert ours.p99_ratio is None
 
 
 def test_one_hand_over_is_traced_of_one_connector(bench: Bench) -> None:
