@@ -80,16 +80,6 @@ def yield_cores(threads: Collection[int]) -> None:
         os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
-def session_cpu_s(leader: int) -> float:
-    """CPU seconds so far of a session's processes, of threads that have ended too."""
-    ticks, found = os.sysconf("SC_CLK_TCK"), 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            found += (int(fields[3]) == leader) * (int(fields[11]) + int(fields[12]))
-    return found / ticks
-
-
 def used(before: Threads, after: Threads) -> dict[str, float]:
     """CPU seconds between the two by "process thread": their names, of which several may be one."""
     mains = {process: name for process, thread, name in after if process == thread}

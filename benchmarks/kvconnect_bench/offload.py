@@ -33,8 +33,8 @@ def offload(
     prompts: Annotated[int, typer.Option(min=3, help="Per length and source.")] = 8,
     beside: Annotated[str, typer.Option(help="lmcache or none, beside the hits.")] = "none",
     rounds: Annotated[int, typer.Option(min=2, help="Of tiers and restarts.")] = 8,
-    cost_rounds: Annotated[int, typer.Option(min=6, help="Of the cost.")] = 30,
-    requests: Annotated[int, typer.Option(help="Per round and engine of the cost.")] = 4,
+    cost_rounds: Annotated[int, typer.Option(min=6, help="Of the cost.")] = 48,
+    requests: Annotated[int, typer.Option(help="Per turn of the cost, at once.")] = 4,
     out: options.Json = None,
 ) -> None:
     """Rates of memory and disk, hits beside computing, cost at 0 % hits, eviction policies."""
@@ -82,7 +82,9 @@ def _table(part: str, rows: Sequence[Any]) -> Any:
         for name in names:
             table.add_row(name, *(str(getattr(row, name)) for row in rows))
         return table
-    table = Table(*names, title=part)
+    differ = [name for name in names if len({str(getattr(row, name)) for row in rows}) > 1]
+    same = [f"{name} {getattr(rows[0], name)}" for name in names if name not in differ]
+    table = Table(*differ, title=part, caption=", ".join(same))
     for row in rows:
-        table.add_row(*(str(getattr(row, name)) for name in names))
+        table.add_row(*(str(getattr(row, name)) for name in differ))
     return table

@@ -1,133 +1,163 @@
-"""What offloading costs an engine that never hits: CPU seconds beside engines without it.
+"""What offloading costs an engine that never hits, beside a connector that does nothing.
 
-* Three engines are up: one that offloads, one that does not, and another that does not, which says
-  what a difference means nothing (A/A). They are the same in all else.
-* Many short rounds: each engine in turn gets the same new random prompts, all at once, and who
-  begins moves on by one. So what else the machine does meets all alike.
-* CPU seconds are of all processes of an engine, from the beginning of one of its turns to that of
-  its next: what is stored after the answers counts, and so does what an idle engine uses.
+* One engine in one process, whose connector is switched (`switched`, `cost_engine`): two engines
+  that are the same differ by 3 % themselves, by where their memory happens to lie.
+* Many short rounds. In each a turn of every state, in random order: no connector, one that does
+  nothing twice (A/A), and twice one that offloads, whose calls are counted once. So what else the
+  machine does meets all alike. Of a state that has two turns the mean counts.
+* CPU seconds are of the whole process, until all that a turn is to store has been stored.
 * A row is the median of the rounds' ratios, with the interval in which the true median is with 95 %
-  certainty: what the method resolves.
+  certainty: what the method resolves. Two rows are no comparison but a count: what vLLM's calls
+  into the connector took, and what our threads took, as parts of all CPU seconds.
 """
 
 import json
 import math
-import random
+import subprocess
+import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import mean, median
 
-from kvconnect.cli.engines import START_TIMEOUT_S, offload_config
-from kvconnect.cli.processes import Fleet, Server
-from kvconnect_bench.counters import counted
-from kvconnect_bench.cpu import session_cpu_s
-from kvconnect_bench.offload_engines import VOCABULARY, launch_engine
+from kvconnect.cli.engines import engine_env
+from kvconnect_bench.cost_plan import CostPlan, CostTurn, CostTurns, State
+from kvconnect_bench.offload_engines import kv_bytes
 from kvconnect_bench.results import Spread
 
-INPUT_TOKENS, OUTPUT_TOKENS = 512, 32
-MEMORY_BYTES = 256 << 20  # soon full: every store then costs an eviction, as in the long run
-WARM_ROUNDS = 3
+ENGINE = "kvconnect_bench.cost_engine"
+INPUT_TOKENS, OUTPUT_TOKENS = 128, 8
+TURNS_KEPT = 16  # as many turns' KV fill the host's memory
+LEAST_BYTES = 1 << 20  # what a connector may be given
 UNCERTAIN = 0.05  # how often an interval may not hold what it is of
-OFF, AGAIN, ON = "without", "without, again", "offloading"
-HITS = "vllm:kvconnect_offload_tokens_from_host_total"
-STORED = "vllm:kv_offload_store_bytes_total"
+ON, OFF = (State.OFFLOADS, State.COUNTED), (State.NOTHING, State.AGAIN)
+COMPARED = ((ON, OFF), ((State.AGAIN,), (State.NOTHING,)), (OFF, (State.NONE,)))
+ALL, COUNTED = "all that the engine uses", (State.COUNTED,)
+PARTS: Sequence[tuple[str, Callable[[CostTurn], float]]] = (
+    ("vLLM's calls into it", lambda turn: turn.calls_s),
+    ("its threads", lambda turn: turn.threads_s),
+    ("both", lambda turn: turn.calls_s + turn.threads_s),
+)
+"""What is counted of an engine that offloads."""
+
+
+class EngineFailedError(RuntimeError):
+    """The engine ended by itself."""
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """An engine's use divided by that of the one without offloading, round by round."""
+    """CPU seconds, divided by those of something else, round by round."""
 
-    engine: str
-    """One that offloads, or one that does not either: A/A."""
+    connector: str
+    """What the engine had, or what of it was counted."""
+    beside: str
+    """What the ratio is to."""
     rounds: int
     requests: int
-    """Of a round, at once."""
+    """Of a turn, at once."""
     input_tokens: int
     output_tokens: int
     cpu: Spread
-    """Ratio of CPU seconds; above 1, it used more."""
+    """Ratio of CPU seconds."""
     cpu_low: float
     """The median is between the two with 95 % certainty."""
     cpu_high: float
-    seconds: Spread
+    cpu_ms: float
+    """What is divided, in the median of the turns."""
+    seconds: Spread | None
     """Ratio of seconds until all requests were answered."""
     stored_mb: float
-    """In all rounds, the first ones included."""
-
-
-@dataclass
-class _Used:
-    """CPU seconds and seconds of an engine's rounds."""
-
-    cpu_s: list[float]
-    answered_s: list[float]
+    """In all turns, the first ones included."""
 
 
 def cost(model: Path, rounds: int, requests: int) -> list[CostRow]:
-    """Rows of the engine that offloads, and of the A/A."""
-    with (
-        tempfile.TemporaryDirectory(prefix="kvconnect-bench-") as place,
-        Fleet(Path(place)) as fleet,
-    ):
-        configs = {OFF: None, ON: offload_config(cpu_bytes_to_use=MEMORY_BYTES), AGAIN: None}
-        engines = {name: launch_engine(fleet, name, model, one) for name, one in configs.items()}
-        fleet.wait_up(list(engines.values()), START_TIMEOUT_S)
-        used = measured(engines, model.name, rounds, requests)
-        if hit := counted(engines[ON], HITS):
-            raise RuntimeError(f"{hit:.0f} tokens were loaded, expected none: no cost at 0 %")
-        stored = {ON: counted(engines[ON], STORED)}
-    return [
-        _row(name, used[name], used[OFF], requests, stored.get(name, 0)) for name in (ON, AGAIN)
-    ]
-
-
-def measured(
-    engines: Mapping[str, Server], model: str, rounds: int, requests: int
-) -> dict[str, _Used]:
-    """What each engine used in ``rounds`` rounds."""
-    used = {name: _Used([], []) for name in engines}
-    marks: dict[str, float] = {}
-    names, seed = list(engines), random.Random(0)
-    for turn in range(WARM_ROUNDS + rounds + 1):  # the last one ends the one before
-        prompts = [
-            [seed.randrange(*VOCABULARY) for _ in range(INPUT_TOKENS)] for _ in range(requests)
-        ]
-        for name in names:
-            now = session_cpu_s(engines[name].pid)
-            if turn > WARM_ROUNDS:
-                used[name].cpu_s.append(now - marks[name])
-            marks[name] = now
-            taken_s = answered_s(engines[name], model, prompts)
-            if WARM_ROUNDS <= turn < WARM_ROUNDS + rounds:
-                used[name].answered_s.append(taken_s)
-        names = [*names[1:], names[0]]
-    return used
-
-
-def answered_s(engine: Server, model: str, prompts: Sequence[Sequence[int]]) -> float:
-    """Seconds until ``engine`` has answered all of them, asked at once."""
-
-    def ask(prompt: Sequence[int]) -> None:
-        body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": OUTPUT_TOKENS}
-        body |= {"ignore_eos": True, "temperature": 0}
-        request = urllib.request.Request(  # noqa: S310 - our own engine
-            f"{engine.url}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+    """Rows of offloading, of the A/A, of a connector as such, and what was counted."""
+    with tempfile.TemporaryDirectory(prefix="kvconnect-bench-") as place:
+        out = Path(place) / "measured.json"
+        memory = max(TURNS_KEPT * requests * kv_bytes(model, INPUT_TOKENS), LEAST_BYTES)
+        plan = CostPlan(str(model), rounds, requests, INPUT_TOKENS, OUTPUT_TOKENS, memory, str(out))
+        found = run(plan)
+    if found.hit_tokens:
+        raise RuntimeError(
+            f"{found.hit_tokens:.0f} tokens were loaded, expected none: no cost at 0 % hits"
         )
-        with urllib.request.urlopen(request) as answer:  # noqa: S310
-            answer.read()
+    return rows_of(found, plan)
 
-    started = time.perf_counter()
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        list(pool.map(ask, prompts))
-    return time.perf_counter() - started
+
+def run(plan: CostPlan) -> CostTurns:
+    """What the engine measured; raises EngineFailedError, with the end of its output."""
+    command = [sys.executable, "-P", "-m", ENGINE, json.dumps(asdict(plan))]
+    done = subprocess.run(  # noqa: S603 - our own command, no shell
+        command,
+        env=engine_env(VLLM_ENABLE_V1_MULTIPROCESSING="0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise EngineFailedError(f"the engine ended with {done.returncode}: {done.stdout[-2000:]}")
+    found = json.loads(Path(plan.out).read_text())
+    turns = [
+        [CostTurn(**turn | {"state": State(turn["state"])}) for turn in each]
+        for each in found.pop("rounds")
+    ]
+    return CostTurns(turns, **found)
+
+
+def rows_of(found: CostTurns, plan: CostPlan) -> list[CostRow]:
+    """Rows of what was measured."""
+
+    def row(
+        connector: str,
+        beside: str,
+        own_s: Sequence[float],
+        other_s: Sequence[float],
+        own_answered_s: Sequence[float] = (),
+        other_answered_s: Sequence[float] = (),
+    ) -> CostRow:
+        ratios = _ratios(own_s, other_s)
+        cpu = Spread.of("ratio", ratios)
+        low, high = median_within(ratios)
+        assert cpu and low <= median(ratios) <= high
+        return CostRow(
+            connector=connector,
+            beside=beside,
+            rounds=len(ratios),
+            requests=plan.requests,
+            input_tokens=plan.input_tokens,
+            output_tokens=plan.output_tokens,
+            cpu=cpu,
+            cpu_low=round(low, 4),
+            cpu_high=round(high, 4),
+            cpu_ms=round(1e3 * median(own_s), 2),
+            seconds=Spread.of("ratio", _ratios(own_answered_s, other_answered_s)),
+            stored_mb=round(found.stored_bytes / 1e6, 1),
+        )
+
+    compared = [
+        row(
+            *(own[0], other[0]),
+            *(_means(found, states, lambda turn: turn.cpu_s) for states in (own, other)),
+            *(_means(found, states, lambda turn: turn.answered_s) for states in (own, other)),
+        )
+        for own, other in COMPARED
+    ]
+    whole = _means(found, COUNTED, lambda turn: turn.cpu_s)
+    return compared + [row(name, ALL, _means(found, COUNTED, part), whole) for name, part in PARTS]
+
+
+def _ratios(own: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [one / beside for one, beside in zip(own, other, strict=True)]
+
+
+def _means(
+    found: CostTurns, states: Sequence[State], part: Callable[[CostTurn], float]
+) -> list[float]:
+    """For each round, of its turns in these states."""
+    return [mean(part(turn) for turn in turns if turn.state in states) for turns in found.rounds]
 
 
 def median_within(values: Sequence[float]) -> tuple[float, float]:
@@ -140,23 +170,3 @@ def median_within(values: Sequence[float]) -> tuple[float, float]:
     while (missed := missed + 2 * math.comb(n, first + 1) / 2**n) <= UNCERTAIN:
         first += 1
     return ordered[first], ordered[n - 1 - first]
-
-
-def _row(name: str, own: _Used, beside: _Used, requests: int, stored: float) -> CostRow:
-    ratios = [a / b for a, b in zip(own.cpu_s, beside.cpu_s, strict=True)]
-    times = [a / b for a, b in zip(own.answered_s, beside.answered_s, strict=True)]
-    cpu, seconds = Spread.of(f"of {OFF}", ratios), Spread.of(f"of {OFF}", times)
-    low, high = median_within(ratios)
-    assert cpu and seconds and low <= median(ratios) <= high
-    return CostRow(
-        engine=name,
-        rounds=len(ratios),
-        requests=requests,
-        input_tokens=INPUT_TOKENS,
-        output_tokens=OUTPUT_TOKENS,
-        cpu=cpu,
-        cpu_low=round(low, 4),
-        cpu_high=round(high, 4),
-        seconds=seconds,
-        stored_mb=round(stored / 1e6, 1),
-    )

@@ -138,18 +138,13 @@ def _hit_rows(length: int, seconds: Mapping[str, Sequence[float]]) -> list[HitRo
     ]
 
 
-def start_engine(fleet: Fleet, name: str, model: Path, config: dict[str, Any] | None) -> Server:
-    """An engine that is up."""
-    server = launch_engine(fleet, name, model, config)
-    fleet.wait_up([server], START_TIMEOUT_S)
-    return server
-
-
-def launch_engine(fleet: Fleet, name: str, model: Path, config: dict[str, Any] | None) -> Server:
-    """An engine that starts; ``config``: ``--kv-transfer-config``."""
+def start_engine(fleet: Fleet, name: str, model: Path, config: dict[str, Any]) -> Server:
+    """An engine that is up; ``config``: ``--kv-transfer-config``."""
     options = ["--dtype", DTYPE, "--max-model-len", "8192", "--block-size", str(BLOCK_TOKENS)]
     command = VllmServe(model, config, options).command
-    return fleet.start(name, command, engine_env(VLLM_SERVER_DEV_MODE="1"))  # /reset_prefix_cache
+    server = fleet.start(name, command, engine_env(VLLM_SERVER_DEV_MODE="1"))  # /reset_prefix_cache
+    fleet.wait_up([server], START_TIMEOUT_S)
+    return server
 
 
 def kv_bytes(model: Path, tokens: int) -> int:

@@ -95,8 +95,10 @@ def _offload(rows: Sequence[Row]) -> Found:
             median = row["ttft_p50_ms"]
             yield "ms to the first token, to p90", Point(label, row["source"], median, median, high)
         elif part == "cost" and "cpu" in row:
-            found = row["cpu"] | {"unit": "CPU seconds, of those without offloading"}
-            yield from _spread(row["engine"], "cost", found)
+            found = row["cpu"] | {"unit": "CPU seconds, of those of something else"}
+            # files of before 2026-11-29's second method have engines
+            label = f"{row['connector']} ÷ {row['beside']}" if "beside" in row else row["engine"]
+            yield from _spread(label, "cost", found)
         elif part == "eviction":
             label = f"{row['trace']}, {row['capacity']}"
             yield "share of the best hits", Point(label, row["policy"], row["share_of_best"])

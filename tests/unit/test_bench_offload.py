@@ -4,12 +4,14 @@ import importlib
 import io
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from kvconnect.cli import main
+from kvconnect_bench.cost_plan import CostPlan, CostTurn, CostTurns, State
 
 offload_tiers = importlib.import_module("kvconnect_bench.offload_tiers")
 offload_eviction = importlib.import_module("kvconnect_bench.offload_eviction")
@@ -69,12 +71,12 @@ def test_memory_for_hits_is_that_of_the_model_s_kv(tmp_path: Path):
 
 
 class Engine:
-    """Counts what is asked of it."""
+    """One that nobody started."""
 
     url = "http://engine"
 
-    def __init__(self, name: str, pid: int = 0) -> None:
-        self.name, self.pid, self.cpu_s = name, pid, 0.0
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 @pytest.mark.parametrize("loads", [True, False])
@@ -110,72 +112,85 @@ one_total{engine="0",source="b"} 4.0
         assert counters.counted(Engine("on"), name) == expected
 
 
+def measured(rounds: int = 9, hits: float = 0.0) -> CostTurns:
+    """Each round slower than the one before, in all states; offloading takes a tenth more."""
+
+    def turn(state: State, slow: int) -> CostTurn:
+        offloads = state in (State.OFFLOADS, State.COUNTED)
+        calls_s = 0.02 * slow * (state == State.COUNTED)
+        return CostTurn(
+            state, 2.0 * slow, slow * (1.1 if offloads else 1.0), calls_s, 0.08 * offloads
+        )
+
+    states = list(State)
+    found = [
+        [turn(state, 1 + n) for state in states[n % 5 :] + states[: n % 5]] for n in range(rounds)
+    ]
+    return CostTurns(found, hits, 5e6)
+
+
 @pytest.fixture
-def three_engines(monkeypatch):
-    """Engines whose CPU seconds are known: each round is slower than the one before, for all."""
-    engines, asked = {}, []
+def engine(monkeypatch, tmp_path):
+    """What the engine is told; it says what ``measured`` does."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"num_hidden_layers": 30, "num_attention_heads": 9, "hidden_size": 576})
+    )
+    told: list[CostPlan] = []
 
-    def launch(_fleet, name, *_):
-        engines[name] = Engine(name, len(engines))
-        return engines[name]
+    def run(plan):
+        told.append(plan)
+        return measured(plan.rounds)
 
-    def answered_s(engine, _model, prompts):
-        asked.append((engine.name, prompts))
-        slow = 1 + len(asked) // 3
-        engine.cpu_s += slow * (1.1 if engine.name == offload_cost.ON else 1.0)
-        return 1.0 * slow
-
-    def session_cpu_s(pid):
-        return next(engine.cpu_s for engine in engines.values() if engine.pid == pid)
-
-    monkeypatch.setattr(offload_cost.Fleet, "wait_up", lambda *_: None)
-    monkeypatch.setattr(offload_cost, "launch_engine", launch)
-    monkeypatch.setattr(offload_cost, "answered_s", answered_s)
-    monkeypatch.setattr(offload_cost, "session_cpu_s", session_cpu_s)
-    monkeypatch.setattr(offload_cost, "counted", lambda _, name: 5e6 * ("store" in name))
-    return asked
+    monkeypatch.setattr(offload_cost, "run", run)
+    return told
 
 
-def test_cost_is_compared_round_by_round_beside_an_engine_like_the_other(three_engines, tmp_path):
+def test_cost_is_compared_round_by_round_in_one_engine(engine, tmp_path):
     """Rounds in which the whole machine is slow do not change the ratio."""
-    on, again = offload_cost.cost(tmp_path, 9, 2)
-    assert (on.engine, again.engine) == ("offloading", "without, again")
-    assert on.rounds == 9
-    assert on.stored_mb == 5.0
-    assert abs(on.cpu.p50 - 1.1) < 0.1
-    assert on.cpu_low <= on.cpu.p50 <= on.cpu_high
-    assert abs(again.cpu.p50 - 1) < 0.1
-    names = [name for name, _ in three_engines]
-    assert names[:3] != names[3:6]
-    assert sorted(names[:3]) == sorted(names[3:6]), "who begins moves on"
-    for first in range(0, len(names), 3):
-        given = [prompts for _, prompts in three_engines[first : first + 3]]
-        assert given[0] == given[1] == given[2]
+    rows = offload_cost.cost(tmp_path, 9, 2)
+    on, again, connector, calls, threads, both = rows
+    assert (on.connector, on.beside) == ("offloading", "a connector that does nothing")
+    assert (again.connector, again.beside) == (on.beside + ", again", on.beside)
+    assert (connector.connector, connector.beside) == (on.beside, "no connector")
+    assert {(row.rounds, row.stored_mb) for row in rows} == {(9, 5.0)}
+    assert (on.cpu_low, on.cpu.p50, on.cpu_high) == pytest.approx((1.1, 1.1, 1.1))
+    assert on.cpu_ms == pytest.approx(5500)
+    assert on.seconds.p50 == again.cpu.p50 == connector.cpu.p50 == 1
+    assert calls.cpu.p50 == pytest.approx(0.02 / 1.1, abs=1e-4)
+    assert threads.cpu.p50 == pytest.approx(0.08 / 5.5, abs=1e-4), "that of the fifth of nine"
+    assert both.cpu.p50 == pytest.approx(0.02 / 1.1 + 0.08 / 5.5, abs=1e-4)
+    assert threads.seconds is None
 
 
-def test_what_an_engine_does_after_its_answers_counts(three_engines, monkeypatch, tmp_path):
-    """KV that is stored while another engine has its turn."""
-    real = offload_cost.answered_s
-
-    saving = []
-
-    def answered_s(engine, *rest):
-        taken_s = real(engine, *rest)
-        while saving and engine.name != offload_cost.ON:
-            saving.pop().cpu_s += 10.0
-        if engine.name == offload_cost.ON:
-            saving.append(engine)
-        return taken_s
-
-    monkeypatch.setattr(offload_cost, "answered_s", answered_s)
-    on, _ = offload_cost.cost(tmp_path, 5, 2)
-    assert on.cpu_low > 1.5
+def test_memory_is_filled_after_a_few_turns_of_any_model(engine, tmp_path):
+    """A small model's KV would not have filled what suits a large one: it never began to evict."""
+    offload_cost.cost(tmp_path, 6, 2)
+    turn = 2 * offload_engines.kv_bytes(tmp_path, offload_cost.INPUT_TOKENS)
+    assert engine[0].memory_bytes == offload_cost.TURNS_KEPT * turn
 
 
-def test_a_load_is_no_cost_at_no_hits(three_engines, monkeypatch, tmp_path):
-    monkeypatch.setattr(offload_cost, "counted", lambda *_: 1.0)
-    with pytest.raises(RuntimeError, match="expected none"):
-        offload_cost.cost(tmp_path, 2, 2)
+def test_a_load_is_no_cost_at_no_hits(engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(offload_cost, "run", lambda plan: measured(plan.rounds, hits=128.0))
+    with pytest.raises(RuntimeError, match="128 tokens were loaded, expected none"):
+        offload_cost.cost(tmp_path, 6, 2)
+
+
+@pytest.mark.slow
+def test_an_engine_that_ends_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(offload_cost, "ENGINE", "kvconnect_bench.there_is_none")
+    plan = CostPlan("model", 6, 2, 256, 16, 1 << 20, str(tmp_path / "out"))
+    with pytest.raises(offload_cost.EngineFailedError, match="No module named"):
+        offload_cost.run(plan)
+
+
+@pytest.mark.slow
+def test_what_the_engine_measured_arrives_as_it_was(monkeypatch, tmp_path):
+    """Its process writes JSON, which knows no states."""
+    module, out = tmp_path / "says.py", tmp_path / "out.json"
+    module.write_text(f"open({str(out)!r}, 'w').write({json.dumps(asdict(measured(2)))!r})")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(offload_cost, "ENGINE", "says")
+    assert offload_cost.run(CostPlan("model", 2, 2, 256, 16, 1 << 20, str(out))) == measured(2)
 
 
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
