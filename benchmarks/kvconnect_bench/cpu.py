@@ -80,6 +80,13 @@ def yield_cores(threads: Collection[int]) -> None:
         os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
+def machine_cpu_s() -> float:
+    """CPU seconds so far of everything on this machine, and what its host took away (steal)."""
+    busy = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+    user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, busy)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def used(before: Threads, after: Threads) -> dict[str, float]:
     """CPU seconds between the two by "process thread": their names, of which several may be one."""
     mains = {process: name for process, thread, name in after if process == thread}

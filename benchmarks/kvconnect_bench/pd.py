@@ -29,7 +29,7 @@ import typer
 
 from kvconnect.cli.engines import check_model
 from kvconnect_bench import options
-from kvconnect_bench.cpu import halves
+from kvconnect_bench.cpu import halves, machine_cpu_s
 from kvconnect_bench.others import ALONE
 from kvconnect_bench.pair import Asked, MeasuredPair, beside_pairs, compared, pair_alone
 from kvconnect_bench.pd_rows import (
@@ -169,10 +169,14 @@ def _ask(
     way: Callable[[list[int]], Asked],
     prompts: list[list[int]],
 ) -> Turn:
-    used, taken, started = pair.threads(), pair.handed_over(), time.perf_counter()
+    taken = pair.handed_over()
+    used, own_s, all_s = pair.threads(), time.process_time(), machine_cpu_s()
+    started = time.perf_counter()
     every = list(pool.map(way, prompts))
     seconds = time.perf_counter() - started
     cpu_s = pair.used_since(used, len(prompts))
+    theirs_s = machine_cpu_s() - all_s - (time.process_time() - own_s)
+    theirs_s -= len(prompts) * sum(sum(threads.values()) for threads in cpu_s.values())
     return Turn(
         Asked(
             statistics.mean(one.prefill_s for one in every),
@@ -181,6 +185,7 @@ def _ask(
         ),
         cpu_s,
         tokens_s=sum(1 + len(one.gaps_s) for one in every) / seconds,
+        others=max(theirs_s, 0.0) / seconds,
         taken=(pair.handed_over() - taken) / sum(len(prompt) for prompt in prompts),
     )
 

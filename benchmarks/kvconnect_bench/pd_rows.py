@@ -41,6 +41,8 @@ class Turn(NamedTuple):
     """Tokens answered, a second, from the first request until the last answer's end."""
     taken: float = 0.0
     """Of the prompts' tokens, those that decode took from elsewhere, by its own counter."""
+    others: float = 0.0
+    """Cores that neither the engines nor this process used meanwhile, but somebody did."""
 
     @property
     def hand_over_s(self) -> float:
@@ -88,6 +90,8 @@ class FirstTokenRow:
     """Tokens answered, a second."""
     taken: Spread | None
     """Of the prompt's tokens, the share that decode took from elsewhere."""
+    others: Spread | None
+    """Cores that something else on the machine used meanwhile: what a row is to be doubted by."""
     prefill_cpu: Spread | None
     """CPU seconds of all of prefill's threads, a prompt; what they poll while idle included."""
     decode_cpu: Spread | None
@@ -141,6 +145,7 @@ def _answers(turns: Sequence[Turn]) -> dict[str, Spread | None]:
         "between_tokens_p99": Spread.of("ms", [percentile(one, 99) for one in gaps]),
         "throughput": Spread.of("tokens/s", [one.tokens_s for one in turns]),
         "taken": Spread.of("of the prompt", [one.taken for one in turns]),
+        "others": Spread.of("cores", [one.others for one in turns]),
     }
 
 
@@ -210,6 +215,7 @@ ANSWERS = {
     "p99": "between_tokens_p99",
     "tokens/s": "throughput",
     "taken": "taken",
+    "others' cores": "others",
 }
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from kvconnect.cli import main
 from kvconnect.cli.engines import VllmServe
 from kvconnect.cli.processes import Fleet
-from kvconnect_bench.cpu import spinning, yield_cores
+from kvconnect_bench.cpu import machine_cpu_s, spinning, yield_cores
 from kvconnect_bench.inter_token import Watched, watch
 from kvconnect_bench.inter_token import rows_of as rows_of_tokens
 from kvconnect_bench.marks import Mark
@@ -230,14 +230,15 @@ def test_a_first_token_is_compared_to_each_pair_that_is_not_ours() -> None:
 
 def test_what_follows_the_first_token_is_told_turn_by_turn() -> None:
     case = Case(0, 257, 8)
-    quick = Turn(Asked(1.0, 1.1, [0.01] * 99 + [0.5]), tokens_s=80.0, taken=0.5)
-    slow = Turn(Asked(1.0, 1.1, [0.03] * 100), tokens_s=40.0, taken=1.0)
+    quick = Turn(Asked(1.0, 1.1, [0.01] * 99 + [0.5]), tokens_s=80.0, taken=0.5, others=0.1)
+    slow = Turn(Asked(1.0, 1.1, [0.03] * 100), tokens_s=40.0, taken=1.0, others=0.3)
     (row,) = rows_of({(case, OURS, "pull"): [quick, slow]}, seed=1)
     assert row.between_tokens_p50 is not None and row.between_tokens_p99 is not None
     assert row.between_tokens_p50.p50 == pytest.approx(20)
     assert row.between_tokens_p99.p50 == pytest.approx((14.9 + 30) / 2), "one of 100 is beyond"
     assert row.throughput is not None and row.taken is not None
     assert (row.throughput.unit, row.throughput.p50, row.taken.p50) == ("tokens/s", 60.0, 0.75)
+    assert row.others is not None and row.others.p50 == pytest.approx(0.2)
 
 
 def test_cpu_time_of_the_engines_is_told_by_role_and_thread() -> None:
@@ -276,6 +277,17 @@ def test_a_thread_that_spins_beside_a_process_first_one_yields_its_core() -> Non
             assert os.sched_getscheduler(spins.pid) == os.SCHED_OTHER
         finally:
             spins.kill()
+
+
+def test_what_somebody_else_uses_of_the_machine_is_seen() -> None:
+    before, started = machine_cpu_s(), time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", SPINS], stdout=subprocess.DEVNULL) as spins:
+        try:
+            while (seconds := time.perf_counter() - started) < 1.5:
+                time.sleep(0.1)
+        finally:
+            spins.kill()
+    assert 0.5 < machine_cpu_s() - before < (seconds + 0.5) * (os.cpu_count() or 1)
 
 
 @pytest.mark.slow
