@@ -80,9 +80,9 @@ def yield_cores(threads: Collection[int]) -> None:
         os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
-def machine_cpu_s() -> float:
+def machine_cpu_s(stat: Path = Path("/proc/stat")) -> float:
     """CPU seconds so far of everything on this machine, and what its host took away (steal)."""
-    busy = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+    busy = stat.read_text().partition("\n")[0].split()[1:9]
     user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, busy)
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 

@@ -64,6 +64,14 @@ def _spread(label: str, series: str, found: Row | None, count: float | None = No
 Found = Iterator[tuple[str, Point]]
 
 
+PD_UNITS = {
+    "hand_over": "ms of hand-over",
+    "first_token": "ms to the first token",
+    "between_tokens_p99": "ms between tokens, p99",
+    "throughput": "tokens answered a second",
+}
+
+
 def _pd(rows: Sequence[Row]) -> Found:
     for row in rows:
         if "hand_over" not in row:  # files of before there were ways
@@ -72,7 +80,9 @@ def _pd(rows: Sequence[Row]) -> Found:
             yield "ms", Point(label, "first token", value)
             continue
         series = f"{row['connector']} {row['way']}, {row['concurrency']} at once"
-        yield from _spread(f"{row['prompt_tokens']} tokens", series, row["hand_over"])
+        for name, unit in PD_UNITS.items():
+            if found := row.get(name):
+                yield from _spread(f"{row['prompt_tokens']} tokens", series, found | {"unit": unit})
 
 
 def _trace(rows: Sequence[Row]) -> Found:
