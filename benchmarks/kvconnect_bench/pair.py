@@ -305,7 +305,7 @@ def _config(other: Other, role: str, store: int | None) -> dict[str, Any] | None
     if not other.kv_connector:
         return None
     config: dict[str, Any] = {"kv_connector": other.kv_connector, "kv_role": ROLES[role]}
-    # in-tree's own choice of a pool of threads has NIXL start one of them at least
+    # nor the pool of threads that in-tree asks NIXL for unless it is told otherwise
     return config | ({"kv_connector_extra_config": {"num_threads": 0}} if other.no_progress else {})
 
 

@@ -11,6 +11,8 @@
 * The floor of a hand-over is the same prompt again at decode. A prompt is whole blocks and one
   token, so that decode then computes one token, as after a hand-over. The floor again, beside the
   floor, and the pull again, beside the pull, say which differences mean nothing here.
+* A row says which share of the prompts decode took from elsewhere, since a hand-over that failed is
+  computed again and looks like a slow one, and how many cores something else used meanwhile.
 * After every pair of a round all rows so far are written, so that a run that is ended keeps them.
 """
 
@@ -82,8 +84,8 @@ class _Run:
             for length, width in itertools.product(self.lengths, self.at_once):
                 case = Case(chunk, -(-length // BLOCK_TOKENS) * BLOCK_TOKENS + 1, width)
                 status.update(f"{name}, {case}, round {round_ + 1}")
-                for way, taken in _take_turns(pair, case, self.turns, draw):
-                    measured.setdefault((case, name, way), []).append(taken)
+                for way, found in _take_turns(pair, case, self.turns, draw):
+                    measured.setdefault((case, name, way), []).append(found)
 
     def save(self, out: Path | None, measured: Turns, rounds: int) -> None:
         if out is not None:
@@ -152,15 +154,15 @@ def _take_turns(
     ways = _ways(pair)
     with concurrent.futures.ThreadPoolExecutor(case.concurrency) as pool:
         for turn in range(turns + 1):  # the first, which connects and warms up, is left out
-            taken: dict[str, Turn] = {}
+            found: dict[str, Turn] = {}
             # as many prompts of every pair, whatever it can do: so all get the same
             prompts = {way: _prompts(draw, case) for way in (PULL, STREAMING, PULL_AGAIN)}
             for way in list(ways) if turn % 2 == 0 else list(ways)[::-1]:
-                taken[way] = _ask(pair, pool, ways[way], prompts.get(way, prompts[PULL]))
+                found[way] = _ask(pair, pool, ways[way], prompts.get(way, prompts[PULL]))
             for way in (FLOOR, FLOOR_AGAIN) if COMPUTED not in ways else ():
-                taken[way] = _ask(pair, pool, pair.decoded, prompts[PULL])
+                found[way] = _ask(pair, pool, pair.decoded, prompts[PULL])
             if turn:
-                yield from taken.items()
+                yield from found.items()
 
 
 def _ask(

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -34,7 +35,7 @@ from kvconnect_bench.others import (
     LMCACHE,
     OTHERS,
 )
-from kvconnect_bench.pair import Asked, MeasuredPair
+from kvconnect_bench.pair import NO_PROGRESS, Asked, MeasuredPair
 from kvconnect_bench.pd_rows import Case, Turn, rows_of
 from kvconnect_bench.trace import rows_of as trace_rows
 
@@ -339,6 +340,17 @@ def test_in_tree_without_its_thread_has_a_plugin_and_lmcache_asks_without_params
     assert rows[LMCACHE, "stored"]["taken"]["p50"] == 0, "the fake one was told of no transfer"
     assert rows[IN_TREE_QUIET, "pull"]["taken"]["p50"] > 0
     assert f"{LMCACHE} stored" in rows[OURS, "pull"]["first_token_ratios"]
+
+
+def test_agents_that_in_tree_makes_have_no_progress_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed, utils = ModuleType("vllm.distributed"), ModuleType("nixl_utils")
+    monkeypatch.setattr(utils, "nixl_agent_config", dict, raising=False)
+    monkeypatch.setattr(distributed, "nixl_utils", utils, raising=False)
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    module, name = NO_PROGRESS.split(":")
+    getattr(importlib.import_module(module), name).__wrapped__()
+    made = utils.nixl_agent_config(num_threads=0)
+    assert made == {"num_threads": 0, "enable_prog_thread": False}
 
 
 def test_what_is_named_beside_is_known_by_rows() -> None:
