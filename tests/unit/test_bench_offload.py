@@ -113,14 +113,13 @@ one_total{engine="0",source="b"} 4.0
 
 
 def measured(rounds: int = 9, hits: float = 0.0) -> CostTurns:
-    """Each round slower than the one before, in all states; offloading takes a tenth more."""
+    """Each round slower than the one before, in all states; offloading takes more."""
 
     def turn(state: State, slow: int) -> CostTurn:
         offloads = state in (State.OFFLOADS, State.COUNTED)
         calls_s = 0.02 * slow * (state == State.COUNTED)
-        return CostTurn(
-            state, 2.0 * slow, slow * (1.1 if offloads else 1.0), calls_s, 0.08 * offloads
-        )
+        cpu_s = slow * {State.OFFLOADS: 1.1, State.COUNTED: 1.2}.get(state, 1.0)
+        return CostTurn(state, 2.0 * slow, cpu_s, calls_s, 0.08 * offloads)
 
     states = list(State)
     found = [
@@ -146,19 +145,19 @@ def engine(monkeypatch, tmp_path):
 
 
 def test_cost_is_compared_round_by_round_in_one_engine(engine, tmp_path):
-    """Rounds in which the whole machine is slow do not change the ratio."""
+    """Rounds in which the whole machine is slow do not change the ratio; both turns count."""
     rows = offload_cost.cost(tmp_path, 9, 2)
     on, again, connector, calls, threads, both = rows
     assert (on.connector, on.beside) == ("offloading", "a connector that does nothing")
     assert (again.connector, again.beside) == (on.beside + ", again", on.beside)
     assert (connector.connector, connector.beside) == (on.beside, "no connector")
     assert {(row.rounds, row.stored_mb) for row in rows} == {(9, 5.0)}
-    assert (on.cpu_low, on.cpu.p50, on.cpu_high) == pytest.approx((1.1, 1.1, 1.1))
-    assert on.cpu_ms == pytest.approx(5500)
+    assert (on.cpu_low, on.cpu.p50, on.cpu_high) == pytest.approx((1.15, 1.15, 1.15))
+    assert on.cpu_ms == pytest.approx(5750)
     assert on.seconds.p50 == again.cpu.p50 == connector.cpu.p50 == 1
-    assert calls.cpu.p50 == pytest.approx(0.02 / 1.1, abs=1e-4)
-    assert threads.cpu.p50 == pytest.approx(0.08 / 5.5, abs=1e-4), "that of the fifth of nine"
-    assert both.cpu.p50 == pytest.approx(0.02 / 1.1 + 0.08 / 5.5, abs=1e-4)
+    assert calls.cpu.p50 == pytest.approx(0.02 / 1.2, abs=1e-4)
+    assert threads.cpu.p50 == pytest.approx(0.08 / 6, abs=1e-4), "that of the fifth of nine"
+    assert both.cpu.p50 == pytest.approx(0.02 / 1.2 + 0.08 / 6, abs=1e-4)
     assert threads.seconds is None
 
 
