@@ -465,6 +465,20 @@ def test_of_a_window_a_peer_is_asked_for_what_it_still_has():
     assert peer.fills == whole.fills == (((4, 31), (5, 32)), tuple(enumerate(range(21, 27))))
 
 
+def test_a_block_of_which_a_window_was_not_given_all_is_not_stored(monkeypatch):
+    """Used to be: a shorter prompt with its beginning looks further back, and loaded it."""
+    windows = (2 * BLOCK, None)
+    store, peer = Engine(monkeypatch, windows=windows), Peer(6 * BLOCK, starts=(4 * BLOCK + 1, 0))
+    both, asks = chain(store, peer, windows=windows), request("r", blocks=6, extra=2)
+    both.get_num_new_matched_tokens(asks, 0)
+    window, full = [0, 0, 0, 0, 31, 30, 29], list(range(21, 28))
+    blocks = SimpleNamespace(blocks=[table(store, ids).blocks[0] for ids in (window, full)])
+    both.update_state_after_alloc(asks, blocks, 6 * BLOCK)
+    asks.num_computed_tokens = 6 * BLOCK
+    saves = store.step(asks, (window, full), 1).saves
+    assert sorted(block for save in saves for block in save.blocks) == [*range(21, 27), 30]
+
+
 def test_where_nothing_is_loaded_peers_are_let_go(store):
     peer = Peer(BLOCK)
     both = chain(store, peer)

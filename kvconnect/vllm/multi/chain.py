@@ -82,6 +82,8 @@ class ChainScheduler:
                 offers.append((label, offer))
                 if first := peer.needed_from(request_id, filled, offer):
                     needed_from.append((label, first))
+                    if self._store:
+                        self._store.stores_from(request_id, first)
         traced = tuple((getattr(request, "trace_headers", None) or {}).items())
         load = ChainedLoad(request_id, units, tuple(offers), traced, tuple(needed_from))
         self._orders.append(load)

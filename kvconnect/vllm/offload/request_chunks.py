@@ -62,23 +62,19 @@ class RequestChunks:
             self._known = known = 0
         if len(hashes) > known:
             self._known, self._last = len(hashes), hashes[-1]
-            for index, (config, keys) in enumerate(
-                zip(self._group_configs, self._keys, strict=True)
-            ):
+            for at, (config, keys) in enumerate(zip(self._group_configs, self._keys, strict=True)):
                 tokens = config.group.chunk_tokens
                 per_chunk = tokens // self._hash_tokens
                 for chunk in range(len(keys), len(hashes) // per_chunk):
                     last = hashes[(chunk + 1) * per_chunk - 1]  # it chains all before it
-                    keys.append(self._chunk_keys.key(last, index, (chunk + 1) * tokens))
+                    keys.append(self._chunk_keys.key(last, at, (chunk + 1) * tokens))
         return self._keys
 
     def in_order(self) -> list[Key]:
         """All keys that were asked for, as their chunks end, of all groups."""
         found = [
-            ((chunk + 1) * config.group.chunk_tokens, index, key)
-            for index, (config, keys) in enumerate(
-                zip(self._group_configs, self._keys, strict=True)
-            )
+            ((chunk + 1) * config.group.chunk_tokens, at, key)
+            for at, (config, keys) in enumerate(zip(self._group_configs, self._keys, strict=True))
             for chunk, key in enumerate(keys)
         ]
         return [key for _, _, key in sorted(found)]

@@ -168,6 +168,12 @@ class OffloadScheduler:
             found[at] = fills.get(chunk.key), sources[at]
         return found
 
+    def stores_from(self, request_id: str, starts: Sequence[int]) -> None:
+        """Store no chunk with a token before these, by group: it is not loaded whole elsewhere."""
+        if tracked := self._requests.get(request_id):
+            for at, (group, start) in enumerate(zip(self._groups, starts, strict=True)):
+                tracked.offered[at] = max(tracked.offered[at], -(-start // group.chunk_tokens))
+
     def take_work(self, output: Any) -> StepJobs:
         """The step's jobs; ``output`` is vLLM's SchedulerOutput."""
         if self._tier is not None:
@@ -271,9 +277,7 @@ class OffloadScheduler:
 
     def _chunks_to_load(self, tracked: RequestChunks, blocks: Any, tokens: int) -> list[KeyedChunk]:
         found = []
-        for index, (config, keys) in enumerate(
-            zip(self.group_configs, tracked.keys(), strict=True)
-        ):
+        for at, (config, keys) in enumerate(zip(self.group_configs, tracked.keys(), strict=True)):
             table = blocks.blocks[config.group_id]
             need = needed(config.group, tracked.local_tokens, tokens)
             for number in range(need.first, need.end):
@@ -286,7 +290,7 @@ class OffloadScheduler:
                     for place in places
                 )
                 if any(block != NO_BLOCK for block in wanted):
-                    found.append(KeyedChunk(keys[number], index, wanted))
+                    found.append(KeyedChunk(keys[number], at, wanted))
         return found
 
     def _sources(self, chunks: list[KeyedChunk]) -> Counter[str]:
@@ -314,18 +318,16 @@ class OffloadScheduler:
             return
         chunks: list[tuple[int, KeyedChunk]] = []
         ends: list[int] = []
-        for index, (config, keys) in enumerate(
-            zip(self.group_configs, tracked.keys(), strict=True)
-        ):
+        for at, (config, keys) in enumerate(zip(self.group_configs, tracked.keys(), strict=True)):
             table = tables[config.group_id]
             size, tokens = config.chunk_blocks, config.group.chunk_tokens
             end = min(most // tokens, len(keys), len(table) // size)
-            for number in range(tracked.offered[index], end):
+            for number in range(tracked.offered[at], end):
                 blocks = tuple(table[number * size : (number + 1) * size])
                 if not any(self._pool.blocks[block].is_null for block in blocks):
-                    chunks.append(((number + 1) * tokens, KeyedChunk(keys[number], index, blocks)))
-            tracked.offered[index] = max(end, tracked.offered[index])
-            ends.append((tracked.offered[index] + 1) * tokens)
+                    chunks.append(((number + 1) * tokens, KeyedChunk(keys[number], at, blocks)))
+            tracked.offered[at] = max(end, tracked.offered[at])
+            ends.append((tracked.offered[at] + 1) * tokens)
         tracked.next_end = min(ends, default=0)
         if chunks:
             chunks.sort(key=lambda one: (one[0], one[1].group))
