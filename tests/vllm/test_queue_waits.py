@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm.distributed.device_communicators import shm_broadcast
@@ -69,10 +70,19 @@ def test_a_message_whose_notification_was_lost_is_read_all_the_same(queue, monke
     later.join()
 
 
-def test_a_timeout_that_is_shorter_ends_the_sleep(queue):
+def test_after_a_sleep_in_which_nothing_came_it_spins_as_if_it_had_not_slept(queue, monkeypatch):
+    writer, reader = queue
+    writer.enqueue("just now")
+    assert reader.dequeue() == "just now"
     queue_waits.sleep(True)
     with pytest.raises(TimeoutError):
-        queue[1].dequeue(timeout=0.002)
+        reader.dequeue(timeout=0.01)
+    queue_waits.sleep(False)
+    yields = []
+    monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: yields.append(time.sleep(0.001)))
+    with pytest.raises(TimeoutError):
+        reader.dequeue(timeout=0.01)
+    assert yields
 
 
 def test_it_is_changed_once(queue):
@@ -80,17 +90,31 @@ def test_it_is_changed_once(queue):
     assert queue_waits.watch() and SpinCondition.wait is changed
 
 
-class Another:
-    """Of a vLLM that waits in another way."""
-
-    def wait(self, deadline: float) -> None: ...
+def known_wait(self: object, timeout_ms: int | None = None) -> None: ...
 
 
-def test_a_vllm_that_waits_in_another_way_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(shm_broadcast, "SpinCondition", Another)
-    before = Another.wait
+def known_read(self: Any) -> None:
+    self.last_read = 0.0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"wait": lambda self, deadline: None},
+        {"wait": None},
+        {"record_read": lambda self: None},
+        {"record_read": None},
+    ],
+)
+def test_a_vllm_that_waits_in_another_way_is_left_as_it_is(monkeypatch, changed):
+    known = {"wait": known_wait, "record_read": known_read}
+    condition = type("SpinCondition", (), known | changed)
+    monkeypatch.setattr(shm_broadcast, "SpinCondition", condition)
+    before = condition.wait
     assert not queue_waits.watch()
-    assert Another.wait is before
+    assert condition.wait is before
+    monkeypatch.setattr(shm_broadcast, "SpinCondition", type("SpinCondition", (), known))
+    assert queue_waits.watch(), "nothing else was the reason"
 
 
 def test_a_vllm_without_such_a_wait_is_left_as_it_is(monkeypatch):
@@ -99,20 +123,43 @@ def test_a_vllm_without_such_a_wait_is_left_as_it_is(monkeypatch):
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """For how many ms at most a process would wait now that vLLM lets wait for `LONG_MS`."""
-    asked: list[int] = []
+def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int | None]]:
+    """For how many ms at most a process would wait now, where vLLM lets it wait for so many."""
+    asked: list[int | None] = []
 
     def wait(self: object, timeout_ms: int | None = None) -> None:
-        asked.append(timeout_ms or 0)
+        asked.append(timeout_ms)
 
-    def now() -> int:
-        SpinCondition.wait(SimpleNamespace(last_read=0.0), LONG_MS)
+    def now(timeout_ms: int | None = LONG_MS) -> int | None:
+        SpinCondition.wait(SimpleNamespace(last_read=0.0), timeout_ms)
         return asked[-1]
 
     monkeypatch.setattr(SpinCondition, "wait", wait)
     yield now
     queue_waits.sleep(False)
+
+
+def test_it_sleeps_for_as_long_as_vllm_lets_it_at_most_and_until_it_looks_itself(waits):
+    queue_waits.watch()
+    queue_waits.sleep(True)
+    shorter = queue_waits.SLEEP_MS - 1
+    assert [waits(most) for most in (None, LONG_MS, shorter)] == [
+        *[queue_waits.SLEEP_MS] * 2,
+        shorter,
+    ]
+
+
+def test_a_sleep_that_a_signal_ends_forgets_nothing(waits, monkeypatch):
+    def interrupted(self: object, timeout_ms: int | None = None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SpinCondition, "wait", interrupted)
+    queue_waits.watch()
+    queue_waits.sleep(True)
+    condition = SimpleNamespace(last_read=7.0)
+    with pytest.raises(KeyboardInterrupt):
+        SpinCondition.wait(condition)
+    assert condition.last_read == 7.0
 
 
 def test_an_engine_core_sleeps_while_it_computes_nothing(waits):
