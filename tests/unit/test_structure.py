@@ -76,9 +76,10 @@ def imports(path):
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "kvconnect":
-                yield from (f"kvconnect.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name_of(path)} imports by a relative name"
+            if node.module in ("kvconnect", "kvconnect.proxy"):  # their modules may be asked for
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 
