@@ -171,14 +171,19 @@ def test_decode_that_waits_at_another_engine_than_answers_is_asked_anew_with_the
     run(scenario())
 
 
+async def answers_when_aborted(engine: Engine, request: web.Request) -> web.StreamResponse:
+    """What it was asked before holds its blocks until then."""
+    await engine.aborted.wait()
+    return await answers(engine, request)
+
+
 def test_prefill_that_kept_nothing_frees_the_waiting_decode_request():
     async def scenario() -> None:
         p = Engine(prefills, keeps_nothing)
-        d = Engine(answers, hangs, answers)
+        d = Engine(answers, hangs, answers_when_aborted)
         async with rig([p], [d], at_once="always") as r:
             await r.ask()
             assert await r.ask() == (200, ANSWER)
-            await d.aborted.wait()
             assert params(d) == {}
 
     run(scenario())
@@ -196,6 +201,33 @@ def test_several_engines_behind_one_address_are_asked_in_turn():
             for _ in range(5):
                 assert await r.ask() == (200, ANSWER)
             assert (await r.counters())["at_once"] == 2
+
+    run(scenario())
+
+
+def test_one_engine_where_several_were_before_it_failed_is_asked_at_once_again():
+    async def scenario() -> None:
+        ranks = [prefills_as(name) for name in ("Q", "P")]
+        p = Engine(prefills, *ranks, keeps_nothing, prefills)
+        d = Engine(answers, hangs, answers, hangs, answers)
+        async with rig([p], [d], at_once="always") as r:
+            p.go_on.set()
+            for at_once in (0, 1, 2, 2, 2, 3):
+                assert await r.ask() == (200, ANSWER)
+                assert (await r.counters()).get("at_once", 0) == at_once
+
+    run(scenario())
+
+
+def test_an_engine_that_was_started_again_and_again_is_no_several():
+    async def scenario() -> None:
+        p = Engine(prefills, *(prefills_as(name) for name in ("Q", "R", "R")))
+        d = Engine(answers, hangs, answers, hangs, answers)
+        async with rig([p], [d], at_once="always") as r:
+            p.go_on.set()
+            for _ in range(4):
+                assert await r.ask() == (200, ANSWER)
+            assert (await r.counters())["at_once"] == 3
 
     run(scenario())
 
