@@ -25,6 +25,7 @@ from kvconnect.cli.demos.scenes import scenes
 from kvconnect.cli.engines import CONNECTORS, VllmServe, engine_env, proxy_command, transfer_config
 from kvconnect.cli.processes import Fleet, Server, ServerError
 from kvconnect.errors import ConfigError
+from kvconnect.proxy.config import ProxyConfig, make_config
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 BLOCK_CHARS = 4 * 128
@@ -341,6 +342,20 @@ def test_the_picture_says_who_sent_what_to_whom() -> None:
         f"   decode computed {'━' * 30}▶ decode  90 tokens",
     ]
     assert picture([]) == ""
+
+
+def test_the_proxy_without_options_is_configured_as_without_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served: list[ProxyConfig] = []
+
+    async def serve(config: ProxyConfig, *_: object) -> None:
+        served.append(config)
+
+    monkeypatch.setattr("kvconnect.proxy.app.serve", serve)
+    done = CliRunner().invoke(main, ["proxy", "--prefill=http://p", "--decode=http://d"])
+    assert done.exit_code == 0, done.output
+    assert served == [make_config(prefill=["http://p"], decode=["http://d"])]
 
 
 @pytest.mark.parametrize(
