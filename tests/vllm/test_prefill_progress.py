@@ -1,16 +1,22 @@
 """What the prefill scheduler's half tells of requests that are read while they are computed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from halves import BLOCK, Block, Engine
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.request import RequestStatus
 
 from kvconnect.config import MooncakeConfig, NixlConfig
 from kvconnect.orders import Fetch, Grant, Promise, Release, RenewLease, Withdraw
-from kvconnect.vllm import prefill_progress
+from kvconnect.vllm import _compat, prefill_progress
 from kvconnect.vllm.mooncake.protocol import MooncakeProtocol
 from kvconnect.vllm.nixl import PushProtocol
 from kvconnect.vllm.prefill_progress import step_tokens
@@ -139,6 +145,14 @@ def test_a_little_is_told_with_the_first_token_after_the_prompt(monkeypatch):
     assert p.step(request, TOKENS, new=True) == []
     (told,) = p.step(request, 1)
     assert told.blocks == ((100, 101),)
+
+
+def test_a_block_of_a_group_is_as_large_as_those_of_all_its_layers():
+    layers = {"a": FULL, "b": replace(FULL, num_kv_heads=2 * FULL.num_kv_heads)}
+    of_each = UniformTypeKVCacheSpecs(BLOCK, layers)
+    for spec, blocks_of_a in ((FULL, 2), (of_each, 3)):
+        group = KVCacheGroupSpec(list(layers), spec)
+        assert _compat.block_bytes(group) == blocks_of_a * FULL.page_size_bytes
 
 
 def test_a_prefix_hit_is_told_with_the_step_after_its_first():
