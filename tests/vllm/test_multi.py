@@ -29,6 +29,7 @@ from kvconnect.vllm.multi.messages import MultiEvents
 from kvconnect.vllm.multi.metrics import ChainStats, MultiPromMetrics, rebuild
 from kvconnect.vllm.multi.params import APART, labels, merged, split
 from kvconnect.vllm.offload.messages import StoreHandshake, WorkerResults
+from kvconnect.vllm.params import STEP_KEY
 
 UNIT = "tests/v1/kv_connector/unit"
 # vLLM's tests that cannot hold for ours, and why.
@@ -303,6 +304,15 @@ def test_params_that_clash_travel_beside_and_come_back_to_their_like():
     assert other_name["X"] == seen["A"], "the first one's like may have another name"
     assert merged({"A": {"k": 1}, "B": {"m": 2}}) == {"k": 1, "m": 2}
     assert merged({"A": None}) is None
+
+
+def test_where_several_children_lend_a_router_is_not_told_that_it_may_ask_both_engines_at_once():
+    """What it then gives decode names one child's lease: the other's would stand till its end."""
+    alone = {"remote_port": 1, STEP_KEY: 2048}
+    assert merged({"A": alone, "B": None}) == alone
+    for second in ({"remote_port": 2}, {"remote_port": 2, STEP_KEY: 2048}):
+        for lent in (merged({"A": alone, "B": second}), merged({"B": second, "A": alone})):
+            assert STEP_KEY not in lent and lent[APART]["first"] in ("A", "B")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from kvconnect.vllm.params import STEP_KEY
+
 APART = "kvconnect_multi"
 FIRST, OTHERS = "first", "others"
 
@@ -40,6 +42,7 @@ def merged(answers: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | Non
         else:
             whole |= params
     if whole is not None and others:
+        whole.pop(STEP_KEY, None)  # who asks both engines at once names but one child's lease
         whole[APART] = {FIRST: first, OTHERS: others}
     return whole
 
