@@ -305,7 +305,7 @@ class Proxy:
         response = web.StreamResponse(status=answer.upstream.status, reason=answer.upstream.reason)
         response.headers.extend(answer.headers)
         response.headers.setdefault("X-Request-Id", ask.headers["X-Request-Id"])
-        response.content_length = answer.upstream.content_length
+        response.content_length = answer.content_length
         ask.life.status = answer.upstream.status
         chunk = tail = answer.head
         try:

@@ -56,6 +56,7 @@ CLEARLY = 1.25
 DEADLINE_S, ENDLESS, LONG = 0.7, 1700, 500
 ALONE = f"--min-prefill-tokens={2**31}"
 """Of a proxy: decode engines do all themselves."""
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 Seen = tuple[bool, dict[str, Any]]
 
 
@@ -370,6 +371,18 @@ def cached_nixl(engines: Engines) -> Seen:
     return _cached(engines.proxy(["p0"], ["d0"]), engines["p0"], engines["d0"])
 
 
+def cached_at_once(engines: Engines) -> Seen:
+    """Decode is asked before prefill has said what it had; whole answers and streams."""
+    pair, right, rows = (engines["p0"], engines["d0"]), True, {}
+    for kind, options in (("whole", {}), ("stream", STREAM)):
+        proxy = engines.proxy(["p0"], ["d0"], "--at-once=always")
+        proxy.tokens(words(BLOCK, seed=2), 1)  # prefill says where it is
+        fine, rows[kind] = _cached(proxy, *pair, **options)
+        early = rows[kind]["asked at once"] = proxy.counters()["at_once"]
+        right &= fine and early == len(rows[kind]) - 1
+    return right, rows
+
+
 def cached_offloading(engines: Engines) -> Seen:
     return _cached(engines.proxy(["keeper"], ["keeper"], ALONE), engines["keeper"])
 
@@ -378,7 +391,7 @@ def cached_multi(engines: Engines) -> Seen:
     return _cached(engines.proxy(["prefill"], ["decode"]), engines["prefill"], engines["decode"])
 
 
-def _cached(proxy: Proxy, *engines: Client) -> Seen:
+def _cached(proxy: Proxy, *engines: Client, **options: Any) -> Seen:
     """usage…cached_tokens is what the engine that got the prompt first had not to compute."""
     prompt, rows = words(10 * BLOCK, seed=random.randrange(1 << 30)), {}
     longer = prompt + words(3 * BLOCK, seed=1)
@@ -393,9 +406,9 @@ def _cached(proxy: Proxy, *engines: Client) -> Seen:
         for engine in engines if reset else ():
             eventually(lambda e=engine: _forgets(e), 30, "its prefix cache is empty")
         before = [_prompt_tokens(engine) for engine in engines]
-        status, answer = proxy.post(asked, max_tokens=4)
+        status, answer = proxy.post(asked, max_tokens=4, **options)
         assert status == 200, answer
-        told = (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0)
+        told = (_usage(answer)["prompt_tokens_details"] or {}).get("cached_tokens", 0)
         after = [_prompt_tokens(engine) for engine in engines]
         both = zip(before, after, strict=True)
         gained = [(now[0] - then[0], now[1] - then[1]) for then, now in both]
@@ -405,6 +418,15 @@ def _cached(proxy: Proxy, *engines: Client) -> Seen:
         rows[name]["engines that got it"] = sum(got > 0 for got, _ in gained)
         time.sleep(0.5)  # what is stored is stored with the next steps
     return right and rows["again"]["told"] > 0 and rows["first"]["told"] == 0, rows
+
+
+def _usage(answer: Any) -> Any:
+    """Of a whole answer, or of a stream's last event."""
+    if isinstance(answer, str):
+        *_, last, end = (event.removeprefix("data: ") for event in answer.strip().split("\n\n"))
+        assert end == "[DONE]", end
+        answer = json.loads(last)
+    return answer["usage"]
 
 
 def _prompt_tokens(engine: Client) -> tuple[float, float]:
@@ -447,6 +469,7 @@ PAIRS: dict[str, Check] = {
     "deadlines": deadlines,
     "priorities": priorities,
     "cached-nixl": cached_nixl,
+    "cached-at-once": cached_at_once,
 }
 KEEPERS: dict[str, Check] = {
     "cached-offloading": cached_offloading,

@@ -8,6 +8,7 @@ import pytest
 from aiohttp import web
 from test_proxy_app import (
     ANSWER,
+    CHAT,
     DONE,
     LOAD_FAILED,
     TEXT,
@@ -16,16 +17,19 @@ from test_proxy_app import (
     Engine,
     answers,
     breaks,
+    breaks_in_body,
     hangs,
     keeps_nothing,
     rig,
     run,
     says,
     streams,
+    then,
 )
 
 from kvconnect.proxy.config import make_config
 from kvconnect.proxy.policy import read_body
+from kvconnect.proxy.requests import legs
 from kvconnect.proxy.requests.budget import RESERVE
 from kvconnect.proxy.requests.legs import LegRequest, Legs
 from kvconnect.proxy.requests.life import LegTry, RequestLife
@@ -501,6 +505,155 @@ def test_what_cannot_be_split_goes_whole_to_decode():
             await r.ask()
             assert await r.ask(TEXT, n=2) == (200, ANSWER)
             assert len(p.bodies) == 1 and params(d) == {}
+
+    run(scenario())
+
+
+# --- what usage tells as cached is prefill's, as in turn ------------------------------------------
+
+
+def tells(cached: int | None, **more: Any) -> bytes:
+    """As decode: that it loaded nearly the whole prompt; ``cached``: what is told instead."""
+    details = {"cached_tokens": 1984 if cached is None else cached}
+    told = {"prompt_tokens": 2000, "prompt_tokens_details": details}
+    return json.dumps({"choices": []} | more | {"usage": told}, separators=(",", ":")).encode()
+
+
+def prefills_with(cached: int | None, when_told=False):
+    """As our prefill engine, of a prompt of which it had this much cached."""
+
+    async def behave(engine: Engine, request: web.Request) -> web.StreamResponse:
+        if when_told:
+            await engine.go_on.wait()
+        asked = (await request.json())["kv_transfer_params"]
+        name = {"transfer_id": asked.get("transfer_id")}
+        told = {} if cached is None else {"remote_prefill_cached_tokens": cached}
+        return web.json_response({"id": "p", "kv_transfer_params": TICKET | STEPS | name | told})
+
+    return behave
+
+
+def usage_stream(cached: int | None) -> list[bytes]:
+    return [*TOKENS, b"data: " + tells(cached) + b"\n\n", DONE]
+
+
+def in_pieces(*chunks: bytes):
+    """A stream that comes in pieces of a few bytes."""
+    data = b"".join(chunks)
+    return streams(*(data[at : at + 37] for at in range(0, len(data), 37)))
+
+
+ANSWERS = {
+    "json": (says(tells(None)), tells),
+    "stream": (streams(*usage_stream(None)), lambda cached: b"".join(usage_stream(cached))),
+    "pieces": (in_pieces(*usage_stream(None)), lambda cached: b"".join(usage_stream(cached))),
+    "one event": (
+        streams(b"data: " + tells(None)),
+        lambda cached: b"data: " + tells(cached),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("cached", [0, 48, 2000, None])
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_usage_tells_what_prefill_had_cached(kind, cached, path):
+    """It told all that decode loaded: who bills by it charged too little."""
+
+    async def scenario() -> None:
+        answer, right = ANSWERS[kind]
+        p, d = Engine(prefills, prefills_with(cached)), Engine(answers, answer)
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask(path)
+            assert await r.ask(path) == (200, right(cached))
+            assert (await r.counters())["at_once"] == 1
+
+    run(scenario())
+
+
+def test_usage_waits_for_prefill_where_decode_overtook_it():
+    async def scenario() -> None:
+        p, d = (
+            Engine(prefills, prefills_with(48, when_told=True)),
+            Engine(answers, ANSWERS["json"][0]),
+        )
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask()
+            asked = asyncio.create_task(r.ask())
+            while not (await r.health())["decode"][0]["in_flight"] or len(d.bodies) < 2:
+                await asyncio.sleep(0.01)
+            p.go_on.set()
+            assert await asked == (200, tells(48))
+
+    run(scenario())
+
+
+def test_tokens_do_not_wait_for_prefill_and_usage_does():
+    async def scenario() -> None:
+        answer, right = ANSWERS["stream"]
+        p, d = Engine(prefills, prefills_with(48, when_told=True)), Engine(answers, answer)
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask()
+            posted = r.session.post(TEXT, json={"prompt": "p", "stream": True})
+            async with posted as response:
+                first = await response.content.readexactly(len(b"".join(TOKENS)))
+                assert first == b"".join(TOKENS), "before prefill has said anything"
+                p.go_on.set()
+                assert first + await response.read() == right(48)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["json", "stream"])
+def test_usage_is_decodes_where_prefill_does_not_answer_and_prefill_is_told_to_stop(
+    kind, monkeypatch
+):
+    async def scenario() -> None:
+        monkeypatch.setattr(legs, "LATE_PREFILL_S", 0.1)
+        answer, right = ANSWERS[kind]
+        p, d = Engine(prefills, hangs), Engine(answers, answer)
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask()
+            assert await r.ask() == (200, right(None))
+            await p.aborted.wait()
+
+    run(scenario())
+
+
+def test_a_client_that_goes_while_decode_answers_ends_prefill():
+    async def scenario() -> None:
+        p, d = Engine(prefills, hangs), Engine(answers, then(streams(TOKENS[0]), hangs))
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask()
+            posted = r.session.post(TEXT, json={"prompt": "p", "stream": True})
+            async with posted as response:
+                assert await response.content.readexactly(len(TOKENS[0])) == TOKENS[0]
+                await p.reached.wait()
+            await asyncio.gather(p.aborted.wait(), d.aborted.wait())
+
+    run(scenario())
+
+
+def test_usage_in_turn_is_passed_byte_for_byte():
+    async def scenario() -> None:
+        spaced = b" " + tells(None).replace(b",", b" ,  ")
+        p, d = Engine(prefills_with(48)), Engine(says(spaced))
+        async with rig([p], [d], at_once="never") as r:
+            assert await r.ask() == (200, spaced)
+            assert params(d)["remote_prefill_cached_tokens"] == 48, "decode is told itself"
+
+    run(scenario())
+
+
+def test_decode_that_breaks_off_its_whole_answer_is_asked_once_more():
+    """All of it is read before any is passed on: nothing is lost by another try."""
+
+    async def scenario() -> None:
+        p, d = Engine(prefills), Engine(answers, breaks_in_body, answers)
+        async with rig([p], [d], at_once="always") as r:
+            await r.ask()
+            assert await r.ask() == (200, ANSWER)
+            assert params(d) == {}
 
     run(scenario())
 

@@ -13,7 +13,7 @@ turn it is ``pool``'s.
 - What cost an engine work is repeated only as far as the budget for retries goes.
 - Where it was chosen (``at_once``), and both engines have said that they can (``early``), both are
   asked at once. If prefill fails, the decode engine's connection is closed, and
-  the request goes on in turn.
+  the request goes on in turn. Else what usage tells as cached is prefill's figure (``usage``).
 - Remote faults are values or the next engine; none is raised before ``LegAnswer.rest``.
 """
 
@@ -59,12 +59,23 @@ from kvconnect.proxy.requests.counters import ProxyCounters
 from kvconnect.proxy.requests.early import EarlyEngines
 from kvconnect.proxy.requests.life import RequestLife
 from kvconnect.proxy.requests.tokenized import ids_in_place, takes_ids, with_ids
+from kvconnect.proxy.requests.usage import (
+    UsageStream,
+    cached_tokens,
+    events_with_cached,
+    has_line,
+    tells_cached,
+    with_cached,
+)
 
 # An engine says with these that it cannot, where another might: an adapter that it has not
 # loaded, a prompt too long for it, too many requests.
 _ELSEWHERE = (404, 413, 429)
 _MODELS_TIMEOUT_S = 10.0
 _RELEASE_TIMEOUT_S = 10.0
+# Decode begins to answer once prefill has: its answer is on its way here, or of no use any more.
+LATE_PREFILL_S = 1.0
+_JSON = "application/json"
 _NOT_PASSED_ON = frozenset(
     {
         "connection",
@@ -134,6 +145,10 @@ class LegAnswer:
     pool: Pool
     held: contextlib.ExitStack
     ending: AnswerEnding
+    whole: bool = False
+    """Whether ``head`` is all of the body."""
+    usage: UsageStream | None = None
+    """Where prefill's figure is put, of a stream."""
 
     @property
     def faulty(self) -> bool:
@@ -143,8 +158,22 @@ class LegAnswer:
     def headers(self) -> list[tuple[str, str]]:
         return _passed_on(self.upstream)
 
+    @property
+    def content_length(self) -> int | None:
+        """Bytes of the body, if they are known beforehand."""
+        if self.usage is not None:  # what it puts in may have other digits
+            return None
+        return len(self.head) if self.whole else self.upstream.content_length
+
     async def rest(self) -> bytes:
         """The next bytes, empty at the end. Raises one of LOST."""
+        while True:
+            data = await self._arrived()
+            passed = data if self.usage is None else await self.usage.passed(data)
+            if passed or not data:
+                return passed
+
+    async def _arrived(self) -> bytes:
         if self.upstream.complete and not self.upstream.held_bytes:
             return b""
         with self.pool.patience(self.url):
@@ -169,6 +198,8 @@ class _Prefilled:
     """It may have: not if it was never reached."""
     address: EngineAddress | None = None
     """Where it could be read while it computed."""
+    cached: int | None = None
+    """Tokens of the prompt that it had cached, where both were asked at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +322,7 @@ class Legs:
         params = early_params(address, transfer_id)
         prefill = asyncio.create_task(self._prefill_at(prefillers.popleft(), ask, transfer_id))
         opening = asyncio.create_task(self._open_early(decoders, ask, params))
-        given = False
+        given: LegAnswer | None = None
         try:
             await asyncio.wait((prefill, opening), return_when=asyncio.FIRST_COMPLETED)
             if not opening.done() and not _met(prefill.result(), address):
@@ -308,16 +339,21 @@ class Legs:
                 opened.close()
                 self.counters.retries += 1
                 return await self._after(ask, None, decoders)
-            if opened.spent or opened.answer is not None:
-                given = True
-                return opened.answer
+            if opened.answer is not None:
+                given = await _with_usage(opened.answer, prefill, address)
+                return given
+            if opened.spent:
+                return None
             prefilled = await prefill
             return await self._after(ask, await self._prefill(ask, prefillers, prefilled), decoders)
         finally:
-            prefill.cancel()
-            opening.cancel()
-            _, early = await asyncio.gather(prefill, opening, return_exceptions=True)
-            if not given and isinstance(early, _EarlyAnswer):
+            ended: list[asyncio.Task[_Prefilled] | asyncio.Task[_EarlyAnswer]] = [opening]
+            if given is None or given.usage is None:  # else it may still tell the figure
+                ended.append(prefill)
+            for task in ended:
+                task.cancel()
+            early, *_ = await asyncio.gather(*ended, return_exceptions=True)
+            if given is None and isinstance(early, _EarlyAnswer):
                 early.close()
 
     async def _open_early(
@@ -326,7 +362,7 @@ class Legs:
         """Ask the first of ``decoders``, and leave those that are to be asked after it."""
         url = decoders[0]
         try:
-            answer = await self._open(url, ask, params)
+            answer = await _with_usage_there(await self._open(url, ask, params))
         except LOST as error:
             decoders.popleft()
             report_lost(self.decoders, url, error)
@@ -400,11 +436,12 @@ class Legs:
         self.placement.prefilled(url, ask.prompt, ask.tokens, ask.life.clock() - leg.asked_s)
         params = transfer_params(answer)
         address = self._early.answered(url, params)
+        cached = None if transfer_id is None else cached_tokens(answer)
         if return_ids:
             ids = prompt_ids(answer)
             self.placement.learn(ask.prompt, ids, model_name(ask.body))
             params = with_ids(params, ids) if tokenized else params
-        return _Prefilled(params, answered=True, address=address)
+        return _Prefilled(params, answered=True, address=address, cached=cached)
 
     async def _first_answer(
         self, ask: LegRequest, params: msgspec.Raw | None, decoders: Iterable[str] | None = None
@@ -545,6 +582,48 @@ class Legs:
 def _met(prefilled: _Prefilled, asked_at: EngineAddress) -> bool:
     """Whether it was computed where a decode engine waits for it, and not by another there."""
     return prefilled.address is not None and prefilled.address.engine == asked_at.engine
+
+
+async def _with_usage_there(answer: LegAnswer) -> LegAnswer:
+    """All of a JSON answer, or the first line of a stream. Closed if one of LOST is raised."""
+    stream = _is_stream(answer.upstream)
+    if answer.upstream.status != 200 or not (stream or answer.upstream.content_type == _JSON):
+        return answer
+    parts, ended = [answer.head], False
+    with contextlib.ExitStack() as held:
+        held.callback(answer.close)
+        while not (ended or (stream and has_line(b"".join(parts)))):
+            parts.append(await answer.rest())
+            ended = not parts[-1]
+        held.pop_all()
+    return replace(answer, head=b"".join(parts), whole=ended)
+
+
+async def _with_usage(
+    answer: LegAnswer, prefill: "asyncio.Task[_Prefilled]", address: EngineAddress
+) -> LegAnswer:
+    """``answer`` with the figure of the prefill leg at ``address``, if it tells one in time."""
+
+    async def told() -> int | None:
+        await asyncio.wait((prefill,))
+        ended = not prefill.cancelled() and prefill.exception() is None
+        return prefill.result().cached if ended and _met(prefill.result(), address) else None
+
+    if answer.upstream.status != 200 or (answer.whole and not tells_cached(answer.head)):
+        return answer
+    stream = _is_stream(answer.upstream)
+    if not (stream or answer.whole) or (prefill.done() and await told() is None):
+        return answer
+    late = asyncio.get_running_loop().call_later(LATE_PREFILL_S, prefill.cancel)
+    answer.held.callback(prefill.cancel)
+    answer.held.callback(late.cancel)
+    if not answer.whole:
+        usage = UsageStream(told)
+        return replace(answer, head=await usage.passed(answer.head), usage=usage)
+    if (tokens := await told()) is None:
+        return answer
+    put_in = events_with_cached if stream else with_cached
+    return replace(answer, head=put_in(answer.head, tokens))
 
 
 async def _opening(head: bytes, upstream: EngineAnswer) -> tuple[bytes, Opening]:
