@@ -12,6 +12,5 @@ def install() -> None:
     """Agents that in-tree's connectors make in this process have none; vLLM's plugin."""
     from vllm.distributed import nixl_utils
 
-    made = nixl_utils.nixl_agent_config
-    if made is not None:  # which connectors import by this name, once they are needed
-        nixl_utils.nixl_agent_config = functools.partial(made, enable_prog_thread=False)
+    made = nixl_utils.nixl_agent_config  # connectors import it by this name, once they are needed
+    nixl_utils.nixl_agent_config = functools.partial(made, enable_prog_thread=False)

@@ -1,6 +1,7 @@
 """The benchmarks on engines that are not vLLM: who runs when, what is asked, what is written."""
 
 import concurrent.futures
+import http.client
 import importlib
 import itertools
 import json
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -289,6 +291,33 @@ def test_what_everybody_uses_of_the_machine_is_all_but_idle_and_waiting(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("machine_s", "theirs_s"), [(10.0, 5.5), (1.0, 0.0)])
+def test_others_used_what_neither_the_engines_nor_this_process_did(
+    bench: Bench,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine_s: float,
+    theirs_s: float,
+) -> None:
+    """By clocks of CPU time that each tell so much more whenever they are looked at."""
+    machine, own = itertools.count(0, machine_s), itertools.count(0, 3.0)
+    of_each = {"prefill": {"a thread": 0.5}, "decode": {"a thread": 0.25}}
+    monkeypatch.setattr(
+        importlib.import_module("kvconnect_bench.pd"), "machine_cpu_s", machine.__next__
+    )
+    monkeypatch.setattr(time, "process_time", own.__next__)
+    monkeypatch.setattr(MeasuredPair, "used_since", lambda *_: of_each)
+    report = tmp_path / "report.json"
+    options = ("--tokens", "8", "--turns", "2", "--rounds", "1", "--concurrency", "2")
+    done = bench("pd", *options, "--json", str(report))
+    assert done.exit_code == 0, done.output
+    row = json.loads(report.read_text())["rows"][0]
+    tokens = 2 * 2  # of each answer, in the same time
+    expected = row["throughput"]["p50"] * theirs_s / tokens
+    assert row["others"]["p50"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_threads_that_are_to_yield_are_looked_for_in_both_engines(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,15 +345,34 @@ def test_in_tree_without_its_thread_has_a_plugin_and_lmcache_asks_without_params
     monkeypatch.setattr(pair, "check_unpacked", lambda: None)
     monkeypatch.setattr(pair, "start_lmcache", lambda _: 4711)
     started: dict[str, tuple[Any, Any]] = {}
+    names: dict[int | None, str] = {}  # of engines, by their ports
+    told: set[str] = set()  # engines that were told of a transfer
     start = Fleet.start
 
     def spied(fleet: Fleet, name: str, command: Any, env: Any) -> Any:
         plugins = {path.name for path in fleet.logs.glob("*.dist-info")}
         started[name] = (command.__self__.transfer, plugins)
         assert str(fleet.logs) in env["PYTHONPATH"].split(os.pathsep) or not plugins
-        return start(fleet, name, command, env)
+        server = start(fleet, name, command, env)
+        names[urlsplit(server.url).port] = name
+        return server
+
+    request = http.client.HTTPConnection.request
+
+    def seen(
+        connection: http.client.HTTPConnection,
+        method: str,
+        url: str,
+        body: Any = None,
+        *more: Any,
+        **named: Any,
+    ) -> None:
+        if "kv_transfer_params" in (body or ""):
+            told.add(names[connection.port])
+        request(connection, method, url, body, *more, **named)
 
     monkeypatch.setattr(Fleet, "start", spied)
+    monkeypatch.setattr(http.client.HTTPConnection, "request", seen)
     report = tmp_path / "report.json"
     options = ("--tokens", "8", "--turns", "2", "--rounds", "1", "--json", str(report))
     done = bench("pd", "--beside", "in-tree-quiet,lmcache", *options)
@@ -337,6 +385,9 @@ def test_in_tree_without_its_thread_has_a_plugin_and_lmcache_asks_without_params
     assert config["kv_connector_extra_config"]["lmcache.mp.port"] == 4711
     assert not plugins and not started["nixl prefill"][1]
     rows = {(row["connector"], row["way"]): row for row in json.loads(report.read_text())["rows"]}
+    assert told == {
+        f"{pair} {role}" for pair in (OURS, IN_TREE_QUIET) for role in ("prefill", "decode")
+    }
     assert rows[LMCACHE, "stored"]["taken"]["p50"] == 0, "the fake one was told of no transfer"
     assert rows[IN_TREE_QUIET, "pull"]["taken"]["p50"] > 0
     assert f"{LMCACHE} stored" in rows[OURS, "pull"]["first_token_ratios"]
