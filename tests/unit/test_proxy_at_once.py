@@ -193,18 +193,19 @@ def test_prefill_that_kept_nothing_frees_the_waiting_decode_request():
     run(scenario())
 
 
-def test_several_engines_behind_one_address_are_asked_in_turn():
+@pytest.mark.parametrize("others", ["Q", "QR", "QRS"])
+def test_several_engines_behind_one_address_are_asked_in_turn(others):
     """Ranks of a data-parallel engine: which of them a request goes to, it does not say."""
 
     async def scenario() -> None:
-        ranks = [prefills_as(name) for name in ("Q", "P")]
+        ranks = [prefills_as(name) for name in (*others, "P")]
         p = Engine(prefills, *ranks, prefills)
-        d = Engine(answers, hangs, answers, hangs, answers)
+        d = Engine(answers, *[hangs, answers] * len(ranks))
         async with rig([p], [d], at_once="always") as r:
             p.go_on.set()
-            for _ in range(5):
+            for _ in range(len(ranks) + 3):
                 assert await r.ask() == (200, ANSWER)
-            assert (await r.counters())["at_once"] == 2
+            assert (await r.counters())["at_once"] == len(ranks)
 
     run(scenario())
 

@@ -15,6 +15,7 @@
 """
 
 import asyncio
+from collections.abc import Hashable
 
 import msgspec
 
@@ -36,7 +37,7 @@ class EarlyEngines:
         self._session = session
         self._at_once = at_once
         self._prefill: dict[str, EngineAddress] = {}  # prefill engine → where it can be read
-        self._before: dict[str, EngineAddress] = {}  # the same, who answered there before that
+        self._before: dict[str, set[Hashable]] = {}  # the same → engines that answered there before
         self._several: set[str] = set()  # prefill engines of which several answer
         self._reads_early: dict[str, bool] = {}  # decode engine → whether it can
         self._looking: dict[str, asyncio.Task[None]] = {}
@@ -54,10 +55,10 @@ class EarlyEngines:
         if address is None:
             self.failed(url)
             return None
-        last, before = self._prefill.get(url, address), self._before.get(url)
+        last, before = self._prefill.get(url, address), self._before.setdefault(url, set())
         if last.engine != address.engine:
-            self._before[url] = last
-            if before is not None and before.engine == address.engine:  # no restart brings it back
+            before.add(last.engine)
+            if address.engine in before:  # no restart brings it back
                 self._several.add(url)
         self._prefill[url] = address
         return address
