@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from halves import Engine
+from halves import Request as Asks
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -15,7 +17,10 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
+from kvconnect.config import NixlConfig
 from kvconnect.geometry.intersect import NO_BLOCK
+from kvconnect.orders import Offer, Source
+from kvconnect.vllm.protocol import RouterProtocol
 from kvconnect.vllm.windows import Windows, held_from
 
 BLOCK, WINDOW = 16, 16
@@ -124,6 +129,23 @@ def test_a_full_group_needs_all_from_the_first_token_on():
     )
     windows.bind(object())
     assert windows.needed_from(40, held_from=None) == (0, 25)
+
+
+@pytest.mark.parametrize(("held_from", "asked"), [(None, 25), (20, 20)])
+def test_a_scheduler_asks_for_what_its_source_has_and_caches_no_block_without_the_rest(
+    held_from, asked
+):
+    evicted = []
+    scheduler = Engine("D", "kv_both", NixlConfig(), RouterProtocol, spec=spec()).scheduler
+    scheduler.bind(SimpleNamespace(evict_blocks=evicted.append))
+    source, blocks = Source((), "p", None, 1.0), (((1, 31), (2, 32)),)
+    short, offer = Offer(source, WINDOW - 1, b""), Offer(source, 40, b"", held_from=held_from)
+    assert scheduler.needed_from("short", (((0, 30),),), short) == (), "all of it"
+    assert scheduler.needed_from("r", blocks, offer) == (asked,)
+    scheduler.update_connector_output(["short", "r"])
+    for name in ("short", "r"):
+        scheduler.request_finished(Asks(name, {}), ([],))
+    assert evicted == [{31}]
 
 
 @pytest.mark.parametrize(
