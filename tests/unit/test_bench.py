@@ -352,7 +352,7 @@ def test_in_tree_without_its_thread_has_a_plugin_and_lmcache_asks_without_params
     def spied(fleet: Fleet, name: str, command: Any, env: Any) -> Any:
         plugins = {path.name for path in fleet.logs.glob("*.dist-info")}
         started[name] = (command.__self__.transfer, plugins)
-        assert str(fleet.logs) in env["PYTHONPATH"].split(os.pathsep) or not plugins
+        assert not plugins or str(fleet.logs) in env["PYTHONPATH"].split(os.pathsep)
         server = start(fleet, name, command, env)
         names[urlsplit(server.url).port] = name
         return server
