@@ -1,7 +1,8 @@
 """Which engines may be asked at once, and for which requests: `AtOnce` is how that is decided.
 
 * A prefill engine says with each answer where it can be read while it computes, and how many tokens
-  it computes in a step. One that fails, or does not say so again, is asked in turn.
+  it computes in a step. One that breaks off, or does not say so again, is asked in turn; one that
+  answers with an error has said nothing of it.
 * Ranks of a data-parallel engine answer at one address, each as an engine of its own. Which of them
   a request will go to nobody knows: they are asked in turn.
 * A decode engine that can read so exports a metric, which nothing else does. It is looked for once,
